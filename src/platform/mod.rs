@@ -1,0 +1,210 @@
+//! Where VMs are: the contract of a platform, and the registry.
+//!
+//! A [`Platform`] speaks for one VM. It yields a [`VmSnapshot`]: all protected disks at one
+//! instant, each as a [`BlockSource`](crate::block::BlockSource). The snapshot is a two-sided transaction: what
+//! opens reaches [`VmSnapshot::commit`] (the new checkpoint is kept, bases that are no longer
+//! needed are dropped) or [`VmSnapshot::abort`] (nothing of this run remains, the old checkpoints
+//! are as they were).
+//!
+//! ```text
+//!  identify ──► plan                              (nothing is changed)
+//!     └──────► open_snapshot ──► source(i)… ──► still_valid ──► [manifest durable] ──► commit
+//!                   │                 │              │
+//!                   └── error         └── error ─────┴──────────────────────────────► abort
+//! ```
+//!
+//! `open_snapshot` cleans up after itself when it fails. `still_valid` is asked after the last
+//! read and before the manifest: NBD success alone proves nothing (reference: QEMU keeps serving
+//! *live* data from the export of an ended `sync=none` job).
+//!
+//! A platform never sees the repository: what it needs to know of it is in [`SnapshotRequest`].
+//! Sibling folders have the same inner file names where they have the part: `mod.rs` (the
+//! platform), `snapshot.rs`, `plan.rs`, `checkpoint.rs`, `restore.rs`.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+
+use crate::block::BlockSource;
+use crate::control::Control;
+use crate::error::Result;
+use crate::vm::{
+    Artifact, DiskDescription, ExcludedDisk, NotCaptured, PointId, Quiescence, ReadMode, VmIdentity,
+};
+
+/// One VM on one platform.
+#[async_trait]
+pub trait Platform: Send + Sync {
+    /// Which VM this is. Changes nothing.
+    async fn identify(&self) -> Result<VmIdentity>;
+
+    /// What [`Platform::open_snapshot`] would do, and what is in its way. Changes nothing.
+    async fn plan(&self, request: &SnapshotRequest) -> Result<SnapshotPlan>;
+
+    /// Takes the point in time of all protected disks.
+    ///
+    /// Fails with [`Kind::NoBase`](crate::error::Kind::NoBase) for [`BackupMode::Incremental`] when
+    /// no disk can be read incrementally. Not cancel-safe: it watches `control` itself and undoes
+    /// what it did before it returns.
+    async fn open_snapshot(
+        &self,
+        request: &SnapshotRequest,
+        control: &Control,
+    ) -> Result<Box<dyn VmSnapshot>>;
+}
+
+/// A VM's disks at one instant.
+///
+/// Not cancel-safe unless said: the caller finishes what it awaits, then aborts.
+#[async_trait]
+pub trait VmSnapshot: Send {
+    /// The disks in the order of the VM's description, with how each is to be read.
+    fn disks(&self) -> &[SnapshotDisk];
+
+    /// Disks that are not part of the snapshot.
+    fn excluded(&self) -> &[ExcludedDisk];
+
+    /// What was achieved around the instant.
+    fn quiescence(&self) -> &Quiescence;
+
+    /// Domain description, firmware variables and the like, as of the instant.
+    fn artifacts(&self) -> &[Artifact];
+
+    /// What should have been captured and could not be.
+    fn not_captured(&self) -> &[NotCaptured];
+
+    /// Opens disk `index` of [`VmSnapshot::disks`]. Its extents say Unchanged only when the disk
+    /// is read incrementally.
+    async fn source(&mut self, index: usize) -> Result<Arc<dyn BlockSource>>;
+
+    /// `Ok` only if the instant held until now; [`Kind::SnapshotLost`](crate::error::Kind::SnapshotLost)
+    /// otherwise. Called after the last read.
+    async fn still_valid(&mut self) -> Result<()>;
+
+    /// Ends the snapshot and keeps its checkpoint as the base of the next incremental; drops
+    /// checkpoints of ours (same repository, same domain) that are older. The manifest is durable
+    /// when this is called; an error here costs at most a full read next time and is reported so.
+    async fn commit(self: Box<Self>) -> Result<()>;
+
+    /// Ends the snapshot and removes its checkpoint; the base's is untouched.
+    async fn abort(self: Box<Self>) -> Result<()>;
+}
+
+/// What a backup asks of a platform.
+#[derive(Clone, Debug)]
+pub struct SnapshotRequest {
+    /// Full, incremental, or whichever is possible.
+    pub mode: BackupMode,
+    /// The point being made; its id is in the name of the new checkpoint.
+    pub point: PointId,
+    /// The repository's id: eight hex digits of it are in the name of every checkpoint.
+    pub repository: String,
+    /// The points of this domain in the repository, newest first: what a bitmap may name.
+    pub known_points: Vec<KnownPoint>,
+    /// Whether the repository has a key: without one, TPM state and LUKS disks are refused.
+    pub repository_has_key: bool,
+    /// Freeze guest file systems?
+    pub quiesce: Quiesce,
+    /// Longest time guest file systems stay frozen; thawed then whatever happened.
+    pub freeze_budget: Duration,
+    /// Where scratch files go; the platform's own choice if not given. Local, writable by QEMU.
+    pub scratch_dir: Option<PathBuf>,
+    /// Disks left out by name. A name the VM does not have is an error.
+    pub exclude_disks: Vec<String>,
+    /// Allow a plaintext TCP export of the disks where nothing else reaches the host.
+    pub insecure_tcp: bool,
+}
+
+/// How a backup was asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BackupMode {
+    /// Read every disk in full.
+    Full,
+    /// Fail when there is nothing to build on.
+    Incremental,
+    /// Incremental where possible, each disk for itself.
+    Auto,
+}
+
+/// Whether guest file systems are frozen around the instant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Quiesce {
+    /// Where an agent answers; else crash consistent, with the reason recorded.
+    Auto,
+    /// Fail without it.
+    Require,
+    /// Crash consistent.
+    Never,
+}
+
+/// A point of the domain that is in the repository.
+#[derive(Clone, Debug)]
+pub struct KnownPoint {
+    /// Its id, as bitmap names carry it.
+    pub id: PointId,
+    /// Its disks: name and virtual size.
+    pub disks: Vec<(String, u64)>,
+    /// The checkpoint XML recorded with it, to redefine it with.
+    pub checkpoint_xml: Option<String>,
+}
+
+/// A disk of a snapshot.
+#[derive(Clone, Debug)]
+pub struct SnapshotDisk {
+    /// What it is.
+    pub description: DiskDescription,
+    /// How it is to be read, and why.
+    pub read: ReadMode,
+}
+
+/// What would happen, disk by disk.
+#[derive(Clone, Debug)]
+pub struct SnapshotPlan {
+    /// The VM.
+    pub identity: VmIdentity,
+    /// Whether it runs now.
+    pub running: bool,
+    /// The disks that would be read.
+    pub disks: Vec<PlannedDisk>,
+    /// The disks that would not.
+    pub excluded: Vec<ExcludedDisk>,
+    /// Where scratch would go and what it needs at most, for a running VM.
+    pub scratch: Option<ScratchPlan>,
+    /// What is in the way or weaker than it could be, each with the exact fix.
+    pub problems: Vec<Problem>,
+}
+
+/// A disk in a plan.
+#[derive(Clone, Debug)]
+pub struct PlannedDisk {
+    /// What it is.
+    pub description: DiskDescription,
+    /// How it would be read, and why.
+    pub read: ReadMode,
+    /// Bytes that would be read, as far as it can be known without reading.
+    pub expected_bytes: Option<u64>,
+}
+
+/// Scratch space of a plan.
+#[derive(Clone, Debug)]
+pub struct ScratchPlan {
+    /// The directory.
+    pub directory: PathBuf,
+    /// Most that can be needed: everything the guest can overwrite.
+    pub bytes_max: u64,
+    /// Free now.
+    pub bytes_free: Option<u64>,
+}
+
+/// Something a plan found.
+#[derive(Clone, Debug)]
+pub struct Problem {
+    /// Whether the backup would fail because of it.
+    pub fatal: bool,
+    /// What is wrong.
+    pub what: String,
+    /// The exact next step.
+    pub fix: String,
+}

@@ -1,0 +1,109 @@
+//! Threads for work that burns CPU (hash, compress, seal), fed by a bounded queue.
+//!
+//! The reactor never hashes and a worker never waits for input or output. One pool per process is
+//! enough; a job borrows it. Order is the caller's business: each piece of work resolves its own
+//! future.
+
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use tokio::sync::{Semaphore, oneshot};
+
+use crate::error::{Error, Kind, Result};
+
+type Work = Box<dyn FnOnce() + Send>;
+
+/// Pieces of work waiting per thread: enough to never starve one, few enough to stay in cache.
+const QUEUED_PER_THREAD: usize = 4;
+
+/// A pool of worker threads. Clones share it; the threads end with the last clone.
+#[derive(Clone, Debug)]
+pub struct Workers {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    queue: SyncSender<Work>,
+    /// Permits for places in the queue, so that sending never blocks the reactor.
+    places: Arc<Semaphore>,
+}
+
+impl Workers {
+    /// A pool of `threads` (at least one).
+    pub fn new(threads: usize) -> Result<Self> {
+        let threads = threads.max(1);
+        let capacity = threads * QUEUED_PER_THREAD;
+        let (queue, work) = sync_channel(capacity);
+        let work = Arc::new(Mutex::new(work));
+        for index in 0..threads {
+            let work = Arc::clone(&work);
+            std::thread::Builder::new()
+                .name(format!("worker-{index}"))
+                .spawn(move || run(&work))
+                .map_err(|e| Error::io("cannot start a worker thread", e))?;
+        }
+        Ok(Self { shared: Arc::new(Shared { queue, places: Arc::new(Semaphore::new(capacity)) }) })
+    }
+
+    /// As many threads as the machine has cores.
+    pub fn per_core() -> Result<Self> {
+        Self::new(std::thread::available_parallelism().map_or(2, usize::from))
+    }
+
+    /// Runs `work` on a worker and yields its result. Dropping the future abandons the result; the
+    /// work, once queued, still runs. A panic in `work` is an [`Kind::Internal`] error here.
+    pub async fn run<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T> {
+        let place = Arc::clone(&self.shared.places)
+            .acquire_owned()
+            .await
+            .expect("the semaphore of a pool is never closed");
+        let (done, result) = oneshot::channel();
+        let work: Work = Box::new(move || {
+            drop(place);
+            // The receiver may be gone: then nobody wants the result.
+            let _ = done.send(work());
+        });
+        let lost = || Error::new(Kind::Internal, "a worker thread died");
+        self.shared.queue.send(work).map_err(|_| lost())?;
+        result.await.map_err(|_| lost())
+    }
+}
+
+/// A worker's life: take, run, until the pool is dropped.
+fn run(queue: &Mutex<Receiver<Work>>) {
+    loop {
+        // Held only while waiting for the next piece; the other threads wait behind it.
+        let next = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
+        let Ok(work) = next else { return };
+        // A panic ends this piece of work only: its channel closes, its caller sees an error.
+        let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_panicking_piece_of_work_is_an_error_and_the_pool_lives_on() {
+        let workers = Workers::new(1).unwrap();
+        let error = workers.run::<()>(|| panic!("on purpose")).await.unwrap_err();
+        assert_eq!(error.kind(), Kind::Internal);
+        assert_eq!(workers.run(|| 6 * 7).await.unwrap(), 42);
+    }
+
+    #[tokio::test]
+    async fn more_work_than_places_all_gets_done() {
+        let workers = Workers::new(2).unwrap();
+        let mut set = tokio::task::JoinSet::new();
+        for n in 0..1000_u64 {
+            let workers = workers.clone();
+            set.spawn(async move { workers.run(move || n).await.unwrap() });
+        }
+        assert_eq!(set.join_all().await.into_iter().sum::<u64>(), 499_500);
+    }
+}
