@@ -1,0 +1,86 @@
+#!/bin/bash
+# The one test command: sets the machine up, builds, checks and runs everything.
+#
+#   tests/run.sh           what CI runs: under 20 minutes on 2 cores from a clean clone
+#   tests/run.sh --soak    the long loops as well (tests marked #[ignore = "soak: …"])
+#
+# Needs a Rust toolchain, and root the first time to install packages (tests/setup.sh says what).
+# Every step runs even if one before it failed; the exit code is 0 only if all passed. Ends with
+# the test runner's own summary.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+export PATH=$PATH:/usr/sbin:/sbin LC_ALL=C.UTF-8 CARGO_TERM_COLOR=never
+
+soak=no
+inner=no
+for argument in "$@"; do
+  case $argument in
+    --soak) soak=yes ;;
+    --inner) inner=yes ;; # set-up done, libvirtd running
+    *) sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+  esac
+done
+if [ "$inner" = no ]; then
+  tests/setup.sh || exit 1
+  exec tests/support/libvirtd.sh with "$0" --inner "$@"
+fi
+
+failed=()
+step() { # NAME CMD…
+  local name=$1 start=$SECONDS
+  shift
+  echo
+  echo "=== $name"
+  if "$@"; then
+    echo "=== $name: passed in $((SECONDS - start)) s"
+  else
+    echo "=== $name: FAILED after $((SECONDS - start)) s"
+    failed+=("$name")
+  fi
+}
+
+deny() {
+  if ! cargo deny --version >/dev/null 2>&1; then
+    echo "cargo-deny is not installed: licences, bans and sources are not checked here"
+    return 0
+  fi
+  cargo deny --offline check licenses bans sources
+}
+
+summary=target/testbed/summary.txt
+run_tests() {
+  if cargo nextest --version >/dev/null 2>&1; then
+    local options=(--workspace --no-fail-fast)
+    if [ "$soak" = yes ]; then options+=(--run-ignored all --profile soak); fi
+    cargo nextest run "${options[@]}" 2>&1 | tee target/testbed/tests.log
+    local code=${PIPESTATUS[0]}
+    # From the "Summary" line on; a build that failed has none.
+    sed -n '/^ *Summary \[/,$p' target/testbed/tests.log >"$summary"
+    return "$code"
+  fi
+  local options=()
+  if [ "$soak" = yes ]; then options+=(-- --include-ignored); fi
+  cargo test --workspace --no-fail-fast "${options[@]}" 2>&1 | tee target/testbed/tests.log
+  local code=${PIPESTATUS[0]}
+  awk '/^test result:/ {passed += $4; failed += $6; ignored += $8}
+    END {printf "%d passed, %d failed, %d ignored\n", passed, failed, ignored}' \
+    target/testbed/tests.log >"$summary"
+  return "$code"
+}
+
+: >"$summary"
+step "format" cargo fmt --all --check
+step "lints" cargo clippy --workspace --all-targets -q -- -D warnings
+step "without libvirt" cargo check --workspace --all-targets --no-default-features -q
+step "licences and sources" deny
+step "scripts" bash -n tests/setup.sh tests/run.sh tests/support/*.sh tests/support/guest/build.sh
+step "build" cargo build --workspace --all-targets -q
+if [ -x examples/quickstart.sh ]; then step "quick start" examples/quickstart.sh; fi
+step "documentation tests" cargo test --workspace --doc -q
+step "tests" run_tests
+
+echo
+for name in "${failed[@]}"; do echo "FAILED: $name"; done
+if [ ${#failed[@]} = 0 ]; then echo "every step passed ($SECONDS s)"; fi
+if [ -s "$summary" ]; then cat "$summary"; else echo "0 passed, ${#failed[@]} failed"; fi
+[ ${#failed[@]} = 0 ]

@@ -1,0 +1,255 @@
+//! A libvirt domain of a test: described by [`DomainSpec`], gone with [`Domain`].
+//!
+//! Boots the real guest under emulation (`/dev/kvm` may exist and yet not run a kernel). Disks are
+//! files in the test's directory, with stable serials; the guest is controlled through a unix
+//! socket there too.
+
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+
+use super::env::TestEnv;
+use super::guest::{Guest, GuestFiles};
+use super::outcome::Outcome;
+use super::tools::wait_until;
+
+/// The libvirt daemon the tests use.
+pub(crate) const URI: &str = "qemu:///system";
+
+/// Image format of a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum DiskFormat {
+    /// qcow2.
+    Qcow2,
+    /// qcow2 on a backing file (with data of its own).
+    Qcow2Backed,
+    /// raw.
+    Raw,
+}
+
+impl DiskFormat {
+    /// The name QEMU knows it by.
+    pub(crate) fn name(self) -> &'static str {
+        if self == Self::Raw { "raw" } else { "qcow2" }
+    }
+}
+
+/// One disk of a domain to be; they become vda, vdb, … in order.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct DiskSpec {
+    /// Format of the image.
+    pub(crate) format: DiskFormat,
+    /// Size in MiB.
+    pub(crate) size_mib: u64,
+}
+
+/// A domain to be.
+#[derive(Clone, Debug)]
+pub(crate) struct DomainSpec {
+    /// Its disks.
+    pub(crate) disks: Vec<DiskSpec>,
+    /// Whether it has UEFI firmware with an NVRAM file.
+    pub(crate) uefi: bool,
+    /// Distinguishes several domains of one test; part of name and file names.
+    pub(crate) suffix: &'static str,
+}
+
+impl DomainSpec {
+    /// A domain with BIOS firmware and disks of the given formats, 64 MiB each.
+    pub(crate) fn with_disks(formats: &[DiskFormat]) -> Self {
+        let disks = formats.iter().map(|&format| DiskSpec { format, size_mib: 64 }).collect();
+        Self { disks, uefi: false, suffix: "" }
+    }
+}
+
+/// A defined domain, destroyed and undefined on drop.
+pub(crate) struct Domain<'env> {
+    env: &'env TestEnv,
+    name: String,
+    control: PathBuf,
+    disks: Vec<(PathBuf, DiskFormat)>,
+}
+
+impl<'env> Domain<'env> {
+    /// Makes the disks and defines the domain; it is not started.
+    pub(crate) fn define(env: &'env TestEnv, spec: &DomainSpec) -> Self {
+        ensure_libvirt(env);
+        let name = env.name(spec.suffix);
+        let guest = GuestFiles::into_dir(env.dir());
+        let mut disks = Vec::new();
+        for (index, disk) in spec.disks.iter().enumerate() {
+            disks.push((make_disk(env, spec.suffix, index, *disk), disk.format));
+        }
+        let control = env.path(&format!("control{}.sock", spec.suffix));
+        let domain = Self { env, name, control, disks };
+        let file = env.path(&format!("domain{}.xml", spec.suffix));
+        std::fs::write(&file, domain.xml(&guest, spec)).expect("own directory");
+        domain.virsh(&["define", &file.to_string_lossy()]).ok();
+        domain
+    }
+
+    /// Defines and starts the domain and waits until its guest is up.
+    pub(crate) fn boot(env: &'env TestEnv, spec: &DomainSpec) -> (Self, Guest) {
+        let domain = Self::define(env, spec);
+        let guest = domain.start();
+        (domain, guest)
+    }
+
+    /// Its name.
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Image file of a disk by index.
+    pub(crate) fn disk(&self, index: usize) -> &Path {
+        &self.disks[index].0
+    }
+
+    /// Starts it and waits until its guest is up.
+    pub(crate) fn start(&self) -> Guest {
+        let _ = std::fs::remove_file(&self.control);
+        self.virsh(&["start", &self.name]).ok();
+        Guest::connect(&self.control)
+    }
+
+    /// Connects to the guest of a domain that was started by somebody else.
+    pub(crate) fn guest(&self) -> Guest {
+        Guest::connect(&self.control)
+    }
+
+    /// Ends it the hard way, as a power cut would.
+    pub(crate) fn destroy(&self) {
+        self.virsh(&["destroy", &self.name]).ok();
+    }
+
+    /// Pauses it.
+    pub(crate) fn suspend(&self) {
+        self.virsh(&["suspend", &self.name]).ok();
+    }
+
+    /// Lets it run on.
+    pub(crate) fn resume(&self) {
+        self.virsh(&["resume", &self.name]).ok();
+    }
+
+    /// `running`, `paused`, `shut off`, …
+    pub(crate) fn state(&self) -> String {
+        self.virsh(&["domstate", &self.name]).text().trim().to_owned()
+    }
+
+    /// Names of the checkpoints libvirt knows.
+    pub(crate) fn checkpoints(&self) -> Vec<String> {
+        let listed = self.virsh(&["checkpoint-list", "--name", &self.name]).text();
+        listed.lines().map(str::to_owned).filter(|line| !line.is_empty()).collect()
+    }
+
+    /// Whether a backup job is active.
+    pub(crate) fn has_backup_job(&self) -> bool {
+        let info = self.virsh(&["domjobinfo", &self.name]);
+        info.stdout.lines().any(|line| line.starts_with("Operation:") && line.contains("Backup"))
+    }
+
+    /// Waits until a backup job is active.
+    pub(crate) fn wait_for_backup_job(&self) {
+        wait_until("a backup job", 30, || self.has_backup_job());
+    }
+
+    /// Copies a disk of the suspended (or stopped) domain as raw: the oracle for this instant,
+    /// independent of what is tested.
+    pub(crate) fn oracle(&self, index: usize, label: &str) -> PathBuf {
+        let (disk, format) = &self.disks[index];
+        let copy = self.env.path(&format!("oracle-{label}-{index}.raw"));
+        let mut command = self.env.command("qemu-img");
+        command.args(["convert", "-U", "-f", format.name(), "-O", "raw"]).arg(disk).arg(&copy);
+        Outcome::of(&mut command).ok();
+        copy
+    }
+
+    /// Runs virsh on the tests' libvirt.
+    pub(crate) fn virsh(&self, args: &[&str]) -> Outcome {
+        virsh(self.env, args)
+    }
+
+    fn xml(&self, guest: &GuestFiles, spec: &DomainSpec) -> String {
+        let mut disks = String::new();
+        for (index, (path, format)) in self.disks.iter().enumerate() {
+            let letter = char::from(b'a' + u8::try_from(index).expect("a few disks"));
+            let _ = write!(
+                disks,
+                "<disk type='file' device='disk'>\
+                 <driver name='qemu' type='{}' discard='unmap'/><source file='{}'/>\
+                 <target dev='vd{letter}' bus='virtio'/><serial>vmbtest-{index}</serial></disk>",
+                format.name(),
+                path.display()
+            );
+        }
+        let (machine, firmware) = if spec.uefi {
+            // The NVRAM file is made by libvirt from the template on the first start.
+            let nvram = self.env.path(&format!("nvram{}.fd", spec.suffix));
+            let loader = "<loader readonly='yes' type='pflash'>/usr/share/OVMF/OVMF_CODE_4M.fd\
+                          </loader>";
+            let template = "/usr/share/OVMF/OVMF_VARS_4M.fd";
+            ("q35", format!("{loader}<nvram template='{template}'>{}</nvram>", nvram.display()))
+        } else {
+            ("pc", String::new())
+        };
+        format!(
+            "<domain type='qemu'><name>{name}</name><memory unit='MiB'>256</memory><vcpu>1</vcpu>\
+             <os><type arch='x86_64' machine='{machine}'>hvm</type>{firmware}\
+             <kernel>{kernel}</kernel><initrd>{initrd}</initrd>\
+             <cmdline>console=ttyS0 quiet panic=-1</cmdline></os>\
+             <features><acpi/></features><cpu mode='maximum'/><clock offset='utc'/>\
+             <on_reboot>restart</on_reboot><devices>{disks}\
+             <serial type='file'><source path='{console}'/></serial>\
+             <serial type='unix'><source mode='bind' path='{control}'/></serial>\
+             <channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>\
+             <interface type='user'><model type='virtio'/></interface>\
+             <memballoon model='none'/></devices></domain>",
+            name = self.name,
+            kernel = guest.kernel.display(),
+            initrd = guest.initrd.display(),
+            console = self.env.path(&format!("console{}.log", spec.suffix)).display(),
+            control = self.control.display(),
+        )
+    }
+}
+
+impl Drop for Domain<'_> {
+    fn drop(&mut self) {
+        remove_domain(self.env, &self.name);
+    }
+}
+
+/// Destroys and undefines a domain, whatever its state; nothing if there is none.
+pub(crate) fn remove_domain(env: &TestEnv, name: &str) {
+    virsh(env, &["destroy", name]);
+    virsh(env, &["undefine", "--checkpoints-metadata", "--managed-save", "--nvram", name]);
+}
+
+/// Runs virsh on the tests' libvirt.
+pub(crate) fn virsh(env: &TestEnv, args: &[&str]) -> Outcome {
+    Outcome::of(env.command("virsh").args(["-c", URI]).args(args))
+}
+
+/// Starts libvirtd where nobody has (`cargo test` without `tests/run.sh`).
+fn ensure_libvirt(env: &TestEnv) {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/support/libvirtd.sh");
+    Outcome::of(env.command(script).arg("start")).ok();
+}
+
+/// Makes an image; the backing file of a backed one has data in it.
+fn make_disk(env: &TestEnv, suffix: &str, index: usize, disk: DiskSpec) -> PathBuf {
+    let path = env.path(&format!("disk{suffix}{index}.{}", disk.format.name()));
+    let size = format!("{}M", disk.size_mib);
+    let mut command = env.command("qemu-img");
+    command.args(["create", "-q", "-f", disk.format.name()]);
+    if disk.format == DiskFormat::Qcow2Backed {
+        let base = env.path(&format!("base{suffix}{index}.qcow2"));
+        env.run("qemu-img", &["create", "-q", "-f", "qcow2", &base.to_string_lossy(), &size]).ok();
+        for write in ["write -q -P 0x5a 1M 3M", "write -q -P 0xa5 20M 777k"] {
+            env.run("qemu-io", &["-f", "qcow2", "-c", write, &base.to_string_lossy()]).ok();
+        }
+        command.args(["-F", "qcow2", "-b"]).arg(base);
+    }
+    Outcome::of(command.arg(&path).arg(&size)).ok();
+    path
+}

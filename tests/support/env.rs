@@ -1,0 +1,106 @@
+//! The hermetic environment of one test: a directory, a unique name, a cleared environment.
+//!
+//! The directory can be traversed by libvirt's QEMU user, so that disks and sockets in it work.
+//! It is removed on drop; set `VMBACKUP_TEST_KEEP=1` to look at it after a failure.
+
+use std::ffi::OsStr;
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use tempfile::TempDir;
+
+use super::outcome::Outcome;
+use super::tools::Process;
+
+/// Where one test lives.
+pub(crate) struct TestEnv {
+    dir: TempDir,
+    name: String,
+}
+
+impl TestEnv {
+    /// A new, empty environment.
+    pub(crate) fn new() -> Self {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let mut dir = tempfile::Builder::new()
+            .prefix("vmbackup-test-")
+            .tempdir()
+            .expect("a temporary directory can be made");
+        if std::env::var_os("VMBACKUP_TEST_KEEP").is_some() {
+            dir.disable_cleanup(true);
+        }
+        fs::set_permissions(dir.path(), Permissions::from_mode(0o711)).expect("own directory");
+        for sub in ["home", "run", "state"] {
+            fs::create_dir(dir.path().join(sub)).expect("own directory");
+        }
+        let serial = COUNT.fetch_add(1, Ordering::Relaxed);
+        Self { dir, name: format!("vmbtest-{}-{serial}", std::process::id()) }
+    }
+
+    /// The directory.
+    pub(crate) fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// A path in the directory.
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// A name nothing else on this machine has, for domains and the like.
+    pub(crate) fn name(&self, suffix: &str) -> String {
+        if suffix.is_empty() { self.name.clone() } else { format!("{}-{suffix}", self.name) }
+    }
+
+    /// The directory repository most tests use.
+    pub(crate) fn repo(&self) -> PathBuf {
+        self.path("repo")
+    }
+
+    /// A command with a cleared environment and this directory as its home.
+    pub(crate) fn command(&self, program: impl AsRef<OsStr>) -> Command {
+        let mut command = Command::new(program);
+        let path = std::env::var("PATH").unwrap_or_default();
+        command
+            .env_clear()
+            .env("PATH", format!("{path}:/usr/sbin:/sbin"))
+            .env("LC_ALL", "C.UTF-8")
+            .env("TZ", "UTC")
+            .env("HOME", self.path("home"))
+            .env("XDG_RUNTIME_DIR", self.path("run"))
+            .env("XDG_STATE_HOME", self.path("state"))
+            .current_dir(self.dir.path())
+            .stdin(Stdio::null());
+        command
+    }
+
+    /// Runs a tool.
+    pub(crate) fn run<S: AsRef<OsStr>>(&self, program: &str, args: &[S]) -> Outcome {
+        Outcome::of(self.command(program).args(args))
+    }
+
+    /// The built program with the test's repository as the default one.
+    pub(crate) fn vmbackup_command<S: AsRef<OsStr>>(&self, args: &[S]) -> Command {
+        let mut command = self.command(env!("CARGO_BIN_EXE_vmbackup"));
+        command.env("VMBACKUP_REPO", self.repo()).args(args);
+        command
+    }
+
+    /// Runs the built program to its end.
+    pub(crate) fn vmbackup<S: AsRef<OsStr>>(&self, args: &[S]) -> Outcome {
+        Outcome::of(&mut self.vmbackup_command(args))
+    }
+
+    /// Starts the built program; it is killed when the guard is dropped before its end.
+    pub(crate) fn spawn_vmbackup<S: AsRef<OsStr>>(&self, args: &[S]) -> Process {
+        Process::spawn(&mut self.vmbackup_command(args))
+    }
+
+    /// Makes a repository without a key at [`Self::repo`].
+    pub(crate) fn init_repo(&self) {
+        self.vmbackup(&["repo", "init", "--no-key"]).ok();
+    }
+}

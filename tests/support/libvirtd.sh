@@ -1,0 +1,70 @@
+#!/bin/bash
+# libvirtd for the tests on machines without a service manager.
+#
+#   libvirtd.sh start      starts virtlogd and libvirtd if qemu:///system does not answer
+#   libvirtd.sh stop       stops what `start` started, unless domains run
+#   libvirtd.sh with CMD…  start, run CMD, stop again when nobody else uses it
+#
+# One daemon serves all test runs of a machine: libvirt's QEMU driver locks its state directory,
+# a second private one is not possible. Tests keep out of each other's way by unique names.
+set -euo pipefail
+export PATH=$PATH:/usr/sbin:/sbin
+
+state=/run/vmbackup-testbed
+uri=qemu:///system
+
+answers() { timeout 10 virsh -q -c "$uri" uri >/dev/null 2>&1; }
+
+start() {
+  mkdir -p "$state"
+  (
+    flock 8
+    if answers; then exit 0; fi
+    local daemon
+    for daemon in virtlogd libvirtd; do
+      if [ -e "/run/$daemon.pid" ] && kill -0 "$(cat "/run/$daemon.pid")" 2>/dev/null; then
+        continue
+      fi
+      "$daemon" -d 8>&- 9>&-
+      echo "$daemon" >>"$state/started"
+    done
+    for _ in $(seq 100); do
+      if answers; then exit 0; fi
+      sleep 0.2
+    done
+    echo "libvirtd was started but $uri does not answer" >&2
+    exit 1
+  ) 8>"$state/start.lock"
+}
+
+stop() {
+  [ -e "$state/started" ] || return 0
+  if [ -n "$(virsh -q -c "$uri" list --name 2>/dev/null)" ]; then return 0; fi
+  local daemon pid
+  for daemon in libvirtd virtlogd; do
+    if grep -qx "$daemon" "$state/started" && pid=$(cat "/run/$daemon.pid" 2>/dev/null); then
+      kill "$pid" 2>/dev/null || true
+      for _ in $(seq 50); do kill -0 "$pid" 2>/dev/null || break; sleep 0.1; done
+    fi
+  done
+  rm -f "$state/started"
+}
+
+case ${1:-} in
+  start) start ;;
+  stop) stop ;;
+  with)
+    shift
+    mkdir -p "$state"
+    exec 9>"$state/users.lock"
+    flock -s 9
+    start
+    code=0
+    "$@" 9>&- || code=$?
+    flock -u 9
+    # Only the last user stops it.
+    if flock -n -x 9; then stop; fi
+    exit "$code"
+    ;;
+  *) sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+esac

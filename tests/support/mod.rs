@@ -1,0 +1,22 @@
+//! What integration tests share: a hermetic environment, tool wrappers, a real guest.
+//!
+//! Used by `#[path = "../support/mod.rs"] mod support;` in `tests/<subject>/main.rs`. Nothing here
+//! knows the library: tests drive the built program and compare with what independent tools say.
+//!
+//! Invariants: everything a test creates lies in its [`TestEnv`] or carries its unique name;
+//! processes end with the guard that started them, and only those; every wait has a deadline.
+//!
+//! Each test binary uses a part of it, hence the allowance for dead code.
+#![allow(dead_code, unused_imports)]
+
+mod domain;
+mod env;
+mod guest;
+mod outcome;
+mod tools;
+
+pub(crate) use domain::{DiskFormat, DiskSpec, Domain, DomainSpec};
+pub(crate) use env::TestEnv;
+pub(crate) use guest::{Guest, GuestFiles};
+pub(crate) use outcome::Outcome;
+pub(crate) use tools::{NbdServer, Process, assert_same_content, wait_for, wait_until};

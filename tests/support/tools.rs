@@ -1,0 +1,138 @@
+//! Processes with an end, waits with a deadline, servers on private sockets, image comparison.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use super::env::TestEnv;
+use super::outcome::Outcome;
+
+/// A running program, killed (only it) when dropped.
+pub(crate) struct Process {
+    child: Option<Child>,
+    command: String,
+}
+
+impl Process {
+    /// Starts it with its output captured. Programs that print more than a pipe holds before
+    /// [`Self::wait`] is called would stall: none of ours does.
+    pub(crate) fn spawn(command: &mut Command) -> Self {
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        let line = format!("{command:?}");
+        let child = command.spawn().unwrap_or_else(|error| panic!("{line}: {error}"));
+        Self { child: Some(child), command: line }
+    }
+
+    /// Its process id.
+    pub(crate) fn id(&self) -> u32 {
+        self.child.as_ref().expect("present until waited for").id()
+    }
+
+    /// Whether it still runs.
+    pub(crate) fn is_running(&mut self) -> bool {
+        let child = self.child.as_mut().expect("present until waited for");
+        child.try_wait().expect("own child").is_none()
+    }
+
+    /// Sends a signal, by the name `kill` knows.
+    pub(crate) fn signal(&self, name: &str) {
+        let status = Command::new("kill").args(["-s", name, &self.id().to_string()]).status();
+        assert!(status.expect("kill runs").success(), "cannot signal {}", self.command);
+    }
+
+    /// Waits for its end.
+    pub(crate) fn wait(mut self) -> Outcome {
+        let child = self.child.take().expect("present until waited for");
+        let output = child.wait_with_output().expect("own child");
+        Outcome::from_output(self.command.clone(), &output)
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+/// Polls `ready` until it gives a value; fails the test after `seconds`.
+#[track_caller]
+pub(crate) fn wait_for<T>(what: &str, seconds: u64, mut ready: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + Duration::from_secs(seconds);
+    loop {
+        if let Some(value) = ready() {
+            return value;
+        }
+        assert!(Instant::now() < deadline, "{what}: not after {seconds} s");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Polls `ready` until it is true; fails the test after `seconds`.
+#[track_caller]
+pub(crate) fn wait_until(what: &str, seconds: u64, mut ready: impl FnMut() -> bool) {
+    wait_for(what, seconds, || ready().then_some(()));
+}
+
+/// An NBD server on a private unix socket.
+pub(crate) struct NbdServer {
+    socket: PathBuf,
+    process: Process,
+}
+
+impl NbdServer {
+    /// `qemu-nbd` serving `image`, read-only; `args` come before the image.
+    pub(crate) fn qemu_nbd(env: &TestEnv, image: &Path, args: &[&str]) -> Self {
+        let socket = env.path(&format!("run/qemu-nbd-{}.sock", unique()));
+        let mut command = env.command("qemu-nbd");
+        command.args(["-r", "-t", "-e", "16", "-k"]).arg(&socket).args(args).arg(image);
+        Self::start(command, socket)
+    }
+
+    /// `nbdkit` with the given plugin and options, after `-U SOCKET -f`.
+    pub(crate) fn nbdkit(env: &TestEnv, args: &[&str]) -> Self {
+        let socket = env.path(&format!("run/nbdkit-{}.sock", unique()));
+        let mut command = env.command("nbdkit");
+        command.args(["-f", "-U"]).arg(&socket).args(args);
+        Self::start(command, socket)
+    }
+
+    fn start(mut command: Command, socket: PathBuf) -> Self {
+        let mut process = Process::spawn(&mut command);
+        wait_until("the NBD server's socket", 20, || {
+            assert!(process.is_running(), "{command:?} ended at once");
+            socket.exists()
+        });
+        Self { socket, process }
+    }
+
+    /// Its URI for the named export (empty for the default one).
+    pub(crate) fn uri(&self, export: &str) -> String {
+        format!("nbd+unix:///{export}?socket={}", self.socket.display())
+    }
+
+    /// Its process, to be disturbed.
+    pub(crate) fn process(&mut self) -> &mut Process {
+        &mut self.process
+    }
+}
+
+fn unique() -> u32 {
+    use std::sync::atomic::{AtomicU32, Ordering};
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    NEXT.fetch_add(1, Ordering::Relaxed)
+}
+
+/// Requires two images to hold the same guest-visible bytes and to have the same size
+/// (`qemu-img compare -s`), whatever their formats.
+#[track_caller]
+pub(crate) fn assert_same_content(env: &TestEnv, a: (&Path, &str), b: (&Path, &str)) {
+    let (a_path, a_format) = a;
+    let (b_path, b_format) = b;
+    let mut command = env.command("qemu-img");
+    command.args(["compare", "-s", "-U", "-f", a_format, "-F", b_format]);
+    let outcome = Outcome::of(command.arg(a_path).arg(b_path));
+    assert!(outcome.code == Some(0), "contents differ: {outcome:?}");
+}
