@@ -17,6 +17,7 @@
 mod buffer;
 pub mod conformance;
 mod extent;
+pub mod file;
 pub mod memory;
 mod range;
 

@@ -1,0 +1,93 @@
+//! Raw image files and block devices as disks.
+//!
+//! | type | what | opened by |
+//! |---|---|---|
+//! | [`FileSource`] | a raw file or device, read-only | image platform, `hash`, `verify --against` |
+//! | [`FileSink`] | an existing file or device of exactly the right size | `restore --to-device` |
+//! | [`NewFile`] | a sparse file under a temporary name, renamed when durable | `restore --to` |
+//!
+//! Invariants:
+//! - Zeroes are made by calls whose result the kernel defines as zero (hole, zero range, written
+//!   zeroes). Nothing is ever discarded: what a discarded block reads as is the device's whim.
+//! - Nothing existing is replaced before the new is complete and durable.
+//! - The reactor never waits for a disk: what is not in the page cache is read on blocking threads,
+//!   writing happens on the sink's own threads.
+//!
+//! Neither format nor partition tables are looked at: bytes are bytes. Locking an image against
+//! other users is the business of the platform that knows who they are.
+
+mod new;
+mod sink;
+mod source;
+#[cfg(test)]
+mod tests;
+
+pub use new::{Existing, NewFile};
+pub use sink::FileSink;
+pub use source::{Access, FileSource};
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Seek, SeekFrom};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::Path;
+
+use crate::error::{Error, Kind, Result};
+
+/// What a sink or source stands on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Medium {
+    File,
+    Device,
+}
+
+/// Opens a raw file or block device and finds its size. Anything else (a pipe, a directory) is
+/// refused: it has no size and cannot be read twice.
+fn open(path: &Path, options: &mut OpenOptions) -> Result<(File, Medium, u64)> {
+    // O_NONBLOCK keeps the open of a FIFO from hanging; it means nothing for files and disks.
+    let nonblock = rustix::fs::OFlags::NONBLOCK.bits().cast_signed();
+    let failed = |e| Error::io(format!("cannot open {}", path.display()), e);
+    let file = options.custom_flags(nonblock).open(path).map_err(failed)?;
+    let (medium, size_bytes) = examine(&file, path)?;
+    Ok((file, medium, size_bytes))
+}
+
+/// Medium and size of an open file.
+fn examine(mut file: &File, path: &Path) -> Result<(Medium, u64)> {
+    let failed = |e| Error::io(format!("cannot examine {}", path.display()), e);
+    let kind = file.metadata().map_err(failed)?.file_type();
+    let medium = match kind {
+        kind if kind.is_file() => Medium::File,
+        kind if kind.is_block_device() => Medium::Device,
+        _ => {
+            let message = format!("{} is neither a file nor a block device", path.display());
+            return Err(Error::new(Kind::Unsupported, message));
+        }
+    };
+    // The metadata of a device have no length; its end does.
+    let size_bytes = file.seek(SeekFrom::End(0)).map_err(failed)?;
+    Ok((medium, size_bytes))
+}
+
+/// Runs `work`, which may wait for a disk, on a blocking thread.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|e| Error::new(Kind::Internal, "an input/output thread died").source(e))?
+}
+
+/// Whether `error` says that this kind of call does not exist here, so that another may do.
+fn is_unsupported(error: rustix::io::Errno) -> bool {
+    use rustix::io::Errno;
+    [Errno::OPNOTSUPP, Errno::NOSYS, Errno::NODEV, Errno::INVAL, Errno::NOTTY].contains(&error)
+}
+
+/// An error of the system with what was done to which file.
+fn failed(what: impl std::fmt::Display, name: &str, error: impl Into<io::Error>) -> Error {
+    let error = error.into();
+    if error.kind() == io::ErrorKind::UnexpectedEof {
+        return Error::new(Kind::Io, format!("{name} ended at {what}: it shrank while in use"));
+    }
+    Error::io(format!("cannot {what} of {name}"), error)
+}

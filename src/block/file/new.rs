@@ -1,0 +1,112 @@
+//! A file that appears under its name only when it is complete and durable.
+//!
+//! ```text
+//!  create ──► .NAME.XXXXXX.part (mode 0600, all hole) ──► sink ──► commit: sync, rename, sync dir
+//!                        │                                  └────► abort: removed
+//!                        └── dropped: removed as well
+//! ```
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use tempfile::TempPath;
+
+use super::{FileSink, blocking};
+use crate::block::BlockSink;
+use crate::error::{Error, Kind, Result};
+
+/// What to do with a file that has the name already.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Existing {
+    /// Fail, both when the new file is begun and, race-free, when it is committed.
+    Refuse,
+    /// Replace it, at the moment the new one is complete.
+    Replace,
+}
+
+/// A raw image in the making.
+#[derive(Debug)]
+pub struct NewFile {
+    path: PathBuf,
+    temporary: TempPath,
+    existing: Existing,
+    sink: Arc<FileSink>,
+}
+
+impl NewFile {
+    /// Begins a sparse file of `size_bytes` that will be `path`. Its directory must exist.
+    pub fn create(path: &Path, size_bytes: u64, existing: Existing) -> Result<Self> {
+        let Some(name) = path.file_name() else {
+            let message = format!("'{}' does not name a file", path.display());
+            return Err(Error::new(Kind::Usage, message));
+        };
+        if existing == Existing::Refuse && path.symlink_metadata().is_ok() {
+            return Err(exists(path));
+        }
+        let mut prefix = std::ffi::OsString::from(".");
+        prefix.push(name);
+        prefix.push(".");
+        // tempfile makes it with mode 0600: a disk is full of other people's secrets.
+        let (file, temporary) = tempfile::Builder::new()
+            .prefix(&prefix)
+            .suffix(".part")
+            .tempfile_in(parent(path))
+            .map_err(|e| Error::io(format!("cannot create {}", path.display()), e))?
+            .into_parts();
+        let sink = Arc::new(FileSink::on_new(file, path, size_bytes)?);
+        Ok(Self { path: path.to_owned(), temporary, existing, sink })
+    }
+
+    /// Where the bytes go.
+    pub fn sink(&self) -> Arc<FileSink> {
+        Arc::clone(&self.sink)
+    }
+
+    /// The temporary file, for tools that must write to it by name.
+    pub fn temporary_path(&self) -> &Path {
+        &self.temporary
+    }
+
+    /// Makes the file durable and gives it its name. On an error nothing new is under the name.
+    /// Not cancel-safe: dropped midway, the file may or may not have its name.
+    pub async fn commit(self) -> Result<()> {
+        self.sink.flush().await?;
+        let Self { path, temporary, existing, .. } = self;
+        blocking(move || {
+            let renamed = match existing {
+                Existing::Refuse => temporary.persist_noclobber(&path),
+                Existing::Replace => temporary.persist(&path),
+            };
+            renamed.map_err(|e| match e.error.kind() {
+                std::io::ErrorKind::AlreadyExists => exists(&path),
+                _ => Error::io(format!("cannot rename to {}", path.display()), e.error),
+            })?;
+            // The name is durable when its directory is.
+            File::open(parent(&path)).and_then(|directory| directory.sync_all()).map_err(|e| {
+                Error::io(format!("cannot sync the directory of {}", path.display()), e)
+            })
+        })
+        .await
+    }
+
+    /// Removes what was written.
+    pub fn abort(self) -> Result<()> {
+        let path = self.temporary.to_path_buf();
+        self.temporary
+            .close()
+            .map_err(|e| Error::io(format!("cannot remove {}", path.display()), e))
+    }
+}
+
+fn parent(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
+}
+
+fn exists(path: &Path) -> Error {
+    Error::new(Kind::AlreadyExists, format!("{} exists", path.display()))
+        .hint("choose another name, or --force to replace it")
+}

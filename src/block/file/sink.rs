@@ -1,0 +1,229 @@
+//! Writing a raw file or device.
+//!
+//! Writes to one file take turns in the kernel (the inode's lock), so a sink has two threads of its
+//! own: one copies into the page cache while the other waits its turn. Write-back starts as soon as
+//! the writers have moved on (`POSIX_FADV_DONTNEED` begins asynchronous write-back of dirty pages,
+//! Linux `mm/fadvise.c`), so the final sync finds little left to do.
+
+use std::fs::{File, OpenOptions};
+use std::num::NonZeroU64;
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use async_trait::async_trait;
+use rustix::fs::{Advice, FallocateFlags, fadvise, fallocate, fdatasync};
+
+use super::{Medium, blocking, failed, is_unsupported, open};
+use crate::block::{BlockSink, Buffer, ByteRange, Geometry, ZeroMode};
+use crate::error::{Error, Kind, Result};
+use crate::units::{ByteSize, MIB};
+use crate::workers::Workers;
+
+/// See the module head.
+const THREADS: usize = 2;
+
+/// Requests worth having in flight: the threads and their queue.
+const IN_FLIGHT: usize = 8;
+
+/// Write-back is started in windows of this size: large enough for one seek not to matter, small
+/// enough to leave little for the end.
+const WRITEBACK_BYTES: u64 = 8 * MIB;
+
+/// Zeroing calls of devices work on whole logical blocks and drop whole pages of their cache; 4 KiB
+/// is the largest of both on the machines we run on.
+const ZERO_ALIGN_BYTES: u64 = 4096;
+
+/// Literal zeroes are written in pieces of this size.
+const ZEROES_BYTES: usize = 1 << 20;
+
+/// A file or block device of the disk's size, writable.
+#[derive(Debug)]
+pub struct FileSink {
+    inner: Arc<Inner>,
+    starts_zero: bool,
+    threads: Workers,
+    /// The window being written; those two and more behind it are on their way to the disk.
+    frontier: AtomicU64,
+}
+
+#[derive(Debug)]
+struct Inner {
+    file: File,
+    name: String,
+    size_bytes: u64,
+    medium: Medium,
+}
+
+impl FileSink {
+    /// Opens an existing block device or file to be overwritten in place. Its size must be exactly
+    /// `size_bytes`: a guest that finds its disk longer or shorter than before may not boot. A
+    /// device that is mounted or otherwise claimed is refused (`O_EXCL`, open(2)).
+    pub fn open(path: &Path, size_bytes: u64) -> Result<Self> {
+        let mut options = OpenOptions::new();
+        options.read(true).write(true);
+        let is_device = std::fs::metadata(path)
+            .map_err(|e| Error::io(format!("cannot open {}", path.display()), e))?
+            .file_type()
+            .is_block_device();
+        if is_device {
+            options.custom_flags(rustix::fs::OFlags::EXCL.bits().cast_signed());
+        }
+        let (file, medium, found) = open(path, &mut options)?;
+        if found != size_bytes {
+            let message = format!(
+                "{} has {found} bytes ({}), the disk has {size_bytes} ({})",
+                path.display(),
+                ByteSize(found),
+                ByteSize(size_bytes)
+            );
+            let hint = format!("make it exactly {size_bytes} bytes long");
+            return Err(Error::new(Kind::Usage, message).hint(hint));
+        }
+        Self::new(file, path, (medium, size_bytes), false)
+    }
+
+    /// A sink on a file just made: empty, all hole.
+    pub(super) fn on_new(file: File, path: &Path, size_bytes: u64) -> Result<Self> {
+        let failed = |e| Error::io(format!("cannot size {}", path.display()), e);
+        file.set_len(size_bytes).map_err(failed)?;
+        Self::new(file, path, (Medium::File, size_bytes), true)
+    }
+
+    fn new(
+        file: File,
+        path: &Path,
+        (medium, size_bytes): (Medium, u64),
+        starts_zero: bool,
+    ) -> Result<Self> {
+        let inner = Inner { file, name: path.display().to_string(), size_bytes, medium };
+        let threads = Workers::new(THREADS)?;
+        Ok(Self { inner: Arc::new(inner), starts_zero, threads, frontier: AtomicU64::new(0) })
+    }
+
+    /// Starts the write-back of what lies well behind the write at `offset`.
+    fn begin_writeback(&self, offset: u64) {
+        let window = offset / WRITEBACK_BYTES;
+        let before = self.frontier.fetch_max(window, Ordering::Relaxed);
+        // The window just left may have writes in flight: it goes with the next step.
+        let (from, to) = (before.saturating_sub(1), window.saturating_sub(1));
+        if from >= to {
+            return;
+        }
+        let inner = Arc::clone(&self.inner);
+        // Detached on purpose: advice, whose failure the final sync makes good.
+        drop(tokio::task::spawn_blocking(move || {
+            let len = NonZeroU64::new((to - from) * WRITEBACK_BYTES);
+            let _ = fadvise(&inner.file, from * WRITEBACK_BYTES, len, Advice::DontNeed);
+        }));
+    }
+}
+
+#[async_trait]
+impl BlockSink for FileSink {
+    fn geometry(&self) -> Geometry {
+        Geometry {
+            size_bytes: self.inner.size_bytes,
+            align_bytes: 1,
+            preferred_bytes: 4096,
+            request_bytes_max: 32 << 20,
+            in_flight: IN_FLIGHT,
+        }
+    }
+
+    fn starts_zero(&self) -> bool {
+        self.starts_zero
+    }
+
+    async fn write(&self, offset: u64, buffer: Buffer) -> Result<()> {
+        let inner = Arc::clone(&self.inner);
+        self.threads.run(move || inner.write(offset, &buffer)).await??;
+        self.begin_writeback(offset);
+        Ok(())
+    }
+
+    async fn zero(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
+        let inner = Arc::clone(&self.inner);
+        self.threads.run(move || inner.zero(range, mode)).await?
+    }
+
+    async fn keep(&self, range: ByteRange) -> Result<()> {
+        let message = format!("{} has no base to keep {range} from", self.inner.name);
+        Err(Error::new(Kind::Unsupported, message))
+    }
+
+    async fn flush(&self) -> Result<()> {
+        let inner = Arc::clone(&self.inner);
+        blocking(move || fdatasync(&inner.file).map_err(|e| failed("sync data", &inner.name, e)))
+            .await
+    }
+}
+
+impl Inner {
+    fn write(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+        let range = ByteRange::new(offset, bytes.len() as u64);
+        assert!(range.end() <= self.size_bytes, "a write past the end of the disk: {range:?}");
+        self.file
+            .write_all_at(bytes, offset)
+            .map_err(|e| failed(format_args!("write {range}"), &self.name, e))
+    }
+
+    /// Zeroes by the cheapest call that exists, the edges of odd ranges on devices by writing.
+    fn zero(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
+        assert!(range.end() <= self.size_bytes, "zeroes past the end of the disk: {range:?}");
+        let core = match self.medium {
+            Medium::File => range,
+            Medium::Device => inner_pages(range),
+        };
+        if core.is_empty() || !self.try_zero(core, mode)? {
+            if mode == ZeroMode::FastOnly {
+                let message = format!("{} has no fast way to zero {range}", self.name);
+                return Err(Error::new(Kind::Unsupported, message));
+            }
+            return self.write_zeroes(range);
+        }
+        self.write_zeroes(ByteRange::between(range.offset(), core.offset()))?;
+        self.write_zeroes(ByteRange::between(core.end(), range.end()))
+    }
+
+    /// Tries the calls that fit `mode`, best first; `false` when none exists here. On devices a
+    /// punched hole is "write zeroes, may unmap", not a discard (Linux `blkdev_fallocate`).
+    fn try_zero(&self, range: ByteRange, mode: ZeroMode) -> Result<bool> {
+        let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        let zero = FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE;
+        let ways: &[_] = match (mode, self.medium) {
+            (ZeroMode::Sparse, _) | (ZeroMode::FastOnly, Medium::File) => &[punch, zero],
+            // On devices ZERO_RANGE may mean that the kernel writes zeroes: not fast.
+            (ZeroMode::FastOnly, Medium::Device) => &[punch],
+            (ZeroMode::Allocated, _) => &[zero],
+        };
+        for flags in ways {
+            match fallocate(&self.file, *flags, range.offset(), range.len()) {
+                Ok(()) => return Ok(true),
+                Err(error) if is_unsupported(error) => {}
+                Err(error) => return Err(failed(format_args!("zero {range}"), &self.name, error)),
+            }
+        }
+        Ok(false)
+    }
+
+    fn write_zeroes(&self, range: ByteRange) -> Result<()> {
+        if range.is_empty() {
+            return Ok(());
+        }
+        let zeroes = vec![0; ZEROES_BYTES];
+        for piece in range.pieces(ZEROES_BYTES as u64) {
+            let len = usize::try_from(piece.len()).expect("a piece is at most 1 MiB");
+            self.write(piece.offset(), &zeroes[..len])?;
+        }
+        Ok(())
+    }
+}
+
+/// The whole pages within `range`; empty when there are none.
+fn inner_pages(range: ByteRange) -> ByteRange {
+    let start = range.offset().next_multiple_of(ZERO_ALIGN_BYTES);
+    let end = range.end() - range.end() % ZERO_ALIGN_BYTES;
+    ByteRange::between(start.min(range.end()), end.max(start.min(range.end())))
+}
