@@ -32,6 +32,7 @@ pub mod clock;
 pub mod content;
 pub mod control;
 pub mod error;
+pub mod nbd;
 pub mod platform;
 pub mod units;
 pub mod vm;

@@ -1,0 +1,38 @@
+//! NBD: the connector to every disk that is not a local raw file.
+//!
+//! ```text
+//!  NbdUri ─► Connector ─► Stream ─► greet ─► Handshake ─► Negotiated ─► Connection(s) ─► Client
+//!  (address)              (unix,     (options: headers, contexts, GO)    (16 in flight   (BlockSource
+//!                          tcp, …)                                        each)           BlockSink)
+//! ```
+//!
+//! [`Client::open`] is the way in. The peer is not trusted: every number it sends is checked
+//! before it is used, no memory is taken for a length that was not checked, a broken rule ends the
+//! connection with an error that names peer and rule, and each wait has a deadline. A read is
+//! complete only if the server sent every byte of it; zeroes are never made up.
+//!
+//! Layers inside: [`wire`] (numbers), `negotiate` (the handshake), `request` (rules of replies,
+//! no I/O), `connection` with `reader` and `writer` (one socket), `client` (the disk).
+//!
+//! Deliberately not here: retries (a point in time may be gone when a connection is), TRIM (its
+//! result is undefined, so nothing may rely on it), formats.
+
+mod client;
+mod connection;
+mod error;
+mod export;
+mod extents;
+mod negotiate;
+mod reader;
+mod request;
+mod stream;
+mod uri;
+pub mod wire;
+mod writer;
+
+pub use client::{Access, BASE_ALLOCATION, Client, ClientOptions, InitialContent, Timeouts, list};
+pub use error::NbdError;
+pub use export::{BlockSizes, ExportInfo};
+pub use negotiate::{Context, Greeted, Handshake, Listed, Negotiated, greet};
+pub use stream::{Connector, ReadHalf, Stream, WriteHalf};
+pub use uri::{Address, NbdUri, PORT_DEFAULT};

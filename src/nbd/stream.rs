@@ -1,0 +1,106 @@
+//! Byte streams an NBD session can run over, and how to get one.
+//!
+//! A session needs a reader and a writer that work independently once requests fly; before that
+//! it is one stream, so that TLS can be wrapped around it in the middle of the negotiation. A new
+//! transport (TLS, vsock, ssh) is one more implementation of [`Stream`] and, if it has an address
+//! of its own, of [`Connector`].
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use tokio::io::{AsyncRead, AsyncWrite, DuplexStream, Join};
+use tokio::net::{TcpStream, UnixStream};
+
+use super::uri::{Address, NbdUri};
+use crate::error::{Error, Kind, Result};
+
+/// The reading half of a [`Stream`].
+pub type ReadHalf = Box<dyn AsyncRead + Send + Unpin>;
+/// The writing half of a [`Stream`].
+pub type WriteHalf = Box<dyn AsyncWrite + Send + Unpin>;
+
+/// A byte stream in both directions.
+pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin {
+    /// Takes it apart into halves that do not wait for each other.
+    fn halves(self: Box<Self>) -> (ReadHalf, WriteHalf);
+}
+
+impl Stream for UnixStream {
+    fn halves(self: Box<Self>) -> (ReadHalf, WriteHalf) {
+        let (reader, writer) = self.into_split();
+        (Box::new(reader), Box::new(writer))
+    }
+}
+
+impl Stream for TcpStream {
+    fn halves(self: Box<Self>) -> (ReadHalf, WriteHalf) {
+        let (reader, writer) = self.into_split();
+        (Box::new(reader), Box::new(writer))
+    }
+}
+
+/// Both directions of a pipe in memory: tests.
+impl Stream for DuplexStream {
+    fn halves(self: Box<Self>) -> (ReadHalf, WriteHalf) {
+        let (reader, writer) = tokio::io::split(*self);
+        (Box::new(reader), Box::new(writer))
+    }
+}
+
+/// A child's output and input, or any other pair.
+impl<R, W> Stream for Join<R, W>
+where
+    R: AsyncRead + Send + Unpin + 'static,
+    W: AsyncWrite + Send + Unpin + 'static,
+{
+    fn halves(self: Box<Self>) -> (ReadHalf, WriteHalf) {
+        let (reader, writer) = self.into_inner();
+        (Box::new(reader), Box::new(writer))
+    }
+}
+
+/// Makes streams to one server, as many as a client wants.
+#[async_trait]
+pub trait Connector: Send + Sync {
+    /// The server as errors name it.
+    fn peer(&self) -> Arc<str>;
+
+    /// A new stream. The caller bounds the wait; cancel-safe.
+    async fn connect(&self) -> Result<Box<dyn Stream>>;
+}
+
+#[async_trait]
+impl Connector for NbdUri {
+    fn peer(&self) -> Arc<str> {
+        self.to_string().into()
+    }
+
+    async fn connect(&self) -> Result<Box<dyn Stream>> {
+        let failed = |e| Error::io(format!("cannot connect to NBD server {self}"), e);
+        match &self.address {
+            Address::Unix(path) => Ok(Box::new(UnixStream::connect(path).await.map_err(failed)?)),
+            Address::Tcp { host, port } => {
+                let stream = TcpStream::connect((host.as_str(), *port)).await.map_err(failed)?;
+                // Requests are small and wanted at once (proto.md asks for it of both sides).
+                stream.set_nodelay(true).map_err(failed)?;
+                Ok(Box::new(stream))
+            }
+        }
+    }
+}
+
+/// Runs `work`, at most for `limit`.
+pub(super) async fn within<T>(
+    limit: Duration,
+    what: impl Fn() -> String,
+    work: impl Future<Output = Result<T>>,
+) -> Result<T> {
+    match tokio::time::timeout(limit, work).await {
+        Ok(result) => result,
+        Err(_) => Err(Error::new(
+            Kind::Timeout,
+            format!("{} took longer than {} s", what(), limit.as_secs()),
+        )),
+    }
+}

@@ -1,0 +1,6 @@
+//! The NBD client against real servers and hostile ones.
+
+#![allow(clippy::unwrap_used, unreachable_pub)]
+
+mod real;
+mod support;
