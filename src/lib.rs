@@ -31,6 +31,7 @@ pub mod block;
 pub mod clock;
 pub mod content;
 pub mod control;
+pub mod copy;
 pub mod error;
 pub mod nbd;
 pub mod platform;

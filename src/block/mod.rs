@@ -18,6 +18,7 @@ mod buffer;
 pub mod conformance;
 mod extent;
 pub mod file;
+pub mod layer;
 pub mod memory;
 mod range;
 

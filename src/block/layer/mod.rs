@@ -1,0 +1,3 @@
+//! Layers: a disk around a disk, with one thing added.
+
+pub mod faulty;

@@ -1,0 +1,167 @@
+//! One step of a copy: from the source's bytes to the sink's.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::plan::Step;
+use super::sparse::{Run, runs};
+use super::{Destination, Options, Report, Shape, Unchanged, Zeroes};
+use crate::block::{BlockSink, BlockSource, Buffer, ByteRange, ZeroMode};
+use crate::error::{Error, Result};
+
+/// What all steps of a copy share.
+pub(super) struct Copying {
+    pub(super) source: Arc<dyn BlockSource>,
+    pub(super) sink: Arc<dyn BlockSink>,
+    pub(super) shape: Shape,
+    pub(super) unchanged: Unchanged,
+    source_name: String,
+    sink_name: String,
+    zeroes: ZeroPolicy,
+    /// Block size in which data is searched for zeroes.
+    detect_bytes: Option<u64>,
+    /// Largest read of the source, a multiple of its alignment.
+    read_bytes_max: u64,
+    source_align_bytes: u64,
+}
+
+/// What to do about a range of zeroes.
+#[derive(Clone, Copy, Debug)]
+enum ZeroPolicy {
+    /// The sink reads as zero there.
+    LeaveOut,
+    Make(ZeroMode),
+}
+
+impl Copying {
+    pub(super) fn new(
+        source: Arc<dyn BlockSource>,
+        sink: Arc<dyn BlockSink>,
+        options: &Options,
+        shape: Shape,
+    ) -> Self {
+        let starts_zero = options.destination == Destination::Zero || sink.starts_zero();
+        let (zeroes, detect_bytes) = match options.zeroes {
+            Zeroes::Allocated => (ZeroPolicy::Make(ZeroMode::Allocated), None),
+            Zeroes::Sparse { detect_bytes } if starts_zero => (ZeroPolicy::LeaveOut, detect_bytes),
+            Zeroes::Sparse { detect_bytes } => (ZeroPolicy::Make(ZeroMode::Sparse), detect_bytes),
+        };
+        let geometry = source.geometry();
+        let read_max = geometry.request_bytes_max.max(geometry.align_bytes);
+        Self {
+            // A block no smaller than a request is the sink's own chunk: it looks for itself.
+            detect_bytes: detect_bytes
+                .map(|bytes| bytes.max(sink.geometry().align_bytes))
+                .filter(|bytes| *bytes < shape.request_bytes),
+            read_bytes_max: read_max - read_max % geometry.align_bytes,
+            source_align_bytes: geometry.align_bytes,
+            source,
+            sink,
+            shape,
+            unchanged: options.unchanged,
+            source_name: options.source_name.clone(),
+            sink_name: options.sink_name.clone(),
+            zeroes,
+        }
+    }
+
+    /// Does a step; a read comes with the buffer for its range. Abandoned when dropped.
+    pub(super) async fn run(&self, step: Step, buffer: Option<Buffer>) -> Result<Report> {
+        match (step, buffer) {
+            (Step::Keep(range), _) => {
+                let kept = self.sink.keep(range).await;
+                kept.map_err(|e| self.sink_failed("keep", range, e))?;
+                Ok(Report { kept_bytes: range.len(), ..Report::default() })
+            }
+            (Step::Zero(range), _) => self.zero(range).await,
+            (Step::Read { range, span }, Some(buffer)) => {
+                let span = span.widen(self.source_align_bytes, self.shape.size_bytes);
+                let buffer = self.read(range, span, buffer).await?;
+                let mut report = self.write(range, buffer).await?;
+                report.read_bytes = span.len();
+                Ok(report)
+            }
+            (Step::Read { .. }, None) => unreachable!("a read comes with its buffer"),
+        }
+    }
+
+    /// Reads `span` of `range` and zeroes the rest: buffers carry old bytes.
+    async fn read(&self, range: ByteRange, span: ByteRange, buffer: Buffer) -> Result<Buffer> {
+        assert!(range.contains(span), "a read within its step");
+        let within = |part: ByteRange| -> Range<usize> {
+            let at = |n: u64| usize::try_from(n - range.offset()).expect("a buffer fits memory");
+            at(part.offset())..at(part.end())
+        };
+        let mut buffer = buffer.whole();
+        assert_eq!(buffer.len() as u64, range.len(), "a buffer for the whole step");
+        let inner = within(span);
+        buffer[..inner.start].fill(0);
+        buffer[inner.end..].fill(0);
+        let mut start = span.offset();
+        while start < span.end() {
+            let end = start.saturating_add(self.read_bytes_max).min(span.end());
+            let part = ByteRange::between(start, end);
+            let window = buffer.with_window(within(part));
+            let filled =
+                self.source.read(start, window).await.map_err(|e| {
+                    e.context(format!("cannot read {part} of {}", self.source_name))
+                })?;
+            assert_eq!(filled.len() as u64, part.len(), "a read fills its window");
+            buffer = filled.whole();
+            start = end;
+        }
+        Ok(buffer)
+    }
+
+    async fn write(&self, range: ByteRange, buffer: Buffer) -> Result<Report> {
+        let runs = match self.detect_bytes {
+            Some(block_bytes) => runs(&buffer, range.offset(), block_bytes),
+            None => vec![Run { range, zero: false }],
+        };
+        let mut report = Report::default();
+        let mut whole = Some(buffer);
+        let last_data = runs.iter().rposition(|run| !run.zero);
+        for (index, run) in runs.iter().enumerate() {
+            if run.zero {
+                report.zero_bytes += self.zero(run.range).await?.zero_bytes;
+                continue;
+            }
+            let start = usize::try_from(run.range.offset() - range.offset()).expect("in memory");
+            let end = usize::try_from(run.range.end() - range.offset()).expect("in memory");
+            let part = if Some(index) == last_data {
+                let buffer = whole.take().expect("the buffer is given away once, last");
+                buffer.with_window(start..end)
+            } else {
+                // A copy outside the budget: at most once the budget in all, and waiting for the
+                // budget with a share of it in hand could wait for ever.
+                let buffer = whole.as_ref().expect("the buffer is given away last");
+                Buffer::unbudgeted(buffer[start..end].to_vec())
+            };
+            let written = self.sink.write(run.range.offset(), part).await;
+            written.map_err(|e| self.sink_failed("write", run.range, e))?;
+            report.written_bytes += run.range.len();
+        }
+        Ok(report)
+    }
+
+    async fn zero(&self, range: ByteRange) -> Result<Report> {
+        if let ZeroPolicy::Make(mode) = self.zeroes {
+            let zeroed = self.sink.zero(range, mode).await;
+            zeroed.map_err(|e| self.sink_failed("zero", range, e))?;
+        }
+        Ok(Report { zero_bytes: range.len(), ..Report::default() })
+    }
+
+    fn sink_failed(&self, what: &str, range: ByteRange, error: Error) -> Error {
+        error.context(format!("cannot {what} {range} of {}", self.sink_name))
+    }
+
+    pub(super) async fn flush(&self) -> Result<()> {
+        let flushed = self.sink.flush().await;
+        flushed.map_err(|e| e.context(format!("cannot make {} durable", self.sink_name)))
+    }
+
+    pub(super) fn source_name(&self) -> String {
+        self.source_name.clone()
+    }
+}
