@@ -35,6 +35,7 @@ pub mod copy;
 pub mod error;
 pub mod nbd;
 pub mod platform;
+pub mod repo;
 pub mod units;
 pub mod vm;
 pub mod workers;

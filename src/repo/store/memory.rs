@@ -1,0 +1,253 @@
+//! A store in memory: for tests and simulation, with a clock and faults that the test decides on.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use async_trait::async_trait;
+
+use super::{
+    ObjectInfo, ObjectName, ObjectStore, ObjectWriter, PAGE_MAX, ReadRange, StoreError, StoreResult,
+};
+use crate::clock::{Clock, Timestamp};
+
+/// A call to the store, as a fault hook sees it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Operation {
+    /// An object is begun.
+    Create(ObjectName),
+    /// Bytes are appended.
+    Write(ObjectName),
+    /// An object is finished.
+    Finish(ObjectName),
+    /// An object is read.
+    Read(ObjectName),
+    /// An object is asked for.
+    Stat(ObjectName),
+    /// Objects are listed.
+    List(String),
+    /// An object is deleted.
+    Delete(ObjectName),
+    /// The clock is asked.
+    Now,
+}
+
+/// What a fault hook makes of a call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// The call fails and has no effect.
+    Fail,
+    /// The call takes effect and yet fails: the answer got lost.
+    LoseAnswer,
+    /// The store is full: the call fails and has no effect.
+    Full,
+}
+
+type Hook = Arc<dyn Fn(&Operation) -> Option<Fault> + Send + Sync>;
+
+/// A store in memory. Clones share the objects.
+#[derive(Clone)]
+pub struct MemoryStore {
+    clock: Arc<dyn Clock>,
+    shared: Arc<Mutex<Shared>>,
+}
+
+#[derive(Default)]
+struct Shared {
+    objects: BTreeMap<ObjectName, (Arc<Vec<u8>>, Timestamp)>,
+    hook: Option<Hook>,
+}
+
+impl MemoryStore {
+    /// An empty store with `clock` as its own clock.
+    pub fn new(clock: Arc<dyn Clock>) -> Self {
+        Self { clock, shared: Arc::default() }
+    }
+
+    /// Asks `hook` about every call from now on.
+    pub fn set_fault_hook(
+        &self,
+        hook: impl Fn(&Operation) -> Option<Fault> + Send + Sync + 'static,
+    ) {
+        self.lock().hook = Some(Arc::new(hook));
+    }
+
+    /// No more faults.
+    pub fn clear_fault_hook(&self) {
+        self.lock().hook = None;
+    }
+
+    /// Damages or replaces an object behind everybody's back.
+    pub fn overwrite(&self, name: &ObjectName, bytes: Vec<u8>) {
+        let stored = self.clock.now();
+        self.lock().objects.insert(name.clone(), (Arc::new(bytes), stored));
+    }
+
+    /// Every name there is.
+    pub fn names(&self) -> Vec<ObjectName> {
+        self.lock().objects.keys().cloned().collect()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Shared> {
+        // Held for single map operations only, which leave the map whole when they panic.
+        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Runs `effect` as the hook allows.
+    fn call<T>(
+        &self,
+        operation: &Operation,
+        effect: impl FnOnce(&mut Shared) -> StoreResult<T>,
+    ) -> StoreResult<T> {
+        // The hook is called without the lock, so that it may look at the store.
+        let hook = self.lock().hook.clone();
+        let fault = hook.and_then(|hook| hook(operation));
+        let what = || format!("{operation:?} in {}", self.describe());
+        match fault {
+            None => effect(&mut self.lock()),
+            Some(Fault::Fail) => {
+                Err(StoreError::io(what(), io::Error::other("a fault was injected")))
+            }
+            Some(Fault::Full) => {
+                Err(StoreError::io(what(), io::Error::from(io::ErrorKind::StorageFull)))
+            }
+            Some(Fault::LoseAnswer) => {
+                effect(&mut self.lock())?;
+                Err(StoreError::io(what(), io::Error::other("the answer got lost")))
+            }
+        }
+    }
+}
+
+impl fmt::Debug for MemoryStore {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("MemoryStore").field("objects", &self.lock().objects.len()).finish()
+    }
+}
+
+#[async_trait]
+impl ObjectStore for MemoryStore {
+    fn describe(&self) -> String {
+        "memory".to_owned()
+    }
+
+    async fn create(&self, name: &ObjectName) -> StoreResult<Box<dyn ObjectWriter>> {
+        self.call(&Operation::Create(name.clone()), |_| Ok(()))?;
+        Ok(Box::new(Writer { store: self.clone(), name: name.clone(), bytes: Vec::new() }))
+    }
+
+    async fn read(&self, name: &ObjectName, range: ReadRange) -> StoreResult<Vec<u8>> {
+        let object =
+            self.call(&Operation::Read(name.clone()), |s| s.find(name).map(|o| Arc::clone(&o.0)))?;
+        let (offset, len) = range.resolve(name, object.len() as u64)?;
+        let offset = usize::try_from(offset).expect("resolved within an object in memory");
+        Ok(object[offset..offset + len].to_vec())
+    }
+
+    async fn stat(&self, name: &ObjectName) -> StoreResult<ObjectInfo> {
+        self.call(&Operation::Stat(name.clone()), |s| Ok(info(name, s.find(name)?)))
+    }
+
+    async fn list(
+        &self,
+        prefix: &str,
+        after: Option<&ObjectName>,
+        max: usize,
+    ) -> StoreResult<Vec<ObjectInfo>> {
+        self.call(&Operation::List(prefix.to_owned()), |s| {
+            let beyond = |name: &ObjectName| after.is_none_or(|after| name > after);
+            Ok(s.objects
+                .iter()
+                .filter(|(name, _)| name.as_str().starts_with(prefix) && beyond(name))
+                .take(max.min(PAGE_MAX))
+                .map(|(name, object)| info(name, object))
+                .collect())
+        })
+    }
+
+    async fn delete(&self, name: &ObjectName) -> StoreResult<()> {
+        self.call(&Operation::Delete(name.clone()), |s| {
+            s.find(name)?;
+            s.objects.remove(name);
+            Ok(())
+        })
+    }
+
+    async fn now(&self) -> StoreResult<Timestamp> {
+        self.call(&Operation::Now, |_| Ok(self.clock.now()))
+    }
+}
+
+impl Shared {
+    fn find(&self, name: &ObjectName) -> StoreResult<&(Arc<Vec<u8>>, Timestamp)> {
+        self.objects.get(name).ok_or_else(|| StoreError::NotFound { name: name.clone() })
+    }
+}
+
+fn info(name: &ObjectName, object: &(Arc<Vec<u8>>, Timestamp)) -> ObjectInfo {
+    ObjectInfo { name: name.clone(), size_bytes: object.0.len() as u64, stored: object.1 }
+}
+
+struct Writer {
+    store: MemoryStore,
+    name: ObjectName,
+    bytes: Vec<u8>,
+}
+
+#[async_trait]
+impl ObjectWriter for Writer {
+    async fn write(&mut self, bytes: Vec<u8>) -> StoreResult<()> {
+        let store = self.store.clone();
+        store.call(&Operation::Write(self.name.clone()), |_| {
+            self.bytes.extend_from_slice(&bytes);
+            Ok(())
+        })
+    }
+
+    async fn finish(self: Box<Self>) -> StoreResult<ObjectInfo> {
+        let Self { store, name, bytes } = *self;
+        let stored = store.clock.now();
+        store.call(&Operation::Finish(name.clone()), |s| {
+            if s.objects.contains_key(&name) {
+                return Err(StoreError::AlreadyExists { name: name.clone() });
+            }
+            let object = (Arc::new(bytes), stored);
+            let info = info(&name, &object);
+            s.objects.insert(name.clone(), object);
+            Ok(info)
+        })
+    }
+
+    async fn abort(self: Box<Self>) -> StoreResult<()> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clock::SystemClock;
+    use crate::repo::store::conformance;
+
+    fn empty() -> MemoryStore {
+        MemoryStore::new(Arc::new(SystemClock))
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+    async fn keeps_the_promises_of_a_store() {
+        conformance::run(&|| Arc::new(empty())).await;
+    }
+
+    #[tokio::test]
+    async fn a_lost_answer_leaves_the_object_and_a_failure_leaves_nothing() {
+        let store = empty();
+        let name = ObjectName::config();
+        store.set_fault_hook(|op| matches!(op, Operation::Finish(_)).then_some(Fault::Fail));
+        assert!(store.put(&name, vec![1]).await.is_err());
+        assert!(store.stat(&name).await.unwrap_err().is_not_found());
+        store.set_fault_hook(|op| matches!(op, Operation::Finish(_)).then_some(Fault::LoseAnswer));
+        assert!(store.put(&name, vec![1]).await.is_err());
+        assert_eq!(store.stat(&name).await.unwrap().size_bytes, 1);
+    }
+}
