@@ -2,5 +2,8 @@
 
 #![allow(clippy::unwrap_used, unreachable_pub)]
 
+mod fuzz;
+mod hostile;
 mod real;
+mod script;
 mod support;
