@@ -13,10 +13,11 @@
 //! What it does not promise: cheap listing, renaming, locks, conditional overwrites.
 //!
 //! Methods are cancel-safe unless said: dropping a future abandons the request, and an object being
-//! created by it is either there whole or not at all. Implementations: [`memory`];
+//! created by it is either there whole or not at all. Implementations: [`directory`], [`memory`];
 //! another one is a new file here and a run of [`conformance`].
 
 pub mod conformance;
+pub mod directory;
 mod error;
 pub mod memory;
 mod name;
@@ -63,6 +64,12 @@ pub trait ObjectStore: Send + Sync + std::fmt::Debug {
 
     /// The store's own clock: comparable with the time stamps of its objects.
     async fn now(&self) -> StoreResult<Timestamp>;
+
+    /// Removes what creators that never finished left behind before the time `before`, if such
+    /// leftovers exist here. Returns how many were removed.
+    async fn sweep(&self, _before: Timestamp) -> StoreResult<u64> {
+        Ok(0)
+    }
 
     /// Creates a small object whole.
     async fn put(&self, name: &ObjectName, bytes: Vec<u8>) -> StoreResult<ObjectInfo> {

@@ -1,0 +1,238 @@
+//! A store in a directory of a local file system, NFS or SMB.
+//!
+//! ```text
+//!  create   tmp/<random>          written, write-back started as it streams
+//!  finish   fsync(file) → rename without replacing → fsync(directory)       (writer.rs)
+//!  list     readdir by the known depth of each folder, sorted
+//! ```
+//!
+//! Everything happens relative to a descriptor of the root that is opened once: should the disk be
+//! unplugged or the path be mounted over, calls fail, and nothing is ever created at the path anew.
+//! Nothing relies on hard links, O_TMPFILE or d_type. Files are 0600, directories 0700. A time stamp
+//! is the modification time, which the file system (of the server, on NFS and SMB) sets; the store's
+//! clock is the time stamp of a file made for the purpose.
+//!
+//! Blocking calls run on the runtime's blocking threads. What a killed process leaves in `tmp/` is
+//! never seen as an object and removed by [`ObjectStore::sweep`].
+
+mod root;
+mod writer;
+
+use std::fmt;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use rustix::fs::{AtFlags, Mode, OFlags};
+
+use super::{
+    Folder, ObjectInfo, ObjectName, ObjectStore, ObjectWriter, PAGE_MAX, ReadRange, StoreError,
+    StoreResult,
+};
+use crate::clock::Timestamp;
+use crate::error::{Error, Kind, Result};
+use root::Root;
+
+/// Whether the directories above a new repository are made, too.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Parents {
+    /// They must exist: a typo or an unmounted path is an error.
+    MustExist,
+    /// They are made: for the default place only.
+    Create,
+}
+
+/// A store in a directory.
+pub struct DirectoryStore {
+    root: Arc<Root>,
+}
+
+impl fmt::Debug for DirectoryStore {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "DirectoryStore({})", self.root.path.display())
+    }
+}
+
+impl DirectoryStore {
+    /// Opens the directory, which must exist. Whether a repository is in it is not asked here.
+    pub async fn open(path: &Path) -> Result<Self> {
+        let path = path.to_owned();
+        blocking_border(move || Root::open(&path)).await.map(Self::of)
+    }
+
+    /// Makes the directory, or takes one that is empty, for a new repository.
+    pub async fn init(path: &Path, parents: Parents) -> Result<Self> {
+        let path = path.to_owned();
+        blocking_border(move || Root::init(&path, parents)).await.map(Self::of)
+    }
+
+    fn of(root: Root) -> Self {
+        Self { root: Arc::new(root) }
+    }
+
+    /// Runs `work` on a blocking thread.
+    async fn run<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Arc<Root>) -> StoreResult<T> + Send + 'static,
+    ) -> StoreResult<T> {
+        let root = Arc::clone(&self.root);
+        blocking(move || work(&root)).await
+    }
+}
+
+/// Runs `work` on a blocking thread; a panic in it is an error here.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> StoreResult<T> + Send + 'static,
+) -> StoreResult<T> {
+    tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| {
+        Err(StoreError::io("a call to the file system", std::io::Error::other(error)))
+    })
+}
+
+async fn blocking_border<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| {
+        Err(Error::new(Kind::Internal, "a call to the file system died").source(error))
+    })
+}
+
+#[async_trait]
+impl ObjectStore for DirectoryStore {
+    fn describe(&self) -> String {
+        format!("directory {}", self.root.path.display())
+    }
+
+    async fn create(&self, name: &ObjectName) -> StoreResult<Box<dyn ObjectWriter>> {
+        let name = name.clone();
+        let writer = self.run(move |root| writer::Writer::create(root, name)).await?;
+        Ok(Box::new(writer))
+    }
+
+    async fn read(&self, name: &ObjectName, range: ReadRange) -> StoreResult<Vec<u8>> {
+        let name = name.clone();
+        self.run(move |root| {
+            let error = |e: std::io::Error| root.error("reading", name.as_str(), e);
+            let file = root.open_object(&name)?;
+            let size_bytes = file.metadata().map_err(error)?.len();
+            let (offset, len) = range.resolve(&name, size_bytes)?;
+            let mut bytes = vec![0; len];
+            file.read_exact_at(&mut bytes, offset).map_err(error)?;
+            Ok(bytes)
+        })
+        .await
+    }
+
+    async fn stat(&self, name: &ObjectName) -> StoreResult<ObjectInfo> {
+        let name = name.clone();
+        self.run(move |root| stat(root, &name)).await
+    }
+
+    async fn list(
+        &self,
+        prefix: &str,
+        after: Option<&ObjectName>,
+        max: usize,
+    ) -> StoreResult<Vec<ObjectInfo>> {
+        let (prefix, after) = (prefix.to_owned(), after.cloned());
+        self.run(move |root| list(root, &prefix, after.as_ref(), max.min(PAGE_MAX))).await
+    }
+
+    async fn delete(&self, name: &ObjectName) -> StoreResult<()> {
+        let name = name.clone();
+        self.run(move |root| {
+            match rustix::fs::unlinkat(&root.dir, name.as_str(), AtFlags::empty()) {
+                Ok(()) => Ok(()),
+                Err(rustix::io::Errno::NOENT) => Err(root.missing(&name)),
+                Err(error) => Err(root.error("deleting", name.as_str(), error.into())),
+            }
+        })
+        .await
+    }
+
+    async fn now(&self) -> StoreResult<Timestamp> {
+        self.run(|root| root.now()).await
+    }
+
+    async fn sweep(&self, before: Timestamp) -> StoreResult<u64> {
+        self.run(move |root| root.sweep(before)).await
+    }
+}
+
+fn stat(root: &Root, name: &ObjectName) -> StoreResult<ObjectInfo> {
+    match rustix::fs::statat(&root.dir, name.as_str(), AtFlags::SYMLINK_NOFOLLOW) {
+        Ok(stat) => Ok(info(name, &stat)),
+        Err(rustix::io::Errno::NOENT | rustix::io::Errno::NOTDIR) => Err(root.missing(name)),
+        Err(error) => Err(root.error("looking at", name.as_str(), error.into())),
+    }
+}
+
+fn info(name: &ObjectName, stat: &rustix::fs::Stat) -> ObjectInfo {
+    let size_bytes = u64::try_from(stat.st_size).unwrap_or(0);
+    ObjectInfo { name: name.clone(), size_bytes, stored: root::stored(stat) }
+}
+
+/// One page, by descending only into directories that can hold names after `after`.
+fn list(
+    root: &Root,
+    prefix: &str,
+    after: Option<&ObjectName>,
+    max: usize,
+) -> StoreResult<Vec<ObjectInfo>> {
+    let Some(folder) = Folder::ALL.into_iter().find(|f| prefix.starts_with(f.prefix())) else {
+        return Ok(Vec::new());
+    };
+    // Directories first: those of the folder itself, or the one the prefix names.
+    let nested = matches!(folder, Folder::Packs | Folder::Points | Folder::Runs);
+    let mut directories = vec![folder.prefix().to_owned()];
+    if nested {
+        directories = root
+            .names_in(folder.prefix())?
+            .into_iter()
+            .map(|name| format!("{}{name}/", folder.prefix()))
+            .filter(|dir| dir.starts_with(prefix) || prefix.starts_with(dir.as_str()))
+            .collect();
+        directories.sort();
+    }
+    let mut page = Vec::new();
+    for directory in directories {
+        // All names of a directory share its prefix: one before `after`'s own can hold none.
+        let after = after.map(ObjectName::as_str);
+        if after.is_some_and(|after| !after.starts_with(&directory) && directory.as_str() < after) {
+            continue;
+        }
+        let mut names: Vec<ObjectName> = root
+            .names_in(&directory)?
+            .into_iter()
+            .filter_map(|name| ObjectName::parse(&format!("{directory}{name}")))
+            .filter(|name| name.as_str().starts_with(prefix))
+            .filter(|name| after.is_none_or(|after| name.as_str() > after))
+            .collect();
+        names.sort();
+        for name in names {
+            if page.len() == max {
+                return Ok(page);
+            }
+            match stat(root, &name) {
+                Ok(info) => page.push(info),
+                // Deleted since the directory was read.
+                Err(error) if error.is_not_found() => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+    Ok(page)
+}
+
+/// Permissions of objects: the owner's alone, they hold what the guests hold.
+const FILE_MODE: Mode = Mode::from_raw_mode(0o600);
+
+/// Permissions of directories.
+const DIRECTORY_MODE: Mode = Mode::from_raw_mode(0o700);
+
+/// How directories are opened.
+const DIRECTORY_FLAGS: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,247 @@
+//! The root directory of a directory store: the one descriptor everything is relative to.
+
+use std::collections::HashSet;
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicU8;
+use std::sync::{Mutex, PoisonError};
+
+use rustix::fs::{AtFlags, CWD, Dir, OFlags, Stat};
+use rustix::io::Errno;
+
+use super::super::{ObjectName, StoreError, StoreResult, hex};
+use super::{DIRECTORY_FLAGS, DIRECTORY_MODE, FILE_MODE, Parents};
+use crate::clock::Timestamp;
+use crate::error::{Error, Kind, Result};
+use crate::repo::seal::random;
+
+/// Where objects are written before they have a name. Not a folder of objects.
+pub(super) const TEMPORARY: &str = "tmp";
+
+/// An opened root.
+pub(super) struct Root {
+    /// As given, for messages.
+    pub(super) path: PathBuf,
+    /// What every call is relative to.
+    pub(super) dir: OwnedFd,
+    /// Directories (with their slash) known to be durable themselves: made or synced by us.
+    durable: Mutex<HashSet<String>>,
+    /// The way of renaming without replacing that worked last: a `writer::Way`.
+    pub(super) way: AtomicU8,
+}
+
+impl Root {
+    pub(super) fn open(path: &Path) -> Result<Self> {
+        let dir = rustix::fs::openat(CWD, path, DIRECTORY_FLAGS, DIRECTORY_MODE).map_err(|e| {
+            let error = Error::io(format!("cannot open directory {}", path.display()), e.into());
+            match error.kind() {
+                Kind::NotFound => error.hint("check the path and that its disk is mounted"),
+                _ => error,
+            }
+        })?;
+        let path = path.to_owned();
+        Ok(Self { path, dir, durable: Mutex::default(), way: AtomicU8::new(0) })
+    }
+
+    pub(super) fn init(path: &Path, parents: Parents) -> Result<Self> {
+        let what = || format!("cannot create directory {}", path.display());
+        if parents == Parents::Create
+            && let Some(parent) = path.parent()
+        {
+            std::fs::create_dir_all(parent).map_err(|e| Error::io(what(), e))?;
+        }
+        match rustix::fs::mkdirat(CWD, path, DIRECTORY_MODE) {
+            Ok(()) | Err(Errno::EXIST) => {}
+            Err(Errno::NOENT) => {
+                return Err(Error::new(Kind::NotFound, what())
+                    .hint("make the directory above it first, or mount the disk it is on")
+                    .source(io::Error::from(Errno::NOENT)));
+            }
+            Err(error) => return Err(Error::io(what(), error.into())),
+        }
+        let root = Self::open(path)?;
+        let foreign = root.names_in("").map_err(Error::from)?.into_iter().find(|name| {
+            // What mkfs leaves, and what a failed attempt of ours left.
+            name != "lost+found" && name != TEMPORARY && name != "keys"
+        });
+        if let Some(name) = foreign {
+            let message = format!("directory {} is not empty ('{name}')", path.display());
+            return Err(Error::new(Kind::AlreadyExists, message)
+                .hint("name a new or empty directory; an existing repository needs no init"));
+        }
+        let parent = path.canonicalize().ok().and_then(|p| p.parent().map(Path::to_owned));
+        if let Some(parent) = parent {
+            let parent = File::open(&parent).and_then(|dir| sync_directory(&dir));
+            parent.map_err(|e| Error::io(what(), e))?;
+        }
+        Ok(root)
+    }
+
+    /// An operating system error while `doing` something to `object`.
+    pub(super) fn error(&self, doing: &str, object: &str, error: io::Error) -> StoreError {
+        // ESTALE: the export is gone; ENODEV and ENXIO: the device is.
+        let gone = [Errno::STALE, Errno::NODEV, Errno::NXIO].map(Errno::raw_os_error);
+        if error.raw_os_error().is_some_and(|code| gone.contains(&code)) || self.is_deleted() {
+            return self.unavailable();
+        }
+        StoreError::io(format!("{doing} {object} in directory {}", self.path.display()), error)
+    }
+
+    /// The object is not there; or the store is not.
+    pub(super) fn missing(&self, name: &ObjectName) -> StoreError {
+        if self.is_deleted() {
+            return self.unavailable();
+        }
+        StoreError::NotFound { name: name.clone() }
+    }
+
+    fn unavailable(&self) -> StoreError {
+        StoreError::Unavailable { store: format!("directory {}", self.path.display()) }
+    }
+
+    /// Whether the directory behind our descriptor was removed.
+    fn is_deleted(&self) -> bool {
+        rustix::fs::fstat(&self.dir).map_or(true, |stat| stat.st_nlink == 0)
+    }
+
+    pub(super) fn open_object(&self, name: &ObjectName) -> StoreResult<File> {
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+        match rustix::fs::openat(&self.dir, name.as_str(), flags, FILE_MODE) {
+            Ok(fd) => Ok(File::from(fd)),
+            Err(Errno::NOENT | Errno::NOTDIR) => Err(self.missing(name)),
+            Err(error) => Err(self.error("opening", name.as_str(), error.into())),
+        }
+    }
+
+    /// What is in `directory` (with its slash; empty for the root), dot files left out. None when
+    /// it does not exist: folders are made as they are needed.
+    pub(super) fn names_in(&self, directory: &str) -> StoreResult<Vec<String>> {
+        let error = |e: Errno| self.error("listing", directory, e.into());
+        let path = if directory.is_empty() { "." } else { directory };
+        let fd = match rustix::fs::openat(&self.dir, path, DIRECTORY_FLAGS, DIRECTORY_MODE) {
+            Ok(fd) => fd,
+            Err(Errno::NOENT) if !self.is_deleted() => return Ok(Vec::new()),
+            // A stray file among directories: not ours.
+            Err(Errno::NOTDIR) => return Ok(Vec::new()),
+            Err(e) => return Err(error(e)),
+        };
+        let mut names = Vec::new();
+        for entry in Dir::new(fd).map_err(error)? {
+            let entry = entry.map_err(error)?;
+            let name = OsStr::from_bytes(entry.file_name().to_bytes());
+            if let Some(name) = name.to_str().filter(|name| !name.starts_with('.')) {
+                names.push(name.to_owned());
+            }
+        }
+        Ok(names)
+    }
+
+    /// A new file in the place for unfinished objects, and its path.
+    pub(super) fn create_temporary(&self, label: &str) -> StoreResult<(File, String)> {
+        let path = format!("{TEMPORARY}/{label}-{}", hex(&random::<16>()));
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
+        let open = || rustix::fs::openat(&self.dir, path.as_str(), flags, FILE_MODE);
+        let opened = match open() {
+            Err(Errno::NOENT) => {
+                self.make_directory(TEMPORARY)?;
+                open()
+            }
+            opened => opened,
+        };
+        let fd = opened.map_err(|e| self.error("creating", &path, e.into()))?;
+        Ok((File::from(fd), path))
+    }
+
+    /// Makes a directory unless it is there.
+    pub(super) fn make_directory(&self, path: &str) -> StoreResult<()> {
+        match rustix::fs::mkdirat(&self.dir, path, DIRECTORY_MODE) {
+            Ok(()) | Err(Errno::EXIST) => Ok(()),
+            Err(error) => Err(self.error("making", path, error.into())),
+        }
+    }
+
+    /// Makes the directories above `name`, and makes sure that they survive a power cut, whoever
+    /// made them.
+    pub(super) fn make_parents(&self, name: &ObjectName) -> StoreResult<()> {
+        let mut above = String::new();
+        for part in name.as_str().split_inclusive('/').filter(|part| part.ends_with('/')) {
+            let directory = format!("{above}{part}");
+            if !self.durable().contains(&directory) {
+                self.make_directory(&directory)?;
+                self.sync(&above)?;
+                self.durable().insert(directory.clone());
+            }
+            above = directory;
+        }
+        Ok(())
+    }
+
+    /// Forgets which directories were durable: one of them vanished.
+    pub(super) fn forget_directories(&self) {
+        self.durable().clear();
+    }
+
+    fn durable(&self) -> std::sync::MutexGuard<'_, HashSet<String>> {
+        self.durable.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes the entries of `directory` (with its slash; empty for the root) durable.
+    pub(super) fn sync(&self, directory: &str) -> StoreResult<()> {
+        let path = if directory.is_empty() { "." } else { directory };
+        rustix::fs::openat(&self.dir, path, DIRECTORY_FLAGS, DIRECTORY_MODE)
+            .map_err(io::Error::from)
+            .and_then(|fd| sync_directory(&File::from(fd)))
+            .map_err(|e| self.error("syncing", path, e))
+    }
+
+    pub(super) fn now(&self) -> StoreResult<Timestamp> {
+        let (file, path) = self.create_temporary("clock")?;
+        let stat = rustix::fs::fstat(&file);
+        let removed = rustix::fs::unlinkat(&self.dir, path.as_str(), AtFlags::empty());
+        removed
+            .and(stat)
+            .map(|s| stored(&s))
+            .map_err(|e| self.error("asking", "the clock", e.into()))
+    }
+
+    /// Removes unfinished objects older than `before`.
+    pub(super) fn sweep(&self, before: Timestamp) -> StoreResult<u64> {
+        let mut swept = 0;
+        for name in self.names_in("tmp/")? {
+            let path = format!("{TEMPORARY}/{name}");
+            let result = rustix::fs::statat(&self.dir, path.as_str(), AtFlags::SYMLINK_NOFOLLOW)
+                .and_then(|stat| {
+                    if stored(&stat) >= before {
+                        return Ok(0);
+                    }
+                    rustix::fs::unlinkat(&self.dir, path.as_str(), AtFlags::empty()).map(|()| 1)
+                });
+            match result {
+                Ok(one) => swept += one,
+                // Its writer finished, or another sweep was faster.
+                Err(Errno::NOENT) => {}
+                Err(error) => return Err(self.error("removing", &path, error.into())),
+            }
+        }
+        Ok(swept)
+    }
+}
+
+/// Some file systems cannot sync directories and say EINVAL or ENOTSUP (SMB without POSIX
+/// extensions, some FUSE ones): there a rename is as durable as the server makes it.
+fn sync_directory(dir: &File) -> io::Result<()> {
+    match rustix::fs::fsync(dir) {
+        Ok(()) | Err(Errno::INVAL | Errno::OPNOTSUPP) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// The modification time.
+pub(super) fn stored(stat: &Stat) -> Timestamp {
+    let nanoseconds = i32::try_from(stat.st_mtime_nsec).unwrap_or(0);
+    Timestamp::new(stat.st_mtime, nanoseconds).unwrap_or(Timestamp::UNIX_EPOCH)
+}

@@ -1,0 +1,107 @@
+//! The conformance suite over each way of naming, and what only a directory can get wrong.
+
+use std::sync::atomic::Ordering;
+
+use super::writer::Way;
+use super::*;
+use crate::repo::store::conformance;
+
+fn open(way: Way) -> (Arc<dyn ObjectStore>, tempfile::TempDir) {
+    let dir = tempfile::tempdir().unwrap();
+    let root = Root::init(&dir.path().join("repo"), Parents::MustExist).unwrap();
+    root.way.store(way as u8, Ordering::Relaxed);
+    (Arc::new(DirectoryStore::of(root)), dir)
+}
+
+async fn conforms(way: Way) {
+    let kept = std::sync::Mutex::new(Vec::new());
+    conformance::run(&|| {
+        let (store, dir) = open(way);
+        kept.lock().unwrap().push(dir);
+        store
+    })
+    .await;
+    for dir in kept.into_inner().unwrap() {
+        let left: Vec<_> = std::fs::read_dir(dir.path().join("repo/tmp"))
+            .map(|entries| entries.map(|e| e.unwrap().file_name()).collect())
+            .unwrap_or_default();
+        assert!(left.is_empty(), "left in tmp: {left:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn keeps_the_promises_of_a_store_with_renames() {
+    conforms(Way::Rename).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn keeps_the_promises_of_a_store_with_links() {
+    conforms(Way::Link).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn keeps_the_promises_of_a_store_with_claims() {
+    conforms(Way::Claim).await;
+}
+
+#[tokio::test]
+async fn a_missing_directory_is_an_error_and_stays_missing() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("not-mounted/repo");
+    let error = DirectoryStore::open(&path).await.unwrap_err();
+    assert_eq!(error.kind(), Kind::NotFound);
+    let error = DirectoryStore::init(&path, Parents::MustExist).await.unwrap_err();
+    assert_eq!(error.kind(), Kind::NotFound);
+    assert!(error.hint_text().is_some());
+    assert!(!dir.path().join("not-mounted").exists());
+    DirectoryStore::init(&path, Parents::Create).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_directory_with_other_things_in_it_does_not_become_a_repository() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("letter.txt"), "dear").unwrap();
+    let error = DirectoryStore::init(dir.path(), Parents::MustExist).await.unwrap_err();
+    assert_eq!(error.kind(), Kind::AlreadyExists);
+}
+
+#[tokio::test]
+async fn a_root_removed_under_us_is_unavailable_and_never_made_again() {
+    let (store, dir) = open(Way::Rename);
+    let name = ObjectName::config();
+    std::fs::remove_dir_all(dir.path().join("repo")).unwrap();
+    for error in [
+        store.put(&name, vec![1]).await.unwrap_err(),
+        store.stat(&name).await.unwrap_err(),
+        store.list("keys/", None, 1).await.unwrap_err(),
+        store.now().await.unwrap_err(),
+    ] {
+        assert!(matches!(error, StoreError::Unavailable { .. }), "{error:?}");
+    }
+    assert!(!dir.path().join("repo").exists());
+}
+
+#[tokio::test]
+async fn what_a_killed_writer_left_is_swept_once_it_is_old() {
+    let (store, dir) = open(Way::Rename);
+    store.put(&ObjectName::config(), vec![1]).await.unwrap();
+    let left = dir.path().join("repo/tmp/new-left");
+    std::fs::write(&left, "torn").unwrap();
+    let early = Timestamp::UNIX_EPOCH;
+    assert_eq!(store.sweep(early).await.unwrap(), 0);
+    let late = store.now().await.unwrap() + std::time::Duration::from_secs(1);
+    assert_eq!(store.sweep(late).await.unwrap(), 1);
+    assert!(!left.exists());
+    assert_eq!(store.read(&ObjectName::config(), ReadRange::Suffix { len: 9 }).await.unwrap(), [1]);
+}
+
+#[tokio::test]
+async fn stray_files_are_not_objects() {
+    let (store, dir) = open(Way::Rename);
+    store.put(&ObjectName::pack(&[1; 16]), vec![1]).await.unwrap();
+    let packs = dir.path().join("repo/packs");
+    std::fs::write(packs.join("README"), "x").unwrap();
+    std::fs::write(packs.join("01/.nfs0001"), "x").unwrap();
+    std::fs::write(packs.join("01/Upper"), "x").unwrap();
+    assert_eq!(store.list("packs/", None, 10).await.unwrap().len(), 1);
+}
