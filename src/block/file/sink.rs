@@ -2,8 +2,10 @@
 //!
 //! Writes to one file take turns in the kernel (the inode's lock), so a sink has two threads of its
 //! own: one copies into the page cache while the other waits its turn. Write-back starts as soon as
-//! the writers have moved on (`POSIX_FADV_DONTNEED` begins asynchronous write-back of dirty pages,
-//! Linux `mm/fadvise.c`), so the final sync finds little left to do.
+//! the writers have moved on, so the final sync finds little left to do; what has reached the disk
+//! leaves the page cache, which belongs to the host's guests and not to a restore. One call does
+//! both: `POSIX_FADV_DONTNEED` begins asynchronous write-back of dirty pages and drops clean ones
+//! (Linux `mm/fadvise.c`).
 
 use std::fs::{File, OpenOptions};
 use std::num::NonZeroU64;
@@ -31,6 +33,9 @@ const IN_FLIGHT: usize = 8;
 /// enough to leave little for the end.
 const WRITEBACK_BYTES: u64 = 8 * MIB;
 
+/// A window is dropped from the cache when the writers are this many past it: by then it is clean.
+const DROP_WINDOWS: u64 = 8;
+
 /// Zeroing calls of devices work on whole logical blocks and drop whole pages of their cache; 4 KiB
 /// is the largest of both on the machines we run on.
 const ZERO_ALIGN_BYTES: u64 = 4096;
@@ -44,7 +49,7 @@ pub struct FileSink {
     inner: Arc<Inner>,
     starts_zero: bool,
     threads: Workers,
-    /// The window being written; those two and more behind it are on their way to the disk.
+    /// The window being written; those behind it are on their way to the disk.
     frontier: AtomicU64,
 }
 
@@ -114,8 +119,14 @@ impl FileSink {
         let inner = Arc::clone(&self.inner);
         // Detached on purpose: advice, whose failure the final sync makes good.
         drop(tokio::task::spawn_blocking(move || {
-            let len = NonZeroU64::new((to - from) * WRITEBACK_BYTES);
-            let _ = fadvise(&inner.file, from * WRITEBACK_BYTES, len, Advice::DontNeed);
+            for (from, to) in
+                [(from, to), (from.saturating_sub(DROP_WINDOWS), to.saturating_sub(DROP_WINDOWS))]
+            {
+                if let Some(len) = NonZeroU64::new((to - from) * WRITEBACK_BYTES) {
+                    let start = from * WRITEBACK_BYTES;
+                    let _ = fadvise(&inner.file, start, Some(len), Advice::DontNeed);
+                }
+            }
         }));
     }
 }
