@@ -21,6 +21,9 @@
 //! Sibling folders have the same inner file names where they have the part: `mod.rs` (the
 //! platform), `snapshot.rs`, `plan.rs`, `checkpoint.rs`, `restore.rs`.
 
+#[cfg(feature = "libvirt")]
+pub mod libvirt;
+
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;

@@ -1,0 +1,89 @@
+//! libvirt's errors as ours: the kind a caller decides on, and the next step for the person.
+//!
+//! The mapping goes by error code; message texts are translated by libvirt and differ between
+//! versions, so they are read only where one code stands for several situations, and then only to
+//! choose a hint or between Busy and Unsupported.
+
+use virt::enumutil::Enum;
+use virt::error::{Error as VirtError, ErrorNumber};
+
+use crate::error::{Error, Kind};
+
+/// The libvirt error code, where this version of the bindings knows it.
+pub(super) fn code(error: &VirtError) -> Option<ErrorNumber> {
+    match error.code() {
+        Enum::Known(number) => Some(number),
+        Enum::Unknown(_) => None,
+    }
+}
+
+/// Wraps a libvirt error; `message` says what failed, on which object.
+pub(super) fn wrap(message: impl Into<String>, error: VirtError) -> Error {
+    let (kind, hint) = classify(&error);
+    let wrapped = Error::new(kind, message).source(error);
+    match hint {
+        Some(hint) => wrapped.hint(hint),
+        None => wrapped,
+    }
+}
+
+fn classify(error: &VirtError) -> (Kind, Option<&'static str>) {
+    use ErrorNumber as N;
+    let message = error.message();
+    let Some(code) = code(error) else { return (Kind::Io, None) };
+    match code {
+        N::NoDomain | N::NoDomainCheckpoint | N::NoStoragePool => (Kind::NotFound, None),
+        N::NoDomainBackup => (Kind::SnapshotLost, None),
+        N::MultipleDomains => (Kind::Ambiguous, None),
+        N::AccessDenied | N::AuthFailed | N::AuthCancelled | N::AuthUnavailable => (
+            Kind::Permission,
+            Some(
+                "run as root, or as a member of the group 'libvirt'; with polkit access control the \
+                 user needs domain.read-secure, domain.write, domain.checkpoint and domain.backup",
+            ),
+        ),
+        N::NoSource | N::NoConnect | N::NoServer | N::NoClient | N::Rpc | N::Ssh | N::Libssh => {
+            (Kind::Connection, None)
+        }
+        N::OperationTimeout if message.contains("state change lock") => {
+            (Kind::Busy, Some("another job runs on the domain; 'virsh domjobinfo DOMAIN' shows it"))
+        }
+        N::OperationTimeout | N::AgentCommandTimeout | N::AgentUnresponsive => {
+            (Kind::Timeout, None)
+        }
+        N::ResourceBusy | N::BlockCopyActive => (Kind::Busy, None),
+        N::OperationInvalid if message.contains("migrat") || message.contains("job") => {
+            (Kind::Busy, Some("'virsh domjobinfo DOMAIN' shows what the domain is doing"))
+        }
+        N::OperationUnsupported | N::NoSupport | N::ConfigUnsupported | N::ArgumentUnsupported => {
+            (Kind::Unsupported, None)
+        }
+        N::CheckpointInconsistent => (Kind::NoBase, None),
+        N::SystemError => system(message),
+        N::InternalError if message.contains("No space left") => (Kind::NoSpace, None),
+        N::InternalError if message.contains("Permission denied") => (
+            Kind::Permission,
+            Some(
+                "QEMU runs as its own user (libvirt-qemu or qemu) and may be confined by AppArmor or \
+                 SELinux: it must be able to reach the scratch directory and the socket's directory",
+            ),
+        ),
+        _ => (Kind::Io, None),
+    }
+}
+
+/// `VIR_ERR_SYSTEM_ERROR` carries an errno as text.
+fn system(message: &str) -> (Kind, Option<&'static str>) {
+    if message.contains("Permission denied") {
+        (
+            Kind::Permission,
+            Some("run as root or as a member of the group 'libvirt', or use qemu:///session"),
+        )
+    } else if message.contains("No space left") {
+        (Kind::NoSpace, None)
+    } else if message.contains("socket") || message.contains("connect") {
+        (Kind::Connection, Some("is the libvirt daemon running? (systemctl start libvirtd)"))
+    } else {
+        (Kind::Io, None)
+    }
+}

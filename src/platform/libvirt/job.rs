@@ -1,0 +1,185 @@
+//! The backup job of a running domain: its XML, whose it is, and its end.
+//!
+//! A domain has at most one backup job. Ours is told from others by the socket it serves on, which
+//! carries the point; a job survives the death of whoever began it, so ownership is also recorded
+//! in [`super::lock`] on the machine that runs us.
+
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use virt::error::ErrorNumber;
+
+use super::connection::DomainHandle;
+use super::error::code;
+use super::ffi;
+use super::names::socket_point;
+use super::xml::{Element, escaped};
+use crate::error::{Error, Kind, Result};
+use crate::vm::PointId;
+
+/// Longest wait for a job to be gone after it was told to end: measured 20 ms, more when QEMU has
+/// requests of a slow disk in flight.
+const END_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How often the end is looked for.
+const END_POLL: Duration = Duration::from_millis(20);
+
+/// Where the exports are offered.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Server {
+    /// A unix socket on the host.
+    Unix(PathBuf),
+    /// A plaintext TCP port of the host: only with the option that says so.
+    Tcp {
+        /// Address QEMU listens on.
+        host: String,
+        /// Port; libvirt picks none itself.
+        port: u16,
+    },
+}
+
+/// One disk of a job.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct JobDisk {
+    /// Target name: also the name of its export.
+    pub(super) name: String,
+    /// The checkpoint to export the changes since.
+    pub(super) base: Option<String>,
+    /// Scratch file; must not exist.
+    pub(super) scratch: PathBuf,
+}
+
+impl JobDisk {
+    /// The dirty bitmap's name in the export, without QEMU's prefix.
+    pub(super) fn bitmap(&self) -> Option<String> {
+        self.base.as_ref().map(|_| format!("backup-{}", self.name))
+    }
+}
+
+/// The XML of a pull-mode job. Disks not in it are not part of it (formatbackup.rst): all are
+/// named explicitly.
+pub(super) fn backup_xml(server: &Server, disks: &[JobDisk]) -> String {
+    let mut xml = "<domainbackup mode='pull'>".to_owned();
+    match server {
+        Server::Unix(path) => {
+            write!(xml, "<server transport='unix' socket='{}'/>", escaped(&path.to_string_lossy()))
+        }
+        Server::Tcp { host, port } => {
+            write!(xml, "<server transport='tcp' name='{}' port='{port}'/>", escaped(host))
+        }
+    }
+    .expect("a string takes text");
+    xml.push_str("<disks>");
+    for disk in disks {
+        let name = escaped(&disk.name);
+        let mode = match (&disk.base, disk.bitmap()) {
+            (Some(base), Some(bitmap)) => format!(
+                "backupmode='incremental' incremental='{}' exportbitmap='{}'",
+                escaped(base),
+                escaped(&bitmap)
+            ),
+            _ => "backupmode='full'".to_owned(),
+        };
+        let scratch = escaped(&disk.scratch.to_string_lossy());
+        write!(
+            xml,
+            "<disk name='{name}' backup='yes' type='file' {mode} exportname='{name}'>\
+             <driver type='qcow2'/><scratch file='{scratch}'/></disk>"
+        )
+        .expect("a string takes text");
+    }
+    xml.push_str("</disks></domainbackup>");
+    xml
+}
+
+/// A backup job that is active.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct ActiveJob {
+    /// The point of the run of ours that began it, if it looks like one of ours.
+    pub(super) point: Option<PointId>,
+    /// Whose it looks like, for people.
+    pub(super) owner: String,
+}
+
+/// The active backup job, if there is one.
+///
+/// Asks for the job's XML and not for its statistics: libvirt before 10.8 may crash when
+/// statistics are read during a backup job (libvirt NEWS 10.8.0), and the XML needs no monitor.
+pub(super) async fn active(domain: &DomainHandle) -> Result<Option<ActiveJob>> {
+    let what = "ask for the backup job of";
+    match domain.raw_call(what, ffi::backup_xml).await? {
+        Ok(xml) => parse(&xml).map(Some),
+        Err(error) if code(&error) == Some(ErrorNumber::NoDomainBackup) => Ok(None),
+        // A domain that has stopped has no job.
+        Err(error) if code(&error) == Some(ErrorNumber::OperationInvalid) => Ok(None),
+        Err(error) => Err(domain.wrap(what, error)),
+    }
+}
+
+fn parse(xml: &str) -> Result<ActiveJob> {
+    let root = Element::parse("the backup job XML", xml)?;
+    let socket = root.attr_at(&["server"], "socket");
+    let scratch = root.attr_at(&["disks", "disk", "scratch"], "file");
+    let by_scratch = |path: &str| {
+        let file = Path::new(path).file_name()?.to_str()?;
+        file.strip_prefix("vmb-")?.get(..32)?.parse().ok()
+    };
+    let point = socket.and_then(socket_point).or_else(|| scratch.and_then(by_scratch));
+    let owner = socket.or(scratch).unwrap_or("an unknown program").to_owned();
+    Ok(ActiveJob { point, owner })
+}
+
+/// Ends the job and waits until it is gone. No job is success.
+pub(super) async fn end(domain: &DomainHandle) -> Result<()> {
+    let what = "end the backup job of";
+    match domain.raw_call(what, ffi::abort_job).await? {
+        Ok(()) => {}
+        // No job, or no running domain any more.
+        Err(error) if code(&error) == Some(ErrorNumber::OperationInvalid) => {}
+        Err(error) => return Err(domain.wrap(what, error)),
+    }
+    let deadline = tokio::time::Instant::now() + END_TIMEOUT;
+    while active(domain).await?.is_some() {
+        if tokio::time::Instant::now() >= deadline {
+            return Err(Error::new(
+                Kind::Timeout,
+                format!(
+                    "the backup job of domain '{}' did not end in {END_TIMEOUT:?}",
+                    domain.name
+                ),
+            )
+            .hint(format!("'virsh domjobabort {}' ends it by hand", domain.name)));
+        }
+        tokio::time::sleep(END_POLL).await;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::platform::libvirt::names::{scratch_path, socket_path};
+
+    #[test]
+    fn a_job_of_ours_carries_its_point() {
+        let point = PointId([0xab; 16]);
+        let disks = [
+            JobDisk {
+                name: "vda".into(),
+                base: Some("vmb-1".into()),
+                scratch: scratch_path(Path::new("/s"), point, "vda"),
+            },
+            JobDisk { name: "vdb".into(), base: None, scratch: "/s/b".into() },
+        ];
+        let unix = backup_xml(&Server::Unix(socket_path(Path::new("/q"), point).unwrap()), &disks);
+        assert!(unix.contains("name='vda' backup='yes' type='file' backupmode='incremental'"));
+        assert!(unix.contains("incremental='vmb-1' exportbitmap='backup-vda' exportname='vda'"));
+        assert!(unix.contains("name='vdb' backup='yes' type='file' backupmode='full'"));
+        assert_eq!(parse(&unix).unwrap().point, Some(point));
+        let tcp = backup_xml(&Server::Tcp { host: "h".into(), port: 10809 }, &disks);
+        assert_eq!(parse(&tcp).unwrap().point, Some(point));
+        let foreign = "<domainbackup mode='push'><disks><disk name='vda'/></disks></domainbackup>";
+        assert_eq!(parse(foreign).unwrap().point, None);
+    }
+}

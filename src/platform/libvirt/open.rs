@@ -1,0 +1,466 @@
+//! Opening a snapshot of a running domain: everything up to the moment the job runs.
+//!
+//! Order: lock, look, clear away what a killed run left, find the bases, freeze, begin, thaw. What
+//! fails is undone here, before the error is returned; what succeeds is handed to
+//! [`super::snapshot`], which commits or aborts it.
+
+use std::time::Duration;
+
+use virt::domain::Domain;
+use virt::error::ErrorNumber;
+
+use super::checkpoint::{Bases, Check, Checkpoints, Delete, checkpoint_xml};
+use super::connection::DomainHandle;
+use super::error::code;
+use super::ffi::{self, VirtResult};
+use super::job::{self, JobDisk, Server};
+use super::lock::{DomainLock, Record};
+use super::names::{Chain, scratch_path};
+use super::quiesce::{self, Frozen};
+use super::scratch::{Places, Space, Watch, no_room};
+use super::snapshot::RunningSnapshot;
+use super::survey::Survey;
+use super::{LibvirtOptions, artifacts, reach};
+use crate::control::{Control, NoticeLevel};
+use crate::error::{Error, Kind, Result};
+use crate::platform::{BackupMode, KnownPoint, SnapshotDisk, SnapshotRequest, VmSnapshot};
+use crate::vm::{
+    Artifact, ArtifactKind, DiskDescription, FullReason, PointId, Quiescence, ReadMode,
+};
+
+/// Longest wait for a job to begin: 40 ms measured on an idle machine; libvirt itself waits 30 s for
+/// the domain's job lock.
+const BEGIN_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Opens a snapshot of the domain.
+pub(super) async fn open(
+    domain: &DomainHandle,
+    options: &LibvirtOptions,
+    request: &SnapshotRequest,
+    control: &Control,
+) -> Result<Box<dyn VmSnapshot>> {
+    control.set_phase("looking at the domain");
+    let lock = DomainLock::take(&options.runtime_dir, domain.uuid, &domain.name)?;
+    let survey = Survey::take(domain, request).await?;
+    survey.set.check(&domain.name, request.repository_has_key)?;
+    if !survey.running {
+        return Err(Error::new(
+            Kind::Unsupported,
+            format!("domain '{}' is not running", domain.name),
+        ));
+    }
+    let places = Places::choose(&domain.host, &survey, &domain.name, request, &options.runtime_dir);
+    let chain = Chain::new(&request.repository, domain.uuid)?;
+    let mut opening = Opening {
+        domain: domain.clone(),
+        request: request.clone(),
+        metadata: options.metadata,
+        chain,
+        survey,
+        places,
+        lock,
+        bases: Bases::default(),
+        stale: Vec::new(),
+        begun: false,
+    };
+    match opening.run(control).await {
+        Ok(opened) => Ok(Box::new(opening.into_snapshot(opened))),
+        Err(error) => {
+            opening.undo().await;
+            Err(error)
+        }
+    }
+}
+
+/// A snapshot being opened: what there is to undo.
+struct Opening {
+    domain: DomainHandle,
+    request: SnapshotRequest,
+    metadata: super::CheckpointMetadata,
+    chain: Chain,
+    survey: Survey,
+    places: Places,
+    lock: DomainLock,
+    bases: Bases,
+    /// Known points with a bitmap in some image that is no base: dropped at commit.
+    stale: Vec<(PointId, Vec<String>)>,
+    /// A job was asked for: it and its checkpoint may exist.
+    begun: bool,
+}
+
+/// What opening yields.
+struct Opened {
+    quiescence: Quiescence,
+    artifacts: Vec<Artifact>,
+    not_captured: Vec<crate::vm::NotCaptured>,
+    job_disks: Vec<JobDisk>,
+    server: Server,
+    watch: Watch,
+}
+
+impl Opening {
+    fn checkpoints(&self) -> Checkpoints<'_> {
+        Checkpoints { domain: &self.domain, chain: &self.chain, all: &self.survey.set.all }
+    }
+
+    async fn run(&mut self, control: &Control) -> Result<Opened> {
+        reconcile_job(&self.domain, &mut self.lock, control).await?;
+        control.check()?;
+        control.set_phase("finding what changed since when");
+        self.reconcile_checkpoints(control).await?;
+        let mut bases = std::mem::take(&mut self.bases);
+        let found =
+            self.checkpoints().find_bases(&self.survey.disks, &self.request, &mut bases).await;
+        self.bases = bases;
+        found?;
+        self.refine_reasons();
+        self.check_base()?;
+        control.check()?;
+        let local = self.domain.host.is_local();
+        if local && Space::of(&self.places.scratch)?.is_low() {
+            return Err(no_room(&self.places.scratch));
+        }
+        let server = reach::server(
+            &self.domain.host,
+            &self.places.socket,
+            self.request.point,
+            self.request.insecure_tcp,
+        )?;
+        let events = self.domain.subscribe("watch the jobs of").await?;
+        control.set_phase("taking the snapshot");
+        let (quiescence, job_disks) = self.take_instant(&server, control).await?;
+        let scratch = local.then(|| self.places.scratch.clone());
+        let watch = Watch::start(self.domain.clone(), events, self.request.point, scratch);
+        let (mut artifacts, not_captured) = artifacts::capture(
+            &self.domain,
+            &self.survey.live,
+            self.survey.inactive.clone(),
+            self.request.repository_has_key,
+        )
+        .await?;
+        if self.tracked().next().is_some() {
+            let xml = self.checkpoints().xml(self.request.point).await?;
+            let kind = ArtifactKind::CheckpointXml;
+            artifacts.push(Artifact { kind, origin: None, bytes: xml.into_bytes() });
+        }
+        Ok(Opened { quiescence, artifacts, not_captured, job_disks, server, watch })
+    }
+
+    /// Names of the disks that get a bitmap.
+    fn tracked(&self) -> impl Iterator<Item = &str> {
+        let disks = self.survey.disks.iter().filter(|disk| disk.disk.untracked.is_none());
+        disks.map(|disk| disk.disk.name.as_str())
+    }
+
+    /// Checkpoints of this chain whose point is not in the repository are from runs that never
+    /// committed, or of points that are forgotten: their bitmaps only cost. Those that are known
+    /// are left for the commit to drop.
+    async fn reconcile_checkpoints(&mut self, control: &Control) -> Result<()> {
+        let known = |id: &PointId| self.request.known_points.iter().any(|point| point.id == *id);
+        let listed = self.checkpoints().listed().await?;
+        for point in listed {
+            if known(&point) {
+                self.bases.defined.push(point);
+            } else {
+                let text = format!("removing checkpoint {point}, which no restore point names");
+                control.notice(NoticeLevel::Info, text);
+                self.checkpoints().discard(point).await?;
+            }
+        }
+        for (point, disks) in self.image_bitmaps() {
+            if known(&point) {
+                self.stale.push((point, disks));
+            } else {
+                drop_stale(&self.checkpoints(), point, &disks).await;
+            }
+        }
+        Ok(())
+    }
+
+    /// Points of this chain that the images name, with the disks.
+    fn image_bitmaps(&self) -> Vec<(PointId, Vec<String>)> {
+        let mut found = std::collections::BTreeMap::<PointId, Vec<String>>::new();
+        for (disk, image) in self.survey.disks.iter().zip(&self.survey.images) {
+            for bitmap in image.iter().flat_map(|image| &image.bitmaps) {
+                if let Some(point) = self.chain.point(&bitmap.name) {
+                    found.entry(point).or_default().push(disk.disk.name.clone());
+                }
+            }
+        }
+        found.into_iter().collect()
+    }
+
+    /// "No usable bitmap" more exactly, where the image tells.
+    fn refine_reasons(&mut self) {
+        for (disk, image) in self.survey.disks.iter().zip(&self.survey.images) {
+            let Some(Err(reason @ FullReason::BitmapMissing)) =
+                self.bases.disks.get_mut(&disk.disk.name)
+            else {
+                continue;
+            };
+            let newest = self.request.known_points.iter().find_map(|point| {
+                let name = self.chain.checkpoint(point.id);
+                image.as_ref()?.bitmaps.iter().find(|bitmap| bitmap.name == name)
+            });
+            if let Some(bitmap) = newest {
+                *reason = if bitmap.flags.iter().any(|flag| flag == "auto") {
+                    FullReason::BitmapInconsistent
+                } else {
+                    FullReason::BitmapNotRecording
+                };
+            }
+        }
+    }
+
+    /// An incremental needs at least one disk with a base.
+    fn check_base(&self) -> Result<()> {
+        if self.request.mode != BackupMode::Incremental
+            || self.bases.disks.values().any(Result::is_ok)
+        {
+            return Ok(());
+        }
+        let reasons: Vec<String> = self
+            .survey
+            .disks
+            .iter()
+            .filter_map(|disk| {
+                let reason = self.bases.disks.get(&disk.disk.name)?.err()?;
+                Some(format!("{}: {}", disk.disk.name, reason.describe()))
+            })
+            .collect();
+        Err(Error::new(
+            Kind::NoBase,
+            format!(
+                "no disk of domain '{}' has anything to build on ({})",
+                self.domain.name,
+                reasons.join("; ")
+            ),
+        )
+        .hint("take a full backup first: 'vmbackup full', or use 'vmbackup backup'"))
+    }
+
+    /// Freezes, begins the job, thaws. Thaws on every path.
+    async fn take_instant(
+        &mut self,
+        server: &Server,
+        control: &Control,
+    ) -> Result<(Quiescence, Vec<JobDisk>)> {
+        let point = self.request.point;
+        let budget = self.request.freeze_budget;
+        let problem = quiesce::agent_problem(&self.survey.root, self.survey.paused);
+        self.lock.record(&Record { point, frozen: true })?;
+        let frozen = quiesce::freeze(&self.domain, self.request.quiesce, budget, problem).await?;
+        if let Frozen::No(Some(reason)) = &frozen {
+            control.notice(NoticeLevel::Warning, format!("crash consistent only: {reason}"));
+        }
+        let begun = self.begin(server, control).await;
+        let quiescence = quiesce::thaw(&self.domain, frozen, budget).await;
+        self.lock.record(&Record { point, frozen: false })?;
+        Ok((quiescence, begun?))
+    }
+
+    /// Begins the job; once more with every disk in full when a bitmap breaks in the last moment.
+    async fn begin(&mut self, server: &Server, control: &Control) -> Result<Vec<JobDisk>> {
+        control.check()?;
+        let disks = self.job_disks();
+        let what = "begin a backup of";
+        self.begun = true;
+        let error = match self.try_begin(server, &disks).await? {
+            Ok(()) => return Ok(disks),
+            Err(error) => error,
+        };
+        let retry = code(&error) == Some(ErrorNumber::CheckpointInconsistent)
+            && self.request.mode != BackupMode::Incremental;
+        if !retry {
+            return Err(self.explain(self.domain.wrap(what, error)));
+        }
+        for read in self.bases.disks.values_mut().filter(|read| read.is_ok()) {
+            *read = Err(FullReason::BitmapInconsistent);
+        }
+        let disks = self.job_disks();
+        let again = self.try_begin(server, &disks).await?;
+        again.map_err(|error| self.explain(self.domain.wrap(what, error)))?;
+        Ok(disks)
+    }
+
+    fn job_disks(&self) -> Vec<JobDisk> {
+        let disks = self.survey.disks.iter();
+        disks
+            .map(|disk| {
+                let name = &disk.disk.name;
+                let base = self.bases.read(name, self.request.mode).ok();
+                JobDisk {
+                    name: name.clone(),
+                    base: base.map(|point| self.chain.checkpoint(point)),
+                    scratch: scratch_path(&self.places.scratch, self.request.point, name),
+                }
+            })
+            .collect()
+    }
+
+    async fn try_begin(&self, server: &Server, disks: &[JobDisk]) -> Result<VirtResult<()>> {
+        let backup = job::backup_xml(server, disks);
+        let tracked: Vec<&str> = self.tracked().collect();
+        let name = self.chain.checkpoint(self.request.point);
+        let checkpoint = (!tracked.is_empty())
+            .then(|| checkpoint_xml(&name, &self.survey.set.all, &tracked, None));
+        tracing::debug!(backup, ?checkpoint, "backup begin");
+        let begin =
+            move |domain: &Domain| ffi::backup_begin(domain, &backup, checkpoint.as_deref());
+        let undo = move |domain: &Domain| {
+            let ended = ffi::abort_job(domain);
+            let deleted = ffi::Checkpoint::lookup(domain, &name).and_then(|c| c.delete(0));
+            tracing::warn!(?ended, ?deleted, "a backup job began too late and was ended");
+        };
+        self.domain.call_or_undo(BEGIN_TIMEOUT, begin, undo).await.ok_or_else(|| {
+            Error::new(
+                Kind::Timeout,
+                format!(
+                    "the backup of domain '{}' did not begin in {BEGIN_TIMEOUT:?}",
+                    self.domain.name
+                ),
+            )
+            .hint("see the libvirt log; QEMU may hang on slow storage")
+        })
+    }
+
+    /// Adds the directories to an error they may be the cause of.
+    fn explain(&self, error: Error) -> Error {
+        match error.kind() {
+            Kind::Permission => error.hint(format!(
+                "QEMU must be able to write to {} and {}; name another scratch directory with \
+                 --scratch-dir",
+                self.places.scratch.display(),
+                self.places.socket.display()
+            )),
+            Kind::NoSpace => error.hint(format!(
+                "free space in {} or name another directory with --scratch-dir",
+                self.places.scratch.display()
+            )),
+            _ => error,
+        }
+    }
+
+    /// Undoes what was done, as far as it can be; what cannot be is logged and found by the next
+    /// run.
+    async fn undo(&mut self) {
+        let point = self.request.point;
+        if self.begun {
+            let ours = matches!(job::active(&self.domain).await, Ok(Some(job)) if job.point == Some(point));
+            if ours && let Err(error) = job::end(&self.domain).await {
+                tracing::warn!(?error, "the job of a failed backup remains");
+                return;
+            }
+            // libvirt creates the checkpoint before the export: it can exist without the job.
+            if let Err(error) = self.checkpoints().discard(point).await {
+                tracing::warn!(?error, "the checkpoint of a failed backup remains");
+            }
+        }
+        for base in &self.bases.defined {
+            if let Err(error) = self.checkpoints().delete(*base, Delete::Metadata).await {
+                tracing::warn!(?error, "checkpoint metadata remains");
+            }
+        }
+        if let Err(error) = self.lock.clear() {
+            tracing::warn!(?error, "the record of a failed backup remains");
+        }
+    }
+
+    fn into_snapshot(self, opened: Opened) -> RunningSnapshot {
+        let mode = self.request.mode;
+        let disks = self
+            .survey
+            .disks
+            .iter()
+            .map(|disk| SnapshotDisk {
+                description: DiskDescription {
+                    name: disk.disk.name.clone(),
+                    size_bytes: disk.size_bytes,
+                    format: disk.disk.format.clone(),
+                    origin: disk.disk.origin.clone(),
+                    layer: disk.disk.layer,
+                },
+                read: match self.bases.read(&disk.disk.name, mode) {
+                    Ok(base) => ReadMode::Incremental { base },
+                    Err(reason) => ReadMode::Full { reason },
+                },
+            })
+            .collect();
+        RunningSnapshot {
+            domain: self.domain,
+            chain: self.chain,
+            point: self.request.point,
+            metadata: self.metadata,
+            all: self.survey.set.all,
+            disks,
+            excluded: self.survey.set.excluded,
+            quiescence: opened.quiescence,
+            artifacts: opened.artifacts,
+            not_captured: opened.not_captured,
+            job_disks: opened.job_disks,
+            server: opened.server,
+            reach: None,
+            defined: self.bases.defined,
+            stale: self.stale,
+            watch: Some(opened.watch),
+            lock: self.lock,
+        }
+    }
+}
+
+/// Removes the bitmaps of `point` from `disks` of a running domain: defines them for libvirt first.
+/// A bitmap that is broken beyond this is found again by the next run.
+pub(super) async fn drop_stale(checkpoints: &Checkpoints<'_>, point: PointId, disks: &[String]) {
+    let known = KnownPoint { id: point, disks: Vec::new(), checkpoint_xml: None };
+    for disk in disks {
+        let dropped = match checkpoints.redefine(&known, &[disk], Check::Trust).await {
+            Ok(true) => checkpoints.discard(point).await,
+            Ok(false) => Ok(()),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = dropped {
+            tracing::debug!(?error, disk, %point, "a stale bitmap remains");
+        }
+    }
+}
+
+/// Clears away the job of a killed run of ours; a job of anybody else means that the domain is
+/// busy.
+async fn reconcile_job(
+    domain: &DomainHandle,
+    lock: &mut DomainLock,
+    control: &Control,
+) -> Result<()> {
+    let name = &domain.name;
+    let unfinished = lock.unfinished.clone();
+    if unfinished.as_ref().is_some_and(|record| record.frozen) {
+        // The earlier run died around its freeze: the guest may stand still since.
+        let thawed = domain.raw_call("thaw", ffi::thaw).await;
+        tracing::info!(?thawed, "thawed after a run that was killed");
+    }
+    if let Some(active) = job::active(domain).await? {
+        let ours = unfinished.is_some_and(|record| active.point == Some(record.point));
+        if !ours {
+            return Err(Error::new(
+                Kind::Busy,
+                format!("domain '{name}' has a backup job already, of {}", active.owner),
+            )
+            .hint(format!(
+                "wait for it to end; if whoever began it is gone, end it with \
+                 'virsh domjobabort {name}'"
+            )));
+        }
+        let text = format!("ending the backup job of an earlier run of domain '{name}'");
+        control.notice(NoticeLevel::Info, text);
+        job::end(domain).await?;
+    }
+    let status = domain.call("ask for the job of", ffi::job_status).await?;
+    if status.active {
+        return Err(Error::new(
+            Kind::Busy,
+            format!("domain '{name}' is busy with {}", status.describe()),
+        )
+        .hint(format!("'virsh domjobinfo {name}' shows it; try again when it has ended")));
+    }
+    Ok(())
+}

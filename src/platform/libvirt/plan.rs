@@ -1,0 +1,179 @@
+//! What a backup would do to each disk, what it would read, and what is in its way.
+//!
+//! Leaves everything as it was: checkpoint metadata that is defined to ask QEMU about a bitmap is
+//! removed again.
+
+use super::checkpoint::{Bases, Checkpoints, Delete};
+use super::connection::DomainHandle;
+use super::lock::DomainLock;
+use super::names::Chain;
+use super::scratch::{Places, Space, is_remote};
+use super::survey::Survey;
+use super::{LibvirtOptions, job, quiesce};
+use crate::error::{Error, Kind, Result};
+use crate::platform::{
+    BackupMode, PlannedDisk, Problem, Quiesce, ScratchPlan, SnapshotPlan, SnapshotRequest,
+};
+use crate::vm::{DiskDescription, ReadMode, VmIdentity};
+
+/// Plans a backup of the domain.
+pub(super) async fn plan(
+    domain: &DomainHandle,
+    options: &LibvirtOptions,
+    identity: VmIdentity,
+    request: &SnapshotRequest,
+) -> Result<SnapshotPlan> {
+    let survey = Survey::take(domain, request).await?;
+    let mut problems = Vec::new();
+    if let Err(error) = survey.set.check(&domain.name, request.repository_has_key) {
+        problems.push(problem(&error, true));
+    }
+    let mut bases = Bases::default();
+    let mut changed = std::collections::BTreeMap::new();
+    // The lock keeps a backup from starting while its checkpoints are looked at.
+    match DomainLock::take(&options.runtime_dir, domain.uuid, &domain.name) {
+        Ok(_lock) if survey.running => {
+            if let Some(active) = job::active(domain).await? {
+                let what = format!("a backup job is active, of {}", active.owner);
+                let fix = format!("wait for it, or 'virsh domjobabort {}'", domain.name);
+                problems.push(Problem { fatal: true, what, fix });
+            } else {
+                changed = ask_bases(domain, &survey, request, &mut bases).await?;
+            }
+        }
+        Ok(_) => {}
+        Err(error) if error.kind() == Kind::Busy => problems.push(problem(&error, true)),
+        Err(error) => return Err(error),
+    }
+    let disks: Vec<PlannedDisk> = survey
+        .disks
+        .iter()
+        .map(|disk| {
+            let read = bases.read(&disk.disk.name, request.mode);
+            PlannedDisk {
+                description: DiskDescription {
+                    name: disk.disk.name.clone(),
+                    size_bytes: disk.size_bytes,
+                    format: disk.disk.format.clone(),
+                    origin: disk.disk.origin.clone(),
+                    layer: disk.disk.layer,
+                },
+                expected_bytes: match read {
+                    Ok(_) => changed.get(&disk.disk.name).copied(),
+                    Err(_) => Some(disk.allocation_bytes.min(disk.size_bytes)),
+                },
+                read: match read {
+                    Ok(base) => ReadMode::Incremental { base },
+                    Err(reason) => ReadMode::Full { reason },
+                },
+            }
+        })
+        .collect();
+    let is_full = |disk: &PlannedDisk| matches!(disk.read, ReadMode::Full { .. });
+    if request.mode == BackupMode::Incremental && disks.iter().all(is_full) {
+        problems.push(Problem {
+            fatal: true,
+            what: "no disk has anything to build on".into(),
+            fix: "take a full backup first: 'vmbackup full'".into(),
+        });
+    }
+    let scratch = survey.running.then(|| scratch(domain, options, request, &survey, &mut problems));
+    quiesce_problem(&survey, request, &mut problems);
+    let excluded = survey.set.excluded;
+    Ok(SnapshotPlan { identity, running: survey.running, disks, excluded, scratch, problems })
+}
+
+/// Finds the bases and what changed since, and removes the metadata that takes.
+async fn ask_bases(
+    domain: &DomainHandle,
+    survey: &Survey,
+    request: &SnapshotRequest,
+    bases: &mut Bases,
+) -> Result<std::collections::BTreeMap<String, u64>> {
+    let chain = Chain::new(&request.repository, domain.uuid)?;
+    let checkpoints = Checkpoints { domain, chain: &chain, all: &survey.set.all };
+    let before = checkpoints.listed().await?;
+    let mut changed = std::collections::BTreeMap::new();
+    let mut found = checkpoints.find_bases(&survey.disks, request, bases).await;
+    for point in &bases.defined {
+        let of_point: Vec<_> =
+            bases.disks.iter().filter(|(_, base)| **base == Ok(*point)).map(|(d, _)| d).collect();
+        if !of_point.is_empty() && found.is_ok() {
+            match checkpoints.changed_bytes(*point).await {
+                Ok(bytes) => {
+                    changed.extend(bytes.into_iter().filter(|(disk, _)| of_point.contains(&disk)));
+                }
+                Err(error) => tracing::debug!(?error, "no estimate"),
+            }
+        }
+        if !before.contains(point) {
+            found = found.and(checkpoints.delete(*point, Delete::Metadata).await);
+        }
+    }
+    found.map(|()| changed)
+}
+
+fn scratch(
+    domain: &DomainHandle,
+    options: &LibvirtOptions,
+    request: &SnapshotRequest,
+    survey: &Survey,
+    problems: &mut Vec<Problem>,
+) -> ScratchPlan {
+    let places = Places::choose(&domain.host, survey, &domain.name, request, &options.runtime_dir);
+    let directory = places.scratch;
+    let bytes_max = survey.disks.iter().map(|disk| disk.size_bytes).sum();
+    let mut bytes_free = None;
+    if domain.host.is_local() {
+        match Space::of(&directory) {
+            Ok(space) => {
+                bytes_free = Some(space.free_bytes);
+                if space.is_low() {
+                    problems.push(problem(&super::scratch::no_room(&directory), true));
+                }
+            }
+            Err(error) => problems.push(problem(&error, true)),
+        }
+        if is_remote(&directory) {
+            problems.push(Problem {
+                fatal: false,
+                what: format!(
+                    "scratch directory {} is on a network file system",
+                    directory.display()
+                ),
+                fix: "name a local one with --scratch-dir: a stalled network would stall the guest"
+                    .into(),
+            });
+        }
+    } else {
+        problems.push(Problem {
+            fatal: false,
+            what: format!(
+                "free space in {} on the host cannot be watched from here",
+                directory.display()
+            ),
+            fix: "run vmbackup on the host, or leave ample space there".into(),
+        });
+    }
+    ScratchPlan { directory, bytes_max, bytes_free }
+}
+
+fn quiesce_problem(survey: &Survey, request: &SnapshotRequest, problems: &mut Vec<Problem>) {
+    if !survey.running || request.quiesce == Quiesce::Never {
+        return;
+    }
+    if let Some(reason) = quiesce::agent_problem(&survey.root, survey.paused) {
+        problems.push(Problem {
+            fatal: request.quiesce == Quiesce::Require,
+            what: format!("the backup would be crash consistent: {reason}"),
+            fix: "install qemu-guest-agent in the guest and give the domain a channel \
+                  'org.qemu.guest_agent.0'"
+                .into(),
+        });
+    }
+}
+
+fn problem(error: &Error, fatal: bool) -> Problem {
+    let fix = error.hint_text().unwrap_or("see the message").to_owned();
+    Problem { fatal, what: error.to_string(), fix }
+}

@@ -1,0 +1,197 @@
+//! A snapshot of a running domain: a pull-mode job with one export per disk.
+//!
+//! The exports are read-only overlays: after the job ended QEMU would serve live data through them
+//! without any error, so a read counts only if the job was active *after* it
+//! ([`VmSnapshot::still_valid`]).
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+
+use super::CheckpointMetadata;
+use super::checkpoint::{Checkpoints, Delete};
+use super::connection::DomainHandle;
+use super::ffi;
+use super::job::{self, JobDisk, Server};
+use super::lock::DomainLock;
+use super::names::Chain;
+use super::open::drop_stale;
+use super::reach::Reach;
+use super::scratch::{Watch, ended};
+use crate::block::BlockSource;
+use crate::error::{Error, Kind, Result};
+use crate::nbd::{Client, ClientOptions};
+use crate::platform::{SnapshotDisk, VmSnapshot};
+use crate::vm::{Artifact, ExcludedDisk, NotCaptured, PointId, Quiescence};
+
+/// Between two looks at the job: ending one takes libvirt 20 ms (libvirt 11.3, idle machine).
+const SETTLE: Duration = Duration::from_millis(50);
+
+/// The transaction.
+pub(super) struct RunningSnapshot {
+    pub(super) domain: DomainHandle,
+    pub(super) chain: Chain,
+    pub(super) point: PointId,
+    pub(super) metadata: CheckpointMetadata,
+    /// All target names of the domain.
+    pub(super) all: Vec<String>,
+    pub(super) disks: Vec<SnapshotDisk>,
+    pub(super) excluded: Vec<ExcludedDisk>,
+    pub(super) quiescence: Quiescence,
+    pub(super) artifacts: Vec<Artifact>,
+    pub(super) not_captured: Vec<NotCaptured>,
+    pub(super) job_disks: Vec<JobDisk>,
+    pub(super) server: Server,
+    /// The way to the exports, once one was opened.
+    pub(super) reach: Option<Reach>,
+    /// Older points whose metadata may be defined.
+    pub(super) defined: Vec<PointId>,
+    /// Older points with bitmaps in images.
+    pub(super) stale: Vec<(PointId, Vec<String>)>,
+    pub(super) watch: Option<Watch>,
+    pub(super) lock: DomainLock,
+}
+
+impl RunningSnapshot {
+    fn checkpoints(&self) -> Checkpoints<'_> {
+        Checkpoints { domain: &self.domain, chain: &self.chain, all: &self.all }
+    }
+
+    /// `Ok` if libvirt has our job and QEMU has a block job for every disk of it.
+    async fn check_active(&self) -> Result<()> {
+        match job::active(&self.domain).await? {
+            Some(active) if active.point == Some(self.point) => {}
+            _ => return Err(ended(&self.domain, None)),
+        }
+        let names: Vec<String> = self.job_disks.iter().map(|disk| disk.name.clone()).collect();
+        let all = self
+            .domain
+            .call("ask for the block jobs of", move |domain| {
+                names
+                    .iter()
+                    .try_fold(true, |all, name| Ok(all && ffi::has_block_job(domain, name)?))
+            })
+            .await?;
+        if all { Ok(()) } else { Err(ended(&self.domain, None)) }
+    }
+
+    /// Ends the job and removes what QEMU leaves of it.
+    async fn end_job(&mut self) -> Result<()> {
+        // From here on the end of the job is our own doing.
+        self.watch = None;
+        self.reach = None;
+        job::end(&self.domain).await?;
+        if self.domain.host.is_local() {
+            if let Server::Unix(socket) = &self.server {
+                remove_left(socket);
+            }
+            self.job_disks.iter().for_each(|disk| remove_left(&disk.scratch));
+        }
+        Ok(())
+    }
+}
+
+/// Removes a file that libvirt or QEMU normally removes itself; the name carries a random point id.
+fn remove_left(path: &Path) {
+    match std::fs::remove_file(path) {
+        Ok(()) => tracing::debug!(path = %path.display(), "removed what the job left"),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+        Err(error) => tracing::warn!(path = %path.display(), %error, "a file of the job remains"),
+    }
+}
+
+#[async_trait]
+impl VmSnapshot for RunningSnapshot {
+    fn disks(&self) -> &[SnapshotDisk] {
+        &self.disks
+    }
+
+    fn excluded(&self) -> &[ExcludedDisk] {
+        &self.excluded
+    }
+
+    fn quiescence(&self) -> &Quiescence {
+        &self.quiescence
+    }
+
+    fn artifacts(&self) -> &[Artifact] {
+        &self.artifacts
+    }
+
+    fn not_captured(&self) -> &[NotCaptured] {
+        &self.not_captured
+    }
+
+    async fn source(&mut self, index: usize) -> Result<Arc<dyn BlockSource>> {
+        let disk = &self.job_disks[index];
+        let reach = match &mut self.reach {
+            Some(reach) => reach,
+            none => none.insert(Reach::open(&self.domain.host, &self.server).await?),
+        };
+        let uri = reach.uri(&disk.name);
+        let options = ClientOptions { changes: disk.bitmap(), ..ClientOptions::default() };
+        let name = &self.domain.name;
+        let client = Client::open_uri(&uri, options)
+            .await
+            .map_err(|e| e.context(format!("cannot read disk {} of domain '{name}'", disk.name)))?;
+        let expected = self.disks[index].description.size_bytes;
+        let size = client.geometry().size_bytes;
+        if size != expected {
+            return Err(Error::new(
+                Kind::SnapshotLost,
+                format!("disk {} of domain '{name}' was {expected} bytes and is {size}", disk.name),
+            )
+            .hint("it was resized while the snapshot was taken; start the backup again"));
+        }
+        Ok(Arc::new(client))
+    }
+
+    async fn still_valid(&mut self) -> Result<()> {
+        if let Some(error) = self.watch.as_ref().and_then(Watch::take_lost) {
+            return Err(error);
+        }
+        // A job that is being ended is gone in QEMU before libvirt has noticed, and disk by disk:
+        // what passes twice, with the time of that notice in between, was whole at the first.
+        self.check_active().await?;
+        tokio::time::sleep(SETTLE).await;
+        self.check_active().await
+    }
+
+    async fn commit(mut self: Box<Self>) -> Result<()> {
+        let mut result = self.end_job().await;
+        let checkpoints = self.checkpoints();
+        for point in self.defined.iter().filter(|point| **point != self.point) {
+            let dropped = checkpoints.discard(*point).await;
+            result = result.and(dropped);
+        }
+        for (point, disks) in &self.stale {
+            if *point != self.point && !self.defined.contains(point) {
+                drop_stale(&checkpoints, *point, disks).await;
+            }
+        }
+        if self.metadata == CheckpointMetadata::Remove {
+            let forgotten = checkpoints.delete(self.point, Delete::Metadata).await;
+            result = result.and(forgotten);
+        }
+        result = result.and(self.lock.clear());
+        result.map_err(|error| {
+            error.context(format!(
+                "the backup of domain '{}' is complete, but something of it was not cleaned up",
+                self.domain.name
+            ))
+        })
+    }
+
+    async fn abort(mut self: Box<Self>) -> Result<()> {
+        self.end_job().await?;
+        let checkpoints = self.checkpoints();
+        let mut result = checkpoints.discard(self.point).await;
+        for point in self.defined.iter().filter(|point| **point != self.point) {
+            let forgotten = checkpoints.delete(*point, Delete::Metadata).await;
+            result = result.and(forgotten);
+        }
+        result.and(self.lock.clear())
+    }
+}

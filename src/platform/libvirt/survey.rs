@@ -1,0 +1,107 @@
+//! What a domain is right now: its XML, its state, its disks with their sizes. Changes nothing.
+
+use virt::domain::DomainState;
+use virt::enumutil::Enum;
+use virt::error::ErrorNumber;
+use virt::sys;
+
+use super::checkpoint::SizedDisk;
+use super::connection::DomainHandle;
+use super::disks::DiskSet;
+use super::error::code;
+use super::images::{ImageInfo, qcow2_info};
+use super::xml::Element;
+use crate::error::Result;
+use crate::platform::SnapshotRequest;
+use crate::vm::FullReason;
+
+/// A domain as it was found.
+pub(super) struct Survey {
+    /// XML of the running domain (of the defined one, if it is stopped), with secrets.
+    pub(super) live: String,
+    /// Persistent XML with secrets; none for a transient domain.
+    pub(super) inactive: Option<String>,
+    /// `live`, parsed.
+    pub(super) root: Element,
+    /// It has a QEMU process now.
+    pub(super) running: bool,
+    /// It has one and its CPUs stand still.
+    pub(super) paused: bool,
+    /// Number of the running domain, part of its state directory's name.
+    pub(super) id: Option<u32>,
+    /// Its disks, sorted out.
+    pub(super) set: DiskSet,
+    /// The protected ones with sizes.
+    pub(super) disks: Vec<SizedDisk>,
+    /// Headers of local qcow2 images, in the order of `disks`, where they could be read.
+    pub(super) images: Vec<Option<ImageInfo>>,
+}
+
+struct Raw {
+    live: String,
+    inactive: Option<String>,
+    running: bool,
+    paused: bool,
+    id: Option<u32>,
+}
+
+impl Survey {
+    /// Looks at the domain; disks are sorted out by the request's exclusions.
+    pub(super) async fn take(domain: &DomainHandle, request: &SnapshotRequest) -> Result<Self> {
+        let raw = domain.call("read the description of", read).await?;
+        let root = Element::parse("the domain XML", &raw.live)?;
+        let mut set = DiskSet::from_xml(&root, &request.exclude_disks)?;
+        let mut images = Vec::new();
+        for disk in &mut set.protected {
+            let path = disk.path.as_deref().filter(|_| domain.host.is_local());
+            let Some(path) = path.filter(|_| disk.format == "qcow2") else {
+                images.push(None);
+                continue;
+            };
+            let info = qcow2_info(path).await;
+            if let Err(error) = &info {
+                tracing::debug!(?error, "image header not read");
+            }
+            let info = info.ok();
+            if info.as_ref().is_some_and(|info| !info.holds_bitmaps) {
+                disk.untracked.get_or_insert(FullReason::FormatWithoutBitmaps);
+            }
+            images.push(info);
+        }
+        let names: Vec<String> = set.protected.iter().map(|disk| disk.name.clone()).collect();
+        let sizes = domain
+            .call("read the disk sizes of", move |domain| {
+                names.iter().map(|name| domain.block_info(name, 0)).collect::<Result<Vec<_>, _>>()
+            })
+            .await?;
+        let disks = set.protected.iter().zip(sizes);
+        let disks = disks
+            .map(|(disk, info)| SizedDisk {
+                disk: disk.clone(),
+                size_bytes: info.capacity,
+                allocation_bytes: info.allocation,
+            })
+            .collect();
+        let Raw { live, inactive, running, paused, id } = raw;
+        Ok(Self { live, inactive, root, running, paused, id, set, disks, images })
+    }
+}
+
+fn read(domain: &virt::domain::Domain) -> super::ffi::VirtResult<Raw> {
+    let running = domain.is_active()?;
+    let (state, _) = domain.state()?;
+    let persistent = domain.is_persistent()?;
+    // A read-only connection or an access driver may keep the secrets: the XML without them is
+    // worth having, and that they are missing shows in it.
+    let xml = |flags| match domain.xml_desc(flags | sys::VIR_DOMAIN_XML_SECURE) {
+        Err(error) if code(&error) == Some(ErrorNumber::OperationDenied) => domain.xml_desc(flags),
+        other => other,
+    };
+    Ok(Raw {
+        live: xml(0)?,
+        inactive: if persistent { Some(xml(sys::VIR_DOMAIN_XML_INACTIVE)?) } else { None },
+        running,
+        paused: state == Enum::Known(DomainState::Paused),
+        id: domain.id(),
+    })
+}
