@@ -10,7 +10,7 @@
 //!
 //! `H_x` is BLAKE3 in key-derivation mode with the context strings below, so that no leaf can pass
 //! for a node or a root. The disk is cut into leaves of 256 KiB; the last one is padded with zeroes;
-//! the tree is the smallest full binary tree over them, missing leaves being ZERO. ZERO is 32 zero
+//! the tree is the smallest full binary tree over them (of at least 16), missing leaves being ZERO. ZERO is 32 zero
 //! bytes at every level: a hole of any size costs nothing, and content hashes to it only by a
 //! preimage of BLAKE3.
 //!
@@ -106,9 +106,15 @@ impl ContentHash {
     }
 }
 
-/// Levels of pairs above the leaves of a disk of `size_bytes`: the smallest full tree over them.
+/// Levels of the smallest tree: 16 leaves or 4 MiB, the largest chunk a repository may have, so that
+/// every chunk of every repository is a node of every disk's tree.
+pub const LEVELS_MIN: u32 = 4;
+
+/// Levels of pairs above the leaves of a disk of `size_bytes`: the smallest full tree over them of
+/// at least [`LEVELS_MIN`].
 pub fn levels(size_bytes: u64) -> u32 {
-    size_bytes.div_ceil(LEAF_BYTES).max(1).next_power_of_two().trailing_zeros()
+    let leaves = size_bytes.div_ceil(LEAF_BYTES).max(1);
+    leaves.next_power_of_two().trailing_zeros().max(LEVELS_MIN)
 }
 
 /// The hash over a whole disk: its size and its content.
@@ -217,7 +223,7 @@ mod tests {
     #[test]
     fn levels_follow_the_number_of_leaves() {
         for (size, expected) in
-            [(0, 0), (1, 0), (LEAF_BYTES, 0), (LEAF_BYTES + 1, 1), (1 << 40, 22)]
+            [(0, 4), (1, 4), (16 * LEAF_BYTES, 4), (16 * LEAF_BYTES + 1, 5), (1 << 40, 22)]
         {
             assert_eq!(levels(size), expected, "{size}");
         }

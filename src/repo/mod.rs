@@ -1,8 +1,139 @@
 //! The deduplicating repository: complete restore points out of shared, sealed chunks.
 //!
+//! ```text
+//!  point (manifest) ─► disk: top of a content tree ─► nodes ─► chunks      what is stored
+//!  id of a blob = keyed hash(content hash) ─► index ─► pack, offset        where it lies
+//!
+//!  Run ── DiskWriter ─► Packer ─► ObjectStore       one backup writes      (session, writer, packer)
+//!  DiskReader ◄── Blobs ◄── Index ◄── ObjectStore   anybody reads          (reader, blobs, index)
+//! ```
+//!
 //! Invariants kept here: *Commit order* (chunks durable → index durable → manifest, the commit
-//! point), *Deletion* (only the collector deletes objects), *Secrets* (keys appear in no message
-//! and no `Debug`). `docs/repository-format.md` specifies every byte.
+//! point: [`session`]), *Deletion* (only the collector deletes objects), *Secrets* (keys appear in
+//! no message and no `Debug`). Every point is complete: no chain is replayed, and forgetting one
+//! never touches another. `docs/repository-format.md` specifies every byte.
+//!
+//! Called by `job`; knows nothing of platforms.
 
+pub mod blobs;
+pub mod index;
+pub mod manifest;
+pub mod pack;
+pub mod packer;
+pub mod points;
+pub mod reader;
 pub mod seal;
+pub mod session;
 pub mod store;
+pub mod tree;
+pub mod writer;
+
+#[cfg(test)]
+mod tests;
+
+use std::sync::Arc;
+
+pub use manifest::{Manifest, ManifestArtifact, ManifestDisk, ManifestDraft};
+pub use points::PointName;
+pub use reader::DiskReader;
+pub use session::{ARTIFACT_BYTES_MAX, Run, RunOptions};
+pub use writer::{DiskWriter, StoredDisk, WriteStats};
+
+use blobs::Blobs;
+use index::Index;
+use seal::Keys;
+use store::ObjectStore;
+
+use crate::block;
+use crate::content::LEAF_BYTES;
+use crate::error::Result;
+use crate::vm::Uuid;
+use crate::workers::Workers;
+
+/// An open repository.
+pub struct Repository {
+    blobs: Arc<Blobs>,
+    id: String,
+    has_key: bool,
+    chunk_bytes: u64,
+}
+
+/// What was learnt when the repository's configuration was opened.
+pub struct Unlocked {
+    /// What everything is sealed with.
+    pub keys: Keys,
+    /// The repository's id: 32 hex digits.
+    pub id: String,
+    /// Whether a password or key file is needed to open it.
+    pub has_key: bool,
+    /// Size of a chunk.
+    pub chunk_bytes: u64,
+}
+
+impl Repository {
+    /// Opens the repository in `store` with keys that were unlocked from its configuration.
+    pub async fn with_keys(
+        store: Arc<dyn ObjectStore>,
+        unlocked: Unlocked,
+        workers: Workers,
+    ) -> Result<Self> {
+        let Unlocked { keys, id, has_key, chunk_bytes } = unlocked;
+        let keys = Arc::new(keys);
+        let index = Arc::new(Index::open(Arc::clone(&store), Arc::clone(&keys)).await?);
+        let blobs = Arc::new(Blobs::new(store, keys, index, workers));
+        Ok(Self { blobs, id, has_key, chunk_bytes })
+    }
+
+    /// The repository's id: 32 hex digits.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// Whether a password or key file is needed to open it.
+    pub fn has_key(&self) -> bool {
+        self.has_key
+    }
+
+    /// Size of a chunk.
+    pub fn chunk_bytes(&self) -> u64 {
+        self.chunk_bytes
+    }
+
+    /// The names of the points of `domain`, or of all, in their order.
+    pub async fn point_names(&self, domain: Option<Uuid>) -> Result<Vec<PointName>> {
+        points::names(&*self.blobs.store, domain).await
+    }
+
+    /// The manifest of a point.
+    pub async fn manifest(&self, name: &PointName) -> Result<Manifest> {
+        points::manifest(&*self.blobs.store, &self.blobs.keys, name).await
+    }
+
+    /// The manifests of the points of `domain`, or of all, in their order.
+    pub async fn manifests(&self, domain: Option<Uuid>) -> Result<Vec<Manifest>> {
+        let names = self.point_names(domain).await?;
+        points::manifests(&self.blobs.store, &self.blobs.keys, &names).await
+    }
+
+    /// Begins a backup.
+    pub async fn begin_run(&self, options: RunOptions) -> Result<Run> {
+        self.blobs.index.refresh().await?;
+        Ok(Run::new(
+            Arc::clone(&self.blobs),
+            self.chunk_bytes,
+            std::collections::HashSet::new(),
+            options,
+        ))
+    }
+
+    /// Opens a stored disk for reading.
+    pub async fn open_disk(&self, stored: &StoredDisk) -> Result<DiskReader> {
+        let levels = (self.chunk_bytes / LEAF_BYTES).trailing_zeros();
+        DiskReader::open(Arc::clone(&self.blobs), levels, stored).await
+    }
+
+    /// Reads a stored artefact.
+    pub async fn read_bytes(&self, stored: &StoredDisk) -> Result<Vec<u8>> {
+        block::read_all(&self.open_disk(stored).await?, ARTIFACT_BYTES_MAX).await
+    }
+}

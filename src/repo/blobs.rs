@@ -1,0 +1,237 @@
+//! Reading blobs: from a content hash to bytes that are proven to have it.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::index::{Index, Location, PackRef, missing};
+use super::pack::Encoding;
+use super::seal::{BlobId, BlobKind, Keys, Opener, TAG_BYTES};
+use super::store::{ObjectStore, ReadRange};
+use super::tree::{FANOUT, Node};
+use crate::content::ContentHash;
+use crate::error::{Error, Kind, Result};
+use crate::workers::Workers;
+
+/// Tree nodes kept in memory: about 8 MiB.
+const CACHED_NODES_MAX: usize = 1000;
+
+/// Opened packs kept: each is a key schedule and a name.
+const CACHED_OPENERS_MAX: usize = 1000;
+
+/// Largest plaintext of a blob: a chunk of 4 MiB.
+pub const BLOB_BYTES_MAX: u32 = 4 << 20;
+
+/// Everything it takes to read blobs; shared by readers and writers.
+#[derive(Debug)]
+pub struct Blobs {
+    /// Where they are.
+    pub store: Arc<dyn ObjectStore>,
+    /// What opens them.
+    pub keys: Arc<Keys>,
+    /// Where each lies.
+    pub index: Arc<Index>,
+    /// Who decodes them.
+    pub workers: Workers,
+    // Both locked for map operations only, never across an await.
+    nodes: Mutex<HashMap<ContentHash, Arc<Node>>>,
+    openers: Mutex<HashMap<[u8; 16], Arc<Opener>>>,
+}
+
+impl Blobs {
+    /// Reads through `index`.
+    pub fn new(
+        store: Arc<dyn ObjectStore>,
+        keys: Arc<Keys>,
+        index: Arc<Index>,
+        workers: Workers,
+    ) -> Self {
+        Self { store, keys, index, workers, nodes: Mutex::default(), openers: Mutex::default() }
+    }
+
+    /// The tree node `hash` of `height`, verified. Cancel-safe.
+    pub async fn node(&self, height: u8, hash: &ContentHash) -> Result<Arc<Node>> {
+        if hash.is_zero() {
+            return Ok(Arc::new(Node::new(Vec::new())));
+        }
+        if let Some(node) = lock(&self.nodes).get(hash) {
+            return Ok(Arc::clone(node));
+        }
+        let id = self.keys.blob_id(BlobKind::Node { height }, hash);
+        let location = self.locate(&id).await?;
+        let sealed =
+            self.read_run(&location.pack, location.offset, location.stored_bytes.into()).await?;
+        let opener = self.opener(&location.pack)?;
+        let hash = *hash;
+        let work = move || {
+            let mut sealed = sealed;
+            let plain = open(&opener, &location, &mut sealed)?;
+            let node = Node::decode(&plain).filter(|node| node.hash() == hash);
+            node.ok_or_else(|| damaged(&location, "it is not the tree node it should be"))
+        };
+        let node = Arc::new(self.workers.run(work).await??);
+        let mut nodes = lock(&self.nodes);
+        if nodes.len() >= CACHED_NODES_MAX {
+            nodes.clear();
+        }
+        nodes.insert(hash, Arc::clone(&node));
+        Ok(node)
+    }
+
+    /// The children of node `index` of `height` below the top node `top` of height `top_height`.
+    pub async fn node_at(
+        &self,
+        top_height: u8,
+        top: &ContentHash,
+        height: u8,
+        index: u64,
+    ) -> Result<Arc<Node>> {
+        let mut node = self.node(top_height, top).await?;
+        for above in (height + 1..=top_height).rev() {
+            let shift = 8 * u32::from(above - 1 - height);
+            let slot = usize::try_from((index >> shift) % FANOUT as u64).expect("below 256");
+            node = self.node(above - 1, &node.child(slot)).await?;
+        }
+        Ok(node)
+    }
+
+    /// Where a blob lies. A stale index is refreshed once before a blob counts as missing.
+    pub async fn locate(&self, id: &BlobId) -> Result<Location> {
+        if let Some(location) = self.index.lookup(id, &|_| true).await? {
+            return Ok(location);
+        }
+        self.index.refresh().await?;
+        self.index.lookup(id, &|_| true).await?.ok_or_else(|| missing(id))
+    }
+
+    /// `len` bytes of a pack: the sealed form of one blob or of several that lie side by side.
+    pub async fn read_run(&self, pack: &PackRef, offset: u32, len: u64) -> Result<Vec<u8>> {
+        let range = ReadRange::Exact { offset: u64::from(offset), len };
+        let name = pack.name();
+        self.store.read(&name, range).await.map_err(|error| {
+            let error = Error::from(error);
+            if error.kind() == Kind::NotFound {
+                return Error::new(Kind::Corrupt, format!("pack {name} is missing"))
+                    .hint("run 'check' to see which points are affected")
+                    .source(error);
+            }
+            error
+        })
+    }
+
+    /// What opens the blobs of `pack`.
+    pub fn opener(&self, pack: &PackRef) -> Result<Arc<Opener>> {
+        if let Some(opener) = lock(&self.openers).get(&pack.id) {
+            return Ok(Arc::clone(opener));
+        }
+        let opener = self.keys.opener(pack.object_type(), &pack.name(), &pack.header)?;
+        let opener = Arc::new(opener);
+        let mut openers = lock(&self.openers);
+        if openers.len() >= CACHED_OPENERS_MAX {
+            openers.clear();
+        }
+        openers.insert(pack.id, Arc::clone(&opener));
+        Ok(opener)
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The plaintext of a sealed blob. CPU work.
+pub fn open(opener: &Opener, location: &Location, sealed: &mut [u8]) -> Result<Vec<u8>> {
+    let mut plain = vec![0; plain_len(location)?];
+    open_into(opener, location, sealed, &mut plain)?;
+    Ok(plain)
+}
+
+/// Length of a blob's plaintext, checked against what a blob may have.
+pub fn plain_len(location: &Location) -> Result<usize> {
+    if location.plain_bytes > BLOB_BYTES_MAX {
+        return Err(damaged(location, "its length is not one a blob can have"));
+    }
+    Ok(location.plain_bytes as usize)
+}
+
+/// Opens and decodes a sealed blob into `plain`, which has exactly the blob's plain length. CPU work.
+pub fn open_into(
+    opener: &Opener,
+    location: &Location,
+    sealed: &mut [u8],
+    plain: &mut [u8],
+) -> Result<()> {
+    let counter = u64::from(location.counter);
+    let encoded = opener
+        .open_in_place(counter, sealed)
+        .map_err(|error| damaged(location, "its seal is broken").source(error))?;
+    let wrong_length = || damaged(location, "it is shorter or longer than recorded");
+    match location.encoding {
+        Encoding::Raw => {
+            if encoded.len() != plain.len() {
+                return Err(wrong_length());
+            }
+            plain.copy_from_slice(encoded);
+        }
+        Encoding::Zstd => {
+            let len = zstd_decompress(encoded, plain)
+                .map_err(|error| damaged(location, "it does not decompress").source(error))?;
+            if len != plain.len() {
+                return Err(wrong_length());
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The error for a blob that is not what it should be.
+pub fn damaged(location: &Location, what: &str) -> Error {
+    let pack = location.pack.name();
+    Error::new(
+        Kind::Corrupt,
+        format!("blob {} of pack {pack} is damaged: {what}", location.counter),
+    )
+    .hint("run 'check --read-data' to see which points are affected")
+}
+
+thread_local! {
+    /// Contexts are made once per worker thread.
+    static DECOMPRESSOR: std::cell::RefCell<Option<zstd::bulk::Decompressor<'static>>> =
+        const { std::cell::RefCell::new(None) };
+    static COMPRESSOR: std::cell::RefCell<Option<(i32, zstd::bulk::Compressor<'static>)>> =
+        const { std::cell::RefCell::new(None) };
+}
+
+fn zstd_decompress(encoded: &[u8], plain: &mut [u8]) -> std::io::Result<usize> {
+    DECOMPRESSOR.with_borrow_mut(|slot| {
+        let decompressor = match slot {
+            Some(decompressor) => decompressor,
+            None => slot.insert(zstd::bulk::Decompressor::new()?),
+        };
+        decompressor.decompress_to_buffer(encoded, plain)
+    })
+}
+
+/// Encodes a plaintext: zstd where it saves at least a thirty-second, else as it is. The result has
+/// room for the seal. CPU work.
+pub fn encode(plain: &[u8], level: i32) -> Result<(Encoding, Vec<u8>)> {
+    let worth = plain.len() - plain.len() / 32;
+    let compressed = COMPRESSOR.with_borrow_mut(|slot| -> std::io::Result<Option<Vec<u8>>> {
+        if !matches!(slot, Some((at, _)) if *at == level) {
+            *slot = Some((level, zstd::bulk::Compressor::new(level)?));
+        }
+        let (_, compressor) = slot.as_mut().expect("it was just made");
+        let mut out = Vec::with_capacity(zstd::zstd_safe::compress_bound(plain.len()) + TAG_BYTES);
+        compressor.compress_to_buffer(plain, &mut out)?;
+        Ok((out.len() < worth).then_some(out))
+    });
+    let compressed =
+        compressed.map_err(|e| Error::new(Kind::Internal, "zstd cannot compress").source(e))?;
+    Ok(compressed.map_or_else(
+        || {
+            let mut bytes = Vec::with_capacity(plain.len() + TAG_BYTES);
+            bytes.extend_from_slice(plain);
+            (Encoding::Raw, bytes)
+        },
+        |bytes| (Encoding::Zstd, bytes),
+    ))
+}

@@ -1,0 +1,173 @@
+//! The index: where each blob lies, without ever holding all of it.
+//!
+//! It is a set of immutable sorted [`segment`]s in the store, one or more per run, merged as they
+//! pile up. In memory are only their directories (a filter of ten bits and an eighth of a byte of
+//! first id per entry) and a bounded cache of blocks. A look-up for a new chunk ends at the filters;
+//! one for a known chunk reads one block of 13 KiB, usually cached.
+//!
+//! The set is a snapshot: [`Index::refresh`] takes in what other writers and the collector did.
+
+pub mod filter;
+pub mod segment;
+
+use std::collections::{HashMap, HashSet};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+
+pub use segment::{IndexEntry, Location, PackRef, Segment, SegmentWriter};
+
+use super::seal::{BlobId, Keys, random};
+use super::store::{Folder, ObjectStore, for_each, from_hex};
+use crate::error::{Error, Kind, Result};
+
+/// Blocks kept in memory: about 30 MiB.
+const CACHED_BLOCKS_MAX: usize = 1500;
+
+/// Accepts a pack as a place to read from or to dedup against.
+pub type Accept<'a> = &'a (dyn Fn(&[u8; 16]) -> bool + Sync);
+
+type Segments = Arc<Vec<Arc<Segment>>>;
+
+/// The repository's index.
+#[derive(Debug)]
+pub struct Index {
+    store: Arc<dyn ObjectStore>,
+    keys: Arc<Keys>,
+    // Locked to clone or swap one pointer, never across an await.
+    segments: RwLock<Segments>,
+    blocks: Mutex<BlockCache>,
+}
+
+impl Index {
+    /// Opens every segment of the store.
+    pub async fn open(store: Arc<dyn ObjectStore>, keys: Arc<Keys>) -> Result<Self> {
+        let index = Self { store, keys, segments: RwLock::default(), blocks: Mutex::default() };
+        index.refresh().await?;
+        Ok(index)
+    }
+
+    /// The segments in use.
+    pub fn segments(&self) -> Segments {
+        Arc::clone(&self.segments.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Takes in segments that appeared and lets go of those that are gone or superseded.
+    pub async fn refresh(&self) -> Result<()> {
+        let mut listed = Vec::new();
+        for_each(&*self.store, Folder::Index.prefix(), |object| {
+            if let Some(id) = from_hex::<16>(object.name.last()) {
+                listed.push(id);
+            }
+        })
+        .await?;
+        let known: HashMap<_, _> =
+            self.segments().iter().map(|segment| (segment.id, Arc::clone(segment))).collect();
+        let mut segments = Vec::with_capacity(listed.len());
+        for id in listed {
+            match known.get(&id) {
+                Some(segment) => segments.push(Arc::clone(segment)),
+                None => match Segment::open(&*self.store, &self.keys, id).await {
+                    Ok(segment) => segments.push(Arc::new(segment)),
+                    // Merged away between the listing and now: what superseded it was listed too,
+                    // or will be by the next refresh.
+                    Err(error) if error.kind() == Kind::NotFound => {}
+                    Err(error) => return Err(error),
+                },
+            }
+        }
+        let superseded: HashSet<_> =
+            segments.iter().flat_map(|s| s.supersedes.iter().copied()).collect();
+        segments.retain(|segment| !superseded.contains(&segment.id));
+        *self.segments.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(segments);
+        Ok(())
+    }
+
+    /// Whether the blob may be known: no read, about one in a hundred new ones per segment passes.
+    pub fn may_contain(&self, id: &BlobId) -> bool {
+        self.segments().iter().any(|segment| segment.may_contain(id))
+    }
+
+    /// Where the blob lies, in a pack that `accept` agrees to. Cancel-safe.
+    pub async fn lookup(&self, id: &BlobId, accept: Accept<'_>) -> Result<Option<Location>> {
+        for segment in self.segments().iter().filter(|segment| segment.may_contain(id)) {
+            let Some(number) = segment.block_of(id) else { continue };
+            let block = self.block(segment, number).await?;
+            let Ok(at) = block.binary_search_by(|entry| entry.id.cmp(id)) else { continue };
+            if accept(&block[at].location.pack.id) {
+                return Ok(Some(block[at].location.clone()));
+            }
+        }
+        Ok(None)
+    }
+
+    async fn block(&self, segment: &Segment, number: usize) -> Result<Arc<Vec<IndexEntry>>> {
+        let key = (segment.id, number);
+        if let Some(block) = lock(&self.blocks).get(&key) {
+            return Ok(block);
+        }
+        let block = Arc::new(segment.read_block(&*self.store, number).await?);
+        lock(&self.blocks).insert(key, Arc::clone(&block));
+        Ok(block)
+    }
+
+    /// Stores `entries` as a new segment, durable and in use when it returns.
+    pub async fn add(&self, mut entries: Vec<IndexEntry>) -> Result<()> {
+        if entries.is_empty() {
+            return Ok(());
+        }
+        entries.sort_unstable_by_key(|entry| entry.id);
+        entries.dedup_by_key(|entry| entry.id);
+        let id = random::<16>();
+        let count = entries.len() as u64;
+        let mut writer = SegmentWriter::create(&*self.store, &self.keys, &id, count).await?;
+        for entry in &entries {
+            writer.push(entry).await?;
+        }
+        writer.finish(&[]).await?;
+        let segment = Arc::new(Segment::open(&*self.store, &self.keys, id).await?);
+        let mut segments = self.segments.write().unwrap_or_else(PoisonError::into_inner);
+        let mut list = segments.as_ref().clone();
+        list.push(segment);
+        *segments = Arc::new(list);
+        Ok(())
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+type BlockKey = ([u8; 16], usize);
+
+/// Blocks by recency of use.
+#[derive(Debug, Default)]
+struct BlockCache {
+    blocks: HashMap<BlockKey, (u64, Arc<Vec<IndexEntry>>)>,
+    clock: u64,
+}
+
+impl BlockCache {
+    fn get(&mut self, key: &BlockKey) -> Option<Arc<Vec<IndexEntry>>> {
+        self.clock += 1;
+        let (used, block) = self.blocks.get_mut(key)?;
+        *used = self.clock;
+        Some(Arc::clone(block))
+    }
+
+    fn insert(&mut self, key: BlockKey, block: Arc<Vec<IndexEntry>>) {
+        if self.blocks.len() >= CACHED_BLOCKS_MAX {
+            // The older half goes at once: cheap on average, and no list to keep.
+            let mut used: Vec<u64> = self.blocks.values().map(|(used, _)| *used).collect();
+            let (_, median, _) = used.select_nth_unstable(CACHED_BLOCKS_MAX / 2);
+            let median = *median;
+            self.blocks.retain(|_, (used, _)| *used > median);
+        }
+        self.clock += 1;
+        self.blocks.insert(key, (self.clock, block));
+    }
+}
+
+/// The error for a blob that no segment knows.
+pub fn missing(id: &BlobId) -> Error {
+    Error::new(Kind::Corrupt, format!("blob {id} is not in the index"))
+        .hint("run 'check'; 'check --rebuild-index' finds blobs whose index was lost")
+}

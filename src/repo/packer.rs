@@ -1,0 +1,292 @@
+//! Fills packs with sealed blobs, in order, while earlier packs become durable.
+//!
+//! ```text
+//!  worker:  encode ─► slot (counter + offset, under a short lock) ─► seal ─┐
+//!  worker:  encode ─► slot ─────────────────────────────────────────► seal ─┤  bounded channel
+//!                                                                           ▼
+//!  pack task (one per open pack):  put in order ─► ObjectWriter ─► trailer ─► finish (durable)
+//!                                                                           └─► entries to the sink
+//! ```
+//!
+//! A pack's task ends when all its blobs arrived and the object is durable; only then are its
+//! entries handed to the [`DurableSink`], which makes them part of the index. A failure of any task
+//! is kept and returned by whatever comes next.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use async_trait::async_trait;
+use tokio::sync::{Semaphore, mpsc};
+use tokio::task::JoinSet;
+
+use super::index::{IndexEntry, Location, PackRef};
+use super::pack::{
+    Encoding, PACK_BLOBS_MAX, PACK_BYTES, PackedBlob, encode_footer, encode_trailer,
+};
+use super::seal::{BlobId, BlobKind, HEADER_BYTES, Keys, ObjectType, Sealer, TAG_BYTES, random};
+use super::store::{ObjectName, ObjectStore, ObjectWriter};
+use crate::error::{Error, Kind, Result};
+
+/// Sealed blobs waiting for a pack's task, in bytes of plain chunks.
+const QUEUE_BYTES: usize = 8 << 20;
+
+/// Packs of one packer that are open or becoming durable at once.
+const OPEN_PACKS_MAX: usize = 3;
+
+/// Bytes handed to the store at once.
+const WRITE_BYTES: usize = 1 << 20;
+
+/// Takes in the entries of a pack that is durable.
+#[async_trait]
+pub trait DurableSink: Send + Sync {
+    /// Called once per pack.
+    async fn durable(&self, entries: Vec<IndexEntry>) -> Result<()>;
+}
+
+/// A blob ready to be sealed.
+#[derive(Debug)]
+pub struct EncodedBlob {
+    /// Its id.
+    pub id: BlobId,
+    /// What it is.
+    pub kind: BlobKind,
+    /// How `bytes` is encoded.
+    pub encoding: Encoding,
+    /// Length of the plaintext.
+    pub plain_bytes: u32,
+    /// The encoded plaintext.
+    pub bytes: Vec<u8>,
+}
+
+/// Fills packs of one type.
+pub struct Packer {
+    store: Arc<dyn ObjectStore>,
+    keys: Arc<Keys>,
+    object_type: ObjectType,
+    sink: Arc<dyn DurableSink>,
+    queue_blobs: usize,
+    runtime: tokio::runtime::Handle,
+    // Locked to assign a slot, never across an await.
+    state: Mutex<State>,
+    open_packs: Arc<Semaphore>,
+    failure: Arc<Mutex<Option<Error>>>,
+}
+
+#[derive(Default)]
+struct State {
+    open: Option<OpenPack>,
+    tasks: JoinSet<()>,
+}
+
+struct OpenPack {
+    sealer: Arc<Sealer>,
+    blobs: Vec<PackedBlob>,
+    next_offset: u64,
+    queue: mpsc::Sender<Piece>,
+}
+
+/// What a pack's task is sent.
+enum Piece {
+    Blob { counter: u32, sealed: Vec<u8> },
+    End { blobs: Vec<PackedBlob>, tail: Vec<u8> },
+}
+
+/// A sealed blob on its way to its pack.
+pub struct Sealed {
+    queue: mpsc::Sender<Piece>,
+    piece: Piece,
+    /// The end of the pack, when this blob filled it.
+    end: Option<Piece>,
+}
+
+impl Packer {
+    /// A packer for chunks of up to `blob_bytes` (which sizes its queue), on the current runtime.
+    pub fn new(
+        store: Arc<dyn ObjectStore>,
+        keys: Arc<Keys>,
+        object_type: ObjectType,
+        sink: Arc<dyn DurableSink>,
+        blob_bytes: usize,
+    ) -> Self {
+        Self {
+            store,
+            keys,
+            object_type,
+            sink,
+            queue_blobs: (QUEUE_BYTES / blob_bytes.max(1)).clamp(2, 256),
+            runtime: tokio::runtime::Handle::current(),
+            state: Mutex::default(),
+            open_packs: Arc::new(Semaphore::new(OPEN_PACKS_MAX)),
+            failure: Arc::default(),
+        }
+    }
+
+    /// Gives the blob its place in a pack and seals it: CPU work, for a worker thread.
+    pub fn seal(&self, blob: EncodedBlob) -> Sealed {
+        let mut bytes = blob.bytes;
+        let stored_bytes = u32::try_from(bytes.len() + TAG_BYTES).expect("a blob is a few MiB");
+        let (counter, sealer, queue, end) = {
+            let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+            let state = &mut *state;
+            let open = state.open.get_or_insert_with(|| self.open_pack(&mut state.tasks));
+            let counter = u32::try_from(open.blobs.len()).expect("bounded by PACK_BLOBS_MAX");
+            open.blobs.push(PackedBlob {
+                id: blob.id,
+                kind: blob.kind,
+                encoding: blob.encoding,
+                counter,
+                offset: u32::try_from(open.next_offset).expect("a pack is far below 4 GiB"),
+                stored_bytes,
+                plain_bytes: blob.plain_bytes,
+            });
+            open.next_offset += u64::from(stored_bytes);
+            let full = open.next_offset >= PACK_BYTES || counter + 1 == PACK_BLOBS_MAX;
+            let (sealer, queue) = (Arc::clone(&open.sealer), open.queue.clone());
+            let end = if full { state.open.take().map(OpenPack::end) } else { None };
+            (counter, sealer, queue, end)
+        };
+        sealer.seal(u64::from(counter), &mut bytes);
+        let piece = Piece::Blob { counter, sealed: bytes };
+        let end = end.map(|(_, piece)| piece);
+        Sealed { queue, piece, end }
+    }
+
+    /// Hands a sealed blob to its pack; waits while the store is slower than we are.
+    pub async fn send(&self, sealed: Sealed) -> Result<()> {
+        for piece in [Some(sealed.piece), sealed.end].into_iter().flatten() {
+            if sealed.queue.send(piece).await.is_err() {
+                return Err(self.failure());
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends the pack being filled and waits until every pack is durable.
+    pub async fn flush(&self) -> Result<()> {
+        let (open, mut tasks) = {
+            let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+            (state.open.take(), std::mem::take(&mut state.tasks))
+        };
+        if let Some((queue, end)) = open.map(OpenPack::end) {
+            // A task that is gone left its failure, which is looked at below.
+            let _ = queue.send(end).await;
+        }
+        while let Some(task) = tasks.join_next().await {
+            task.map_err(|e| Error::new(Kind::Internal, "a pack's task died").source(e))?;
+        }
+        let failure = self.failure.lock().unwrap_or_else(PoisonError::into_inner).take();
+        failure.map_or(Ok(()), Err)
+    }
+
+    /// Drops what is being written: unfinished objects vanish, finished packs are garbage.
+    pub async fn abort(&self) {
+        let mut tasks = {
+            let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+            state.open = None;
+            std::mem::take(&mut state.tasks)
+        };
+        tasks.shutdown().await;
+    }
+
+    fn failure(&self) -> Error {
+        let failure = self.failure.lock().unwrap_or_else(PoisonError::into_inner).take();
+        failure.unwrap_or_else(|| Error::new(Kind::Io, "an earlier pack could not be stored"))
+    }
+
+    fn open_pack(&self, tasks: &mut JoinSet<()>) -> OpenPack {
+        let id = random::<16>();
+        let name = ObjectName::pack(&id);
+        let sealer = Arc::new(self.keys.sealer(self.object_type, &name));
+        let (queue, pieces) = mpsc::channel(self.queue_blobs);
+        let pack = Arc::new(PackRef { id, header: *sealer.header() });
+        let (store, sink) = (Arc::clone(&self.store), Arc::clone(&self.sink));
+        let (places, failure) = (Arc::clone(&self.open_packs), Arc::clone(&self.failure));
+        let work = async move {
+            let _place = places.acquire_owned().await.expect("never closed");
+            if let Err(error) = write_pack(&*store, &*sink, &pack, pieces).await {
+                let mut failure = failure.lock().unwrap_or_else(PoisonError::into_inner);
+                failure.get_or_insert(error);
+            }
+        };
+        // Tasks that ended are let go of here, so that the set stays as small as the packs open.
+        while tasks.try_join_next().is_some() {}
+        tasks.spawn_on(work, &self.runtime);
+        OpenPack { sealer, blobs: Vec::new(), next_offset: HEADER_BYTES as u64, queue }
+    }
+}
+
+impl OpenPack {
+    fn end(self) -> (mpsc::Sender<Piece>, Piece) {
+        let count = u32::try_from(self.blobs.len()).expect("bounded by PACK_BLOBS_MAX");
+        let mut tail = encode_trailer(&self.blobs);
+        self.sealer.seal(u64::from(count), &mut tail);
+        let trailer_bytes = u32::try_from(tail.len()).expect("a trailer is under 3 MiB");
+        tail.extend_from_slice(&encode_footer(trailer_bytes, count));
+        (self.queue, Piece::End { blobs: self.blobs, tail })
+    }
+}
+
+/// The life of one pack, from its first byte to its place in the index.
+async fn write_pack(
+    store: &dyn ObjectStore,
+    sink: &dyn DurableSink,
+    pack: &Arc<PackRef>,
+    mut pieces: mpsc::Receiver<Piece>,
+) -> Result<()> {
+    let mut writer = store.create(&pack.name()).await?;
+    let blobs = match write_pieces(&mut *writer, pack, &mut pieces).await {
+        Ok(blobs) => blobs,
+        Err(error) => {
+            // The first error is the one that explains; what abort cannot clean, gc will.
+            if let Err(abort) = writer.abort().await {
+                tracing::warn!(pack = %pack.name(), error = %abort, "cannot remove a partial pack");
+            }
+            return Err(error);
+        }
+    };
+    writer.finish().await?;
+    let entry = |blob: &PackedBlob| IndexEntry {
+        id: blob.id,
+        location: Location {
+            pack: Arc::clone(pack),
+            counter: blob.counter,
+            offset: blob.offset,
+            stored_bytes: blob.stored_bytes,
+            plain_bytes: blob.plain_bytes,
+            encoding: blob.encoding,
+        },
+    };
+    sink.durable(blobs.iter().map(entry).collect()).await
+}
+
+async fn write_pieces(
+    writer: &mut dyn ObjectWriter,
+    pack: &PackRef,
+    pieces: &mut mpsc::Receiver<Piece>,
+) -> Result<Vec<PackedBlob>> {
+    let mut batch = pack.header.to_vec();
+    let mut early: BTreeMap<u32, Vec<u8>> = BTreeMap::new();
+    let mut next = 0;
+    let mut end: Option<(Vec<PackedBlob>, Vec<u8>)> = None;
+    loop {
+        while let Some(sealed) = early.remove(&next) {
+            next += 1;
+            batch.extend_from_slice(&sealed);
+            if batch.len() >= WRITE_BYTES {
+                writer.write(std::mem::take(&mut batch)).await?;
+            }
+        }
+        if let Some((blobs, tail)) = end.take_if(|(blobs, _)| blobs.len() == next as usize) {
+            batch.extend_from_slice(&tail);
+            writer.write(batch).await?;
+            return Ok(blobs);
+        }
+        match pieces.recv().await {
+            Some(Piece::Blob { counter, sealed }) => {
+                early.insert(counter, sealed);
+            }
+            Some(Piece::End { blobs, tail }) => end = Some((blobs, tail)),
+            None => return Err(Error::new(Kind::Cancelled, "the run was given up")),
+        }
+    }
+}

@@ -1,0 +1,275 @@
+//! A stored disk as a [`BlockSource`].
+//!
+//! Every chunk is proven against the tree, the tree against the top, the top against the content
+//! root: what reads without an error is what the disk held. Chunks that lie side by side in a pack,
+//! as a full backup leaves them, are fetched with one read.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+
+use super::blobs::{self, Blobs};
+use super::index::Location;
+use super::seal::BlobKind;
+use super::tree::{FANOUT, Node, Shape};
+use super::writer::StoredDisk;
+use crate::block::{BlockSource, Buffer, ByteRange, ExtentKind, ExtentMap, Geometry};
+use crate::content::ContentHash;
+use crate::error::{Error, Kind, Result};
+
+/// Reads worth having in flight.
+const IN_FLIGHT: usize = 16;
+
+/// Largest read: a few chunks, so that neighbours in a pack come with one request.
+const REQUEST_BYTES_MAX: u64 = 4 << 20;
+
+/// Nodes of height 1 that one answer about extents looks at.
+const EXTENT_NODES_MAX: usize = 64;
+
+/// A disk of a restore point.
+pub struct DiskReader {
+    blobs: Arc<Blobs>,
+    shape: Shape,
+    stored: StoredDisk,
+}
+
+/// A chunk, or part of one, that a read needs.
+#[derive(Clone, Debug)]
+struct Piece {
+    /// Binary levels of a chunk.
+    levels: u32,
+    /// Where in the buffer's window.
+    at: usize,
+    /// How many bytes.
+    len: usize,
+    /// Where in the chunk.
+    skip: usize,
+    /// Which chunk.
+    hash: ContentHash,
+    /// Its first byte on the disk, for messages.
+    disk_offset: u64,
+}
+
+/// Chunks that lie side by side in one pack.
+struct Batch {
+    pieces: Vec<(Piece, Location)>,
+}
+
+impl DiskReader {
+    /// The disk; its top node is read and proven against the content root.
+    pub(super) async fn open(
+        blobs: Arc<Blobs>,
+        chunk_levels: u32,
+        stored: &StoredDisk,
+    ) -> Result<Self> {
+        let shape = Shape::new(stored.size_bytes, chunk_levels);
+        let reader = Self { blobs, shape, stored: stored.clone() };
+        let root = if stored.top.is_zero() {
+            reader.shape.zero_root()
+        } else {
+            let top = reader.blobs.node(reader.shape.height(), &stored.top).await?;
+            let children = reader.shape.children_of(reader.shape.height(), 0);
+            reader.shape.root(&top.children()[..children])
+        };
+        if root != stored.root {
+            let what = "the tree of a stored disk does not have the content root of its manifest";
+            return Err(Error::new(Kind::Corrupt, what));
+        }
+        Ok(reader)
+    }
+
+    /// What is stored.
+    pub fn stored(&self) -> &StoredDisk {
+        &self.stored
+    }
+
+    /// The node of height 1 over `chunk`, or the zero range around it: `(node, None)` or
+    /// `(empty node, Some(first chunk past the zeroes))`.
+    async fn node_over(&self, chunk: u64) -> Result<(Arc<Node>, Option<u64>)> {
+        let mut hash = self.stored.top;
+        let mut height = self.shape.height();
+        loop {
+            if hash.is_zero() {
+                let below = Shape::chunks_below(height);
+                let end = (chunk / below + 1).saturating_mul(below).min(self.shape.chunks());
+                return Ok((Arc::new(Node::new(Vec::new())), Some(end)));
+            }
+            let node = self.blobs.node(height, &hash).await.map_err(|e| self.at_chunk(chunk, e))?;
+            if height == 1 {
+                return Ok((node, None));
+            }
+            height -= 1;
+            let slot = chunk / Shape::chunks_below(height) % FANOUT as u64;
+            hash = node.child(usize::try_from(slot).expect("below 256"));
+        }
+    }
+
+    /// Says which part of the disk an error concerns.
+    fn at_chunk(&self, chunk: u64, error: Error) -> Error {
+        let offset = chunk * self.shape.chunk_bytes();
+        error.context(format!("cannot read the stored disk at offset {offset}"))
+    }
+
+    /// The chunks that a read of `range` needs, zero ones left out.
+    async fn pieces(&self, range: ByteRange) -> Result<Vec<Piece>> {
+        let chunk_bytes = self.shape.chunk_bytes();
+        let mut pieces = Vec::new();
+        let mut node: Option<(u64, Arc<Node>)> = None;
+        let to_usize = |n: u64| usize::try_from(n).expect("a request is a few MiB");
+        for part in range.pieces(chunk_bytes) {
+            let chunk = part.offset() / chunk_bytes;
+            let over = chunk / FANOUT as u64;
+            let current = match &node {
+                Some((index, node)) if *index == over => Arc::clone(node),
+                _ => {
+                    let (found, _) = self.node_over(chunk).await?;
+                    node = Some((over, Arc::clone(&found)));
+                    found
+                }
+            };
+            let hash = current.child(to_usize(chunk % FANOUT as u64));
+            if hash.is_zero() {
+                continue;
+            }
+            pieces.push(Piece {
+                levels: self.shape.chunk_levels(),
+                at: to_usize(part.offset() - range.offset()),
+                len: to_usize(part.len()),
+                skip: to_usize(part.offset() % chunk_bytes),
+                hash,
+                disk_offset: part.offset(),
+            });
+        }
+        Ok(pieces)
+    }
+
+    /// Finds the pieces and gathers those that lie side by side.
+    async fn batches(&self, pieces: Vec<Piece>) -> Result<Vec<Batch>> {
+        let mut batches: Vec<Batch> = Vec::new();
+        for piece in pieces {
+            let id = self.blobs.keys.blob_id(BlobKind::Chunk, &piece.hash);
+            let location = self.blobs.locate(&id).await;
+            let location = location.map_err(|e| self.at_piece(&piece, e))?;
+            let neighbour = batches.last_mut().filter(|batch| {
+                let (_, last) = &batch.pieces[batch.pieces.len() - 1];
+                last.pack.id == location.pack.id
+                    && last.offset.checked_add(last.stored_bytes) == Some(location.offset)
+            });
+            match neighbour {
+                Some(batch) => batch.pieces.push((piece, location)),
+                None => batches.push(Batch { pieces: vec![(piece, location)] }),
+            }
+        }
+        Ok(batches)
+    }
+
+    fn at_piece(&self, piece: &Piece, error: Error) -> Error {
+        self.at_chunk(piece.disk_offset / self.shape.chunk_bytes(), error)
+    }
+
+    /// Fetches a batch and puts its plaintext where it belongs.
+    async fn fill(&self, batch: Batch, buffer: Buffer) -> Result<Buffer> {
+        let (piece, first) = &batch.pieces[0];
+        let len = batch.pieces.iter().map(|(_, l)| u64::from(l.stored_bytes)).sum();
+        let sealed = self.blobs.read_run(&first.pack, first.offset, len).await;
+        let mut sealed = sealed.map_err(|e| self.at_piece(piece, e))?;
+        let opener = self.blobs.opener(&first.pack)?;
+        let chunk_bytes = self.shape.chunk_bytes();
+        let work = move || {
+            let mut buffer = buffer;
+            let mut rest = &mut sealed[..];
+            for (piece, location) in &batch.pieces {
+                let (blob, after) = rest.split_at_mut(location.stored_bytes as usize);
+                rest = after;
+                let target = &mut buffer[piece.at..piece.at + piece.len];
+                decode_piece(&opener, location, piece, blob, target).map_err(|error| {
+                    let offset = piece.disk_offset / chunk_bytes * chunk_bytes;
+                    error.context(format!("cannot read the stored disk at offset {offset}"))
+                })?;
+            }
+            Ok(buffer)
+        };
+        self.blobs.workers.run(work).await?
+    }
+}
+
+/// Opens a chunk, proves it, and copies the part that was asked for. CPU work.
+fn decode_piece(
+    opener: &super::seal::Opener,
+    location: &Location,
+    piece: &Piece,
+    sealed: &mut [u8],
+    target: &mut [u8],
+) -> Result<()> {
+    let wrong = || blobs::damaged(location, "its content is not what its tree says");
+    let plain_bytes = blobs::plain_len(location)?;
+    // The usual case decodes straight into place: the whole of what is stored is asked for.
+    if piece.skip == 0 && plain_bytes == target.len() {
+        blobs::open_into(opener, location, sealed, target)?;
+        let proven = ContentHash::of_chunk(target, piece.levels) == piece.hash;
+        return proven.then_some(()).ok_or_else(wrong);
+    }
+    let plain = blobs::open(opener, location, sealed)?;
+    if ContentHash::of_chunk(&plain, piece.levels) != piece.hash {
+        return Err(wrong());
+    }
+    // A stored chunk may lack trailing zeroes: the tail of a disk is kept short.
+    let stored = plain.get(piece.skip..).unwrap_or_default();
+    let len = stored.len().min(target.len());
+    target[..len].copy_from_slice(&stored[..len]);
+    target[len..].fill(0);
+    Ok(())
+}
+
+#[async_trait]
+impl BlockSource for DiskReader {
+    fn geometry(&self) -> Geometry {
+        Geometry {
+            size_bytes: self.stored.size_bytes,
+            align_bytes: 1,
+            preferred_bytes: self.shape.chunk_bytes(),
+            request_bytes_max: REQUEST_BYTES_MAX,
+            in_flight: IN_FLIGHT,
+        }
+    }
+
+    async fn extents(&self, range: ByteRange) -> Result<ExtentMap> {
+        let chunk_bytes = self.shape.chunk_bytes();
+        let mut map = ExtentMap::starting_at(range.offset());
+        for _ in 0..EXTENT_NODES_MAX {
+            if map.end() >= range.end() {
+                break;
+            }
+            let chunk = map.end() / chunk_bytes;
+            let (node, zero_until) = self.node_over(chunk).await?;
+            if let Some(end) = zero_until {
+                let end = end.saturating_mul(chunk_bytes).min(range.end());
+                map.push(end - map.end(), ExtentKind::Zero);
+                continue;
+            }
+            let first = usize::try_from(chunk % FANOUT as u64).expect("below 256");
+            for (slot, number) in (first..FANOUT).zip(chunk..) {
+                let end = ((number + 1).saturating_mul(chunk_bytes)).min(range.end());
+                if end <= map.end() {
+                    break;
+                }
+                let zero = node.child(slot).is_zero();
+                map.push(end - map.end(), if zero { ExtentKind::Zero } else { ExtentKind::Data });
+            }
+        }
+        Ok(map)
+    }
+
+    async fn read(&self, offset: u64, mut buffer: Buffer) -> Result<Buffer> {
+        let range = ByteRange::new(offset, buffer.len() as u64);
+        let pieces = self.pieces(range).await?;
+        // Chunks that are zero are not among the pieces; everything else is overwritten.
+        if pieces.iter().map(|piece| piece.len).sum::<usize>() < buffer.len() {
+            buffer.fill(0);
+        }
+        for batch in self.batches(pieces).await? {
+            buffer = self.fill(batch, buffer).await?;
+        }
+        Ok(buffer)
+    }
+}

@@ -1,0 +1,238 @@
+//! A run: everything one backup writes, up to the manifest that makes it a restore point.
+//!
+//! *Commit order*: chunks and tree nodes durable → index durable → lease re-checked → manifest (the
+//! commit point). A crash before the manifest leaves garbage for the collector, never a point that
+//! cannot be restored; an error of any write surfaces at the latest in [`Run::commit`].
+//!
+//! Chunks are known when the index knows them, or when this run has claimed them: a claim is made
+//! before the blob is stored, and a run with a failed write never commits.
+
+use std::collections::HashSet;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use async_trait::async_trait;
+
+use super::blobs::{self, Blobs};
+use super::index::{Index, IndexEntry};
+use super::manifest::{Manifest, ManifestDraft};
+use super::packer::{DurableSink, EncodedBlob, Packer};
+use super::points;
+use super::seal::{BlobId, BlobKind, ObjectType};
+use super::writer::{DiskWriter, StoredDisk};
+use crate::block::{BlockSink, Buffer, ZeroMode};
+use crate::content;
+use crate::error::{Error, Kind, Result};
+use crate::vm::PointId;
+
+/// Entries of durable packs that are gathered before they become an index segment: about 24 MiB.
+const SPILL_ENTRIES: usize = 250_000;
+
+/// Largest artefact: a direct-boot initrd is the biggest thing anybody has.
+pub const ARTIFACT_BYTES_MAX: usize = 1 << 30;
+
+/// Whether a chunk has to be stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Known {
+    Yes,
+    New,
+}
+
+/// What the disks of a run share.
+pub(super) struct RunShared {
+    pub(super) blobs: Arc<Blobs>,
+    pub(super) chunk_levels: u32,
+    level: i32,
+    chunks: Packer,
+    nodes: Packer,
+    durable: Arc<Durable>,
+}
+
+/// Gathers the entries of durable packs and spills them into index segments.
+struct Durable {
+    index: Arc<Index>,
+    state: Mutex<Gathered>,
+    /// Packs the collector has condemned: never deduplicated against.
+    condemned: HashSet<[u8; 16]>,
+}
+
+#[derive(Default)]
+struct Gathered {
+    entries: Vec<IndexEntry>,
+    /// Blobs of this run that no segment lists yet.
+    claimed: HashSet<BlobId>,
+}
+
+impl Durable {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Gathered> {
+        // Held for set operations, never across an await.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn spill(&self, entries: Vec<IndexEntry>) -> Result<()> {
+        let ids: Vec<_> = entries.iter().map(|entry| entry.id).collect();
+        self.index.add(entries).await?;
+        let mut state = self.lock();
+        for id in &ids {
+            state.claimed.remove(id);
+        }
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl DurableSink for Durable {
+    async fn durable(&self, entries: Vec<IndexEntry>) -> Result<()> {
+        let full = {
+            let mut state = self.lock();
+            state.entries.extend(entries);
+            (state.entries.len() >= SPILL_ENTRIES).then(|| std::mem::take(&mut state.entries))
+        };
+        match full {
+            Some(entries) => self.spill(entries).await,
+            None => Ok(()),
+        }
+    }
+}
+
+impl RunShared {
+    /// Whether the blob is stored already, or claimed by this run; claims it if not.
+    pub(super) async fn known(&self, id: &BlobId) -> Result<Known> {
+        {
+            let mut state = self.durable.lock();
+            if state.claimed.contains(id) {
+                return Ok(Known::Yes);
+            }
+            if !self.blobs.index.may_contain(id) {
+                state.claimed.insert(*id);
+                return Ok(Known::New);
+            }
+        }
+        let condemned = &self.durable.condemned;
+        let found = self.blobs.index.lookup(id, &|pack| !condemned.contains(pack)).await?;
+        if found.is_some() {
+            return Ok(Known::Yes);
+        }
+        // Another task may have claimed it while the index was asked.
+        Ok(if self.durable.lock().claimed.insert(*id) { Known::New } else { Known::Yes })
+    }
+
+    /// Stores a blob that was claimed; the bytes it takes. The buffer's budget is held until the
+    /// sealed blob is with its pack.
+    pub(super) async fn store_new(
+        self: &Arc<Self>,
+        id: BlobId,
+        kind: BlobKind,
+        plain: Buffer,
+    ) -> Result<u64> {
+        let run = Arc::clone(self);
+        let work = move || -> Result<_> {
+            let (encoding, bytes) = blobs::encode(&plain, run.level)?;
+            let plain_bytes = u32::try_from(plain.len()).expect("a blob is at most 4 MiB");
+            let stored = bytes.len() as u64;
+            let blob = EncodedBlob { id, kind, encoding, plain_bytes, bytes };
+            Ok((run.packer(kind).seal(blob), stored, plain))
+        };
+        let (sealed, stored, plain) = self.blobs.workers.run(work).await??;
+        self.packer(kind).send(sealed).await?;
+        drop(plain);
+        Ok(stored)
+    }
+
+    fn packer(&self, kind: BlobKind) -> &Packer {
+        match kind {
+            BlobKind::Chunk => &self.chunks,
+            _ => &self.nodes,
+        }
+    }
+}
+
+/// How a run writes.
+#[derive(Clone, Copy, Debug)]
+pub struct RunOptions {
+    /// zstd level, 1 to 19.
+    pub compression_level: i32,
+}
+
+impl Default for RunOptions {
+    fn default() -> Self {
+        Self { compression_level: 1 }
+    }
+}
+
+/// A backup in progress in this repository. Ends with [`Run::commit`] or [`Run::abort`]; dropping
+/// it leaves garbage for the collector.
+pub struct Run {
+    shared: Arc<RunShared>,
+}
+
+impl Run {
+    pub(super) fn new(
+        blobs: Arc<Blobs>,
+        chunk_bytes: u64,
+        condemned: HashSet<[u8; 16]>,
+        options: RunOptions,
+    ) -> Self {
+        let durable = Arc::new(Durable {
+            index: Arc::clone(&blobs.index),
+            state: Mutex::default(),
+            condemned,
+        });
+        let chunk = usize::try_from(chunk_bytes).expect("a chunk is at most 4 MiB");
+        let packer = |object_type, blob_bytes| {
+            let (store, keys) = (Arc::clone(&blobs.store), Arc::clone(&blobs.keys));
+            let sink = Arc::clone(&durable) as Arc<dyn DurableSink>;
+            Packer::new(store, keys, object_type, sink, blob_bytes)
+        };
+        let shared = RunShared {
+            chunks: packer(ObjectType::DataPack, chunk),
+            nodes: packer(ObjectType::TreePack, 16 << 10),
+            chunk_levels: (chunk_bytes / content::LEAF_BYTES).trailing_zeros(),
+            level: options.compression_level,
+            blobs,
+            durable,
+        };
+        Self { shared: Arc::new(shared) }
+    }
+
+    /// A disk to be written, against `base` if that has the same size.
+    pub fn disk_writer(&self, size_bytes: u64, base: Option<&StoredDisk>) -> Arc<DiskWriter> {
+        Arc::new(DiskWriter::new(Arc::clone(&self.shared), size_bytes, base.cloned()))
+    }
+
+    /// Stores an artefact the way disks are stored.
+    pub async fn store_bytes(&self, bytes: &[u8]) -> Result<StoredDisk> {
+        if bytes.len() > ARTIFACT_BYTES_MAX {
+            let what = format!("an artefact of {} bytes is larger than 1 GiB", bytes.len());
+            return Err(Error::new(Kind::Unsupported, what));
+        }
+        let writer = self.disk_writer(bytes.len() as u64, None);
+        let chunk = writer.geometry().preferred_bytes;
+        let mut offset = 0;
+        for piece in bytes.chunks(usize::try_from(chunk).expect("a chunk is at most 4 MiB")) {
+            if content::is_zero(piece) {
+                let range = crate::block::ByteRange::new(offset, piece.len() as u64);
+                writer.zero(range, ZeroMode::Sparse).await?;
+            } else {
+                writer.write(offset, Buffer::unbudgeted(piece.to_vec())).await?;
+            }
+            offset += piece.len() as u64;
+        }
+        Ok(writer.finish().await?.0)
+    }
+
+    /// Makes everything durable, then the manifest: afterwards the point exists.
+    pub async fn commit(self, point: PointId, draft: ManifestDraft) -> Result<Manifest> {
+        self.shared.chunks.flush().await?;
+        self.shared.nodes.flush().await?;
+        let entries = std::mem::take(&mut self.shared.durable.lock().entries);
+        self.shared.durable.spill(entries).await?;
+        points::store_manifest(&self.shared.blobs, point, draft).await
+    }
+
+    /// Gives the run up: unfinished packs vanish, finished ones are garbage for the collector.
+    pub async fn abort(self) -> Result<()> {
+        self.shared.chunks.abort().await;
+        self.shared.nodes.abort().await;
+        Ok(())
+    }
+}

@@ -1,0 +1,251 @@
+//! The repository end to end, over a store in memory: what is written reads back, unchanged parts
+//! cost nothing, damage is found and named.
+
+#![allow(clippy::cast_possible_truncation)]
+
+use std::sync::Arc;
+
+use proptest::prelude::*;
+
+use super::seal::{Keys, MasterKey};
+use super::store::memory::MemoryStore;
+use super::store::{Folder, ObjectStore, for_each};
+use super::*;
+use crate::block::{BlockSink, BlockSource, Buffer, ByteRange, ZeroMode, conformance};
+use crate::content::{ContentHash, ContentRoot, levels};
+use crate::error::Kind;
+
+const CHUNK: u64 = LEAF_BYTES;
+
+async fn open(store: &Arc<MemoryStore>, chunk_bytes: u64) -> Repository {
+    let keys = Keys::new(&MasterKey::from_bytes([3; 32]));
+    let unlocked = Unlocked { keys, id: "0".repeat(32), has_key: true, chunk_bytes };
+    let store = Arc::clone(store) as Arc<dyn ObjectStore>;
+    Repository::with_keys(store, unlocked, Workers::new(2).unwrap()).await.unwrap()
+}
+
+fn store() -> Arc<MemoryStore> {
+    Arc::new(MemoryStore::new(Arc::new(crate::clock::SystemClock)))
+}
+
+fn draft() -> ManifestDraft {
+    serde_json::from_value(serde_json::json!({
+        "vm": {"uuid": "b2b8a3a0-0000-4000-8000-000000000001", "name": "foo", "host": "h", "platform": "image"},
+        "taken": "2026-11-21T00:00:00Z", "finished": "2026-11-21T00:00:01Z",
+        "quiescence": {"level": "stopped"}, "disks": [], "excluded": [], "not_captured": [],
+        "artifacts": [], "program": "test",
+    }))
+    .unwrap()
+}
+
+fn point(n: u8) -> crate::vm::PointId {
+    crate::vm::PointId([n; 16])
+}
+
+async fn write_all(run: &Run, content: &[u8], chunk: u64) -> (StoredDisk, WriteStats) {
+    let writer = run.disk_writer(content.len() as u64, None);
+    let range = ByteRange::new(0, content.len() as u64);
+    for piece in range.pieces(chunk) {
+        let span = usize::try_from(piece.offset()).unwrap()..usize::try_from(piece.end()).unwrap();
+        writer.write(piece.offset(), Buffer::unbudgeted(content[span].to_vec())).await.unwrap();
+    }
+    writer.finish().await.unwrap()
+}
+
+fn root_of(content: &[u8]) -> ContentRoot {
+    let size = content.len() as u64;
+    let leaves: Vec<_> = content.chunks(LEAF_BYTES as usize).map(ContentHash::of_leaf).collect();
+    ContentRoot::new(size, &ContentHash::of_children(&leaves, levels(size)))
+}
+
+async fn objects(store: &MemoryStore, folder: Folder) -> Vec<super::store::ObjectInfo> {
+    let mut all = Vec::new();
+    for_each(store, folder.prefix(), |object| all.push(object)).await.unwrap();
+    all
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stored_disk_conforms_as_a_source_and_survives_reopening() {
+    for chunk in [CHUNK, 4 * CHUNK] {
+        let store = store();
+        let content = conformance::pattern(1024 * 1024 + 777);
+        let repository = open(&store, chunk).await;
+        let run = repository.begin_run(RunOptions::default()).await.unwrap();
+        let (stored, stats) = write_all(&run, &content, chunk).await;
+        assert_eq!(stored.root, root_of(&content));
+        assert_eq!(stats.written_bytes, content.len() as u64);
+        run.commit(point(1), draft()).await.unwrap();
+
+        let reopened = open(&store, chunk).await;
+        let names = reopened.point_names(None).await.unwrap();
+        assert_eq!(names.len(), 1);
+        assert_eq!(reopened.manifest(&names[0]).await.unwrap().point, point(1));
+        let reader = reopened.open_disk(&stored).await.unwrap();
+        conformance::source(&reader, &content).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_writer_conforms_as_a_sink() {
+    let store = store();
+    let repository = open(&store, CHUNK).await;
+    let run = repository.begin_run(RunOptions::default()).await.unwrap();
+    let writer = run.disk_writer(3_000_000, None);
+    let run = tokio::sync::Mutex::new(Some(run));
+    let read_back = || async {
+        let (stored, _) = writer.finish().await.unwrap();
+        let run = run.lock().await.take().expect("read back once");
+        run.commit(point(1), draft()).await.unwrap();
+        repository.read_bytes(&stored).await.unwrap()
+    };
+    conformance::sink(&*writer, read_back).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_disk_of_the_same_content_stores_nothing_but_is_complete() {
+    let store = store();
+    let content = conformance::pattern(8 << 20);
+    let repository = open(&store, CHUNK).await;
+    let run = repository.begin_run(RunOptions::default()).await.unwrap();
+    let (first, _) = write_all(&run, &content, CHUNK).await;
+    run.commit(point(1), draft()).await.unwrap();
+    let packs = objects(&store, Folder::Packs).await.len();
+    let run = repository.begin_run(RunOptions::default()).await.unwrap();
+    let (second, stats) = write_all(&run, &content, CHUNK).await;
+    let manifest = run.commit(point(2), draft()).await.unwrap();
+    assert_eq!(manifest.sequence, 2);
+    assert_eq!((first, stats.new_bytes, stats.stored_bytes), (second, 0, 0));
+    assert_eq!(objects(&store, Folder::Packs).await.len(), packs);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_incremental_of_a_16_tib_disk_costs_what_changed() {
+    let store = store();
+    let repository = open(&store, CHUNK).await;
+    let size = 16_u64 << 40;
+    let run = repository.begin_run(RunOptions::default()).await.unwrap();
+    let base = run.disk_writer(size, None);
+    let data = conformance::pattern(CHUNK as usize);
+    base.write(0, Buffer::unbudgeted(data.clone())).await.unwrap();
+    base.zero(ByteRange::between(CHUNK, size), ZeroMode::Sparse).await.unwrap();
+    let (base, _) = base.finish().await.unwrap();
+    run.commit(point(1), draft()).await.unwrap();
+
+    let run = repository.begin_run(RunOptions::default()).await.unwrap();
+    let next = run.disk_writer(size, Some(&base));
+    let at = 7_u64 << 40;
+    next.keep(ByteRange::between(0, at)).await.unwrap();
+    next.write(at, Buffer::unbudgeted(data.clone())).await.unwrap();
+    next.keep(ByteRange::between(at + CHUNK, size)).await.unwrap();
+    let (next, stats) = next.finish().await.unwrap();
+    run.commit(point(2), draft()).await.unwrap();
+    assert!(stats.stored_bytes < 10_000, "{stats:?}");
+    let reader = repository.open_disk(&next).await.unwrap();
+    for offset in [0, at] {
+        let read = reader.read(offset, Buffer::unbudgeted(vec![1; data.len()])).await.unwrap();
+        assert!(read[..] == data[..]);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn keeping_everything_is_the_base_itself() {
+    let store = store();
+    let content = conformance::pattern(1 << 20);
+    let repository = open(&store, CHUNK).await;
+    let run = repository.begin_run(RunOptions::default()).await.unwrap();
+    let (base, _) = write_all(&run, &content, CHUNK).await;
+    let next = run.disk_writer(1 << 20, Some(&base));
+    next.keep(ByteRange::new(0, 1 << 20)).await.unwrap();
+    assert_eq!(next.finish().await.unwrap().0, base);
+    let other_size = run.disk_writer(2 << 20, Some(&base));
+    let error = other_size.keep(ByteRange::new(0, 1 << 20)).await.unwrap_err();
+    assert_eq!(error.kind(), Kind::Unsupported);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_with_a_missing_chunk_does_not_finish() {
+    let store = store();
+    let repository = open(&store, CHUNK).await;
+    let run = repository.begin_run(RunOptions::default()).await.unwrap();
+    let writer = run.disk_writer(2 * CHUNK, None);
+    writer.write(0, Buffer::unbudgeted(vec![1; CHUNK as usize])).await.unwrap();
+    assert_eq!(writer.finish().await.unwrap_err().kind(), Kind::Internal);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_missing_pack_is_an_error_that_names_pack_and_offset() {
+    let store = store();
+    let content = conformance::pattern(2 << 20);
+    let repository = open(&store, CHUNK).await;
+    let run = repository.begin_run(RunOptions::default()).await.unwrap();
+    let (stored, _) = write_all(&run, &content, CHUNK).await;
+    run.commit(point(1), draft()).await.unwrap();
+    let packs = objects(&store, Folder::Packs).await;
+    let largest = packs.iter().max_by_key(|pack| pack.size_bytes).unwrap();
+    store.delete(&largest.name).await.unwrap();
+    let reader = repository.open_disk(&stored).await.unwrap();
+    let error = reader.read(0, Buffer::unbudgeted(vec![0; 4096])).await.unwrap_err();
+    assert_eq!(error.kind(), Kind::Corrupt);
+    let shown = format!("{error:?}");
+    assert!(shown.contains(largest.name.as_str()) && shown.contains("offset 0"), "{shown}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_aborted_run_leaves_no_point_and_no_index() {
+    let store = store();
+    let repository = open(&store, CHUNK).await;
+    let run = repository.begin_run(RunOptions::default()).await.unwrap();
+    write_all(&run, &conformance::pattern(1 << 20), CHUNK).await;
+    run.abort().await.unwrap();
+    for folder in [Folder::Points, Folder::Index, Folder::Packs] {
+        assert!(objects(&store, folder).await.is_empty(), "{folder:?}");
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+    #[test]
+    fn any_sequence_of_points_reads_back(
+        steps in proptest::collection::vec(
+            proptest::collection::vec((0_u8..3, 1_u8..4), 5), 1..4),
+    ) {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).build().unwrap();
+        runtime.block_on(async {
+            let store = store();
+            let repository = open(&store, CHUNK).await;
+            let size = 5 * CHUNK as usize - 1000;
+            let mut model = vec![0_u8; size];
+            let mut base: Option<StoredDisk> = None;
+            let mut points: Vec<(StoredDisk, Vec<u8>)> = Vec::new();
+            for (number, step) in steps.iter().enumerate() {
+                let run = repository.begin_run(RunOptions::default()).await.unwrap();
+                let writer = run.disk_writer(size as u64, base.as_ref());
+                let range = ByteRange::new(0, size as u64);
+                for (piece, (action, fill)) in range.pieces(CHUNK).zip(step) {
+                    let span = piece.offset() as usize..piece.end() as usize;
+                    match action {
+                        0 if base.is_some() => writer.keep(piece).await.unwrap(),
+                        1 => {
+                            model[span].fill(0);
+                            writer.zero(piece, ZeroMode::Sparse).await.unwrap();
+                        }
+                        _ => {
+                            model[span.clone()].fill(*fill);
+                            let buffer = Buffer::unbudgeted(model[span].to_vec());
+                            writer.write(piece.offset(), buffer).await.unwrap();
+                        }
+                    }
+                }
+                let (stored, _) = writer.finish().await.unwrap();
+                prop_assert_eq!(stored.root, root_of(&model));
+                run.commit(point(number as u8), draft()).await.unwrap();
+                base = Some(stored.clone());
+                points.push((stored, model.clone()));
+            }
+            for (stored, content) in points {
+                prop_assert!(repository.read_bytes(&stored).await.unwrap() == content);
+            }
+            Ok(())
+        })?;
+    }
+}
