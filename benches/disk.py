@@ -1,0 +1,44 @@
+"""The disk all benchmarks copy: 4 GiB, half of it holes, a quarter noise, a quarter text.
+
+Noise cannot be compressed, text compresses about eightfold with zstd; data lies in pieces of 32 MiB
+so that holes and data alternate as on a file system that is half full. The same every time.
+"""
+
+import random
+import sys
+
+MIB = 1 << 20
+SIZE = 4096 * MIB
+PIECE = 32 * MIB
+
+
+def make(path):
+    """Writes the disk to `path` as a sparse raw image."""
+    rng = random.Random(20261121)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = ["".join(rng.choices(letters, k=rng.randint(2, 10))) for _ in range(5000)]
+    weights = [1 / (rank + 1) for rank in range(len(words))]
+    text = " ".join(rng.choices(words, weights, k=PIECE // 5)).encode()[:PIECE].ljust(PIECE, b".")
+    with open(path, "wb") as disk:
+        disk.truncate(SIZE)
+        for index, offset in enumerate(range(0, SIZE, 2 * PIECE)):
+            disk.seek(offset)
+            if index % 2 == 0:
+                disk.write(rng.randbytes(PIECE))
+                continue
+            # Rotated and stamped every 4 KiB: text that repeats must not become dedup.
+            cut = rng.randrange(PIECE)
+            piece = bytearray(text[cut:] + text[:cut])
+            for block in range(0, PIECE, 4096):
+                piece[block:block + 16] = b"%016d" % (offset + block)
+            disk.write(piece)
+
+
+def scattered(share, block, seed):
+    """Offsets of blocks that together are `share` of the disk, in order, none twice."""
+    count = int(SIZE * share) // block
+    return sorted(random.Random(seed).sample(range(0, SIZE, block), count))
+
+
+if __name__ == "__main__":
+    make(sys.argv[1])
