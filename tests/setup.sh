@@ -9,6 +9,8 @@
 # Callers: tests/run.sh, examples/quickstart.sh. It starts no service (tests/support/libvirtd.sh
 # does) and needs a Rust toolchain to be there.
 set -euo pipefail
+# Nothing ends this script without a word.
+trap 'echo "set-up: error: line $LINENO failed: $BASH_COMMAND" >&2' ERR
 
 # What comes from the distribution's own suite.
 base_packages=(
@@ -26,7 +28,8 @@ say() { echo "set-up: $*"; }
 die() { echo "set-up: error: $*" >&2; exit 1; }
 
 version_of() { # prints the installed version of a package, nothing if it is not installed
-  dpkg-query -W -f '${db:Status-Abbrev} ${Version}\n' "$1" 2>/dev/null | awk '$1 == "ii" {print $2}'
+  { dpkg-query -W -f '${db:Status-Abbrev} ${Version}\n' "$1" 2>/dev/null || true; } |
+    awk '$1 == "ii" {print $2}'
 }
 
 missing_of() { # prints those of the named packages that are not installed
@@ -84,7 +87,7 @@ fetch_packages() {
   local kernel download package
   mkdir -p "$cache/download"
   if [ ! -e "$cache/kernel/done" ]; then
-    kernel=$(ls /boot/vmlinuz-*-cloud-amd64 2>/dev/null | sort -V | tail -n 1)
+    kernel=$({ ls /boot/vmlinuz-*-cloud-amd64 2>/dev/null || true; } | sort -V | tail -n 1)
     if [ -n "$kernel" ] && [ -d "/lib/modules/${kernel#/boot/vmlinuz-}" ]; then
       say "taking the guest's kernel from $kernel"
       mkdir -p "$cache/kernel/boot" "$cache/kernel/lib/modules"
