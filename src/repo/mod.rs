@@ -16,7 +16,9 @@
 //! Called by `job`; knows nothing of platforms.
 
 pub mod blobs;
+pub mod config;
 pub mod index;
+pub mod keys;
 pub mod manifest;
 pub mod pack;
 pub mod packer;
@@ -41,11 +43,10 @@ pub use writer::{DiskWriter, StoredDisk, WriteStats};
 
 use blobs::Blobs;
 use index::Index;
-use seal::Keys;
+use keys::{Credentials, InitOptions, Unlocked};
 use store::ObjectStore;
 
 use crate::block;
-use crate::content::LEAF_BYTES;
 use crate::error::Result;
 use crate::vm::Uuid;
 use crate::workers::Workers;
@@ -53,50 +54,65 @@ use crate::workers::Workers;
 /// An open repository.
 pub struct Repository {
     blobs: Arc<Blobs>,
-    id: String,
-    has_key: bool,
-    chunk_bytes: u64,
-}
-
-/// What was learnt when the repository's configuration was opened.
-pub struct Unlocked {
-    /// What everything is sealed with.
-    pub keys: Keys,
-    /// The repository's id: 32 hex digits.
-    pub id: String,
-    /// Whether a password or key file is needed to open it.
-    pub has_key: bool,
-    /// Size of a chunk.
-    pub chunk_bytes: u64,
+    unlocked: Unlocked,
 }
 
 impl Repository {
-    /// Opens the repository in `store` with keys that were unlocked from its configuration.
-    pub async fn with_keys(
+    /// Opens the repository in `store`.
+    pub async fn open(
+        store: Arc<dyn ObjectStore>,
+        credentials: &Credentials,
+        workers: Workers,
+    ) -> Result<Self> {
+        let unlocked = keys::open(&*store, credentials).await?;
+        Self::with_keys(store, unlocked, workers).await
+    }
+
+    /// Makes a repository in `store`, which is empty, and opens it.
+    pub async fn init(
+        store: Arc<dyn ObjectStore>,
+        credentials: &Credentials,
+        options: InitOptions,
+        workers: Workers,
+    ) -> Result<Self> {
+        let unlocked = keys::init(&*store, credentials, options).await?;
+        Self::with_keys(store, unlocked, workers).await
+    }
+
+    async fn with_keys(
         store: Arc<dyn ObjectStore>,
         unlocked: Unlocked,
         workers: Workers,
     ) -> Result<Self> {
-        let Unlocked { keys, id, has_key, chunk_bytes } = unlocked;
-        let keys = Arc::new(keys);
+        let keys = Arc::clone(&unlocked.keys);
         let index = Arc::new(Index::open(Arc::clone(&store), Arc::clone(&keys)).await?);
         let blobs = Arc::new(Blobs::new(store, keys, index, workers));
-        Ok(Self { blobs, id, has_key, chunk_bytes })
+        Ok(Self { blobs, unlocked })
     }
 
     /// The repository's id: 32 hex digits.
-    pub fn id(&self) -> &str {
-        &self.id
+    pub fn id(&self) -> String {
+        self.unlocked.config.id.to_string()
+    }
+
+    /// Its configuration, its keys and the slot that opened: what [`keys::add`] needs.
+    pub fn unlocked(&self) -> &Unlocked {
+        &self.unlocked
+    }
+
+    /// Where it is.
+    pub fn store(&self) -> &Arc<dyn ObjectStore> {
+        &self.blobs.store
     }
 
     /// Whether a password or key file is needed to open it.
     pub fn has_key(&self) -> bool {
-        self.has_key
+        self.unlocked.has_key()
     }
 
     /// Size of a chunk.
     pub fn chunk_bytes(&self) -> u64 {
-        self.chunk_bytes
+        self.unlocked.config.chunk.bytes()
     }
 
     /// The names of the points of `domain`, or of all, in their order.
@@ -120,7 +136,7 @@ impl Repository {
         self.blobs.index.refresh().await?;
         Ok(Run::new(
             Arc::clone(&self.blobs),
-            self.chunk_bytes,
+            self.chunk_bytes(),
             std::collections::HashSet::new(),
             options,
         ))
@@ -128,7 +144,7 @@ impl Repository {
 
     /// Opens a stored disk for reading.
     pub async fn open_disk(&self, stored: &StoredDisk) -> Result<DiskReader> {
-        let levels = (self.chunk_bytes / LEAF_BYTES).trailing_zeros();
+        let levels = self.unlocked.config.chunk.levels();
         DiskReader::open(Arc::clone(&self.blobs), levels, stored).await
     }
 

@@ -58,7 +58,7 @@ pub enum ObjectType {
     Config = 1,
     /// A pack of chunks.
     DataPack = 2,
-    /// A pack of tree nodes and VM artefacts.
+    /// A pack of tree nodes.
     TreePack = 3,
     /// An index segment.
     Index = 4,
@@ -106,8 +106,6 @@ pub enum BlobKind {
         /// Its height; a node of height 1 lists chunks.
         height: u8,
     },
-    /// A VM artefact (domain XML, NVRAM); its content hash is the BLAKE3 of its bytes.
-    Artifact,
 }
 
 impl BlobKind {
@@ -116,7 +114,6 @@ impl BlobKind {
         match self {
             Self::Chunk => 0,
             Self::Node { height } => height,
-            Self::Artifact => 0xff,
         }
     }
 
@@ -124,7 +121,6 @@ impl BlobKind {
     pub fn from_byte(byte: u8) -> Self {
         match byte {
             0 => Self::Chunk,
-            0xff => Self::Artifact,
             height => Self::Node { height },
         }
     }
@@ -510,7 +506,7 @@ mod tests {
         let id = keys().blob_id(BlobKind::Chunk, &hash);
         assert_ne!(id, keys().blob_id(BlobKind::Node { height: 1 }, &hash));
         assert_ne!(id, Keys::new(&MasterKey::from_bytes([8; 32])).blob_id(BlobKind::Chunk, &hash));
-        assert_eq!(BlobKind::from_byte(BlobKind::Artifact.byte()), BlobKind::Artifact);
+        assert_eq!(BlobKind::from_byte(BlobKind::Chunk.byte()), BlobKind::Chunk);
     }
 
     #[test]

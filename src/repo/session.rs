@@ -141,7 +141,7 @@ impl RunShared {
     fn packer(&self, kind: BlobKind) -> &Packer {
         match kind {
             BlobKind::Chunk => &self.chunks,
-            _ => &self.nodes,
+            BlobKind::Node { .. } => &self.nodes,
         }
     }
 }

@@ -7,21 +7,29 @@ use std::sync::Arc;
 
 use proptest::prelude::*;
 
-use super::seal::{Keys, MasterKey};
+use super::config::ChunkSize;
+use super::keys::Kdf;
 use super::store::memory::MemoryStore;
-use super::store::{Folder, ObjectStore, for_each};
+use super::store::{Folder, ObjectName, ObjectStore, for_each};
 use super::*;
 use crate::block::{BlockSink, BlockSource, Buffer, ByteRange, ZeroMode, conformance};
-use crate::content::{ContentHash, ContentRoot, levels};
+use crate::content::{ContentHash, ContentRoot, LEAF_BYTES, levels};
 use crate::error::Kind;
 
 const CHUNK: u64 = LEAF_BYTES;
 
 async fn open(store: &Arc<MemoryStore>, chunk_bytes: u64) -> Repository {
-    let keys = Keys::new(&MasterKey::from_bytes([3; 32]));
-    let unlocked = Unlocked { keys, id: "0".repeat(32), has_key: true, chunk_bytes };
     let store = Arc::clone(store) as Arc<dyn ObjectStore>;
-    Repository::with_keys(store, unlocked, Workers::new(2).unwrap()).await.unwrap()
+    let workers = Workers::new(2).unwrap();
+    if store.stat(&ObjectName::config()).await.is_ok() {
+        return Repository::open(store, &Credentials::None, workers).await.unwrap();
+    }
+    let options = InitOptions {
+        chunk: ChunkSize::new(chunk_bytes).unwrap(),
+        kdf: Kdf::FOR_TESTS,
+        now: crate::clock::Timestamp::UNIX_EPOCH,
+    };
+    Repository::init(store, &Credentials::None, options, workers).await.unwrap()
 }
 
 fn store() -> Arc<MemoryStore> {
