@@ -161,8 +161,8 @@ class Bench:
             say("making the disk")
             # In a process of its own: the peak memory of a child counts from its fork on.
             run(sys.executable, disk.__file__, self.raw)
-        if not self.qcow2.exists():
-            run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", self.raw, self.qcow2)
+        # Always anew: a case may have written to it.
+        run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", self.raw, self.qcow2)
         os.chmod(self.qcow2, 0o666)
         run("sh", "-c", 'cat "$1" "$2" >/dev/null', "sh", self.raw, self.qcow2)
 
@@ -321,6 +321,8 @@ class Bench:
         self.rows.add("incremental, 1 % in 64 KiB blocks", ours, reads, f"{bound:.2f} s",
                       "qemu-io reading just those chunks", memory)
         shutil.rmtree(repository)
+        self.domain.stop()
+        self.prepare()
 
     def second(self):
         """A second VM with the same content: what it adds to the repository."""
