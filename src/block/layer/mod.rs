@@ -1,3 +1,4 @@
 //! Layers: a disk around a disk, with one thing added.
 
 pub mod faulty;
+pub mod throttle;
