@@ -17,6 +17,7 @@
 
 pub mod blobs;
 pub mod config;
+mod failure;
 pub mod index;
 pub mod keys;
 pub mod manifest;

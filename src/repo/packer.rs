@@ -19,6 +19,7 @@ use async_trait::async_trait;
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
 
+use super::failure::Failure;
 use super::index::{IndexEntry, Location, PackRef};
 use super::pack::{
     Encoding, PACK_BLOBS_MAX, PACK_BYTES, PackedBlob, encode_footer, encode_trailer,
@@ -58,18 +59,28 @@ pub struct EncodedBlob {
     pub bytes: Vec<u8>,
 }
 
+/// Where packs go, and who is told.
+#[derive(Clone)]
+pub struct Target {
+    /// The store.
+    pub store: Arc<dyn ObjectStore>,
+    /// What seals them.
+    pub keys: Arc<Keys>,
+    /// Who takes in their entries.
+    pub sink: Arc<dyn DurableSink>,
+    /// The first failure of the run.
+    pub failure: Failure,
+}
+
 /// Fills packs of one type.
 pub struct Packer {
-    store: Arc<dyn ObjectStore>,
-    keys: Arc<Keys>,
+    target: Target,
     object_type: ObjectType,
-    sink: Arc<dyn DurableSink>,
     queue_blobs: usize,
     runtime: tokio::runtime::Handle,
     // Locked to assign a slot, never across an await.
     state: Mutex<State>,
     open_packs: Arc<Semaphore>,
-    failure: Arc<Mutex<Option<Error>>>,
 }
 
 #[derive(Default)]
@@ -101,23 +112,14 @@ pub struct Sealed {
 
 impl Packer {
     /// A packer for chunks of up to `blob_bytes` (which sizes its queue), on the current runtime.
-    pub fn new(
-        store: Arc<dyn ObjectStore>,
-        keys: Arc<Keys>,
-        object_type: ObjectType,
-        sink: Arc<dyn DurableSink>,
-        blob_bytes: usize,
-    ) -> Self {
+    pub fn new(target: Target, object_type: ObjectType, blob_bytes: usize) -> Self {
         Self {
-            store,
-            keys,
+            target,
             object_type,
-            sink,
             queue_blobs: (QUEUE_BYTES / blob_bytes.max(1)).clamp(2, 256),
             runtime: tokio::runtime::Handle::current(),
             state: Mutex::default(),
             open_packs: Arc::new(Semaphore::new(OPEN_PACKS_MAX)),
-            failure: Arc::default(),
         }
     }
 
@@ -155,7 +157,8 @@ impl Packer {
     pub async fn send(&self, sealed: Sealed) -> Result<()> {
         for piece in [Some(sealed.piece), sealed.end].into_iter().flatten() {
             if sealed.queue.send(piece).await.is_err() {
-                return Err(self.failure());
+                self.target.failure.check()?;
+                return Err(Error::new(Kind::Cancelled, "the run was given up"));
             }
         }
         Ok(())
@@ -172,10 +175,11 @@ impl Packer {
             let _ = queue.send(end).await;
         }
         while let Some(task) = tasks.join_next().await {
-            task.map_err(|e| Error::new(Kind::Internal, "a pack's task died").source(e))?;
+            if let Err(error) = task {
+                self.target.failure.set(died(error));
+            }
         }
-        let failure = self.failure.lock().unwrap_or_else(PoisonError::into_inner).take();
-        failure.map_or(Ok(()), Err)
+        self.target.failure.check()
     }
 
     /// Drops what is being written: unfinished objects vanish, finished packs are garbage.
@@ -188,28 +192,26 @@ impl Packer {
         tasks.shutdown().await;
     }
 
-    fn failure(&self) -> Error {
-        let failure = self.failure.lock().unwrap_or_else(PoisonError::into_inner).take();
-        failure.unwrap_or_else(|| Error::new(Kind::Io, "an earlier pack could not be stored"))
-    }
-
     fn open_pack(&self, tasks: &mut JoinSet<()>) -> OpenPack {
         let id = random::<16>();
         let name = ObjectName::pack(&id);
-        let sealer = Arc::new(self.keys.sealer(self.object_type, &name));
-        let (queue, pieces) = mpsc::channel(self.queue_blobs);
+        let sealer = Arc::new(self.target.keys.sealer(self.object_type, &name));
+        let (queue, mut pieces) = mpsc::channel(self.queue_blobs);
         let pack = Arc::new(PackRef { id, header: *sealer.header() });
-        let (store, sink) = (Arc::clone(&self.store), Arc::clone(&self.sink));
-        let (places, failure) = (Arc::clone(&self.open_packs), Arc::clone(&self.failure));
+        let (target, places) = (self.target.clone(), Arc::clone(&self.open_packs));
         let work = async move {
             let _place = places.acquire_owned().await.expect("never closed");
-            if let Err(error) = write_pack(&*store, &*sink, &pack, pieces).await {
-                let mut failure = failure.lock().unwrap_or_else(PoisonError::into_inner);
-                failure.get_or_insert(error);
+            if let Err(error) = write_pack(&target, &pack, &mut pieces).await {
+                // Before the queue closes: who finds it closed asks why.
+                target.failure.set(error);
             }
         };
         // Tasks that ended are let go of here, so that the set stays as small as the packs open.
-        while tasks.try_join_next().is_some() {}
+        while let Some(ended) = tasks.try_join_next() {
+            if let Err(error) = ended {
+                self.target.failure.set(died(error));
+            }
+        }
         tasks.spawn_on(work, &self.runtime);
         OpenPack { sealer, blobs: Vec::new(), next_offset: HEADER_BYTES as u64, queue }
     }
@@ -226,15 +228,18 @@ impl OpenPack {
     }
 }
 
+fn died(error: tokio::task::JoinError) -> Error {
+    Error::new(Kind::Internal, "a pack's task died").source(error)
+}
+
 /// The life of one pack, from its first byte to its place in the index.
 async fn write_pack(
-    store: &dyn ObjectStore,
-    sink: &dyn DurableSink,
+    target: &Target,
     pack: &Arc<PackRef>,
-    mut pieces: mpsc::Receiver<Piece>,
+    pieces: &mut mpsc::Receiver<Piece>,
 ) -> Result<()> {
-    let mut writer = store.create(&pack.name()).await?;
-    let blobs = match write_pieces(&mut *writer, pack, &mut pieces).await {
+    let mut writer = target.store.create(&pack.name()).await?;
+    let blobs = match write_pieces(&mut *writer, pack, pieces).await {
         Ok(blobs) => blobs,
         Err(error) => {
             // The first error is the one that explains; what abort cannot clean, gc will.
@@ -256,7 +261,7 @@ async fn write_pack(
             encoding: blob.encoding,
         },
     };
-    sink.durable(blobs.iter().map(entry).collect()).await
+    target.sink.durable(blobs.iter().map(entry).collect()).await
 }
 
 async fn write_pieces(

@@ -13,9 +13,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use async_trait::async_trait;
 
 use super::blobs::{self, Blobs};
+use super::failure::Failure;
 use super::index::{Index, IndexEntry};
 use super::manifest::{Manifest, ManifestDraft};
-use super::packer::{DurableSink, EncodedBlob, Packer};
+use super::packer::{DurableSink, EncodedBlob, Packer, Target};
 use super::points;
 use super::seal::{BlobId, BlobKind, ObjectType};
 use super::writer::{DiskWriter, StoredDisk};
@@ -31,10 +32,41 @@ const SPILL_ENTRIES: usize = 250_000;
 pub const ARTIFACT_BYTES_MAX: usize = 1 << 30;
 
 /// Whether a chunk has to be stored.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub(super) enum Known {
     Yes,
-    New,
+    New(Claim),
+}
+
+/// The duty to store a blob that others already rely on. Dropped before the blob is with its pack
+/// (an error, a write that was given up), it fails the run.
+#[derive(Debug)]
+pub(super) struct Claim {
+    id: BlobId,
+    failure: Failure,
+    state: ClaimState,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum ClaimState {
+    Open,
+    Kept,
+}
+
+impl Claim {
+    /// The blob is with its pack, whose own failures are kept from here on.
+    fn kept(mut self) {
+        self.state = ClaimState::Kept;
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        if self.state == ClaimState::Open {
+            let what = format!("the write of blob {} was given up half-way", self.id);
+            self.failure.set(Error::new(Kind::Cancelled, what));
+        }
+    }
 }
 
 /// What the disks of a run share.
@@ -45,6 +77,7 @@ pub(super) struct RunShared {
     chunks: Packer,
     nodes: Packer,
     durable: Arc<Durable>,
+    failure: Failure,
 }
 
 /// Gathers the entries of durable packs and spills them into index segments.
@@ -104,7 +137,7 @@ impl RunShared {
             }
             if !self.blobs.index.may_contain(id) {
                 state.claimed.insert(*id);
-                return Ok(Known::New);
+                return Ok(Known::New(self.claim(*id)));
             }
         }
         let condemned = &self.durable.condemned;
@@ -113,18 +146,23 @@ impl RunShared {
             return Ok(Known::Yes);
         }
         // Another task may have claimed it while the index was asked.
-        Ok(if self.durable.lock().claimed.insert(*id) { Known::New } else { Known::Yes })
+        let first = self.durable.lock().claimed.insert(*id);
+        Ok(if first { Known::New(self.claim(*id)) } else { Known::Yes })
+    }
+
+    fn claim(&self, id: BlobId) -> Claim {
+        Claim { id, failure: self.failure.clone(), state: ClaimState::Open }
     }
 
     /// Stores a blob that was claimed; the bytes it takes. The buffer's budget is held until the
     /// sealed blob is with its pack.
     pub(super) async fn store_new(
         self: &Arc<Self>,
-        id: BlobId,
+        claim: Claim,
         kind: BlobKind,
         plain: Buffer,
     ) -> Result<u64> {
-        let run = Arc::clone(self);
+        let (run, id) = (Arc::clone(self), claim.id);
         let work = move || -> Result<_> {
             let (encoding, bytes) = blobs::encode(&plain, run.level)?;
             let plain_bytes = u32::try_from(plain.len()).expect("a blob is at most 4 MiB");
@@ -134,6 +172,7 @@ impl RunShared {
         };
         let (sealed, stored, plain) = self.blobs.workers.run(work).await??;
         self.packer(kind).send(sealed).await?;
+        claim.kept();
         drop(plain);
         Ok(stored)
     }
@@ -178,18 +217,21 @@ impl Run {
             condemned,
         });
         let chunk = usize::try_from(chunk_bytes).expect("a chunk is at most 4 MiB");
-        let packer = |object_type, blob_bytes| {
-            let (store, keys) = (Arc::clone(&blobs.store), Arc::clone(&blobs.keys));
-            let sink = Arc::clone(&durable) as Arc<dyn DurableSink>;
-            Packer::new(store, keys, object_type, sink, blob_bytes)
+        let failure = Failure::default();
+        let target = Target {
+            store: Arc::clone(&blobs.store),
+            keys: Arc::clone(&blobs.keys),
+            sink: Arc::clone(&durable) as Arc<dyn DurableSink>,
+            failure: failure.clone(),
         };
         let shared = RunShared {
-            chunks: packer(ObjectType::DataPack, chunk),
-            nodes: packer(ObjectType::TreePack, 16 << 10),
+            chunks: Packer::new(target.clone(), ObjectType::DataPack, chunk),
+            nodes: Packer::new(target, ObjectType::TreePack, 16 << 10),
             chunk_levels: (chunk_bytes / content::LEAF_BYTES).trailing_zeros(),
             level: options.compression_level,
             blobs,
             durable,
+            failure,
         };
         Self { shared: Arc::new(shared) }
     }
@@ -226,6 +268,8 @@ impl Run {
         self.shared.nodes.flush().await?;
         let entries = std::mem::take(&mut self.shared.durable.lock().entries);
         self.shared.durable.spill(entries).await?;
+        // A claim may have been given up after its packer was flushed.
+        self.shared.failure.check()?;
         points::store_manifest(&self.shared.blobs, point, draft).await
     }
 
@@ -234,5 +278,23 @@ impl Run {
         self.shared.chunks.abort().await;
         self.shared.nodes.abort().await;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::{draft, open, point, store};
+    use super::*;
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_run_with_a_write_given_up_half_way_never_commits() {
+        let repository = open(&store(), content::LEAF_BYTES).await;
+        let run = repository.begin_run(RunOptions::default()).await.unwrap();
+        let id = BlobId([7; 32]);
+        let Known::New(claim) = run.shared.known(&id).await.unwrap() else { panic!("it is new") };
+        assert!(matches!(run.shared.known(&id).await.unwrap(), Known::Yes), "others rely on it");
+        drop(claim);
+        let error = run.commit(point(1), draft()).await.unwrap_err();
+        assert_eq!(error.kind(), Kind::Cancelled, "{error:?}");
     }
 }

@@ -9,7 +9,7 @@ use proptest::prelude::*;
 
 use super::config::ChunkSize;
 use super::keys::Kdf;
-use super::store::memory::MemoryStore;
+use super::store::memory::{Fault, MemoryStore, Operation};
 use super::store::{Folder, ObjectName, ObjectStore, for_each};
 use super::*;
 use crate::block::{BlockSink, BlockSource, Buffer, ByteRange, ZeroMode, conformance};
@@ -18,7 +18,7 @@ use crate::error::Kind;
 
 const CHUNK: u64 = LEAF_BYTES;
 
-async fn open(store: &Arc<MemoryStore>, chunk_bytes: u64) -> Repository {
+pub(super) async fn open(store: &Arc<MemoryStore>, chunk_bytes: u64) -> Repository {
     let store = Arc::clone(store) as Arc<dyn ObjectStore>;
     let workers = Workers::new(2).unwrap();
     if store.stat(&ObjectName::config()).await.is_ok() {
@@ -32,11 +32,11 @@ async fn open(store: &Arc<MemoryStore>, chunk_bytes: u64) -> Repository {
     Repository::init(store, &Credentials::None, options, workers).await.unwrap()
 }
 
-fn store() -> Arc<MemoryStore> {
+pub(super) fn store() -> Arc<MemoryStore> {
     Arc::new(MemoryStore::new(Arc::new(crate::clock::SystemClock)))
 }
 
-fn draft() -> ManifestDraft {
+pub(super) fn draft() -> ManifestDraft {
     serde_json::from_value(serde_json::json!({
         "vm": {"uuid": "b2b8a3a0-0000-4000-8000-000000000001", "name": "foo", "host": "h", "platform": "image"},
         "taken": "2026-11-21T00:00:00Z", "finished": "2026-11-21T00:00:01Z",
@@ -46,7 +46,7 @@ fn draft() -> ManifestDraft {
     .unwrap()
 }
 
-fn point(n: u8) -> crate::vm::PointId {
+pub(super) fn point(n: u8) -> crate::vm::PointId {
     crate::vm::PointId([n; 16])
 }
 
@@ -256,4 +256,30 @@ proptest! {
             Ok(())
         })?;
     }
+}
+
+/// A blob counts as known once a writer claimed it. When storing it failed, a second write of the
+/// same content used to be told that it is known, and the commit made a point with a hole.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_that_lost_a_pack_never_commits_even_if_every_write_is_repeated() {
+    let store = store();
+    let content = conformance::pattern(8 << 20);
+    let repository = open(&store, CHUNK).await;
+    let run = repository.begin_run(RunOptions::default()).await.unwrap();
+    store.set_fault_hook(|op| matches!(op, Operation::Write(_)).then_some(Fault::Full));
+    let writer = run.disk_writer(content.len() as u64, None);
+    for (number, piece) in content.chunks(CHUNK as usize).enumerate() {
+        let write = || writer.write(number as u64 * CHUNK, Buffer::unbudgeted(piece.to_vec()));
+        // Told of the failure, some layer tries again.
+        if write().await.is_err() {
+            store.clear_fault_hook();
+            write().await.unwrap();
+        }
+    }
+    // Whether an error was seen yet or not: the point must not come into being.
+    store.clear_fault_hook();
+    writer.finish().await.unwrap();
+    let error = run.commit(point(1), draft()).await.unwrap_err();
+    assert_eq!(error.kind(), Kind::NoSpace, "{error:?}");
+    assert!(objects(&store, Folder::Points).await.is_empty());
 }

@@ -118,8 +118,8 @@ impl DiskWriter {
         }
         match self.run.known(&id).await? {
             Known::Yes => self.counters.known.fetch_add(len, Ordering::Relaxed),
-            Known::New => {
-                let stored = self.run.store_new(id, BlobKind::Chunk, buffer).await?;
+            Known::New(claim) => {
+                let stored = self.run.store_new(claim, BlobKind::Chunk, buffer).await?;
                 self.counters.stored.fetch_add(stored, Ordering::Relaxed);
                 self.counters.new.fetch_add(len, Ordering::Relaxed)
             }
@@ -154,9 +154,12 @@ impl DiskWriter {
             (hash, run.blobs.keys.blob_id(kind, &hash), node)
         };
         let (hash, id, node) = self.run.blobs.workers.run(work).await?;
-        if !hash.is_zero() && matches!(self.run.known(&id).await?, Known::New) {
+        if hash.is_zero() {
+            return Ok(Child::Is(hash));
+        }
+        if let Known::New(claim) = self.run.known(&id).await? {
             let bytes = Buffer::unbudgeted(node.encode());
-            let stored = self.run.store_new(id, kind, bytes).await?;
+            let stored = self.run.store_new(claim, kind, bytes).await?;
             self.counters.stored.fetch_add(stored, Ordering::Relaxed);
         }
         Ok(Child::Is(hash))
