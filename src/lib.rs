@@ -14,7 +14,7 @@
 //!
 //! | layer | modules |
 //! |---|---|
-//! | L6 | `cli` |
+//! | L6 | [`cli`] |
 //! | L3 | [`job`]: the only place where platform meets repository |
 //! | L2 | [`copy`], [`repo`], [`platform`], [`policy`]; none sees another |
 //! | L1 | [`nbd`] |
@@ -28,13 +28,16 @@
 //! exits, reads the environment or the clock; faces do.
 
 pub mod block;
+pub mod cli;
 pub mod clock;
 pub mod content;
 pub mod control;
 pub mod copy;
 pub mod error;
+pub mod job;
 pub mod nbd;
 pub mod platform;
+pub mod policy;
 pub mod repo;
 pub mod units;
 pub mod vm;

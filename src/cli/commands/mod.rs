@@ -1,0 +1,12 @@
+//! One command per file: its arguments, and `run`, which resolves them, calls a job, prints.
+
+pub(crate) mod backup;
+pub(crate) mod full;
+pub(crate) mod hash;
+pub(crate) mod incremental;
+pub(crate) mod list;
+pub(crate) mod plan;
+pub(crate) mod repo;
+pub(crate) mod restore;
+pub(crate) mod show;
+pub(crate) mod verify;

@@ -1,0 +1,154 @@
+//! The command line: what the user types in, what the user sees out.
+//!
+//! ```text
+//!  argv ─► clap ─► args (strings) ─► settings (types) ─► commands::* ─► job::* ─► output / exit code
+//!                                                        progress ◄── Control ──┘
+//! ```
+//!
+//! One command is one file in `commands/`: its arguments and a `run` that resolves them, calls one
+//! job and prints one document. stdout carries data, stderr talk; `--json` gives the same facts as
+//! one JSON document. Everything that touches the process (environment, terminal, signals, exit
+//! code) is in this folder and nowhere below.
+
+mod args;
+mod commands;
+mod context;
+mod exit;
+mod open;
+mod output;
+mod progress;
+mod prompt;
+mod settings;
+mod table;
+mod text;
+mod vm_args;
+mod vm_settings;
+
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+use clap::error::ErrorKind;
+use clap::{Parser, Subcommand};
+use tracing_subscriber::EnvFilter;
+
+use crate::error::{Error, Kind, Result};
+use args::CommonArgs;
+use context::Context;
+use output::Output;
+
+/// Backs up and restores virtual machines of libvirt and plain QEMU
+///
+/// A point is a complete picture of a VM at one instant; incrementals read and store only what
+/// changed, and any point can be deleted without touching another. Points are named by the first
+/// digits of their id, VM@latest, or VM@2026-11-20T22:00 (the newest not later).
+#[derive(Debug, Parser)]
+#[command(name = "vmbackup", version, max_term_width = 100)]
+#[command(after_long_help = exit::HELP, subcommand_required = true, arg_required_else_help = true)]
+pub(crate) struct Cli {
+    #[command(flatten)]
+    common: CommonArgs,
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+enum Command {
+    Full(commands::full::Args),
+    Incremental(commands::incremental::Args),
+    Backup(commands::backup::Args),
+    Plan(commands::plan::Args),
+    List(commands::list::Args),
+    Show(commands::show::Args),
+    Restore(commands::restore::Args),
+    Verify(commands::verify::Args),
+    Hash(commands::hash::Args),
+    Repo(commands::repo::Args),
+}
+
+impl Command {
+    async fn run(self, context: &Context) -> Result<()> {
+        match self {
+            Self::Full(args) => commands::full::run(args, context).await,
+            Self::Incremental(args) => commands::incremental::run(args, context).await,
+            Self::Backup(args) => commands::backup::run(args, context).await,
+            Self::Plan(args) => commands::plan::run(args, context).await,
+            Self::List(args) => commands::list::run(args, context).await,
+            Self::Show(args) => commands::show::run(args, context).await,
+            Self::Restore(args) => commands::restore::run(args, context).await,
+            Self::Verify(args) => commands::verify::run(args, context).await,
+            Self::Hash(args) => commands::hash::run(args, context).await,
+            Self::Repo(args) => commands::repo::run(args, context).await,
+        }
+    }
+}
+
+/// Runs the program with these arguments (the first is its name) and yields its exit status.
+pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let args: Vec<OsString> = args.into_iter().collect();
+    let json = args.iter().any(|arg| arg == "--json");
+    let cli = match Cli::try_parse_from(args) {
+        Ok(cli) => cli,
+        Err(error) => return refuse(&error, json),
+    };
+    let output = Output { json: cli.common.json, quiet: cli.common.quiet };
+    match start(cli, output) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            output.error(&error);
+            exit::status(error.kind())
+        }
+    }
+}
+
+/// What the parser could not take, or the help and version it printed instead.
+fn refuse(error: &clap::Error, json: bool) -> ExitCode {
+    let asked_for = matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion);
+    if json && !asked_for {
+        let text = error.render().to_string();
+        let message = text.lines().next().unwrap_or_default();
+        let message = message.strip_prefix("error: ").unwrap_or(message);
+        let error = Error::new(Kind::Usage, message).hint("see vmbackup --help");
+        Output { json, quiet: false }.error(&error);
+    } else {
+        // Help goes to stdout, everything else to stderr; a closed pipe needs no answer.
+        let _ = error.print();
+    }
+    if asked_for { ExitCode::SUCCESS } else { exit::status(Kind::Usage) }
+}
+
+fn start(cli: Cli, output: Output) -> Result<()> {
+    log(&cli.common)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .map_err(|e| Error::io("cannot start the runtime", e))?;
+    let result = runtime.block_on(async {
+        let context = Context::new(&cli.common, output)?;
+        // Boxed: a command's future is large, and there is one.
+        context.until_stopped(Box::pin(cli.command.run(&context))).await
+    });
+    // Whatever still runs after a second Ctrl-C (a read of a dead NFS, say) does not hold us.
+    runtime.shutdown_background();
+    result
+}
+
+/// Sends the program's own log to stderr, as loud as asked.
+fn log(common: &CommonArgs) -> Result<()> {
+    let filter = match (std::env::var("VMBACKUP_LOG"), common.verbose) {
+        (Ok(filter), _) => filter,
+        (Err(_), 0) => "error".to_owned(),
+        (Err(_), 1) => "vmbackup=info,warn".to_owned(),
+        (Err(_), 2) => "vmbackup=debug,vmbackup_qmp=debug,info".to_owned(),
+        (Err(_), _) => "trace".to_owned(),
+    };
+    let filter = EnvFilter::try_new(&filter)
+        .map_err(|e| Error::new(Kind::Usage, "VMBACKUP_LOG is not a log filter").source(e))?;
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    if common.json {
+        log.json().init();
+    } else {
+        log.with_target(false).init();
+    }
+    Ok(())
+}

@@ -1,0 +1,280 @@
+//! A backup: one instant of a VM becomes one point of the repository.
+//!
+//! ```text
+//!  lock ► run ► snapshot ► artefacts, disks ► still valid? ► manifest ► commit snapshot
+//!                   │            │                 │            │             └ error: warning, the
+//!                   │            └─────────────────┴────────────┘               point is complete
+//!                   │                              ▼ error, or stopped
+//!                   └ error ► abort run      abort snapshot ► abort run
+//! ```
+//!
+//! Which disk is read how is the platform's decision; that unchanged chunks are not stored again
+//! is the repository's, also for a disk that had to be read in full.
+
+use std::sync::Arc;
+
+use serde::Serialize;
+
+use super::lock::VmLock;
+use super::points::{self, Base};
+use super::source::{self, SnapshotOptions, SourceSpec};
+use super::{Env, Surroundings};
+use crate::block::BlockSink;
+use crate::clock::Timestamp;
+use crate::content::ContentRoot;
+use crate::control::{Control, NoticeLevel};
+use crate::copy;
+use crate::error::Result;
+use crate::platform::{BackupMode, Platform, SnapshotRequest, VmSnapshot};
+use crate::repo::seal::random;
+use crate::repo::{ManifestDisk, ManifestDraft, Repository, Run, RunOptions};
+use crate::vm::{ExcludedDisk, FullReason, NotCaptured, PointId, Quiescence, ReadMode, VmIdentity};
+
+/// What to back up, and how.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// Which VM.
+    pub source: SourceSpec,
+    /// Full, incremental, or whichever is possible.
+    pub mode: BackupMode,
+    /// How the point in time is taken.
+    pub options: SnapshotOptions,
+}
+
+/// What a backup did.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    /// The new point.
+    pub point: PointId,
+    /// The VM.
+    pub vm: VmIdentity,
+    /// The instant of all disks.
+    pub time: Timestamp,
+    /// What was achieved around the instant.
+    pub quiescence: Quiescence,
+    /// The disks.
+    pub disks: Vec<DiskReport>,
+    /// Disks that are not part of the point.
+    pub excluded: Vec<ExcludedDisk>,
+    /// What should have been captured and could not be.
+    pub not_captured: Vec<NotCaptured>,
+    /// The whole run.
+    pub elapsed_ms: u64,
+}
+
+/// What became of a disk.
+#[derive(Clone, Debug, Serialize)]
+pub struct DiskReport {
+    /// Its name in the VM.
+    pub name: String,
+    /// Virtual size.
+    pub size_bytes: u64,
+    /// How it was read, and why.
+    pub read: ReadMode,
+    /// Bytes read from the VM.
+    pub read_bytes: u64,
+    /// Bytes added to the repository: after deduplication and compression.
+    pub stored_bytes: u64,
+    /// What the disk holds.
+    pub content_root: ContentRoot,
+    /// Reading and storing it.
+    pub elapsed_ms: u64,
+}
+
+/// Makes a point. Watches `control`; when stopped, it aborts and leaves nothing behind. Not
+/// cancel-safe.
+pub async fn run(
+    repository: &Repository,
+    request: Request,
+    surroundings: Surroundings<'_>,
+) -> Result<Report> {
+    let (env, control) = surroundings;
+    let started = env.clock.now();
+    control.set_phase("looking at the VM");
+    let platform = source::platform(&request.source, env).await?;
+    let vm = platform.identify().await?;
+    let what = format!("backup into repository {}", repository.id());
+    let _lock = VmLock::acquire(&env.state_dir, &vm, &what)?;
+    let bases = points::bases(repository, vm.uuid).await?;
+    let run = repository.begin_run(RunOptions::default()).await?;
+    let point = PointId(random());
+    let backup = Backup { run, point, vm, bases, env, control };
+    let result = backup.with_snapshot(repository, platform.as_ref(), &request).await;
+    let mut report = result.map_err(|error| error.context("the backup was not made"))?;
+    report.elapsed_ms = env.elapsed_ms(started);
+    Ok(report)
+}
+
+/// A backup whose run is open.
+struct Backup<'a> {
+    run: Run,
+    point: PointId,
+    vm: VmIdentity,
+    bases: Vec<Base>,
+    env: &'a Env,
+    control: &'a Control,
+}
+
+impl Backup<'_> {
+    /// Opens the snapshot, copies it, and brings both transactions to their end.
+    async fn with_snapshot(
+        mut self,
+        repository: &Repository,
+        platform: &dyn Platform,
+        request: &Request,
+    ) -> Result<Report> {
+        let request = SnapshotRequest {
+            mode: request.mode,
+            point: self.point,
+            repository: repository.id(),
+            known_points: self.bases.iter().map(Base::known_point).collect(),
+            repository_has_key: repository.has_key(),
+            quiesce: request.options.quiesce,
+            freeze_budget: request.options.freeze_budget,
+            scratch_dir: request.options.scratch_dir.clone(),
+            exclude_disks: request.options.exclude_disks.clone(),
+            insecure_tcp: request.options.insecure_tcp,
+        };
+        self.control.set_phase("taking the snapshot");
+        let opened = platform.open_snapshot(&request, self.control).await;
+        let mut snapshot = match opened {
+            Ok(snapshot) => snapshot,
+            Err(error) => {
+                self.abort_run().await;
+                return Err(error);
+            }
+        };
+        let time = self.env.clock.now();
+        match self.copy(snapshot.as_mut(), time).await {
+            Ok((draft, report)) => self.commit(snapshot, draft, report).await,
+            Err(error) => {
+                // The snapshot first: it is the guest that must not wait for the repository.
+                self.abort_snapshot(snapshot).await;
+                self.abort_run().await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Copies everything the snapshot holds into the run; the snapshot held until the last read
+    /// when this is `Ok`.
+    async fn copy(
+        &mut self,
+        snapshot: &mut dyn VmSnapshot,
+        time: Timestamp,
+    ) -> Result<(ManifestDraft, Report)> {
+        let mut artifacts = Vec::new();
+        for artifact in snapshot.artifacts() {
+            artifacts.push(points::store_artifact(&self.run, artifact).await?);
+        }
+        let (mut disks, mut reports) = (Vec::new(), Vec::new());
+        for index in 0..snapshot.disks().len() {
+            let (disk, report) = self.copy_disk(snapshot, index).await?;
+            disks.push(disk);
+            reports.push(report);
+        }
+        self.control.set_phase("checking the snapshot");
+        self.control.check()?;
+        snapshot.still_valid().await?;
+        let report = Report {
+            point: self.point,
+            vm: self.vm.clone(),
+            time,
+            quiescence: snapshot.quiescence().clone(),
+            disks: reports,
+            excluded: snapshot.excluded().to_vec(),
+            not_captured: snapshot.not_captured().to_vec(),
+            elapsed_ms: 0,
+        };
+        let draft = points::draft(&report, disks, artifacts);
+        Ok((draft, report))
+    }
+
+    async fn copy_disk(
+        &self,
+        snapshot: &mut dyn VmSnapshot,
+        index: usize,
+    ) -> Result<(ManifestDisk, DiskReport)> {
+        let started = self.env.clock.now();
+        let disk = snapshot.disks()[index].clone();
+        let (name, size_bytes) = (disk.description.name.clone(), disk.description.size_bytes);
+        self.tell_why(&name, &disk.read);
+        let base = points::base_of(&self.bases, &disk)?;
+        let source = snapshot.source(index).await?;
+        let writer = self.run.disk_writer(size_bytes, base);
+        self.control.set_phase(format!("copying {name}"));
+        let progress = self.control.add_disk(&name, size_bytes);
+        let names = (format!("{name} of {}", self.vm.name), "the repository");
+        let options = copy::Options {
+            flush: copy::Flush::Never,
+            zeroes: copy::Zeroes::Sparse { detect_bytes: None },
+            ..copy::Options::new(names.0, names.1)
+        };
+        let sink: Arc<dyn BlockSink> = writer.clone();
+        let copied = copy::copy(source, sink, &options, self.control, &progress).await?;
+        let stored = writer.finish().await?;
+        let report = DiskReport {
+            name,
+            size_bytes,
+            read: disk.read.clone(),
+            read_bytes: copied.read_bytes,
+            stored_bytes: stored.1.stored_bytes,
+            content_root: stored.0.root,
+            elapsed_ms: self.env.elapsed_ms(started),
+        };
+        Ok((points::point_disk(disk, stored, &report), report))
+    }
+
+    /// A disk read in full although the VM has points here is worth a word: it costs time.
+    fn tell_why(&self, disk: &str, read: &ReadMode) {
+        let ReadMode::Full { reason } = read else { return };
+        if !matches!(reason, FullReason::Requested | FullReason::FirstBackup) {
+            let text = format!("{disk} is read in full: {}", reason.describe());
+            self.control.notice(NoticeLevel::Info, text);
+        }
+    }
+
+    /// The commit point, and what follows it. From here on a stop is not heeded: what is left takes
+    /// a moment, and leaving it out would cost the next incremental.
+    async fn commit(
+        self,
+        snapshot: Box<dyn VmSnapshot>,
+        draft: ManifestDraft,
+        report: Report,
+    ) -> Result<Report> {
+        let Self { run, point, control, env, .. } = self;
+        control.set_phase("storing the point");
+        let draft = ManifestDraft { finished: env.clock.now(), ..draft };
+        if let Err(error) = run.commit(point, draft).await {
+            abort_snapshot(snapshot, control).await;
+            return Err(error);
+        }
+        control.set_phase("keeping the checkpoint");
+        if let Err(error) = snapshot.commit().await {
+            let text = format!(
+                "the point is complete, but the next backup may read disks in full: {error:?}"
+            );
+            control.notice(NoticeLevel::Warning, text);
+        }
+        Ok(report)
+    }
+
+    async fn abort_snapshot(&self, snapshot: Box<dyn VmSnapshot>) {
+        abort_snapshot(snapshot, self.control).await;
+    }
+
+    async fn abort_run(self) {
+        if let Err(error) = self.run.abort().await {
+            let text = format!("gc has to remove what this run stored: {error:?}");
+            self.control.notice(NoticeLevel::Warning, text);
+        }
+    }
+}
+
+async fn abort_snapshot(snapshot: Box<dyn VmSnapshot>, control: &Control) {
+    control.set_phase("removing the snapshot");
+    if let Err(error) = snapshot.abort().await {
+        let text = format!("the snapshot was not removed entirely: {error:?}");
+        control.notice(NoticeLevel::Warning, text);
+    }
+}

@@ -1,0 +1,96 @@
+//! The points of a repository, from its catalog alone: no manifest is read.
+
+use std::fmt;
+
+use serde::Serialize;
+
+use super::{Repository, points, select};
+use crate::clock::Timestamp;
+use crate::error::Result;
+use crate::vm::{PointId, Quiescence, VmIdentity};
+
+/// Points, oldest first.
+#[derive(Clone, Debug, Serialize)]
+pub struct List {
+    /// The points.
+    pub points: Vec<Line>,
+}
+
+/// A point in a list.
+#[derive(Clone, Debug, Serialize)]
+pub struct Line {
+    /// Its id.
+    pub id: PointId,
+    /// Its VM.
+    pub vm: VmIdentity,
+    /// The instant.
+    pub time: Timestamp,
+    /// How its disks were read.
+    pub kind: PointKind,
+    /// What was achieved around the instant.
+    pub quiescence: Quiescence,
+    /// How many disks it holds.
+    pub disks: usize,
+    /// Their virtual sizes.
+    pub size_bytes: u64,
+    /// Bytes read from the VM.
+    pub read_bytes: u64,
+    /// Bytes it added to the repository.
+    pub stored_bytes: u64,
+}
+
+/// How the disks of a point were read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PointKind {
+    /// All in full.
+    Full,
+    /// All incrementally.
+    Incremental,
+    /// Some in full; `show` has the reasons.
+    Mixed,
+}
+
+impl PointKind {
+    /// The kind of a point with so many disks, of which so many were read incrementally.
+    pub fn of(disks: usize, incremental: usize) -> Self {
+        match incremental {
+            0 => Self::Full,
+            n if n == disks => Self::Incremental,
+            _ => Self::Mixed,
+        }
+    }
+}
+
+impl fmt::Display for PointKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Full => "full",
+            Self::Incremental => "incremental",
+            Self::Mixed => "mixed",
+        })
+    }
+}
+
+/// Lists the points, of one VM (by name or UUID) if it is named.
+pub async fn run(repository: &Repository, vm: Option<&str>) -> Result<List> {
+    let mut points = points::lines(repository).await?;
+    if let Some(vm) = vm {
+        let refs: Vec<_> = points.iter().map(Line::reference).collect();
+        let (uuid, _) = select::vm(&refs, vm)?;
+        points.retain(|point| point.vm.uuid == uuid);
+    }
+    Ok(List { points })
+}
+
+impl Line {
+    /// What names of points are made of.
+    pub fn reference(&self) -> select::PointRef {
+        select::PointRef {
+            id: self.id,
+            vm: self.vm.uuid,
+            name: self.vm.name.clone(),
+            time: self.time,
+        }
+    }
+}

@@ -1,0 +1,213 @@
+//! Points of a repository as jobs use them: lists, manifests, bases of incrementals.
+
+use super::backup::{DiskReport, Report};
+use super::list::{Line, PointKind};
+use super::{Env, Repository, select, show};
+use crate::error::{Error, Kind, Result};
+use crate::platform::{KnownPoint, SnapshotDisk};
+use crate::repo::{
+    Manifest, ManifestArtifact, ManifestDisk, ManifestDraft, Run, StoredDisk, WriteStats,
+};
+use crate::vm::{Artifact, ArtifactKind, ReadMode, Uuid};
+
+/// Newest points of a VM whose bitmaps an incremental may build on. A bitmap of an older point is
+/// left over from interrupted runs; reading in full is right then.
+const BASES_MAX: usize = 16;
+
+/// A point of a VM that a new one may build on.
+#[derive(Clone, Debug)]
+pub(super) struct Base {
+    manifest: Manifest,
+    checkpoint_xml: Option<String>,
+}
+
+impl Base {
+    /// What a platform is told of it.
+    pub(super) fn known_point(&self) -> KnownPoint {
+        let disks = self.manifest.body.disks.iter().map(|disk| &disk.description);
+        KnownPoint {
+            id: self.manifest.point,
+            disks: disks.map(|disk| (disk.name.clone(), disk.size_bytes)).collect(),
+            checkpoint_xml: self.checkpoint_xml.clone(),
+        }
+    }
+
+    fn disk(&self, name: &str, size_bytes: u64) -> Option<&StoredDisk> {
+        let mut disks = self.manifest.body.disks.iter();
+        let same = |disk: &&ManifestDisk| {
+            disk.description.name == name && disk.description.size_bytes == size_bytes
+        };
+        disks.find(same).map(|disk| &disk.stored)
+    }
+}
+
+/// The newest points of `vm`, newest first.
+pub(super) async fn bases(repository: &Repository, vm: Uuid) -> Result<Vec<Base>> {
+    let names = repository.point_names(Some(vm)).await?;
+    let mut bases = Vec::new();
+    for name in names.iter().rev().take(BASES_MAX) {
+        let manifest = repository.manifest(name).await?;
+        let checkpoint_xml = checkpoint_xml(repository, &manifest).await?;
+        bases.push(Base { manifest, checkpoint_xml });
+    }
+    Ok(bases)
+}
+
+async fn checkpoint_xml(repository: &Repository, manifest: &Manifest) -> Result<Option<String>> {
+    let Some(artifact) = artifact(manifest, ArtifactKind::CheckpointXml) else { return Ok(None) };
+    let bytes = repository.read_bytes(&artifact.stored).await?;
+    String::from_utf8(bytes).map(Some).map_err(|e| {
+        let point = manifest.point.short();
+        let message = format!("the checkpoint XML of point {point} is no text");
+        Error::new(Kind::Corrupt, message).source(e)
+    })
+}
+
+/// The stored disk a new one builds on: what the bitmap names for an incremental; for a disk read
+/// in full the newest of the same name and size, whose unchanged chunks need not be stored again.
+pub(super) fn base_of<'a>(
+    bases: &'a [Base],
+    disk: &SnapshotDisk,
+) -> Result<Option<&'a StoredDisk>> {
+    let (name, size_bytes) = (&disk.description.name, disk.description.size_bytes);
+    match disk.read {
+        ReadMode::Incremental { base } => {
+            let found = bases.iter().find(|point| point.manifest.point == base);
+            let found = found.and_then(|point| point.disk(name, size_bytes));
+            let message = format!("{name} builds on point {base}, which does not hold it");
+            found.map(Some).ok_or_else(|| Error::new(Kind::Internal, message))
+        }
+        ReadMode::Full { .. } => Ok(bases.iter().find_map(|point| point.disk(name, size_bytes))),
+    }
+}
+
+/// Every point as a list shows it: by VM, each VM's in the repository's order.
+pub(super) async fn lines(repository: &Repository) -> Result<Vec<Line>> {
+    let mut manifests = repository.manifests(None).await?;
+    // Stable: within a VM the order stays that of the repository, whatever its clock did.
+    manifests.sort_by(|a, b| {
+        let key = |manifest: &Manifest| manifest.body.vm.uuid;
+        key(a).cmp(&key(b)).then(a.sequence.cmp(&b.sequence))
+    });
+    Ok(manifests.iter().map(line).collect())
+}
+
+fn line(point: &Manifest) -> Line {
+    let disks = &point.body.disks;
+    let incremental =
+        disks.iter().filter(|disk| matches!(disk.read, ReadMode::Incremental { .. })).count();
+    Line {
+        id: point.point,
+        vm: point.body.vm.clone(),
+        time: point.body.taken,
+        kind: PointKind::of(disks.len(), incremental),
+        quiescence: point.body.quiescence.clone(),
+        disks: disks.len(),
+        size_bytes: disks.iter().map(|disk| disk.description.size_bytes).sum(),
+        read_bytes: disks.iter().map(|disk| disk.read_bytes).sum(),
+        stored_bytes: disks.iter().map(|disk| disk.stats.stored_bytes).sum(),
+    }
+}
+
+/// The manifest of the point that `name` names.
+pub(super) async fn manifest(repository: &Repository, name: &str, env: &Env) -> Result<Manifest> {
+    let manifests = repository.manifests(None).await?;
+    let refs: Vec<_> = manifests.iter().map(|manifest| line(manifest).reference()).collect();
+    let id = select::point(&refs, name, &env.zone)?.id;
+    let found = manifests.into_iter().find(|manifest| manifest.point == id);
+    Ok(found.expect("the point was chosen among these"))
+}
+
+/// The disks of a point that `names` name; all when it is empty.
+pub(super) fn choose_disks<'a>(
+    manifest: &'a Manifest,
+    names: &[String],
+) -> Result<Vec<&'a ManifestDisk>> {
+    let has = |name: &str| manifest.body.disks.iter().any(|disk| disk.description.name == name);
+    if let Some(unknown) = names.iter().find(|name| !has(name)) {
+        let known: Vec<&str> =
+            manifest.body.disks.iter().map(|disk| disk.description.name.as_str()).collect();
+        let message = format!("point {} has no disk '{unknown}'", manifest.point.short());
+        return Err(
+            Error::new(Kind::NotFound, message).hint(format!("its disks: {}", known.join(", ")))
+        );
+    }
+    let wanted = |disk: &&ManifestDisk| names.is_empty() || names.contains(&disk.description.name);
+    Ok(manifest.body.disks.iter().filter(wanted).collect())
+}
+
+/// What of kind `kind` a point holds besides disks.
+pub(super) fn artifact(manifest: &Manifest, kind: ArtifactKind) -> Option<&ManifestArtifact> {
+    manifest.body.artifacts.iter().find(|artifact| artifact.kind == kind)
+}
+
+/// A point as `show` has it.
+pub(super) fn point(manifest: &Manifest) -> show::Point {
+    let disk = |disk: &ManifestDisk| show::Disk {
+        name: disk.description.name.clone(),
+        size_bytes: disk.description.size_bytes,
+        format: disk.description.format.clone(),
+        origin: disk.description.origin.clone(),
+        layer: disk.description.layer,
+        read: disk.read.clone(),
+        read_bytes: disk.read_bytes,
+        stored_bytes: disk.stats.stored_bytes,
+        content_root: disk.stored.root,
+    };
+    let artifact = |artifact: &ManifestArtifact| show::Artifact {
+        kind: artifact.kind,
+        origin: artifact.origin.clone(),
+        size_bytes: artifact.stored.size_bytes,
+    };
+    let body = &manifest.body;
+    show::Point {
+        id: manifest.point,
+        vm: body.vm.clone(),
+        time: body.taken,
+        quiescence: body.quiescence.clone(),
+        disks: body.disks.iter().map(disk).collect(),
+        excluded: body.excluded.clone(),
+        artifacts: body.artifacts.iter().map(artifact).collect(),
+        not_captured: body.not_captured.clone(),
+    }
+}
+
+/// Stores what a VM has besides disks.
+pub(super) async fn store_artifact(run: &Run, artifact: &Artifact) -> Result<ManifestArtifact> {
+    let stored = run.store_bytes(&artifact.bytes).await?;
+    Ok(ManifestArtifact { kind: artifact.kind, origin: artifact.origin.clone(), stored })
+}
+
+/// A disk as the manifest records it.
+pub(super) fn point_disk(
+    disk: SnapshotDisk,
+    (stored, stats): (StoredDisk, WriteStats),
+    report: &DiskReport,
+) -> ManifestDisk {
+    ManifestDisk {
+        description: disk.description,
+        read: disk.read,
+        stored,
+        read_bytes: report.read_bytes,
+        stats,
+    }
+}
+
+/// The manifest of a backup.
+pub(super) fn draft(
+    report: &Report,
+    disks: Vec<ManifestDisk>,
+    artifacts: Vec<ManifestArtifact>,
+) -> ManifestDraft {
+    ManifestDraft {
+        vm: report.vm.clone(),
+        taken: report.time,
+        finished: report.time,
+        quiescence: report.quiescence.clone(),
+        disks,
+        excluded: report.excluded.clone(),
+        not_captured: report.not_captured.clone(),
+        artifacts,
+        program: concat!("vmbackup ", env!("CARGO_PKG_VERSION")).to_owned(),
+    }
+}

@@ -1,0 +1,81 @@
+//! What a point holds besides disks, written beside the images: domain XML, UEFI variables, ….
+//!
+//! All of it may hold secrets, so only the owner may read the files.
+
+use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use super::Request;
+use crate::block::file::Existing;
+use crate::error::{Error, Kind, Result};
+use crate::job::points;
+use crate::repo::{Manifest, Repository};
+use crate::vm::ArtifactKind;
+
+/// The files, by what they hold. A checkpoint is of no use to anybody but the next backup.
+const FILES: [(ArtifactKind, &str); 6] = [
+    (ArtifactKind::DomainXmlInactive, "domain.xml"),
+    (ArtifactKind::DomainXmlLive, "domain-live.xml"),
+    (ArtifactKind::Nvram, "nvram.fd"),
+    (ArtifactKind::TpmState, "tpm-state"),
+    (ArtifactKind::Kernel, "kernel"),
+    (ArtifactKind::Initrd, "initrd"),
+];
+
+/// Writes what the point holds into the directory of the request, if it has one; the files made.
+pub(super) async fn write(
+    repository: &Repository,
+    manifest: &Manifest,
+    request: &Request,
+) -> Result<Vec<PathBuf>> {
+    let Some(directory) = &request.directory else { return Ok(Vec::new()) };
+    let mut written = Vec::new();
+    for (kind, name) in FILES {
+        let Some(artifact) = points::artifact(manifest, kind) else { continue };
+        let bytes = repository.read_bytes(&artifact.stored).await?;
+        let path = directory.join(name);
+        write_file(directory, &path, &bytes, request.existing)?;
+        written.push(path);
+    }
+    Ok(written)
+}
+
+/// Fails when a file to be written is there and must not be replaced.
+pub(super) fn check_free(manifest: &Manifest, request: &Request) -> Result<()> {
+    let Some(directory) = &request.directory else { return Ok(()) };
+    if request.existing == Existing::Replace {
+        return Ok(());
+    }
+    let wanted = FILES.iter().filter(|(kind, _)| points::artifact(manifest, *kind).is_some());
+    for path in wanted.map(|(_, name)| directory.join(name)) {
+        if path.symlink_metadata().is_ok() {
+            return Err(exists(&path));
+        }
+    }
+    Ok(())
+}
+
+fn write_file(directory: &Path, path: &Path, bytes: &[u8], existing: Existing) -> Result<()> {
+    let fail = |e| Error::io(format!("cannot write {}", path.display()), e);
+    let mut file = tempfile::Builder::new()
+        .permissions(std::fs::Permissions::from_mode(0o600))
+        .tempfile_in(directory)
+        .map_err(fail)?;
+    file.write_all(bytes).and_then(|()| file.as_file().sync_all()).map_err(fail)?;
+    let renamed = match existing {
+        Existing::Refuse => file.persist_noclobber(path),
+        Existing::Replace => file.persist(path),
+    };
+    match renamed {
+        Ok(_) => {}
+        Err(e) if e.error.kind() == std::io::ErrorKind::AlreadyExists => return Err(exists(path)),
+        Err(e) => return Err(fail(e.error)),
+    }
+    std::fs::File::open(directory).and_then(|d| d.sync_all()).map_err(fail)
+}
+
+fn exists(path: &Path) -> Error {
+    Error::new(Kind::AlreadyExists, format!("{} exists", path.display()))
+        .hint("choose another directory, or --force to replace it")
+}

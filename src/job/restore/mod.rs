@@ -1,0 +1,223 @@
+//! A restore: the disks of a point become images, devices, or a domain's disks again.
+//!
+//! ```text
+//!  point ► choose disks ► targets ► space? ► copy each to its temporary name ► all complete?
+//!                                                       │ error, or stopped        │
+//!                                                       └► remove temporaries      └► rename all ► XML ► define
+//! ```
+//!
+//! Nothing existing is replaced before everything new is complete and durable. A device is written
+//! in place, all of it, zeroes included: what a discarded block reads as is the device's whim.
+
+mod artifacts;
+mod target;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use serde::Serialize;
+
+use super::{Repository, Surroundings, points};
+use crate::block::BlockSource;
+use crate::block::file::Existing;
+use crate::copy;
+use crate::error::{Error, Kind, Result};
+use crate::repo::{Manifest, ManifestDisk};
+use crate::vm::{PointId, Uuid, VmIdentity};
+
+use target::Target;
+pub use target::{ImageFormat, Place};
+
+/// What to restore, and where to.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// The point, as it was named.
+    pub point: String,
+    /// Only these disks; all when empty.
+    pub disks: Vec<String>,
+    /// Images go here.
+    pub directory: Option<PathBuf>,
+    /// Their format, if not what the disk had (with `define`) or raw.
+    pub format: Option<ImageFormat>,
+    /// These disks go to devices.
+    pub devices: Vec<(String, PathBuf)>,
+    /// What becomes of files that are in the way.
+    pub existing: Existing,
+    /// Define a domain with the restored disks.
+    pub define: Option<Define>,
+}
+
+/// The domain to define.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Define {
+    /// Connection URI of libvirt.
+    pub uri: String,
+    /// A new domain of this name; the lost one if not given.
+    pub as_name: Option<String>,
+    /// What becomes of it then.
+    pub power: Power,
+}
+
+/// What becomes of a domain that was defined.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Power {
+    /// It stays off.
+    Off,
+    /// It is started.
+    On,
+}
+
+/// What was restored.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    /// The point.
+    pub point: PointId,
+    /// Its VM.
+    pub vm: VmIdentity,
+    /// The disks.
+    pub disks: Vec<DiskReport>,
+    /// Other files that were written.
+    pub files: Vec<PathBuf>,
+    /// The domain that was defined.
+    pub domain: Option<Domain>,
+    /// The whole run.
+    pub elapsed_ms: u64,
+}
+
+/// A disk that was restored.
+#[derive(Clone, Debug, Serialize)]
+pub struct DiskReport {
+    /// Its name in the VM.
+    pub name: String,
+    /// Virtual size.
+    pub size_bytes: u64,
+    /// Where it is now.
+    pub path: PathBuf,
+    /// Format of the image, or `device`.
+    pub format: String,
+    /// Bytes written as data; the rest of the disk is zero.
+    pub written_bytes: u64,
+    /// Reading and writing it.
+    pub elapsed_ms: u64,
+}
+
+/// A domain that was defined.
+#[derive(Clone, Debug, Serialize)]
+pub struct Domain {
+    /// Its name.
+    pub name: String,
+    /// Its UUID.
+    pub uuid: Uuid,
+    /// Whether it was started.
+    pub started: bool,
+    /// What had to differ from the domain that was backed up.
+    pub changes: Vec<String>,
+}
+
+/// Restores a point. Watches `control`; when stopped, files in the making are removed, and a device
+/// stays half written. Not cancel-safe.
+pub async fn run(
+    repository: &Repository,
+    request: Request,
+    surroundings: Surroundings<'_>,
+) -> Result<Report> {
+    let (env, _) = surroundings;
+    let started = env.clock.now();
+    if request.define.is_some() {
+        return Err(Error::new(Kind::Unsupported, "this program does not define domains yet")
+            .hint("restore the images with --to and define the domain from DIR/domain.xml"));
+    }
+    let manifest = points::manifest(repository, &request.point, env).await?;
+    let chosen = points::choose_disks(&manifest, &request.disks)?;
+    let places = target::places(&chosen, &request)?;
+    artifacts::check_free(&manifest, &request)?;
+    let made = target::make_directory(request.directory.as_deref())?;
+    let result = restore_all(repository, (&manifest, &chosen, &places), &request, surroundings);
+    match result.await {
+        Ok((disks, files)) => Ok(Report {
+            point: manifest.point,
+            vm: manifest.body.vm.clone(),
+            disks,
+            files,
+            domain: None,
+            elapsed_ms: env.elapsed_ms(started),
+        }),
+        Err(error) => {
+            target::remove_directory(made);
+            Err(error)
+        }
+    }
+}
+
+/// Copies all disks, and puts everything in place once all are complete.
+async fn restore_all(
+    repository: &Repository,
+    (manifest, chosen, places): (&Manifest, &[&ManifestDisk], &[Place]),
+    request: &Request,
+    surroundings: Surroundings<'_>,
+) -> Result<(Vec<DiskReport>, Vec<PathBuf>)> {
+    let control = surroundings.1;
+    let mut sources: Vec<Arc<dyn BlockSource>> = Vec::new();
+    for disk in chosen {
+        sources.push(Arc::new(repository.open_disk(&disk.stored).await?));
+    }
+    target::check_space(&sources, places).await?;
+    let (mut targets, mut disks) = (Vec::new(), Vec::new());
+    for ((disk, source), place) in chosen.iter().zip(sources).zip(places) {
+        match restore_disk((disk, source, place), request, surroundings).await {
+            Ok((target, report)) => {
+                targets.push(target);
+                disks.push(report);
+            }
+            Err(error) => {
+                target::abort_all(targets, control);
+                return Err(error.context(format!(
+                    "{} of point {} was not restored",
+                    disk.description.name,
+                    manifest.point.short()
+                )));
+            }
+        }
+    }
+    control.set_phase("putting images in place");
+    target::commit_all(targets, control).await?;
+    let files = artifacts::write(repository, manifest, request).await?;
+    Ok((disks, files))
+}
+
+/// Copies a disk to its place, under a temporary name where it is a file.
+async fn restore_disk(
+    (disk, source, place): (&ManifestDisk, Arc<dyn BlockSource>, &Place),
+    request: &Request,
+    (env, control): Surroundings<'_>,
+) -> Result<(Target, DiskReport)> {
+    let started = env.clock.now();
+    let (name, size_bytes) = (&disk.description.name, disk.description.size_bytes);
+    let target = Target::open(place, size_bytes, request.existing)?;
+    control.set_phase(format!("restoring {name}"));
+    let progress = control.add_disk(name, size_bytes);
+    let options = copy::Options {
+        zeroes: place.zeroes(),
+        ..copy::Options::new(
+            format!("{name} in the repository"),
+            place.path().display().to_string(),
+        )
+    };
+    match copy::copy(source, target.sink(), &options, control, &progress).await {
+        Ok(copied) => {
+            let report = DiskReport {
+                name: name.clone(),
+                size_bytes,
+                path: place.path().to_owned(),
+                format: place.format_name().to_owned(),
+                written_bytes: copied.written_bytes,
+                elapsed_ms: env.elapsed_ms(started),
+            };
+            Ok((target, report))
+        }
+        Err(error) => {
+            target::abort_all(vec![target], control);
+            Err(error)
+        }
+    }
+}

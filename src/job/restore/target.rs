@@ -1,0 +1,224 @@
+//! Where restored disks go: which place each gets, whether there is room, the file in the making.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::Request;
+use crate::block::file::{Existing, FileSink, NewFile};
+use crate::block::{BlockSink, BlockSource, ByteRange, ExtentKind};
+use crate::control::{Control, NoticeLevel};
+use crate::copy::Zeroes;
+use crate::error::{Error, Kind, Result};
+use crate::repo::ManifestDisk;
+use crate::units::ByteSize;
+
+/// Format of a restored image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ImageFormat {
+    /// A sparse file.
+    Raw,
+    /// qcow2, version 3.
+    Qcow2,
+}
+
+impl ImageFormat {
+    /// Its name, which is the extension of the file as well.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::Qcow2 => "qcow2",
+        }
+    }
+}
+
+/// Where a disk goes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// A new image.
+    Image {
+        /// Its name when it is complete.
+        path: PathBuf,
+        /// Its format.
+        format: ImageFormat,
+    },
+    /// A device or a file that is there already, of exactly the size.
+    Device(PathBuf),
+}
+
+impl Place {
+    /// The path.
+    pub fn path(&self) -> &Path {
+        match self {
+            Self::Image { path, .. } | Self::Device(path) => path,
+        }
+    }
+
+    pub(super) fn format_name(&self) -> &'static str {
+        match self {
+            Self::Image { format, .. } => format.name(),
+            Self::Device(_) => "device",
+        }
+    }
+
+    /// An image gets holes; on a device every zero is written.
+    pub(super) fn zeroes(&self) -> Zeroes {
+        match self {
+            Self::Image { .. } => Zeroes::Sparse { detect_bytes: None },
+            Self::Device(_) => Zeroes::Allocated,
+        }
+    }
+}
+
+/// The place of each of `disks`, in order.
+pub(super) fn places(disks: &[&ManifestDisk], request: &Request) -> Result<Vec<Place>> {
+    let names: Vec<&str> = disks.iter().map(|disk| disk.description.name.as_str()).collect();
+    let unknown = request.devices.iter().find(|(name, _)| !names.contains(&name.as_str()));
+    if let Some((name, _)) = unknown {
+        let message = format!("no disk '{name}' is restored");
+        return Err(Error::new(Kind::NotFound, message)
+            .hint(format!("disks of this point: {}", names.join(", "))));
+    }
+    names.iter().map(|name| place(name, request)).collect()
+}
+
+fn place(name: &str, request: &Request) -> Result<Place> {
+    if let Some((_, device)) = request.devices.iter().find(|(disk, _)| disk == name) {
+        return Ok(Place::Device(device.clone()));
+    }
+    let Some(directory) = &request.directory else {
+        let message = format!("it is not said where {name} goes");
+        return Err(Error::new(Kind::Usage, message).hint(format!(
+            "add --to-device {name}=DEVICE or --to DIR, or leave it out with --disk"
+        )));
+    };
+    // Names come from the VM's description, which somebody else may have written.
+    if name.is_empty() || name.starts_with('.') || name.contains('/') {
+        return Err(Error::new(Kind::Unsupported, format!("'{name}' cannot be a file name"))
+            .hint("restore this disk with --to-device"));
+    }
+    let format = request.format.unwrap_or(ImageFormat::Raw);
+    let path = directory.join(format!("{name}.{}", format.name()));
+    Ok(Place::Image { path, format })
+}
+
+/// Makes the directory if it is missing, but not the one it is in: a mistyped mount point must not
+/// become a directory tree. What was made.
+pub(super) fn make_directory(directory: Option<&Path>) -> Result<Option<PathBuf>> {
+    let Some(directory) = directory else { return Ok(None) };
+    match std::fs::create_dir(directory) {
+        Ok(()) => Ok(Some(directory.to_owned())),
+        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Ok(None),
+        Err(error) => Err(Error::io(format!("cannot make {}", directory.display()), error)),
+    }
+}
+
+/// Removes the directory again when a restore failed; not when there is something in it.
+pub(super) fn remove_directory(made: Option<PathBuf>) {
+    if let Some(directory) = made {
+        // Not empty: parts of the restore are in place, which the error says.
+        let _ = std::fs::remove_dir(directory);
+    }
+}
+
+/// Fails when the data of the disks will not fit where their images go. Only the free space of
+/// now is known: a target may still fill up while it is written.
+pub(super) async fn check_space(sources: &[Arc<dyn BlockSource>], places: &[Place]) -> Result<()> {
+    let mut needed_bytes = 0_u64;
+    let mut directory = None;
+    for (source, place) in sources.iter().zip(places) {
+        if let Place::Image { path, .. } = place {
+            needed_bytes = needed_bytes.saturating_add(data_bytes(source.as_ref()).await?);
+            directory = path.parent();
+        }
+    }
+    let Some(directory) = directory else { return Ok(()) };
+    let space = rustix::fs::statvfs(directory)
+        .map_err(|e| Error::io(format!("cannot examine {}", directory.display()), e.into()))?;
+    let free_bytes = space.f_bavail.saturating_mul(space.f_frsize);
+    if needed_bytes > free_bytes {
+        let message = format!(
+            "{} has {} free and the disks hold {}",
+            directory.display(),
+            ByteSize(free_bytes),
+            ByteSize(needed_bytes)
+        );
+        return Err(Error::new(Kind::NoSpace, message)
+            .hint("restore to another directory, or single disks with --disk"));
+    }
+    Ok(())
+}
+
+/// Bytes of a disk that are not known to be zero.
+async fn data_bytes(source: &dyn BlockSource) -> Result<u64> {
+    let range = source.geometry().range();
+    let (mut at, mut bytes) = (0, 0);
+    while at < range.end() {
+        let map = source.extents(ByteRange::between(at, range.end())).await?;
+        assert!(map.end() > at, "a map makes progress");
+        bytes += map.bytes_of(ExtentKind::Data);
+        at = map.end();
+    }
+    Ok(bytes)
+}
+
+/// A disk being written.
+pub(super) enum Target {
+    /// A file that gets its name when it is complete.
+    New(NewFile),
+    /// In place.
+    Device(Arc<FileSink>),
+}
+
+impl Target {
+    pub(super) fn open(place: &Place, size_bytes: u64, existing: Existing) -> Result<Self> {
+        match place {
+            Place::Device(path) => Ok(Self::Device(Arc::new(FileSink::open(path, size_bytes)?))),
+            Place::Image { path, format: ImageFormat::Raw } => {
+                Ok(Self::New(NewFile::create(path, size_bytes, existing)?))
+            }
+            Place::Image { .. } => {
+                Err(Error::new(Kind::Unsupported, "qcow2 is not written by this program")
+                    .hint("restore with --format raw and convert with qemu-img"))
+            }
+        }
+    }
+
+    pub(super) fn sink(&self) -> Arc<dyn BlockSink> {
+        match self {
+            Self::New(file) => file.sink(),
+            Self::Device(sink) => sink.clone(),
+        }
+    }
+}
+
+/// Gives all files their names. When one fails, the rest is removed; what has its name stays, and
+/// the error says so.
+pub(super) async fn commit_all(targets: Vec<Target>, control: &Control) -> Result<()> {
+    let mut targets = targets.into_iter();
+    while let Some(target) = targets.next() {
+        let Target::New(file) = target else { continue };
+        if let Err(error) = file.commit().await {
+            abort_all(targets.collect(), control);
+            return Err(error.context("not every restored image is in place"));
+        }
+    }
+    Ok(())
+}
+
+/// Removes what was written to files.
+pub(super) fn abort_all(targets: Vec<Target>, control: &Control) {
+    for target in targets {
+        match target {
+            Target::New(file) => {
+                if let Err(error) = file.abort() {
+                    let text = format!("a file of this restore was left behind: {error:?}");
+                    control.notice(NoticeLevel::Warning, text);
+                }
+            }
+            Target::Device(_) => control.notice(
+                NoticeLevel::Warning,
+                "a device was written in part: its content is neither the old nor the new",
+            ),
+        }
+    }
+}

@@ -1,0 +1,123 @@
+//! Which VM or disk a job reads, as data; and the one place that opens the platform for it.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::Env;
+use crate::block::BlockSource;
+use crate::block::file::{Access, FileSource};
+use crate::error::{Error, Kind, Result};
+use crate::nbd::{Client, ClientOptions, NbdUri};
+use crate::platform::{Platform, Quiesce};
+
+/// A VM to back up.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SourceSpec {
+    /// A domain of libvirt.
+    Libvirt {
+        /// Connection URI.
+        uri: String,
+        /// Name or UUID.
+        domain: String,
+    },
+    /// A QEMU without libvirt.
+    Qemu {
+        /// Monitor socket.
+        qmp: PathBuf,
+        /// Guest agent socket.
+        agent: Option<PathBuf>,
+        /// What to call it, if not by its own `-name`.
+        name: Option<String>,
+    },
+    /// Images of a stopped VM.
+    Images {
+        /// What to call it.
+        name: String,
+        /// The images, in the order of the disks.
+        images: Vec<ImageSpec>,
+    },
+}
+
+/// How a point in time is taken.
+#[derive(Clone, Debug)]
+pub struct SnapshotOptions {
+    /// Freeze guest file systems?
+    pub quiesce: Quiesce,
+    /// Longest time they stay frozen.
+    pub freeze_budget: Duration,
+    /// Where scratch files go, if not where the platform puts them.
+    pub scratch_dir: Option<PathBuf>,
+    /// Disks left out by name.
+    pub exclude_disks: Vec<String>,
+    /// Allow a plaintext TCP export of the disks.
+    pub insecure_tcp: bool,
+}
+
+/// A disk image and its format, which is given and never probed: a guest can forge the header of
+/// a raw image into one that names files of the host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ImageSpec {
+    /// The file or block device.
+    pub path: PathBuf,
+    /// `raw`, `qcow2`, or any other format QEMU reads.
+    pub format: String,
+}
+
+/// A single disk to read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DiskSpec {
+    /// The disk inside an image.
+    Image(ImageSpec),
+    /// An NBD export.
+    Nbd(NbdUri),
+}
+
+impl fmt::Display for DiskSpec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Image(image) => write!(f, "{}", image.path.display()),
+            Self::Nbd(uri) => write!(f, "{uri}"),
+        }
+    }
+}
+
+/// The platform that speaks for `spec`.
+pub(super) async fn platform(spec: &SourceSpec, env: &Env) -> Result<Box<dyn Platform>> {
+    match spec {
+        #[cfg(feature = "libvirt")]
+        SourceSpec::Libvirt { uri, domain } => {
+            use crate::platform::libvirt::{CheckpointMetadata, Libvirt, LibvirtOptions};
+            let options = LibvirtOptions {
+                uri: Some(uri.clone()),
+                domain: domain.clone(),
+                runtime_dir: env.runtime_dir.clone(),
+                metadata: CheckpointMetadata::Remove,
+            };
+            Ok(Box::new(Libvirt::open(options).await?))
+        }
+        #[cfg(not(feature = "libvirt"))]
+        SourceSpec::Libvirt { .. } => {
+            Err(Error::new(Kind::Unsupported, "this program was built without libvirt")
+                .hint("build it with the cargo feature 'libvirt', or use --qmp or --image"))
+        }
+        SourceSpec::Qemu { .. } | SourceSpec::Images { .. } => {
+            Err(Error::new(Kind::Unsupported, "this program backs up libvirt domains only"))
+        }
+    }
+}
+
+/// Opens a single disk for reading.
+pub(super) async fn open_disk(spec: &DiskSpec) -> Result<Arc<dyn BlockSource>> {
+    match spec {
+        DiskSpec::Nbd(uri) => Ok(Arc::new(Client::open_uri(uri, ClientOptions::default()).await?)),
+        DiskSpec::Image(image) if image.format == "raw" => {
+            Ok(Arc::new(FileSource::open(&image.path, Access::Once)?))
+        }
+        DiskSpec::Image(image) => {
+            let (path, format) = (image.path.display(), &image.format);
+            Err(Error::new(Kind::Unsupported, format!("{path}: cannot read format {format}")))
+        }
+    }
+}

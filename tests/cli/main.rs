@@ -1,0 +1,12 @@
+//! The program as its users meet it: arguments, outputs, exit codes, errors.
+//!
+//! Real disks in, real disks out; each backup's truth is told by qemu-img, not by us.
+
+// Helpers of tests are tests: an unwrap that fails is a failed test.
+#![allow(clippy::unwrap_used)]
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod help;
+mod repository;

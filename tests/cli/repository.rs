@@ -1,0 +1,93 @@
+//! Making repositories, and what opens them.
+
+use std::fs;
+
+use crate::support::{Outcome, TestEnv};
+
+#[test]
+fn a_password_opens_its_repository_and_a_wrong_one_is_refused() {
+    let env = TestEnv::new();
+    let (right, wrong) = (env.path("right"), env.path("wrong"));
+    fs::write(&right, "correct horse\n").unwrap();
+    fs::write(&wrong, "battery staple\n").unwrap();
+    let (right, wrong) = (right.to_str().unwrap(), wrong.to_str().unwrap());
+    env.vmbackup(&["repo", "init", "--password-file", right]).ok();
+    let info = env.vmbackup(&["repo", "info", "--password-file", right, "--json"]).json();
+    assert_eq!(info["has_key"], true);
+    assert_eq!(info["keys"].as_array().unwrap().len(), 1);
+    let outcome = env.vmbackup(&["list", "--password-file", wrong]).fails();
+    assert_eq!(outcome.code, Some(11), "{outcome:?}");
+    let outcome = without_terminal(&env, &["list"]).fails();
+    assert_eq!(outcome.code, Some(11), "{outcome:?}");
+}
+
+#[test]
+fn a_password_is_changed_by_adding_one_and_removing_the_other() {
+    let env = TestEnv::new();
+    let (old, new) = (env.path("old"), env.path("new"));
+    fs::write(&old, "old").unwrap();
+    fs::write(&new, "new").unwrap();
+    let (old, new) = (old.to_str().unwrap(), new.to_str().unwrap());
+    env.vmbackup(&["repo", "init", "--password-file", old]).ok();
+    let info = env.vmbackup(&["repo", "info", "--password-file", old, "--json"]).json();
+    let old_id = info["keys"][0]["id"].as_str().unwrap();
+    let add = ["repo", "key", "add", "--password-file", old, "--new-password-file", new, "--json"];
+    let added = env.vmbackup(&add).json();
+    assert_ne!(added["key"], old_id);
+    env.vmbackup(&["repo", "key", "remove", old_id, "--password-file", new]).ok();
+    env.vmbackup(&["list", "--password-file", new]).ok();
+    assert_eq!(env.vmbackup(&["list", "--password-file", old]).fails().code, Some(11));
+}
+
+#[test]
+fn the_last_key_is_not_removed() {
+    let env = TestEnv::new();
+    let key = env.path("key");
+    fs::write(&key, [7; 32]).unwrap();
+    let key = key.to_str().unwrap();
+    env.vmbackup(&["repo", "init", "--key-file", key]).ok();
+    let info = env.vmbackup(&["repo", "info", "--key-file", key, "--json"]).json();
+    let id = info["keys"][0]["id"].as_str().unwrap();
+    env.vmbackup(&["repo", "key", "remove", id, "--key-file", key]).fails();
+    env.vmbackup(&["list", "--key-file", key]).ok();
+}
+
+#[test]
+fn a_repository_is_not_made_over_another() {
+    let env = TestEnv::new();
+    env.init_repo();
+    let id = env.vmbackup(&["repo", "info", "--json"]).json()["id"].clone();
+    let outcome = env.vmbackup(&["repo", "init", "--no-key"]).fails();
+    assert_eq!(outcome.code, Some(5), "{outcome:?}");
+    assert_eq!(env.vmbackup(&["repo", "info", "--json"]).json()["id"], id);
+}
+
+#[test]
+fn init_without_a_terminal_wants_to_know_the_key() {
+    let env = TestEnv::new();
+    let outcome =
+        without_terminal(&env, &["repo", "init"]).fails_with(&["--no-key", "--password-file"]);
+    assert_eq!(outcome.code, Some(2), "{outcome:?}");
+    assert!(!env.repo().exists());
+}
+
+#[test]
+fn a_repository_of_a_newer_format_is_left_alone() {
+    let env = TestEnv::new();
+    env.init_repo();
+    let config = env.repo().join("config");
+    let text = fs::read_to_string(&config).expect("the config is text");
+    let newer = text.replacen("\"version\":1", "\"version\":99", 1);
+    assert_ne!(text, newer, "the config states its version: {text}");
+    fs::remove_file(&config).unwrap();
+    fs::write(&config, newer).unwrap();
+    let outcome = env.vmbackup(&["list"]).fails();
+    assert_eq!(outcome.code, Some(12), "{outcome:?}");
+}
+
+/// Runs the program in a session of its own, where there is no terminal to ask on.
+fn without_terminal(env: &TestEnv, args: &[&str]) -> Outcome {
+    let mut command = env.command("setsid");
+    command.arg("--wait").arg(env!("CARGO_BIN_EXE_vmbackup")).args(args);
+    Outcome::of(command.env("VMBACKUP_REPO", env.repo()))
+}
