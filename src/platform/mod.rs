@@ -23,6 +23,7 @@
 
 #[cfg(feature = "libvirt")]
 pub mod libvirt;
+pub mod qemu;
 
 use std::path::PathBuf;
 use std::sync::Arc;

@@ -1,0 +1,202 @@
+//! Which bitmap each disk's incremental can build on, and what the transaction does with bitmaps.
+//! Pure.
+//!
+//! Each checkpoint is a bitmap of its own that records from its instant on, so a run that fails
+//! costs nothing: the base's bitmap was only read (merged into a temporary one). It is believed
+//! only on the node the guest writes to, consistent, recording, of the point's disk by name and
+//! of the size the point recorded (QEMU does not mark the area a disk grew by as dirty).
+//!
+//! A bitmap in another layer of the backing chain saw no write since an overlay was put above it:
+//! the disk is then read in full, for that reason. A transient bitmap needs no further proof: that
+//! it is there means that the process that made it is, too.
+
+use qmp::Action;
+use qmp::block::{Bitmap, BitmapRef, BitmapState, BitmapStorage, NewBitmap, Node};
+
+use super::disks::Disk;
+use super::names::{Chain, Temp};
+use crate::platform::{BackupMode, SnapshotRequest};
+use crate::vm::{FullReason, PointId, ReadMode};
+
+/// The bitmap a disk's incremental builds on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Base {
+    pub(super) point: PointId,
+    pub(super) bitmap: Bitmap,
+}
+
+/// Finds the newest usable base of `disk`. `nodes` are all nodes of the QEMU.
+pub(super) fn base(
+    disk: &Disk,
+    nodes: &[Node],
+    chain: &Chain,
+    request: &SnapshotRequest,
+) -> Result<Base, FullReason> {
+    if request.mode == BackupMode::Full {
+        return Err(FullReason::Requested);
+    }
+    if request.known_points.is_empty() {
+        return Err(FullReason::FirstBackup);
+    }
+    if disk.shareable {
+        return Err(FullReason::Shareable);
+    }
+    let sizes = request.known_points.iter().filter_map(|known| {
+        let found = known.disks.iter().find(|(name, _)| *name == disk.name)?;
+        Some((known.id, found.1))
+    });
+    let mut why = FullReason::NewDisk;
+    for (point, size_bytes) in sizes {
+        let name = chain.bitmap(point, &disk.name);
+        let reason = match disk.node.bitmap(&name) {
+            Some(bitmap) => match usable(bitmap, size_bytes == disk.size_bytes()) {
+                Ok(()) => return Ok(Base { point, bitmap: bitmap.clone() }),
+                Err(reason) => reason,
+            },
+            None if nodes.iter().any(|node| node.bitmap(&name).is_some()) => {
+                FullReason::BitmapNotInChain
+            }
+            None => FullReason::BitmapMissing,
+        };
+        // The reason at the newest point that says more than "not there" is the one to tell.
+        if matches!(why, FullReason::NewDisk | FullReason::BitmapMissing) {
+            why = reason;
+        }
+    }
+    Err(why)
+}
+
+fn usable(bitmap: &Bitmap, same_size: bool) -> Result<(), FullReason> {
+    if bitmap.inconsistent {
+        Err(FullReason::BitmapInconsistent)
+    } else if !bitmap.recording {
+        Err(FullReason::BitmapNotRecording)
+    } else if !same_size {
+        Err(FullReason::Resized)
+    } else {
+        Ok(())
+    }
+}
+
+/// How the manifest says it.
+pub(super) fn read_mode(base: &Result<Base, FullReason>) -> ReadMode {
+    match base {
+        Ok(base) => ReadMode::Incremental { base: base.point },
+        Err(reason) => ReadMode::Full { reason: *reason },
+    }
+}
+
+/// The new checkpoint of a disk; none where its bitmap would miss other writers.
+pub(super) fn new_bitmap(disk: &Disk, chain: &Chain, point: PointId) -> Option<BitmapRef> {
+    let node = disk.node.name().to_owned();
+    (!disk.shareable).then(|| BitmapRef { node, name: chain.bitmap(point, &disk.name) })
+}
+
+/// The temporary bitmap a disk's changes since its base are merged into.
+pub(super) fn changes_bitmap(disk: &Disk, point: PointId, index: usize) -> BitmapRef {
+    BitmapRef { node: disk.node.name().to_owned(), name: Temp::Changes.name(point, index) }
+}
+
+/// What the transaction does with the bitmaps of a disk.
+pub(super) fn actions(
+    disk: &Disk,
+    base: Option<&Base>,
+    new: Option<&BitmapRef>,
+    changes: &BitmapRef,
+) -> Vec<Action> {
+    let mut actions = Vec::new();
+    if let Some(base) = base {
+        let name = base.bitmap.name.clone().expect("a base is found by name");
+        let source = BitmapRef { node: disk.node.name().to_owned(), name };
+        // Disabled, so that a read-only export may offer it.
+        let merged = NewBitmap {
+            granularity: u32::try_from(base.bitmap.granularity).ok(),
+            state: BitmapState::Disabled,
+            storage: BitmapStorage::Transient,
+        };
+        actions.push(Action::bitmap_add(changes, &merged));
+        actions.push(Action::bitmap_merge(changes, &[source]));
+    }
+    if let Some(new) = new {
+        let storage =
+            if disk.keeps_bitmaps() { BitmapStorage::Persistent } else { BitmapStorage::Transient };
+        actions.push(Action::bitmap_add(new, &NewBitmap { storage, ..NewBitmap::default() }));
+    }
+    actions
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::disks::tests::{device, request};
+    use super::super::disks::{self};
+    use super::*;
+    use crate::platform::KnownPoint;
+    use serde_json::{Value, json};
+
+    const OLD: PointId = PointId([1; 16]);
+    const NEW: PointId = PointId([2; 16]);
+
+    fn chain() -> Chain {
+        Chain::new("0123456789abcdef", crate::vm::Uuid::from_u128(7)).unwrap()
+    }
+
+    fn bitmap(point: PointId, disk: &str, more: Value) -> Value {
+        let mut bitmap = json!({
+            "name": chain().bitmap(point, disk), "count": 0, "granularity": 65536,
+            "recording": true, "busy": false, "persistent": true,
+        });
+        let Value::Object(more) = more else { panic!("members") };
+        for (key, value) in more {
+            bitmap[key.as_str()] = value;
+        }
+        bitmap
+    }
+
+    fn known(id: PointId, disk: &str, size: u64) -> KnownPoint {
+        KnownPoint { id, disks: vec![(disk.into(), size)], checkpoint_xml: None }
+    }
+
+    /// What becomes of a disk `a` with these bitmaps, when the repository has these points.
+    fn found(bitmaps: &Value, points: Vec<KnownPoint>) -> Result<PointId, FullReason> {
+        let devices = vec![device("a", "na", json!({ "dirty-bitmaps": bitmaps }))];
+        let request = SnapshotRequest { known_points: points, ..request() };
+        let disks = disks::sort(devices, &request).unwrap();
+        let backing: Node = serde_json::from_value(json!({
+            "node-name": "backing", "drv": "qcow2", "ro": true, "file": "b",
+            "image": { "filename": "b", "format": "qcow2", "virtual-size": 1 },
+            "dirty-bitmaps": [bitmap(PointId([3; 16]), "a", json!({}))],
+        }))
+        .unwrap();
+        let nodes = [disks.protected[0].node.clone(), backing];
+        base(&disks.protected[0], &nodes, &chain(), &request).map(|base| base.point)
+    }
+
+    #[test]
+    fn the_newest_point_with_a_good_bitmap_is_the_base() {
+        let size = 1_048_576;
+        let points = || vec![known(NEW, "a", size), known(OLD, "a", size)];
+        let both = json!([bitmap(OLD, "a", json!({})), bitmap(NEW, "a", json!({}))]);
+        assert_eq!(found(&both, points()), Ok(NEW));
+        let broken = bitmap(NEW, "a", json!({ "inconsistent": true, "recording": false }));
+        assert_eq!(found(&json!([broken, bitmap(OLD, "a", json!({}))]), points()), Ok(OLD));
+        assert_eq!(found(&json!([broken]), points()), Err(FullReason::BitmapInconsistent));
+    }
+
+    #[test]
+    fn each_broken_trust_has_its_reason() {
+        let size = 1_048_576;
+        let point = |disk, size| vec![known(NEW, disk, size)];
+        let good = || json!([bitmap(NEW, "a", json!({}))]);
+        assert_eq!(found(&good(), vec![]), Err(FullReason::FirstBackup));
+        assert_eq!(found(&good(), point("b", size)), Err(FullReason::NewDisk));
+        assert_eq!(found(&good(), point("a", 7)), Err(FullReason::Resized));
+        assert_eq!(found(&json!([]), point("a", size)), Err(FullReason::BitmapMissing));
+        let stopped = json!([bitmap(NEW, "a", json!({ "recording": false }))]);
+        assert_eq!(found(&stopped, point("a", size)), Err(FullReason::BitmapNotRecording));
+        // The image of another disk of this VM was put in this disk's place.
+        let swapped = json!([bitmap(NEW, "b", json!({}))]);
+        assert_eq!(found(&swapped, point("a", size)), Err(FullReason::BitmapMissing));
+        let below = vec![known(PointId([3; 16]), "a", size)];
+        assert_eq!(found(&json!([]), below), Err(FullReason::BitmapNotInChain));
+    }
+}

@@ -1,0 +1,108 @@
+//! What a backup of this VM would do, and what is in its way. Changes nothing.
+
+use super::disks::Disk;
+use super::error::failed;
+use super::names::Temp;
+use super::{Qemu, checkpoint, scratch_base};
+use crate::error::{Kind, Result};
+use crate::platform::{PlannedDisk, Problem, Quiesce, ScratchPlan, SnapshotPlan, SnapshotRequest};
+
+/// Plans; fails only where there is nothing to plan.
+pub(super) async fn plan(qemu: &Qemu, request: &SnapshotRequest) -> Result<SnapshotPlan> {
+    let status = qemu.monitor.query_status().await.map_err(failed("cannot ask for the state"))?;
+    let mut problems = Vec::new();
+    if let Err(error) = qemu.check_state().await {
+        if !matches!(error.kind(), Kind::Busy | Kind::Unsupported) {
+            return Err(error);
+        }
+        let fix = error.hint_text().unwrap_or_default().to_owned();
+        problems.push(Problem { fatal: true, what: error.to_string(), fix });
+    }
+    let survey = qemu.survey(request).await?;
+    if let Err(error) = survey.check_mode(request.mode) {
+        let fix = error.hint_text().unwrap_or_default().to_owned();
+        problems.push(Problem { fatal: true, what: error.to_string(), fix });
+    }
+    problems.extend(others(qemu).await?);
+    problems.extend(survey.disks.protected.iter().filter_map(untracked));
+    if request.quiesce == Quiesce::Require && qemu.options.agent.is_none() {
+        let what = "freezing is required and no guest agent socket is given".into();
+        problems.push(Problem { fatal: true, what, fix: "give --agent SOCKET".into() });
+    }
+    let scratch = scratch(request, survey.disks.protected.iter().map(Disk::size_bytes).sum());
+    problems.extend(narrow(qemu, &scratch));
+    let disks = survey.disks.protected.iter().zip(&survey.bases).map(|(disk, base)| PlannedDisk {
+        description: disk.description(),
+        read: checkpoint::read_mode(base),
+        expected_bytes: match base {
+            Ok(base) => Some(base.bitmap.count),
+            Err(_) => disk.node.image.actual_size.map(|bytes| bytes.min(disk.size_bytes())),
+        },
+    });
+    Ok(SnapshotPlan {
+        identity: qemu.identity.clone(),
+        running: status.running,
+        disks: disks.collect(),
+        excluded: survey.disks.excluded,
+        scratch: Some(scratch),
+        problems,
+    })
+}
+
+/// What somebody else does with this QEMU.
+async fn others(qemu: &Qemu) -> Result<Vec<Problem>> {
+    let mut problems = Vec::new();
+    let exports = qemu.monitor.query_block_exports().await;
+    let exports = exports.map_err(failed("cannot ask for the exports"))?;
+    if let Some(export) = exports.iter().find(|e| e.sort == "nbd" && !Temp::Export.is(&e.id)) {
+        problems.push(Problem {
+            fatal: true,
+            what: format!("QEMU's one NBD server is used by the export '{}'", export.id),
+            fix: "remove it (block-export-del) and stop the server (nbd-server-stop)".into(),
+        });
+    }
+    let jobs = qemu.monitor.query_jobs().await.map_err(failed("cannot ask for the jobs"))?;
+    for job in jobs.iter().filter(|job| !Temp::Job.is(&job.id)) {
+        problems.push(Problem {
+            fatal: false,
+            what: format!("a {} job '{}' runs; its disk cannot be backed up", job.sort, job.id),
+            fix: "wait for it, or cancel it (job-cancel)".into(),
+        });
+    }
+    Ok(problems)
+}
+
+/// A disk whose changes are forgotten when QEMU ends.
+fn untracked(disk: &Disk) -> Option<Problem> {
+    (!disk.keeps_bitmaps()).then(|| Problem {
+        fatal: false,
+        what: format!(
+            "disk {} ({}) cannot hold bitmaps: after QEMU ends it is read in full once",
+            disk.name, disk.node.drv
+        ),
+        fix: "use qcow2 (version 3), or qcow2 with an external raw data file".into(),
+    })
+}
+
+fn scratch(request: &SnapshotRequest, bytes_max: u64) -> ScratchPlan {
+    let directory = scratch_base(request);
+    let stat = rustix::fs::statvfs(&directory).ok();
+    let bytes_free = stat.map(|stat| stat.f_bavail.saturating_mul(stat.f_frsize));
+    ScratchPlan { directory, bytes_max, bytes_free }
+}
+
+/// A guest that overwrites more than fits fails its own writes, unless QEMU can let the snapshot
+/// break instead (`on-cbw-error` of blockdev-backup, 10.1).
+fn narrow(qemu: &Qemu, scratch: &ScratchPlan) -> Option<Problem> {
+    let free = scratch.bytes_free?;
+    let short = free < scratch.bytes_max && !qemu.features.backup_on_cbw_error;
+    short.then(|| Problem {
+        fatal: false,
+        what: format!(
+            "{} has less room than the guest could overwrite during the backup; when it is full, \
+             the guest's writes fail",
+            scratch.directory.display()
+        ),
+        fix: "give a larger directory (--scratch-dir)".into(),
+    })
+}

@@ -1,0 +1,411 @@
+//! The instant: opening it, reading it, ending it.
+//!
+//! ```text
+//!  reconcile ► check, survey ► scratch nodes ► NBD server ► freeze ► TRANSACTION ► thaw
+//!      ► snapshot nodes ► exports ► (reading) ► still valid? ► commit | abort
+//! ```
+//!
+//! Each thing is noted in [`Things`] *before* QEMU is asked for it, so that a command that was
+//! not answered is taken back as well. The scratch nodes come first: they mark the NBD server as
+//! ours for a later `reconcile`. The server comes before the freeze, so that one that is taken
+//! costs the guest nothing.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use qmp::block::BitmapRef;
+use qmp::export::NewExport;
+use qmp::{Action, BackupJob, Event, Monitor, OnTargetFailure, Received, Subscription, jobs};
+use serde_json::json;
+
+use super::disks::Disk;
+use super::error::failed;
+use super::names::{Chain, Temp};
+use super::teardown::{First, OurServer, Things, remove_bitmap};
+use super::work_dir::{self, WorkDir};
+use super::{Qemu, Survey, checkpoint, quiesce, reconcile, scratch_base};
+use crate::block::BlockSource;
+use crate::control::{Control, NoticeLevel};
+use crate::error::{Error, Kind, Result};
+use crate::nbd::{Client, ClientOptions, NbdUri};
+use crate::platform::{SnapshotDisk, SnapshotRequest, VmSnapshot};
+use crate::vm::{Artifact, Consistency, ExcludedDisk, NotCaptured, PointId, Quiescence, ReadMode};
+
+/// Connections QEMU lets in per disk: those of our client, and two to spare.
+const CONNECTIONS_PER_DISK: u32 = 6;
+
+/// Takes the instant. What it did is undone when it fails.
+pub(super) async fn open(
+    qemu: &Qemu,
+    request: &SnapshotRequest,
+    control: &Control,
+) -> Result<Box<dyn VmSnapshot>> {
+    let base = scratch_base(request);
+    let leftovers =
+        reconcile::reconcile(&qemu.monitor).await? + work_dir::sweep(&base, qemu.identity.uuid)?;
+    if leftovers > 0 {
+        let text = format!("removed {leftovers} things an earlier backup had left behind");
+        control.notice(NoticeLevel::Info, text);
+    }
+    qemu.check_state().await?;
+    let survey = qemu.survey(request).await?;
+    survey.check_mode(request.mode)?;
+    control.check()?;
+    let work_dir =
+        WorkDir::create(&base, &qemu.options.monitor, qemu.identity.uuid, request.point)?;
+    let mut snapshot = Snapshot::new(qemu, request.point, survey, work_dir);
+    match snapshot.set_up(qemu, request, control).await {
+        Ok(()) => Ok(Box::new(snapshot)),
+        Err(error) => {
+            if let Err(undo) = snapshot.undo().await {
+                let text = format!("what the failed snapshot left is not all removed: {undo}");
+                control.notice(NoticeLevel::Warning, text);
+            }
+            Err(error)
+        }
+    }
+}
+
+struct Snapshot {
+    monitor: Monitor,
+    events: Subscription,
+    point: PointId,
+    chain: Chain,
+    work_dir: WorkDir,
+    disks: Vec<OpenDisk>,
+    described: Vec<SnapshotDisk>,
+    excluded: Vec<ExcludedDisk>,
+    quiescence: Quiescence,
+    not_captured: Vec<NotCaptured>,
+    things: Things,
+    /// Checkpoints the transaction made, or may have made.
+    checkpoints: Vec<BitmapRef>,
+}
+
+/// A disk of the snapshot and the base it is read against.
+struct OpenDisk {
+    disk: Disk,
+    base: Option<checkpoint::Base>,
+}
+
+impl Snapshot {
+    fn new(qemu: &Qemu, point: PointId, survey: Survey, work_dir: WorkDir) -> Self {
+        let Survey { disks, chain, bases } = survey;
+        let described = disks.protected.iter().zip(&bases).map(|(disk, base)| SnapshotDisk {
+            description: disk.description(),
+            read: checkpoint::read_mode(base),
+        });
+        let described = described.collect();
+        let open = disks.protected.into_iter().zip(bases);
+        let definition = NotCaptured {
+            what: format!("definition of VM '{}'", qemu.identity.name),
+            reason: "a QEMU without libvirt does not tell how it was started: keep its command \
+                     line or start script beside the backups"
+                .into(),
+        };
+        Self {
+            monitor: qemu.monitor.clone(),
+            events: qemu.monitor.subscribe(),
+            point,
+            chain,
+            work_dir,
+            disks: open.map(|(disk, base)| OpenDisk { disk, base: base.ok() }).collect(),
+            described,
+            excluded: disks.excluded,
+            quiescence: Quiescence { level: Consistency::Crash, frozen_ms: None, reason: None },
+            not_captured: vec![definition],
+            things: Things::default(),
+            checkpoints: Vec::new(),
+        }
+    }
+
+    async fn set_up(
+        &mut self,
+        qemu: &Qemu,
+        request: &SnapshotRequest,
+        control: &Control,
+    ) -> Result<()> {
+        self.add_scratch().await?;
+        let socket = self.start_server().await?;
+        control.check()?;
+        self.take_instant(qemu, request, control).await?;
+        control.check()?;
+        for index in 0..self.disks.len() {
+            self.export(qemu, index).await?;
+        }
+        tracing::debug!(socket = %socket.display(), "the instant is exported");
+        Ok(())
+    }
+
+    async fn add_scratch(&mut self) -> Result<()> {
+        for (index, open) in self.disks.iter().enumerate() {
+            let file = self.work_dir.create_scratch(index, open.disk.size_bytes())?;
+            let node = Temp::Scratch.name(self.point, index);
+            self.things.scratch.push(node.clone());
+            let what = format!("QEMU cannot open the scratch file {}", file.display());
+            let file = json!({ "driver": "file", "filename": file });
+            let options = json!({ "driver": "raw", "node-name": node, "file": file });
+            let added = self.monitor.blockdev_add(options).await;
+            added.map_err(|error| {
+                failed(what)(error).hint("give a directory QEMU may use (--scratch-dir)")
+            })?;
+        }
+        Ok(())
+    }
+
+    async fn start_server(&mut self) -> Result<PathBuf> {
+        let socket = self.work_dir.socket()?;
+        let disks = u32::try_from(self.disks.len()).unwrap_or(u32::MAX);
+        let connections = disks.saturating_mul(CONNECTIONS_PER_DISK);
+        match self.monitor.nbd_server_start(&socket, connections).await {
+            Ok(()) => self.things.server = Some(OurServer),
+            Err(error) => {
+                // A refusal means that there is one, of somebody else; no answer may mean ours.
+                if error.refusal().is_none() {
+                    self.things.server = Some(OurServer);
+                }
+                let what = "cannot start QEMU's NBD server, of which it can have only one";
+                return Err(failed(what)(error).hint(
+                    "if nobody uses the one that runs, stop it (monitor command nbd_server_stop)",
+                ));
+            }
+        }
+        Ok(socket)
+    }
+
+    /// Freeze, transaction, thaw.
+    async fn take_instant(
+        &mut self,
+        qemu: &Qemu,
+        request: &SnapshotRequest,
+        control: &Control,
+    ) -> Result<()> {
+        let actions = self.actions(qemu);
+        let status = self.monitor.query_status().await;
+        let running = status.map_err(failed("cannot ask for the state"))?.running;
+        control.set_phase("freezing the guest");
+        let agent = qemu.options.agent.as_deref();
+        let frozen =
+            quiesce::freeze(agent, request.quiesce, request.freeze_budget, running).await?;
+        control.set_phase("taking the instant");
+        let taken = self.monitor.transaction(&actions).await;
+        // Before anything else, whatever became of the transaction.
+        self.quiescence = frozen.thaw().await;
+        let vm = &qemu.identity.name;
+        taken.map_err(|error| {
+            let error = failed(format!("cannot take the instant of VM '{vm}'"))(error);
+            match error.kind() {
+                Kind::Busy => error.hint("wait for, or cancel, the job that holds the disk"),
+                _ => error,
+            }
+        })
+    }
+
+    /// What happens at the instant, noted for undoing.
+    fn actions(&mut self, qemu: &Qemu) -> Vec<Action> {
+        let on_target_failure = if qemu.features.backup_on_cbw_error {
+            OnTargetFailure::BreakSnapshot
+        } else {
+            OnTargetFailure::BreakGuestWrite
+        };
+        let mut actions = Vec::new();
+        for (index, OpenDisk { disk, base }) in self.disks.iter().enumerate() {
+            let changes = checkpoint::changes_bitmap(disk, self.point, index);
+            let new = checkpoint::new_bitmap(disk, &self.chain, self.point);
+            actions.extend(checkpoint::actions(disk, base.as_ref(), new.as_ref(), &changes));
+            if base.is_some() {
+                self.things.changes.push(changes);
+            }
+            self.checkpoints.extend(new);
+            let job = BackupJob {
+                id: Temp::Job.name(self.point, index),
+                device: disk.node.name().to_owned(),
+                target: Temp::Scratch.name(self.point, index),
+                filter: Temp::Filter.name(self.point, index),
+                on_target_failure,
+            };
+            actions.push(Action::backup(&job));
+            self.things.jobs.push(job.id);
+        }
+        actions
+    }
+
+    async fn export(&mut self, qemu: &Qemu, index: usize) -> Result<()> {
+        let OpenDisk { disk, base } = &self.disks[index];
+        let node = Temp::Snapshot.name(self.point, index);
+        let export = NewExport {
+            id: Temp::Export.name(self.point, index),
+            node: node.clone(),
+            name: export_name(index),
+            bitmap: base.as_ref().map(|_| checkpoint::changes_bitmap(disk, self.point, index)),
+        };
+        let what = format!("cannot export the instant of disk {}", disk.name);
+        self.things.snapshots.push(node.clone());
+        let filter = Temp::Filter.name(self.point, index);
+        let options = json!({ "driver": "snapshot-access", "node-name": node, "file": filter });
+        self.monitor.blockdev_add(options).await.map_err(failed(what.clone()))?;
+        self.things.exports.push(export.id.clone());
+        self.monitor.export_add(&export, &qemu.features).await.map_err(failed(what))
+    }
+
+    /// Ends the snapshot; the checkpoints stay.
+    async fn end(&mut self) -> Result<()> {
+        let mut first = First::default();
+        first.note(self.things.take_down(&self.monitor).await);
+        first.note(self.work_dir.remove());
+        first.into()
+    }
+
+    /// Ends the snapshot and removes its checkpoints.
+    async fn undo(&mut self) -> Result<()> {
+        let mut first = First::default();
+        first.note(self.end().await);
+        for bitmap in &self.checkpoints {
+            first.note(remove_bitmap(&self.monitor, bitmap).await);
+        }
+        first.into()
+    }
+
+    /// The checkpoints of this chain on the snapshot's disks that are older than this one.
+    async fn older(&self) -> Result<Vec<BitmapRef>> {
+        let nodes = self.monitor.query_named_block_nodes().await;
+        let nodes = nodes.map_err(failed("cannot ask for the bitmaps"))?;
+        let ours = |node: &&qmp::block::Node| {
+            self.disks.iter().any(|open| open.disk.node.name() == node.name())
+        };
+        let mut older = Vec::new();
+        for node in nodes.iter().filter(ours) {
+            for name in node.dirty_bitmaps.iter().filter_map(|bitmap| bitmap.name.as_deref()) {
+                if self.chain.point(name).is_some_and(|point| point != self.point) {
+                    older.push(BitmapRef { node: node.name().to_owned(), name: name.to_owned() });
+                }
+            }
+        }
+        Ok(older)
+    }
+
+    /// Reads the events that have come; an error if one of them ended the instant.
+    fn check_events(&mut self) -> Result<()> {
+        loop {
+            let received = self.events.try_recv();
+            match received.map_err(failed("the connection to QEMU is lost"))? {
+                None => return Ok(()),
+                // The jobs and exports are asked for anyway: a gap hides nothing.
+                Some(Received::Lagged(lost)) => tracing::debug!(lost, "events were lost"),
+                Some(Received::Event(event)) => self.check_event(&event)?,
+            }
+        }
+    }
+
+    fn check_event(&self, event: &Event) -> Result<()> {
+        let ends = ["BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED", "BLOCK_JOB_ERROR"];
+        let job = event.text("device").filter(|id| self.things.jobs.iter().any(|job| job == id));
+        let export = event.text("id").filter(|id| self.things.exports.iter().any(|e| e == id));
+        match (event.name.as_str(), job, export) {
+            (name, Some(id), _) if ends.contains(&name) => Err(lost(&format!("job {id}: {name}"))),
+            ("BLOCK_EXPORT_DELETED", _, Some(id)) => Err(lost(&format!("export {id} was removed"))),
+            _ => Ok(()),
+        }
+    }
+
+    async fn check_now(&mut self) -> Result<()> {
+        self.check_events()?;
+        let found = self.monitor.query_jobs().await.map_err(failed("cannot ask for the jobs"))?;
+        for id in &self.things.jobs {
+            let job = found.iter().find(|job| job.id == *id);
+            let status = job.map_or("gone", |job| job.status.as_str());
+            // Every change of the block graph pauses every job for a moment.
+            if ![jobs::status::RUNNING, jobs::status::PAUSED].contains(&status) {
+                let error = job.and_then(|job| job.error.as_deref()).unwrap_or("no error given");
+                return Err(lost(&format!("job {id} is {status} ({error})")));
+            }
+        }
+        let exports = self.monitor.query_block_exports().await;
+        let exports = exports.map_err(failed("cannot ask for the exports"))?;
+        for id in &self.things.exports {
+            if !exports.iter().any(|export| export.id == *id && !export.shutting_down) {
+                return Err(lost(&format!("export {id} is gone")));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn lost(why: &str) -> Error {
+    Error::new(Kind::SnapshotLost, format!("the instant ended before the last read: {why}"))
+        .hint("look at QEMU's log and the space for scratch, then run the backup again")
+}
+
+fn export_name(index: usize) -> String {
+    format!("disk{index}")
+}
+
+#[async_trait]
+impl VmSnapshot for Snapshot {
+    fn disks(&self) -> &[SnapshotDisk] {
+        &self.described
+    }
+
+    fn excluded(&self) -> &[ExcludedDisk] {
+        &self.excluded
+    }
+
+    fn quiescence(&self) -> &Quiescence {
+        &self.quiescence
+    }
+
+    fn artifacts(&self) -> &[Artifact] {
+        &[]
+    }
+
+    fn not_captured(&self) -> &[NotCaptured] {
+        &self.not_captured
+    }
+
+    async fn source(&mut self, index: usize) -> Result<Arc<dyn BlockSource>> {
+        let SnapshotDisk { description, read } = &self.described[index];
+        let changes = matches!(read, ReadMode::Incremental { .. })
+            .then(|| Temp::Changes.name(self.point, index));
+        let uri = NbdUri::unix(self.work_dir.socket()?, export_name(index));
+        let client = Client::open_uri(&uri, ClientOptions { changes, ..ClientOptions::default() });
+        let client = client.await.map_err(|error| {
+            error.context(format!("cannot open the instant of disk {}", description.name))
+        })?;
+        let size_bytes = client.export().size_bytes;
+        if size_bytes != description.size_bytes {
+            let what = format!(
+                "disk {} has {} bytes and its instant {size_bytes}",
+                description.name, description.size_bytes
+            );
+            return Err(Error::new(Kind::SnapshotLost, what));
+        }
+        Ok(Arc::new(client))
+    }
+
+    async fn still_valid(&mut self) -> Result<()> {
+        self.check_now().await.map_err(|error| match error.kind() {
+            Kind::SnapshotLost => error,
+            _ => lost("QEMU cannot be asked").source(error),
+        })
+    }
+
+    async fn commit(mut self: Box<Self>) -> Result<()> {
+        let mut first = First::default();
+        // The guest first: from here on its writes cost nothing more.
+        first.note(self.end().await);
+        match self.older().await {
+            Ok(older) => {
+                for bitmap in older {
+                    first.note(remove_bitmap(&self.monitor, &bitmap).await);
+                }
+            }
+            Err(error) => first.note(Err(error)),
+        }
+        first.into()
+    }
+
+    async fn abort(mut self: Box<Self>) -> Result<()> {
+        self.undo().await
+    }
+}

@@ -1,0 +1,177 @@
+//! Taking down what a run put into a QEMU, in the reverse order, whatever of it is there.
+//!
+//! Every step is tried even if one before it failed; what is gone already is no error. The first
+//! error is returned. Used by the end of a run, by a run that fails while it opens, and for what
+//! a dead run left (`reconcile`).
+
+use std::time::Duration;
+
+use qmp::block::{BitmapRef, is_missing};
+use qmp::export::ExportEnd;
+use qmp::{Monitor, jobs};
+use tokio::time::Instant;
+
+use super::error::failed;
+use crate::error::{Error, Kind, Result};
+
+/// Longest wait for QEMU to let go of an export or end a job: requests in flight end first.
+const LET_GO: Duration = Duration::from_secs(30);
+/// How often it is asked meanwhile. Asking is cheap, and an event that was lost costs nothing.
+const ASK_EVERY: Duration = Duration::from_millis(20);
+
+/// Temporary things in a QEMU, by name.
+#[derive(Debug, Default)]
+pub(super) struct Things {
+    /// Exports.
+    pub(super) exports: Vec<String>,
+    /// Whether the NBD server is ours.
+    pub(super) server: Option<OurServer>,
+    /// snapshot-access nodes.
+    pub(super) snapshots: Vec<String>,
+    /// Jobs.
+    pub(super) jobs: Vec<String>,
+    /// Scratch nodes.
+    pub(super) scratch: Vec<String>,
+    /// Merged bitmaps.
+    pub(super) changes: Vec<BitmapRef>,
+}
+
+/// The NBD server was started by us.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct OurServer;
+
+impl Things {
+    /// Takes all of it down. Not cancel-safe: what was not reached stays for `reconcile`.
+    pub(super) async fn take_down(&self, monitor: &Monitor) -> Result<()> {
+        let mut first = First::default();
+        for id in &self.exports {
+            first.note(missing_is_fine(monitor.export_del(id, ExportEnd::Hard).await, || {
+                format!("cannot remove the export {id}")
+            }));
+        }
+        first.note(self.exports_gone(monitor).await);
+        if self.server.is_some() {
+            first.note(stop_server(monitor).await);
+        }
+        for node in &self.snapshots {
+            first.note(del_node(monitor, node).await);
+        }
+        for id in &self.jobs {
+            first.note(end_job(monitor, id).await);
+        }
+        for node in &self.scratch {
+            first.note(del_node(monitor, node).await);
+        }
+        for bitmap in &self.changes {
+            first.note(remove_bitmap(monitor, bitmap).await);
+        }
+        first.into()
+    }
+
+    async fn exports_gone(&self, monitor: &Monitor) -> Result<()> {
+        if self.exports.is_empty() {
+            return Ok(());
+        }
+        let patience = Patience::new();
+        loop {
+            let exports = monitor.query_block_exports().await;
+            let exports = exports.map_err(failed("cannot ask for the exports"))?;
+            if !exports.iter().any(|export| self.exports.contains(&export.id)) {
+                return Ok(());
+            }
+            patience.wait("exports to end").await?;
+        }
+    }
+}
+
+/// Stops the NBD server unless somebody exports through it: stopping it ends all exports.
+async fn stop_server(monitor: &Monitor) -> Result<()> {
+    let exports = monitor.query_block_exports().await;
+    let exports = exports.map_err(failed("cannot ask for the exports"))?;
+    if exports.iter().any(|export| export.sort == "nbd") {
+        tracing::warn!("somebody else exports through our NBD server: it is left running");
+        return Ok(());
+    }
+    match monitor.nbd_server_stop().await {
+        // "NBD server not running" (blockdev-nbd.c): the goal.
+        Err(error) if error.refusal().is_some_and(|text| text.contains("not running")) => Ok(()),
+        result => result.map_err(failed("cannot stop the NBD server")),
+    }
+}
+
+async fn del_node(monitor: &Monitor, node: &str) -> Result<()> {
+    let what = || format!("cannot remove the block node {node}");
+    missing_is_fine(monitor.blockdev_del(node).await, what)
+}
+
+/// Removes a bitmap; one that is not there is no error.
+pub(super) async fn remove_bitmap(monitor: &Monitor, bitmap: &BitmapRef) -> Result<()> {
+    let what = || format!("cannot remove the bitmap {} of node {}", bitmap.name, bitmap.node);
+    missing_is_fine(monitor.bitmap_remove(bitmap).await, what)
+}
+
+/// Ends a job, waits until it has, and dismisses it.
+async fn end_job(monitor: &Monitor, id: &str) -> Result<()> {
+    // A job that ended by itself cannot be cancelled any more: the wait tells.
+    if let Err(error) = monitor.job_cancel(id).await {
+        tracing::debug!(%error, id, "job not cancelled");
+    }
+    let patience = Patience::new();
+    loop {
+        let found = monitor.query_jobs().await.map_err(failed("cannot ask for the jobs"))?;
+        match found.iter().find(|job| job.id == id) {
+            None => return Ok(()),
+            Some(job) if job.status == jobs::status::CONCLUDED => break,
+            Some(_) => patience.wait("a job to end").await?,
+        }
+    }
+    missing_is_fine(monitor.job_dismiss(id).await, || format!("cannot dismiss the job {id}"))
+}
+
+/// A wait for QEMU that ends.
+struct Patience(Instant);
+
+impl Patience {
+    fn new() -> Self {
+        Self(Instant::now() + LET_GO)
+    }
+
+    /// Waits a little, or fails when it is enough.
+    async fn wait(&self, what: &str) -> Result<()> {
+        if Instant::now() >= self.0 {
+            return Err(Error::new(Kind::Timeout, format!("waited {LET_GO:?} for {what}")));
+        }
+        tokio::time::sleep(ASK_EVERY).await;
+        Ok(())
+    }
+}
+
+fn missing_is_fine(result: qmp::Result<()>, what: impl FnOnce() -> String) -> Result<()> {
+    match result {
+        Err(error) if is_missing(&error) => Ok(()),
+        Err(error) => Err(failed(what())(error)),
+        Ok(()) => Ok(()),
+    }
+}
+
+/// Keeps the first error of several steps and logs the others.
+#[derive(Default)]
+pub(super) struct First(Option<Error>);
+
+impl First {
+    pub(super) fn note(&mut self, result: Result<()>) {
+        match result {
+            Err(error) if self.0.is_some() => {
+                tracing::warn!(?error, "a further step of the clean-up failed");
+            }
+            Err(error) => self.0 = Some(error),
+            Ok(()) => {}
+        }
+    }
+}
+
+impl From<First> for Result<()> {
+    fn from(first: First) -> Self {
+        first.0.map_or(Ok(()), Err)
+    }
+}

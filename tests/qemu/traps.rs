@@ -1,0 +1,150 @@
+//! What breaks bitmaps and instants, and that it is noticed.
+
+use serde_json::json;
+use vmbackup::error::Kind;
+use vmbackup::platform::BackupMode;
+use vmbackup::vm::{FullReason, ReadMode};
+
+use crate::machine::Machine;
+use crate::reading::{Points, Read, open};
+
+fn full(reason: FullReason) -> ReadMode {
+    ReadMode::Full { reason }
+}
+
+/// Backs up and checks the content; the modes of both disks.
+async fn next(machine: &mut Machine, points: &mut Points) -> Vec<ReadMode> {
+    let oracle = machine.oracle().await;
+    let (_, reads) = points.back_up(machine, BackupMode::Auto, &[]).await;
+    let equal = |(read, oracle): (&Read, &Vec<u8>)| read.content == *oracle;
+    assert!(reads.iter().zip(&oracle).all(equal));
+    reads.into_iter().map(|read| read.mode).collect()
+}
+
+async fn begun() -> (Machine, Points, ReadMode) {
+    let mut machine = Machine::start().await;
+    let mut points = Points::default();
+    machine.guest("disk-a", "write -P 1 0 1M").await;
+    machine.guest("disk-b", "write -P 1 0 1M").await;
+    let (base, _) = points.back_up(&mut machine, BackupMode::Auto, &[]).await;
+    machine.guest("disk-a", "write -P 2 512k 1M").await;
+    machine.guest("disk-b", "write -P 2 512k 1M").await;
+    (machine, points, ReadMode::Incremental { base })
+}
+
+#[tokio::test]
+async fn a_restart_keeps_the_bitmap_of_qcow2_and_loses_that_of_raw() {
+    let (mut machine, mut points, incremental) = begun().await;
+    machine.restart().await;
+    machine.guest("disk-a", "write -P 3 3M 64k").await;
+    machine.guest("disk-b", "write -P 3 3M 64k").await;
+    let modes = next(&mut machine, &mut points).await;
+    assert_eq!(modes, [incremental, full(FullReason::BitmapMissing)]);
+}
+
+#[tokio::test]
+async fn a_crash_makes_the_bitmap_inconsistent_and_the_disk_is_read_in_full() {
+    let (mut machine, mut points, _) = begun().await;
+    // Stored, so that the image holds it; then in use, then killed.
+    machine.restart().await;
+    machine.guest("disk-a", "write -P 3 3M 64k").await;
+    machine.crash().await;
+    let modes = next(&mut machine, &mut points).await;
+    assert_eq!(modes, [full(FullReason::BitmapInconsistent), full(FullReason::BitmapMissing)]);
+    // The broken one is gone, the new one works.
+    let modes = next(&mut machine, &mut points).await;
+    assert!(modes.iter().all(|mode| matches!(mode, ReadMode::Incremental { .. })));
+}
+
+#[tokio::test]
+async fn a_resized_disk_is_read_in_full() {
+    let (mut machine, mut points, incremental) = begun().await;
+    let size = json!({ "node-name": "a", "size": 24 << 20 });
+    machine.side.execute_raw("block_resize", size).await.unwrap();
+    machine.guest("disk-a", "write -P 3 20M 64k").await;
+    let modes = next(&mut machine, &mut points).await;
+    assert_eq!(modes, [full(FullReason::Resized), incremental]);
+}
+
+#[tokio::test]
+async fn a_bitmap_that_did_not_record_is_not_believed() {
+    let (mut machine, mut points, incremental) = begun().await;
+    let name = machine.ours().await.into_iter().find(|name| name.ends_with("disk-a")).unwrap();
+    let bitmap = qmp::block::BitmapRef { node: "a".into(), name };
+    machine.side.bitmap_disable(&bitmap).await.unwrap();
+    machine.guest("disk-a", "write -P 3 4M 64k").await;
+    let modes = next(&mut machine, &mut points).await;
+    assert_eq!(modes, [full(FullReason::BitmapNotRecording), incremental]);
+}
+
+#[tokio::test]
+async fn an_overlay_put_over_the_disk_is_read_in_full() {
+    let (mut machine, mut points, incremental) = begun().await;
+    let snapshot = json!({ "node-name": "a", "snapshot-file": "overlay.qcow2",
+        "snapshot-node-name": "overlay", "format": "qcow2" });
+    machine.side.execute_raw("blockdev-snapshot-sync", snapshot).await.unwrap();
+    machine.guest("disk-a", "write -P 3 4M 64k").await;
+    let (_, reads) = points.back_up(&mut machine, BackupMode::Auto, &[]).await;
+    assert_eq!(reads[0].mode, full(FullReason::BitmapNotInChain));
+    assert_eq!(reads[1].mode, incremental);
+    let at = |mib: usize| reads[0].content[mib << 20];
+    assert_eq!((at(0), at(1), at(4), at(5)), (1, 2, 3, 0));
+}
+
+#[tokio::test]
+async fn a_foreign_bitmap_and_another_repositorys_chain_stay_as_they_are() {
+    let (mut machine, mut points, incremental) = begun().await;
+    let foreign = qmp::block::BitmapRef { node: "a".into(), name: "virtnbdbackup.0".into() };
+    machine.side.bitmap_add(&foreign, &qmp::block::NewBitmap::default()).await.unwrap();
+    let point = machine.next_point();
+    let platform = machine.platform().await;
+    let mut other = points.request(&machine, point);
+    other.repository = "fedcba9876543210".into();
+    other.known_points.clear();
+    open(&platform, &other).await.commit().await.unwrap();
+    drop(platform);
+    let modes = next(&mut machine, &mut points).await;
+    assert_eq!(modes, [incremental.clone(), incremental]);
+    let names = machine.ours().await;
+    assert_eq!(names.iter().filter(|name| name.starts_with("vmb-fedcba98-")).count(), 2);
+    let nodes = machine.side.query_named_block_nodes().await.unwrap();
+    assert!(nodes.iter().any(|node| node.bitmap("virtnbdbackup.0").is_some()));
+}
+
+#[tokio::test]
+async fn an_ended_job_makes_the_snapshot_invalid_and_its_reads_fail() {
+    let (mut machine, points, _) = begun().await;
+    let point = machine.next_point();
+    let platform = machine.platform().await;
+    let mut snapshot = open(&platform, &points.request(&machine, point)).await;
+    snapshot.still_valid().await.unwrap();
+    let jobs = machine.side.query_jobs().await.unwrap();
+    machine.side.job_cancel(&jobs[0].id).await.unwrap();
+    loop {
+        let jobs = machine.side.query_jobs().await.unwrap();
+        if jobs[0].status == "concluded" {
+            break;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+    machine.guest("disk-a", "write -P 9 0 1M").await;
+    let reads = points.read_all(snapshot.as_mut()).await;
+    assert!(reads.is_err(), "live data is never served as the instant");
+    assert_eq!(snapshot.still_valid().await.unwrap_err().kind(), Kind::SnapshotLost);
+    snapshot.abort().await.unwrap();
+    assert_eq!(machine.ours().await.len(), 2);
+}
+
+#[tokio::test]
+async fn a_lost_qemu_makes_the_snapshot_invalid() {
+    let (mut machine, points, _) = begun().await;
+    let point = machine.next_point();
+    let platform = machine.platform().await;
+    let mut snapshot = open(&platform, &points.request(&machine, point)).await;
+    machine.crash().await;
+    assert_eq!(snapshot.still_valid().await.unwrap_err().kind(), Kind::SnapshotLost);
+    assert!(snapshot.abort().await.is_err(), "the clean-up that was not possible is reported");
+    drop(platform);
+    let mut points = points;
+    next(&mut machine, &mut points).await;
+}
