@@ -10,6 +10,7 @@ use crate::block::BlockSource;
 use crate::block::file::{Access, FileSource};
 use crate::error::{Error, Kind, Result};
 use crate::nbd::{Client, ClientOptions, NbdUri};
+use crate::platform::qemu::{Qemu, QemuOptions};
 use crate::platform::{Platform, Quiesce};
 
 /// A VM to back up.
@@ -102,8 +103,12 @@ pub(super) async fn platform(spec: &SourceSpec, env: &Env) -> Result<Box<dyn Pla
             Err(Error::new(Kind::Unsupported, "this program was built without libvirt")
                 .hint("build it with the cargo feature 'libvirt', or use --qmp or --image"))
         }
-        SourceSpec::Qemu { .. } | SourceSpec::Images { .. } => {
-            Err(Error::new(Kind::Unsupported, "this program backs up libvirt domains only"))
+        SourceSpec::Qemu { qmp, agent, name } => {
+            let (monitor, agent, name) = (qmp.clone(), agent.clone(), name.clone());
+            Ok(Box::new(Qemu::connect(QemuOptions { monitor, agent, name }).await?))
+        }
+        SourceSpec::Images { .. } => {
+            Err(Error::new(Kind::Unsupported, "this program does not back up images yet"))
         }
     }
 }

@@ -8,10 +8,14 @@
 // Helpers of tests are tests: a failed unwrap is a failed test (clippy only sees `#[test]`).
 #![allow(clippy::unwrap_used, missing_docs)]
 
+#[path = "../support/mod.rs"]
+mod support;
+
 mod machine;
 mod reading;
 
 mod incremental;
 mod leftovers;
+mod program;
 mod refusals;
 mod traps;
