@@ -8,6 +8,7 @@
 //! The set is a snapshot: [`Index::refresh`] takes in what other writers and the collector did.
 
 pub mod filter;
+mod merge;
 pub mod segment;
 
 use std::collections::{HashMap, HashSet};
@@ -89,14 +90,33 @@ impl Index {
     /// Where the blob lies, in a pack that `accept` agrees to. Cancel-safe.
     pub async fn lookup(&self, id: &BlobId, accept: Accept<'_>) -> Result<Option<Location>> {
         for segment in self.segments().iter().filter(|segment| segment.may_contain(id)) {
-            let Some(number) = segment.block_of(id) else { continue };
-            let block = self.block(segment, number).await?;
-            let Ok(at) = block.binary_search_by(|entry| entry.id.cmp(id)) else { continue };
-            if accept(&block[at].location.pack.id) {
-                return Ok(Some(block[at].location.clone()));
+            if let Some(found) = self.lookup_in(segment, id, accept).await? {
+                return Ok(Some(found));
             }
         }
         Ok(None)
+    }
+
+    async fn lookup_in(
+        &self,
+        segment: &Segment,
+        id: &BlobId,
+        accept: Accept<'_>,
+    ) -> Result<Option<Location>> {
+        let Some(mut number) = segment.block_of(id) else { return Ok(None) };
+        loop {
+            let block = self.block(segment, number).await?;
+            let first = block.partition_point(|entry| entry.id < *id);
+            let mut same = block[first..].iter().take_while(|entry| entry.id == *id);
+            if let Some(found) = same.find(|entry| accept(&entry.location.pack.id)) {
+                return Ok(Some(found.location.clone()));
+            }
+            // A blob that lies in several packs has an entry for each: they may begin a block before.
+            if first > 0 || number == 0 {
+                return Ok(None);
+            }
+            number -= 1;
+        }
     }
 
     async fn block(&self, segment: &Segment, number: usize) -> Result<Arc<Vec<IndexEntry>>> {

@@ -16,6 +16,7 @@
 //! Integers are little-endian. `pack` numbers the directory's packs. A segment that lists others as
 //! superseded holds all that they held.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::filter::Filter;
@@ -30,7 +31,8 @@ use crate::repo::store::{Folder, ObjectName, ObjectStore, ObjectWriter, ReadRang
 pub const BLOCK_ENTRIES: usize = 256;
 
 const ENTRY_BYTES: usize = 53;
-const SEALED_BLOCK_BYTES: u64 = (BLOCK_ENTRIES * ENTRY_BYTES + TAG_BYTES) as u64;
+const SEALED_BLOCK_LEN: usize = BLOCK_ENTRIES * ENTRY_BYTES + TAG_BYTES;
+const SEALED_BLOCK_BYTES: u64 = SEALED_BLOCK_LEN as u64;
 const FOOTER_BYTES: usize = 16;
 const MAGIC: [u8; 8] = *b"VMBINDX1";
 
@@ -258,18 +260,32 @@ impl Segment {
         store: &dyn ObjectStore,
         index: usize,
     ) -> Result<Vec<IndexEntry>> {
+        self.read_blocks(store, index..index + 1).await
+    }
+
+    /// Reads the entries of blocks that lie side by side, with one read.
+    pub async fn read_blocks(
+        &self,
+        store: &dyn ObjectStore,
+        blocks: Range<usize>,
+    ) -> Result<Vec<IndexEntry>> {
         let corrupt = |what| SealError::Corrupt { name: self.name.clone(), what };
-        let before = (index * BLOCK_ENTRIES) as u64;
-        let entries = self.entries.saturating_sub(before).min(BLOCK_ENTRIES as u64);
+        let count = |blocks: usize| self.entries.min((blocks * BLOCK_ENTRIES) as u64);
+        let entries = count(blocks.end) - count(blocks.start);
         let range = ReadRange::Exact {
-            offset: HEADER_BYTES as u64 + index as u64 * SEALED_BLOCK_BYTES,
-            len: entries * ENTRY_BYTES as u64 + TAG_BYTES as u64,
+            offset: HEADER_BYTES as u64 + blocks.start as u64 * SEALED_BLOCK_BYTES,
+            len: entries * ENTRY_BYTES as u64 + (blocks.len() * TAG_BYTES) as u64,
         };
-        let mut block = store.read(&self.name, range).await?;
-        self.opener.open(index as u64 + 1, &mut block)?;
-        let entries: Option<Vec<_>> =
-            block.as_chunks::<ENTRY_BYTES>().0.iter().map(|entry| self.parse(entry)).collect();
-        Ok(entries.ok_or_else(|| corrupt("an entry is malformed"))?)
+        let mut sealed = store.read(&self.name, range).await?;
+        let mut out = Vec::with_capacity(blocks.len() * BLOCK_ENTRIES);
+        let counters = blocks.start as u64 + 1..;
+        for (part, counter) in sealed.chunks_mut(SEALED_BLOCK_LEN).zip(counters) {
+            let plain = self.opener.open_in_place(counter, part)?;
+            for entry in plain.as_chunks::<ENTRY_BYTES>().0 {
+                out.push(self.parse(entry).ok_or_else(|| corrupt("an entry is malformed"))?);
+            }
+        }
+        Ok(out)
     }
 
     fn parse(&self, entry: &[u8; ENTRY_BYTES]) -> Option<IndexEntry> {
