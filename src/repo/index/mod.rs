@@ -8,8 +8,8 @@
 //! The set is a snapshot: [`Index::refresh`] takes in what other writers and the collector did.
 
 pub mod filter;
-mod merge;
 pub mod segment;
+mod tier;
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};

@@ -54,7 +54,7 @@ impl Index {
     /// Merges the segments of a tier that is full, without the packs that `accept` refuses; durable
     /// and in use when it returns. Whether there was one. Cancel-safe: a merge that is given up
     /// leaves at most a segment that nobody needs.
-    pub async fn merge(&self, accept: Accept<'_>) -> Result<bool> {
+    pub async fn merge_tier(&self, accept: Accept<'_>) -> Result<bool> {
         let segments = self.segments();
         let entries: Vec<u64> = segments.iter().map(|segment| segment.entries()).collect();
         let Some(chosen) = choose(&entries) else { return Ok(false) };
@@ -208,7 +208,7 @@ mod tests {
                 }
                 let accept = |pack: &[u8; 16]| pack[0] != condemned;
                 let before = index.segments().len();
-                let merged = index.merge(&accept).await.unwrap();
+                let merged = index.merge_tier(&accept).await.unwrap();
                 prop_assert_eq!(merged, before >= FAN_IN);
                 let reopened = Index::open(store, keys).await.unwrap();
                 for index in [&index, &reopened] {
