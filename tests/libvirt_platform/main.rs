@@ -9,4 +9,5 @@
 mod support;
 
 mod bare;
+mod restore;
 mod running;

@@ -20,7 +20,7 @@ const ARTIFACT_BYTES_MAX: u64 = 64 << 20;
 const TPM_FILES_MAX: usize = 64;
 
 /// Where libvirt keeps TPM state when the XML does not say (`qemu_tpm.c`, `swtpmStorageDir`).
-const SWTPM_DIR: &str = "/var/lib/libvirt/swtpm";
+pub(super) const SWTPM_DIR: &str = "/var/lib/libvirt/swtpm";
 
 /// What is to be read, from the XML. Pure.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -14,7 +14,7 @@
 //!
 //! Files: `ffi` (the C calls), `connection` (deadlines, look-up), `survey`, `disks`, `xml` (what a
 //! domain is), `names`, `lock` (ownership), `checkpoint` (bases), `job`, `quiesce`, `scratch`,
-//! `reach`, `open`, `snapshot` (the transaction), `plan`, `artifacts`, `images`.
+//! `reach`, `restore` (the way back), `open`, `snapshot` (the transaction), `plan`, `artifacts`, `images`.
 //!
 //! Deliberately not done: monitor commands (they taint the domain), push-mode jobs (QEMU would
 //! write to the target at the target's speed, in the guest's way).
@@ -33,6 +33,7 @@ mod open;
 mod plan;
 mod quiesce;
 mod reach;
+pub mod restore;
 mod scratch;
 mod snapshot;
 mod survey;

@@ -1,0 +1,146 @@
+//! Handing a rewritten description to libvirt. A running domain is never touched; an existing one
+//! only when that was asked for.
+
+use virt::connect::Connect;
+use virt::domain::Domain;
+use virt::error::ErrorNumber;
+
+use super::super::connection::Host;
+use super::super::error::{code, wrap};
+use super::super::ffi::VirtResult;
+use super::Rewritten;
+use crate::error::{Error, Kind, Result};
+use crate::vm::Uuid;
+
+/// A libvirt daemon domains are defined at.
+pub struct Target {
+    host: Host,
+}
+
+/// What may happen to a domain of that name or UUID.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Existing {
+    /// It stays, and the restore fails.
+    Refuse,
+    /// Its description is replaced if it is stopped.
+    Replace,
+}
+
+/// Whether a domain is started once it is defined.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Start {
+    /// No.
+    No,
+    /// Yes.
+    Yes,
+}
+
+/// A domain that is there already.
+struct Found {
+    name: String,
+    uuid: String,
+    active: bool,
+}
+
+impl Target {
+    /// Connects to a daemon (`qemu:///system` if no URI is given).
+    pub async fn open(uri: Option<&str>) -> Result<Self> {
+        Ok(Self { host: Host::open(uri).await? })
+    }
+
+    /// Whether the daemon runs on this machine: only then are the restored images its images.
+    pub fn is_local(&self) -> bool {
+        self.host.is_local()
+    }
+
+    /// Fails unless a domain of this name and UUID can be defined. Asked before anything is copied
+    /// and again by [`Target::define`].
+    pub async fn check(&self, name: &str, uuid: Uuid, existing: Existing) -> Result<()> {
+        let (by_name, by_uuid) = (name.to_owned(), uuid.to_string());
+        let found = self
+            .host
+            .raw_call("look for existing domains", move |connection| {
+                Ok([
+                    found(connection.lookup_domain_by_name(&by_name))?,
+                    found(connection.lookup_domain_by_uuid_string(&by_uuid))?,
+                ])
+            })
+            .await?
+            .map_err(|error| wrap("cannot look for existing domains", error))?;
+        let uuid = uuid.to_string();
+        for found in found.into_iter().flatten() {
+            let (old, is) = (&found.name, &found.uuid);
+            if found.active {
+                return Err(Error::new(
+                    Kind::AlreadyExists,
+                    format!("domain '{old}' ({is}) is running; a running domain is never replaced"),
+                )
+                .hint("restore beside it with --as NAME, or stop it first"));
+            }
+            if found.uuid != uuid || found.name != name {
+                return Err(Error::new(
+                    Kind::AlreadyExists,
+                    format!("name and UUID of '{name}' ({uuid}) clash with domain '{old}' ({is})"),
+                )
+                .hint("restore beside it with --as NAME"));
+            }
+            if existing == Existing::Refuse {
+                return Err(Error::new(
+                    Kind::AlreadyExists,
+                    format!("domain '{name}' exists already"),
+                )
+                .hint("replace it with --force, or restore beside it with --as NAME"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Defines the domain, and starts it if asked to. When only the start fails, the domain stays
+    /// defined and the error says so.
+    pub async fn define(
+        &self,
+        rewritten: &Rewritten,
+        existing: Existing,
+        start: Start,
+    ) -> Result<()> {
+        let name = &rewritten.name;
+        self.check(name, rewritten.uuid, existing).await?;
+        let xml = rewritten.xml.clone();
+        let defined = self
+            .host
+            .raw_call(&format!("define domain '{name}'"), move |connection: &Connect| {
+                connection.define_domain_xml(&xml)
+            })
+            .await?;
+        let domain = defined.map_err(|error| {
+            wrap(format!("cannot define domain '{name}'"), error).hint(
+                "the images are restored; 'vmbackup show POINT' gives the description to edit and \
+                 define by hand",
+            )
+        })?;
+        if start == Start::No {
+            return Ok(());
+        }
+        self.host
+            .raw_call(&format!("start domain '{name}'"), move |_| domain.create())
+            .await?
+            .map_err(|error| {
+                wrap(format!("domain '{name}' is restored and defined, but does not start"), error)
+                    .hint(format!(
+                        "see /var/log/libvirt/qemu/{name}.log; 'virsh start {name}' tries again"
+                    ))
+            })
+    }
+}
+
+fn found(lookup: VirtResult<Domain>) -> VirtResult<Option<Found>> {
+    match lookup {
+        Ok(domain) => Ok(Some(Found {
+            name: domain.name()?,
+            uuid: domain.uuid_string()?,
+            active: domain.is_active()?,
+        })),
+        Err(error) if code(&error) == Some(ErrorNumber::NoDomain) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
