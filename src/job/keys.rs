@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
-use super::{Credentials, Env, Surroundings};
+use super::{Credentials, Env, Surroundings, open_store};
 use crate::clock::Timestamp;
 use crate::control::{Control, NoticeLevel};
 use crate::error::Result;
@@ -99,7 +99,7 @@ async fn make(
 
 /// What the repository at `location` is.
 pub async fn info(location: &Path, credentials: &Credentials) -> Result<Info> {
-    let store = DirectoryStore::open(location).await?;
+    let store = open_store(location).await?;
     let unlocked = keys::open(&store, credentials).await?;
     Ok(Info {
         id: unlocked.config.id.to_string(),
@@ -118,7 +118,7 @@ pub async fn add(
     new: &Credentials,
     (env, control): Surroundings<'_>,
 ) -> Result<Key> {
-    let store = DirectoryStore::open(location).await?;
+    let store = open_store(location).await?;
     let unlocked = keys::open(&store, credentials).await?;
     let options = AddOptions { kdf: Kdf::RFC_9106, label: "", now: env.clock.now() };
     let added = keys::add(&store, &unlocked, new, options).await?;
@@ -135,7 +135,7 @@ pub async fn remove(
     id: &str,
     control: &Control,
 ) -> Result<Key> {
-    let store = DirectoryStore::open(location).await?;
+    let store = open_store(location).await?;
     keys::open(&store, credentials).await?;
     let slot = keys::remove(&store, id).await?;
     tell_of_copies(control);

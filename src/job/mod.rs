@@ -100,8 +100,18 @@ impl RepositoryChoice {
 
 /// Opens the repository at `location`.
 pub async fn open(location: &Path, credentials: &Credentials, env: &Env) -> Result<Repository> {
-    let store = Arc::new(DirectoryStore::open(location).await?);
+    let store = Arc::new(open_store(location).await?);
     Repository::open(store, credentials, env.workers.clone()).await
+}
+
+/// Opens the place of a repository that has to be there.
+async fn open_store(location: &Path) -> Result<DirectoryStore> {
+    DirectoryStore::open(location).await.map_err(|error| match error.kind() {
+        Kind::NotFound => error.context(format!("no repository in {}", location.display())).hint(
+            "check the path and that its disk is mounted, or make one with 'vmbackup repo init'",
+        ),
+        _ => error,
+    })
 }
 
 /// An invariant of ours that does not hold.

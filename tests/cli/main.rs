@@ -8,5 +8,8 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod errors;
+mod fixture;
 mod help;
+mod journey;
 mod repository;

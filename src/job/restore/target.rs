@@ -10,7 +10,10 @@ use crate::control::{Control, NoticeLevel};
 use crate::copy::Zeroes;
 use crate::error::{Error, Kind, Result};
 use crate::repo::ManifestDisk;
-use crate::units::ByteSize;
+use crate::units::{ByteSize, KIB};
+
+/// Shortest run of zeroes that becomes a hole: the block of most file systems.
+const HOLE_BYTES: u64 = 4 * KIB;
 
 /// Format of a restored image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,10 +63,11 @@ impl Place {
         }
     }
 
-    /// An image gets holes; on a device every zero is written.
+    /// An image gets holes, also where a stored chunk is zero in part; on a device every zero is
+    /// written.
     pub(super) fn zeroes(&self) -> Zeroes {
         match self {
-            Self::Image { .. } => Zeroes::Sparse { detect_bytes: None },
+            Self::Image { .. } => Zeroes::Sparse { detect_bytes: Some(HOLE_BYTES) },
             Self::Device(_) => Zeroes::Allocated,
         }
     }

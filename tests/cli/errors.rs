@@ -1,0 +1,183 @@
+//! What bad input gets: a message that names the object and the next step, the documented exit
+//! code, nothing lost, nothing left behind.
+
+use std::fs;
+
+use crate::fixture::Fixture;
+
+#[test]
+fn a_repository_that_is_not_there_is_not_made_by_a_backup() {
+    let fixture = Fixture::new();
+    let env = &fixture.env;
+    let typo = env.path("tpyo");
+    let outcome = fixture.back_up(&["full", "--repo", typo.to_str().unwrap()]);
+    let outcome = outcome.fails_with(&["tpyo", "repo init"]);
+    assert_eq!(outcome.code, Some(3), "{outcome:?}");
+    assert!(!typo.exists(), "a typo must not become a repository");
+}
+
+/// Found by accident: tests whose VMs had one UUID refused each other now and then.
+#[test]
+fn a_vm_that_another_run_works_on_is_busy_and_the_run_is_named() {
+    let fixture = Fixture::new();
+    let locks = state_dir(&fixture).join("locks");
+    fs::create_dir_all(&locks).unwrap();
+    let path = locks.join(format!("{}.lock", fixture.uuid));
+    fs::write(&path, "process 4711, backup into repository abc").unwrap();
+    let held = fs::File::open(&path).unwrap();
+    held.lock().unwrap();
+    let outcome = fixture.back_up(&["full"]).fails_with(&["foo", "process 4711"]);
+    assert_eq!(outcome.code, Some(7), "{outcome:?}");
+    drop(held);
+    fixture.back_up(&["full"]).ok();
+    assert!(!path.exists(), "the lock's file goes with the run");
+}
+
+/// Where the program keeps its locks: the system's place for root, the environment's otherwise.
+fn state_dir(fixture: &Fixture) -> std::path::PathBuf {
+    use std::os::unix::fs::MetadataExt;
+    if fs::metadata("/proc/self").unwrap().uid() == 0 {
+        "/var/lib/vmbackup/state".into()
+    } else {
+        fixture.env.path("state/vmbackup")
+    }
+}
+
+#[test]
+fn an_unknown_point_or_vm_names_what_exists() {
+    let fixture = Fixture::new();
+    fixture.point();
+    let env = &fixture.env;
+    let outcome = env.vmbackup(&["show", "bar@latest"]).fails_with(&["bar", "foo"]);
+    assert_eq!(outcome.code, Some(3), "{outcome:?}");
+    let outcome = env.vmbackup(&["show", "foo"]).fails_with(&["foo@latest"]);
+    assert_eq!(outcome.code, Some(3), "{outcome:?}");
+}
+
+#[test]
+fn an_ambiguous_prefix_lists_the_points_it_could_mean() {
+    let fixture = Fixture::new();
+    let env = &fixture.env;
+    // Of seventeen ids two begin with the same digit.
+    let mut by_digit = std::collections::HashMap::new();
+    let (first, second) = loop {
+        let id = fixture.point();
+        if let Some(earlier) = by_digit.insert(id[..1].to_owned(), id.clone()) {
+            break (earlier, id);
+        }
+    };
+    let outcome = env.vmbackup(&["show", &first[..1]]).fails_with(&[&first[..8], &second[..8]]);
+    assert_eq!(outcome.code, Some(4), "{outcome:?}");
+}
+
+#[test]
+fn an_existing_target_is_replaced_with_force_only() {
+    let fixture = Fixture::new();
+    let env = &fixture.env;
+    let point = fixture.point();
+    let to = env.path("to");
+    let args = ["restore", &point, "--to", to.to_str().unwrap(), "--json"];
+    let path = env.vmbackup(&args).json()["disks"][0]["path"].as_str().unwrap().to_owned();
+    fs::write(&path, b"mine").unwrap();
+    let outcome = env.vmbackup(&args).fails_with(&[&path, "--force"]);
+    assert_eq!(outcome.code, Some(5), "{outcome:?}");
+    assert_eq!(fs::read(&path).unwrap(), b"mine");
+    env.vmbackup(&[&args[..], &["--force"]].concat()).ok();
+    assert_eq!(fs::read(&path).unwrap(), fs::read(&fixture.image).unwrap());
+}
+
+#[test]
+fn a_full_target_is_refused_before_the_first_write_and_nothing_is_left() {
+    let fixture = Fixture::new();
+    let env = &fixture.env;
+    fixture.write(0, b"data", 3 << 20);
+    let point = fixture.point();
+    let small = SmallDisk::mount(&fixture);
+    let to = small.path.join("to");
+    let outcome = env.vmbackup(&["restore", &point, "--to", to.to_str().unwrap()]);
+    let outcome = outcome.fails_with(&["free"]);
+    assert_eq!(outcome.code, Some(9), "{outcome:?}");
+    assert_eq!(fs::read_dir(&small.path).unwrap().count(), 0, "nothing is left behind");
+}
+
+#[test]
+fn a_full_repository_fails_the_backup_and_keeps_the_points_it_has() {
+    let fixture = Fixture::new();
+    let env = &fixture.env;
+    let small = SmallDisk::mount(&fixture);
+    let repo = small.path.join("repo").display().to_string();
+    env.vmbackup(&["repo", "init", "--no-key", "--repo", &repo]).ok();
+    let run = || fixture.back_up(&["full", "--repo", &repo]);
+    run().ok();
+    fixture.write(0, b"does not compress", 3 << 20);
+    let outcome = run().fails();
+    assert_eq!(outcome.code, Some(9), "{outcome:?}");
+    let list = env.vmbackup(&["list", "--repo", &repo, "--json"]).json();
+    assert_eq!(list["points"].as_array().unwrap().len(), 1);
+    env.vmbackup(&["verify", "foo@latest", "--repo", &repo]).ok();
+}
+
+#[test]
+fn a_corrupted_chunk_is_named_and_other_points_still_restore() {
+    let fixture = Fixture::new();
+    let env = &fixture.env;
+    let point = fixture.point();
+    let pack = largest_file(&env.repo());
+    let mut bytes = fs::read(&pack).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    fs::remove_file(&pack).unwrap();
+    fs::write(&pack, bytes).unwrap();
+    let outcome = env.vmbackup(&["verify", &point]).fails();
+    assert_eq!(outcome.code, Some(10), "{outcome:?}");
+    let to = env.path("to");
+    let outcome = env.vmbackup(&["restore", &point, "--to", to.to_str().unwrap()]).fails();
+    assert_eq!(outcome.code, Some(10), "{outcome:?}");
+    assert!(!to.exists(), "a restore that failed leaves nothing behind");
+}
+
+#[test]
+fn json_errors_are_one_line_on_stderr() {
+    let fixture = Fixture::new();
+    let outcome = fixture.env.vmbackup(&["show", "foo@latest", "--json"]).fails();
+    assert!(outcome.stdout.is_empty(), "{outcome:?}");
+    let last = outcome.stderr.lines().last().expect("a line");
+    let line: serde_json::Value = serde_json::from_str(last).expect("a JSON line");
+    assert_eq!((&line["type"], &line["exit_code"]), (&"error".into(), &3.into()));
+    assert!(line["hint"].is_string());
+}
+
+/// The largest file below a directory: in a repository, a data pack.
+fn largest_file(directory: &std::path::Path) -> std::path::PathBuf {
+    let mut open = vec![directory.to_owned()];
+    let mut files = Vec::new();
+    while let Some(path) = open.pop() {
+        if path.is_dir() {
+            open.extend(fs::read_dir(path).unwrap().map(|entry| entry.unwrap().path()));
+        } else {
+            files.push((path.metadata().unwrap().len(), path));
+        }
+    }
+    files.into_iter().max().expect("a file").1
+}
+
+/// A file system of 2 MiB, unmounted when dropped.
+struct SmallDisk {
+    path: std::path::PathBuf,
+}
+
+impl SmallDisk {
+    fn mount(fixture: &Fixture) -> Self {
+        let path = fixture.env.path("small");
+        fs::create_dir(&path).unwrap();
+        let at = path.to_str().unwrap();
+        fixture.env.run("mount", &["-t", "tmpfs", "-o", "size=2M", "vmbtest", at]).ok();
+        Self { path }
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("umount").arg(&self.path).status();
+    }
+}

@@ -1,0 +1,141 @@
+//! Backup, list, show, restore, verify, forget: what a user does, end to end.
+
+use std::fs;
+
+use crate::fixture::{DISK, DISK_BYTES, Fixture};
+use crate::support::{NbdServer, assert_same_content};
+
+#[test]
+fn a_restored_image_holds_what_the_disk_held() {
+    let fixture = Fixture::new();
+    let env = &fixture.env;
+    let report = fixture.backup("full");
+    let point = report["point"].as_str().unwrap();
+    let disk = &report["disks"][0];
+    assert_eq!(disk["size_bytes"], DISK_BYTES);
+    assert_eq!(disk["read"]["mode"], "full");
+    let root = env.vmbackup(&["hash", fixture.image.to_str().unwrap()]).text();
+    assert_eq!(disk["content_root"], root.as_str(), "the point proves the disk");
+
+    let to = env.path("restored");
+    let restored = env.vmbackup(&["restore", point, "--to", to.to_str().unwrap(), "--json"]).json();
+    let path = restored["disks"][0]["path"].as_str().unwrap();
+    assert_same_content(env, (&fixture.image, "raw"), (path.as_ref(), "raw"));
+    assert_eq!(fs::read(&fixture.image).unwrap(), fs::read(path).unwrap(), "byte for byte");
+    assert_eq!(env.vmbackup(&["hash", path]).text(), root);
+    let leftovers: Vec<_> = fs::read_dir(&to).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert_eq!(leftovers.len(), 1, "nothing but the image: {leftovers:?}");
+}
+
+#[test]
+fn a_restored_image_is_sparse() {
+    use std::os::unix::fs::MetadataExt;
+    let fixture = Fixture::new();
+    let point = fixture.point();
+    let to = fixture.env.path("restored");
+    fixture.env.vmbackup(&["restore", &point, "--to", to.to_str().unwrap()]).ok();
+    let file = fs::read_dir(&to).unwrap().next().unwrap().unwrap();
+    let blocks = file.metadata().unwrap().blocks();
+    assert!(blocks * 512 < DISK_BYTES / 2, "{blocks} blocks for a disk that is mostly hole");
+}
+
+#[test]
+fn each_point_restores_what_the_disk_held_then() {
+    let fixture = Fixture::new();
+    let env = &fixture.env;
+    let first = fixture.point();
+    fs::copy(&fixture.image, env.path("first.raw")).unwrap();
+    fixture.write(1 << 20, b"second", 70_000);
+    let second = fixture.point();
+    for (point, name) in [(&first, "old"), (&second, "new")] {
+        let to = env.path(name);
+        let report =
+            env.vmbackup(&["restore", point, "--to", to.to_str().unwrap(), "--json"]).json();
+        let path = report["disks"][0]["path"].as_str().unwrap().to_owned();
+        let expected = if name == "old" { env.path("first.raw") } else { fixture.image.clone() };
+        assert_eq!(fs::read(path).unwrap(), fs::read(expected).unwrap(), "{name}");
+    }
+}
+
+#[test]
+fn what_did_not_change_is_not_stored_again() {
+    let fixture = Fixture::new();
+    let first = fixture.backup("full");
+    let second = fixture.backup("full");
+    assert!(first["disks"][0]["stored_bytes"].as_u64().unwrap() > 200_000);
+    let stored = second["disks"][0]["stored_bytes"].as_u64().unwrap();
+    assert!(stored < 10_000, "{stored} bytes stored for a disk that did not change");
+}
+
+#[test]
+fn list_and_show_tell_the_same_in_text_and_json() {
+    let fixture = Fixture::new();
+    let env = &fixture.env;
+    let point = fixture.point();
+    let list = env.vmbackup(&["list", "--json"]).json();
+    assert_eq!((&list["document"], &list["version"]), (&"list".into(), &1.into()));
+    assert_eq!(list["points"][0]["id"], point.as_str());
+    assert_eq!(list["points"][0]["vm"]["name"], "foo");
+    let text = env.vmbackup(&["list"]).text();
+    assert!(text.contains(&point[..8]) && text.contains("foo") && text.contains("full"), "{text}");
+
+    let show = env.vmbackup(&["show", "foo@latest", "--json"]).json();
+    assert_eq!(show["id"], point.as_str());
+    let text = env.vmbackup(&["show", &point[..6]]).text();
+    let root = show["disks"][0]["content_root"].as_str().unwrap();
+    assert!(text.contains(&point) && text.contains(root), "{text}");
+}
+
+#[test]
+fn verify_recomputes_the_root_and_compares_with_a_disk() {
+    let fixture = Fixture::new();
+    let env = &fixture.env;
+    let point = fixture.point();
+    let report = env.vmbackup(&["verify", &point, "--json"]).json();
+    assert_eq!(report["disks"][0]["equal"], true);
+    assert_eq!(report["disks"][0]["found_root"], report["disks"][0]["expected_root"]);
+
+    let image = fixture.image.to_str().unwrap();
+    env.vmbackup(&["verify", &point, "--against", image]).ok();
+    let server = NbdServer::qemu_nbd(env, &fixture.image, &["-f", "raw"]);
+    env.vmbackup(&["verify", &point, "--against", &server.uri("")]).ok();
+    drop(server);
+
+    fixture.write(2 << 20, b"x", 1);
+    let outcome = env.vmbackup(&["verify", &point, "--against", image, "--json"]);
+    assert_eq!(outcome.code, Some(18), "{outcome:?}");
+    let report: serde_json::Value = serde_json::from_str(&outcome.stdout).unwrap();
+    assert_eq!(report["disks"][0]["equal"], false);
+    assert_eq!(report["disks"][0]["differences"][0]["offset"], 2 << 20);
+}
+
+#[test]
+fn hash_is_of_the_disk_and_not_of_the_file() {
+    let fixture = Fixture::new();
+    let env = &fixture.env;
+    let raw = env.vmbackup(&["hash", fixture.image.to_str().unwrap()]).text();
+    let qcow2 = env.path("foo.qcow2");
+    let (image, copy) = (fixture.image.to_str().unwrap(), qcow2.to_str().unwrap());
+    env.run("qemu-img", &["convert", "-f", "raw", "-O", "qcow2", image, copy]).ok();
+    let server = NbdServer::qemu_nbd(env, &qcow2, &["-f", "qcow2"]);
+    assert_eq!(env.vmbackup(&["hash", &server.uri("")]).text(), raw);
+    let error = env.vmbackup(&["hash", env.path("foo.img").to_str().unwrap()]);
+    error.fails_with(&["format is not given", "format=qcow2"]);
+}
+
+#[test]
+fn a_device_is_overwritten_all_of_it_and_must_have_the_size() {
+    let fixture = Fixture::new();
+    let env = &fixture.env;
+    let point = fixture.point();
+    let device = env.path("device");
+    let target = format!("{DISK}={}", device.display());
+    let args = ["restore", &point, "--to-device", &target];
+    fs::write(&device, vec![0xee; usize::try_from(DISK_BYTES).unwrap() - 512]).unwrap();
+    env.vmbackup(&args).fails();
+    let before = fs::read(&device).unwrap();
+    assert!(before.iter().all(|byte| *byte == 0xee), "a device too small is not touched");
+    fs::write(&device, vec![0xee; usize::try_from(DISK_BYTES).unwrap()]).unwrap();
+    env.vmbackup(&args).ok();
+    assert!(fs::read(&device).unwrap() == fs::read(&fixture.image).unwrap());
+}
