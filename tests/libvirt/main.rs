@@ -6,4 +6,9 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod lifecycle;
+mod online;
+mod refusals;
+mod restore;
+mod rig;
 mod testbed;

@@ -104,6 +104,21 @@ impl<'env> Domain<'env> {
         &self.disks[index].0
     }
 
+    /// Number of disks.
+    pub(crate) fn disk_count(&self) -> usize {
+        self.disks.len()
+    }
+
+    /// Its UUID.
+    pub(crate) fn uuid(&self) -> String {
+        self.virsh(&["domuuid", &self.name]).text()
+    }
+
+    /// Its description as it will be on the next start.
+    pub(crate) fn dump(&self) -> String {
+        self.virsh(&["dumpxml", "--inactive", &self.name]).text()
+    }
+
     /// Starts it and waits until its guest is up.
     pub(crate) fn start(&self) -> Guest {
         let _ = std::fs::remove_file(&self.control);
@@ -119,6 +134,43 @@ impl<'env> Domain<'env> {
     /// Ends it the hard way, as a power cut would.
     pub(crate) fn destroy(&self) {
         self.virsh(&["destroy", &self.name]).ok();
+    }
+
+    /// Ends it from inside, as a user would, and waits until it is off.
+    pub(crate) fn shut_down(&self, guest: &mut Guest) {
+        guest.start("sync; poweroff -f");
+        wait_until("the domain is off", 30, || self.state() == "shut off");
+    }
+
+    /// Kills its QEMU without a chance to clean up, as a crash of the host would.
+    pub(crate) fn kill_qemu(&self) {
+        let pid_file = format!("/run/libvirt/qemu/{}.pid", self.name);
+        let pid = std::fs::read_to_string(pid_file).expect("a running domain has a pid file");
+        self.env.run("kill", &["-KILL", pid.trim()]).ok();
+        wait_until("the domain is off", 30, || self.state() == "shut off");
+    }
+
+    /// Loses it: destroyed, undefined, all its files deleted.
+    pub(crate) fn lose(&self) {
+        remove_domain(self.env, &self.name);
+        self.virsh(&["domstate", &self.name]).fails();
+        for (path, _) in &self.disks {
+            std::fs::remove_file(path).expect("own disk");
+        }
+        for file in ["vmlinuz", "initrd"] {
+            std::fs::remove_file(self.env.path(file)).expect("own file");
+        }
+    }
+
+    /// A domain somebody else will define under this name with the same serial ports; removed on
+    /// drop like any other.
+    pub(crate) fn twin(&self, name: &str) -> Self {
+        Self {
+            env: self.env,
+            name: name.to_owned(),
+            control: self.control.clone(),
+            disks: Vec::new(),
+        }
     }
 
     /// Pauses it.
@@ -153,11 +205,16 @@ impl<'env> Domain<'env> {
         wait_until("a backup job", 30, || self.has_backup_job());
     }
 
+    /// [`Self::oracle`] of every disk.
+    pub(crate) fn oracles(&self, label: &str) -> Vec<PathBuf> {
+        (0..self.disks.len()).map(|index| self.oracle(index, label)).collect()
+    }
+
     /// Copies a disk of the suspended (or stopped) domain as raw: the oracle for this instant,
     /// independent of what is tested.
     pub(crate) fn oracle(&self, index: usize, label: &str) -> PathBuf {
         let (disk, format) = &self.disks[index];
-        let copy = self.env.path(&format!("oracle-{label}-{index}.raw"));
+        let copy = self.env.path(&format!("oracle-{}-{label}-{index}.raw", self.name));
         let mut command = self.env.command("qemu-img");
         command.args(["convert", "-U", "-f", format.name(), "-O", "raw"]).arg(disk).arg(&copy);
         Outcome::of(&mut command).ok();

@@ -85,7 +85,11 @@ impl TestEnv {
     /// The built program with the test's repository as the default one.
     pub(crate) fn vmbackup_command<S: AsRef<OsStr>>(&self, args: &[S]) -> Command {
         let mut command = self.command(env!("CARGO_BIN_EXE_vmbackup"));
-        command.env("VMBACKUP_REPO", self.repo()).args(args);
+        command
+            .env("VMBACKUP_REPO", self.repo())
+            .env("VMBACKUP_STATE_DIR", self.path("state"))
+            .env("VMBACKUP_CACHE_DIR", self.path("cache"))
+            .args(args);
         command
     }
 

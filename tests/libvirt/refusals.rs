@@ -1,0 +1,89 @@
+//! What bad input gets: a clear error, an exit code, nothing changed and nothing left behind.
+
+use crate::rig::assert_no_trace;
+use crate::support::{DiskFormat, Domain, DomainSpec, TestEnv};
+
+#[test]
+fn an_unknown_domain_is_answered_with_the_names_that_exist() {
+    let env = TestEnv::new();
+    env.init_repo();
+    let domain = Domain::define(&env, &DomainSpec::with_disks(&[DiskFormat::Qcow2]));
+    let refused = env.vmbackup(&["full", "--domain", "no-such-domain"]).fails();
+    assert_eq!(refused.code, Some(3), "{refused:?}");
+    assert!(refused.stderr.contains(domain.name()), "{refused:?}");
+}
+
+#[test]
+fn an_incremental_without_a_base_says_why_and_changes_nothing() {
+    let env = TestEnv::new();
+    env.init_repo();
+    let (domain, _guest) = Domain::boot(&env, &DomainSpec::with_disks(&[DiskFormat::Qcow2]));
+    let refused = env.vmbackup(&["incremental", "--domain", domain.name()]).fails();
+    assert_eq!(refused.code, Some(17), "{refused:?}");
+    assert_no_trace(&domain);
+    assert_eq!(env.vmbackup(&["list", "--json"]).json()["points"].as_array().unwrap().len(), 0);
+}
+
+#[test]
+fn a_foreign_backup_job_is_left_alone() {
+    let env = TestEnv::new();
+    env.init_repo();
+    let (domain, _guest) = Domain::boot(&env, &DomainSpec::with_disks(&[DiskFormat::Qcow2]));
+    let xml = format!(
+        "<domainbackup mode='pull'><server transport='unix' socket='/var/lib/libvirt/qemu/{}.sock'/>\
+         </domainbackup>",
+        env.name("nbd")
+    );
+    let file = env.path("foreign.xml");
+    std::fs::write(&file, xml).expect("own directory");
+    domain.virsh(&["backup-begin", domain.name(), &file.to_string_lossy()]).ok();
+    let refused = env.vmbackup(&["full", "--domain", domain.name()]).fails();
+    assert_eq!(refused.code, Some(7), "{refused:?}");
+    assert!(domain.has_backup_job(), "the foreign job was ended");
+    domain.virsh(&["domjobabort", domain.name()]).ok();
+    env.vmbackup(&["full", "--domain", domain.name()]).ok();
+    assert_no_trace(&domain);
+}
+
+#[test]
+fn a_backup_without_a_repository_does_not_make_one_at_a_named_place() {
+    let env = TestEnv::new();
+    let (domain, _guest) = Domain::boot(&env, &DomainSpec::with_disks(&[DiskFormat::Qcow2]));
+    let refused = env.vmbackup(&["full", "--domain", domain.name()]).fails();
+    assert_eq!(refused.code, Some(3), "{refused:?}");
+    assert!(!env.repo().exists(), "a typo must not become an empty repository");
+    assert_no_trace(&domain);
+}
+
+#[test]
+fn ctrl_c_ends_a_backup_at_once_and_leaves_nothing() {
+    let env = TestEnv::new();
+    env.init_repo();
+    let (domain, mut guest) = Domain::boot(&env, &DomainSpec::with_disks(&[DiskFormat::Qcow2]));
+    guest.run("fill vda 0 60");
+    let backup = env.spawn_vmbackup(&["full", "--domain", domain.name()]);
+    domain.wait_for_backup_job();
+    backup.signal("INT");
+    let stopped = backup.wait();
+    // It may have been faster than the signal.
+    assert!([Some(130), Some(0)].contains(&stopped.code), "{stopped:?}");
+    assert_no_trace(&domain);
+    env.vmbackup(&["full", "--domain", domain.name()]).ok();
+}
+
+#[test]
+fn plan_says_what_would_happen_and_changes_nothing() {
+    let env = TestEnv::new();
+    env.init_repo();
+    let spec = DomainSpec::with_disks(&[DiskFormat::Qcow2, DiskFormat::Raw]);
+    let (domain, _guest) = Domain::boot(&env, &spec);
+    let plan = env.vmbackup(&["plan", "--domain", domain.name(), "--json"]).json();
+    assert_eq!(plan["disks"].as_array().map(Vec::len), Some(2), "{plan}");
+    assert_eq!(plan["disks"][0]["read"]["mode"], "full", "{plan}");
+    assert_no_trace(&domain);
+    env.vmbackup(&["full", "--domain", domain.name()]).ok();
+    let plan = env.vmbackup(&["plan", "--domain", domain.name(), "--json"]).json();
+    assert_eq!(plan["disks"][0]["read"]["mode"], "incremental", "{plan}");
+    assert_eq!(plan["disks"][1]["read"]["mode"], "full", "{plan}");
+    assert_no_trace(&domain);
+}
