@@ -3,7 +3,8 @@
 #
 #   libvirtd.sh start      starts virtlogd and libvirtd if qemu:///system does not answer
 #   libvirtd.sh stop       stops what `start` started, unless domains run
-#   libvirtd.sh with CMD…  start, run CMD, stop again when nobody else uses it
+#   libvirtd.sh with CMD…  start, remove domains of killed tests, run CMD, stop when nobody else
+#                          uses it
 #
 # One daemon serves all test runs of a machine: libvirt's QEMU driver locks its state directory,
 # a second private one is not possible. Tests keep out of each other's way by unique names.
@@ -14,6 +15,20 @@ state=/run/vmbackup-testbed
 uri=qemu:///system
 
 answers() { timeout 10 virsh -q -c "$uri" uri >/dev/null 2>&1; }
+
+# Domains of test processes that were killed before they could clean up (a run that hung, say).
+sweep() {
+  local name pid
+  for name in $(virsh -q -c "$uri" list --all --name); do
+    pid=${name#vmbtest-}
+    pid=${pid%%-*}
+    if [[ $name == vmbtest-* && $pid =~ ^[0-9]+$ && ! -d /proc/$pid ]]; then
+      virsh -q -c "$uri" destroy "$name" >/dev/null 2>&1 || true
+      virsh -q -c "$uri" undefine --checkpoints-metadata --managed-save --nvram "$name" \
+        >/dev/null 2>&1 || true
+    fi
+  done
+}
 
 start() {
   mkdir -p "$state"
@@ -59,6 +74,7 @@ case ${1:-} in
     exec 9>"$state/users.lock"
     flock -s 9
     start
+    sweep
     code=0
     "$@" 9>&- || code=$?
     flock -u 9
@@ -66,5 +82,5 @@ case ${1:-} in
     if flock -n -x 9; then stop; fi
     exit "$code"
     ;;
-  *) sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+  *) sed -n '2,10s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
 esac
