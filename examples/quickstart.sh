@@ -35,8 +35,8 @@ dir=$(mktemp -d "${TMPDIR:-/tmp}/vmbackup-quickstart.XXXXXX")
 # libvirt's QEMU runs as a user of its own and has to get at its disk.
 chmod 711 "$dir"
 export LIBVIRT_DEFAULT_URI=qemu:///system VMBACKUP_REPO=$dir/repo
-# Root's own state directory stays as it is.
-export VMBACKUP_STATE_DIR=$dir/state VMBACKUP_CACHE_DIR=$dir/cache
+# Root's own directories stay as they are.
+export VMBACKUP_STATE_DIR=$dir/state VMBACKUP_RUNTIME_DIR=$dir/run VMBACKUP_CACHE_DIR=$dir/cache
 
 domain_is_gone() {
   virsh -q destroy "$name" >/dev/null 2>&1 || true
@@ -128,8 +128,8 @@ prove() {
   recorded=$(jq -r '.disks[0].content_root' "$dir/point.$number.json")
   proofs[number]="equal"
   cmp "$oracle" "$target/vda.raw" || proofs[number]="BYTES DIFFER"
-  [ "$("$vmbackup" hash "$oracle,format=raw")" = "$recorded" ] &&
-    [ "$("$vmbackup" hash "$target/vda.raw,format=raw")" = "$recorded" ] ||
+  [ "$("$vmbackup" hash -q "$oracle,format=raw")" = "$recorded" ] &&
+    [ "$("$vmbackup" hash -q "$target/vda.raw,format=raw")" = "$recorded" ] ||
     proofs[number]="CONTENT ROOT DIFFERS"
   say "point ${points[number]:0:8} restored and compared: ${proofs[number]}"
   rm -rf "$target" "$oracle"

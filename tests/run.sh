@@ -73,9 +73,10 @@ step "format" cargo fmt --all --check
 step "lints" cargo clippy --workspace --all-targets -q -- -D warnings
 step "without libvirt" cargo check --workspace --all-targets --no-default-features -q
 step "licences and sources" deny
-step "scripts" bash -n tests/setup.sh tests/run.sh tests/support/*.sh tests/support/guest/build.sh
+step "scripts" bash -n tests/setup.sh tests/run.sh tests/support/*.sh \
+  tests/support/guest/build.sh examples/*.sh benches/*.sh
 step "build" cargo build --workspace --all-targets -q
-if [ -x examples/quickstart.sh ]; then step "quick start" examples/quickstart.sh; fi
+step "quick start" examples/quickstart.sh
 step "documentation tests" cargo test --workspace --doc -q
 step "tests" run_tests
 

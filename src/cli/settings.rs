@@ -12,7 +12,9 @@ use crate::error::{Error, Kind, Result};
 use crate::job::RepositoryChoice;
 use crate::job::source::{DiskSpec, ImageSpec};
 
-/// Directories of this user (FHS for root, XDG base directories otherwise).
+/// Directories of this user (FHS for root, XDG base directories otherwise). `VMBACKUP_STATE_DIR`,
+/// `VMBACKUP_RUNTIME_DIR` and `VMBACKUP_CACHE_DIR` replace the last three. Two programs that are
+/// to keep out of each other's way on a VM have to share the first two.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Paths {
     /// The repository used when none is named.
@@ -28,7 +30,26 @@ pub(crate) struct Paths {
 impl Paths {
     /// The directories of the user who runs this.
     pub(crate) fn from_environment() -> Result<Self> {
-        Self::resolve(rustix::process::geteuid().is_root(), |name| std::env::var_os(name))
+        let variable = |name: &str| std::env::var_os(name);
+        Self::resolve(rustix::process::geteuid().is_root(), variable)?.replaced(variable)
+    }
+
+    /// These, with those replaced that variables of our own name.
+    fn replaced(mut self, variable: impl Fn(&str) -> Option<OsString>) -> Result<Self> {
+        for (name, place) in [
+            ("VMBACKUP_STATE_DIR", &mut self.state),
+            ("VMBACKUP_RUNTIME_DIR", &mut self.runtime),
+            ("VMBACKUP_CACHE_DIR", &mut self.cache),
+        ] {
+            let Some(path) = variable(name).filter(|value| !value.is_empty()) else { continue };
+            *place = path.into();
+            if !place.is_absolute() {
+                let message = format!("{name} is not an absolute path: {}", place.display());
+                return Err(Error::new(Kind::Usage, message)
+                    .hint(format!("start the path in {name} with a slash, or unset it")));
+            }
+        }
+        Ok(self)
     }
 
     fn resolve(root: bool, variable: impl Fn(&str) -> Option<OsString>) -> Result<Self> {
@@ -185,6 +206,18 @@ mod tests {
         assert_eq!(user.state, Path::new("/state/vmbackup"));
         assert_eq!(user.cache, Path::new("/u/.cache/vmbackup"));
         assert_eq!(Paths::resolve(false, |_| None).unwrap_err().kind(), Kind::Usage);
+    }
+
+    #[test]
+    fn variables_of_our_own_replace_the_directories() {
+        let root = || Paths::resolve(true, |_| None).unwrap();
+        let state = |value: &'static str| {
+            root().replaced(move |name| (name == "VMBACKUP_STATE_DIR").then(|| value.into()))
+        };
+        let moved = state("/elsewhere").unwrap();
+        assert_eq!((moved.state.as_path(), moved.cache), (Path::new("/elsewhere"), root().cache));
+        assert_eq!(state("").unwrap(), root());
+        assert_eq!(state("relative").unwrap_err().kind(), Kind::Usage);
     }
 
     #[test]

@@ -9,6 +9,5 @@ mod support;
 mod lifecycle;
 mod online;
 mod refusals;
-mod restore;
 mod rig;
 mod testbed;

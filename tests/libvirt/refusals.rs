@@ -1,7 +1,7 @@
 //! What bad input gets: a clear error, an exit code, nothing changed and nothing left behind.
 
 use crate::rig::assert_no_trace;
-use crate::support::{DiskFormat, Domain, DomainSpec, TestEnv};
+use crate::support::{DiskFormat, Domain, DomainSpec, TestEnv, wait_until};
 
 #[test]
 fn an_unknown_domain_is_answered_with_the_names_that_exist() {
@@ -41,6 +41,7 @@ fn a_foreign_backup_job_is_left_alone() {
     assert_eq!(refused.code, Some(7), "{refused:?}");
     assert!(domain.has_backup_job(), "the foreign job was ended");
     domain.virsh(&["domjobabort", domain.name()]).ok();
+    wait_until("the foreign job's end", 20, || !domain.has_backup_job());
     env.vmbackup(&["full", "--domain", domain.name()]).ok();
     assert_no_trace(&domain);
 }

@@ -88,6 +88,7 @@ impl TestEnv {
         command
             .env("VMBACKUP_REPO", self.repo())
             .env("VMBACKUP_STATE_DIR", self.path("state"))
+            .env("VMBACKUP_RUNTIME_DIR", self.path("run"))
             .env("VMBACKUP_CACHE_DIR", self.path("cache"))
             .args(args);
         command
