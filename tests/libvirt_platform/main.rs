@@ -9,5 +9,6 @@
 mod support;
 
 mod bare;
+mod remote;
 mod restore;
 mod running;

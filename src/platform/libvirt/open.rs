@@ -23,7 +23,7 @@ use super::survey::Survey;
 use super::{LibvirtOptions, artifacts, reach};
 use crate::control::{Control, NoticeLevel};
 use crate::error::{Error, Kind, Result};
-use crate::platform::{BackupMode, KnownPoint, SnapshotDisk, SnapshotRequest, VmSnapshot};
+use crate::platform::{BackupMode, KnownPoint, Quiesce, SnapshotDisk, SnapshotRequest, VmSnapshot};
 use crate::vm::{
     Artifact, ArtifactKind, DiskDescription, FullReason, PointId, Quiescence, ReadMode,
 };
@@ -248,7 +248,9 @@ impl Opening {
         let point = self.request.point;
         let budget = self.request.freeze_budget;
         let problem = quiesce::agent_problem(&self.survey.root, self.survey.paused);
-        self.lock.record(&Record { point, frozen: true })?;
+        // Before the freeze, so that the next run thaws whenever we die from here on.
+        let frozen = self.request.quiesce != Quiesce::Never && problem.is_none();
+        self.lock.record(&Record { point, frozen })?;
         let frozen = quiesce::freeze(&self.domain, self.request.quiesce, budget, problem).await?;
         if let Frozen::No(Some(reason)) = &frozen {
             control.notice(NoticeLevel::Warning, format!("crash consistent only: {reason}"));

@@ -74,7 +74,7 @@ pub(super) struct Reach {
 impl Reach {
     /// Opens the way to a server that listens now.
     pub(super) async fn open(host: &Host, server: &Server) -> Result<Self> {
-        let (socket, target) = match (server, remote_host(host.uri())) {
+        let socket = match (server, remote_host(host.uri())) {
             (Server::Tcp { host, port }, _) => {
                 let address = Address::Tcp { host: host.clone(), port: *port };
                 return Ok(Self { address, _forward: None });
@@ -82,12 +82,12 @@ impl Reach {
             (Server::Unix(socket), None) => {
                 return Ok(Self { address: Address::Unix(socket.clone()), _forward: None });
             }
-            (Server::Unix(socket), Some(target)) => (socket, target),
+            (Server::Unix(socket), Some(_)) => socket,
         };
         let directory = tempfile::Builder::new().prefix("vmbackup-").tempdir();
         let directory = directory.map_err(|e| Error::io("cannot make a temporary directory", e))?;
         let local = directory.path().join("nbd.sock");
-        let child = forward(target, &local, socket).await?;
+        let child = forward(host.uri(), &local, socket).await?;
         Ok(Self { address: Address::Unix(local), _forward: Some((child, directory)) })
     }
 
@@ -97,9 +97,10 @@ impl Reach {
     }
 }
 
-/// `user@host:port` as ssh takes it.
-fn ssh_args(target: &str, local: &Path, remote: &Path) -> Vec<String> {
-    let (host, port) = split_port(target);
+/// What ssh is told: the target of the libvirt URI, and the same parameters libvirt's own ssh gets
+/// from it (`keyfile`, `no_verify`; libvirt.org/uri.html, "ssh transport").
+fn ssh_args(uri: &str, local: &Path, remote: &Path) -> Vec<String> {
+    let (host, port) = split_port(remote_host(uri).unwrap_or_default());
     let mut args: Vec<String> =
         ["-N", "-T", "-o", "BatchMode=yes", "-o", "ExitOnForwardFailure=yes"]
             .map(str::to_owned)
@@ -107,6 +108,12 @@ fn ssh_args(target: &str, local: &Path, remote: &Path) -> Vec<String> {
     // A connection that dies is noticed as one of libvirt's would be.
     args.extend(["-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=5"].map(str::to_owned));
     args.extend(["-o".to_owned(), "ControlPath=none".to_owned()]);
+    if let Some(keyfile) = parameter(uri, "keyfile") {
+        args.extend(["-i".to_owned(), keyfile]);
+    }
+    if parameter(uri, "no_verify").is_some_and(|value| value != "0") {
+        args.extend(["-o".to_owned(), "StrictHostKeyChecking=no".to_owned()]);
+    }
     args.extend(["-L".to_owned(), format!("{}:{}", local.display(), remote.display())]);
     if let Some(port) = port {
         args.extend(["-p".to_owned(), port.to_owned()]);
@@ -114,6 +121,25 @@ fn ssh_args(target: &str, local: &Path, remote: &Path) -> Vec<String> {
     // After `--` no host name can be an option.
     args.extend(["--".to_owned(), host.replace(['[', ']'], "")]);
     args
+}
+
+/// A parameter of a URI, with its percent escapes undone.
+fn parameter(uri: &str, name: &str) -> Option<String> {
+    let (_, query) = uri.split_once('?')?;
+    let value = query.split(['&', ';']).find_map(|pair| {
+        pair.split_once('=').filter(|(key, _)| *key == name).map(|(_, value)| value)
+    })?;
+    let mut bytes = Vec::with_capacity(value.len());
+    let mut rest = value.as_bytes();
+    while let [first, tail @ ..] = rest {
+        let escape = tail.get(..2).filter(|_| *first == b'%');
+        let decoded = escape
+            .and_then(|hex| std::str::from_utf8(hex).ok())
+            .and_then(|hex| u8::from_str_radix(hex, 16).ok());
+        bytes.push(decoded.unwrap_or(*first));
+        rest = if decoded.is_some() { &tail[2..] } else { tail };
+    }
+    String::from_utf8(bytes).ok()
 }
 
 fn split_port(target: &str) -> (&str, Option<&str>) {
@@ -130,9 +156,10 @@ fn split_port(target: &str) -> (&str, Option<&str>) {
     }
 }
 
-async fn forward(target: &str, local: &Path, remote: &Path) -> Result<Child> {
+async fn forward(uri: &str, local: &Path, remote: &Path) -> Result<Child> {
     let mut command = Command::new("ssh");
-    command.args(ssh_args(target, local, remote));
+    let target = remote_host(uri).unwrap_or_default();
+    command.args(ssh_args(uri, local, remote));
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).kill_on_drop(true);
     let mut child = command
         .spawn()
@@ -181,7 +208,12 @@ mod tests {
         assert_eq!(split_port("kvm1"), ("kvm1", None));
         assert_eq!(split_port("root@[fe80::1]:2222"), ("root@[fe80::1]", Some("2222")));
         assert_eq!(split_port("[fe80::1]"), ("[fe80::1]", None));
-        let args = ssh_args("root@[fe80::1]:2222", Path::new("/l"), Path::new("/r"));
+        let uri = "qemu+ssh://root@[fe80::1]:2222/system?no_verify=1&keyfile=/a%20b/id%zz";
+        let args = ssh_args(uri, Path::new("/l"), Path::new("/r"));
         assert_eq!(args[args.len() - 6..], ["-L", "/l:/r", "-p", "2222", "--", "root@fe80::1"]);
+        assert!(args.windows(2).any(|pair| pair == ["-i", "/a b/id%zz"]));
+        assert!(args.contains(&"StrictHostKeyChecking=no".to_owned()));
+        let plain = ssh_args("qemu+ssh://kvm1/system", Path::new("/l"), Path::new("/r"));
+        assert!(!plain.iter().any(|arg| arg == "-i" || arg.starts_with("StrictHost")));
     }
 }

@@ -1,0 +1,110 @@
+//! A remote host: this one, through an SSH daemon of the test's own on a free port.
+
+use std::net::TcpListener;
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
+
+use vmbackup::control::Control;
+use vmbackup::error::Kind;
+use vmbackup::platform::Platform;
+use vmbackup::platform::libvirt::{Libvirt, LibvirtOptions};
+use vmbackup::vm::ReadMode;
+
+use crate::bare::{Bare, backup, known, point, qcow2, request, take};
+use crate::support::{Process, TestEnv, wait_until};
+
+/// An SSH daemon that lets the test's key in as root.
+struct Ssh {
+    port: u16,
+    key: PathBuf,
+    _daemon: Process,
+}
+
+impl Ssh {
+    fn start(env: &TestEnv) -> Self {
+        let path = |name: &str| env.path(name).to_string_lossy().into_owned();
+        for key in ["hostkey", "key"] {
+            env.run("ssh-keygen", &["-q", "-t", "ed25519", "-N", "", "-f", &path(key)]).ok();
+        }
+        std::fs::copy(env.path("key.pub"), env.path("authorized")).expect("own directory");
+        let private = std::fs::Permissions::from_mode(0o600);
+        std::fs::set_permissions(env.path("authorized"), private).expect("own file");
+        // Separated privileges want a directory that only root has; systems make it at boot.
+        std::fs::create_dir_all("/run/sshd").expect("tests run as root");
+        let port =
+            TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("bound").port();
+        let options = [
+            "Port=PORT",
+            "ListenAddress=127.0.0.1",
+            "HostKey=DIR/hostkey",
+            "UsePAM=no",
+            "AuthorizedKeysFile=DIR/authorized",
+            "StrictModes=no",
+            "PidFile=none",
+            "PermitRootLogin=prohibit-password",
+            "PasswordAuthentication=no",
+        ];
+        let mut command = env.command("/usr/sbin/sshd");
+        command.args(["-D", "-e", "-f", "/dev/null"]);
+        let dir = env.dir().to_string_lossy();
+        for option in options {
+            let option = option.replace("PORT", &port.to_string()).replace("DIR", &dir);
+            command.args(["-o", &option]);
+        }
+        let daemon = Process::spawn(&mut command);
+        wait_until("sshd", 20, || std::net::TcpStream::connect(("127.0.0.1", port)).is_ok());
+        Self { port, key: env.path("key"), _daemon: daemon }
+    }
+
+    fn options(&self, bare: &Bare<'_>) -> LibvirtOptions {
+        let (port, key) = (self.port, self.key.display());
+        let uri = format!("qemu+ssh://root@127.0.0.1:{port}/system?keyfile={key}&no_verify=1");
+        LibvirtOptions { uri: Some(uri), ..bare.options() }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_domain_of_a_remote_host_is_read_through_ssh() {
+    let env = TestEnv::new();
+    let ssh = Ssh::start(&env);
+    let bare = Bare::start(&env, &qcow2(&env, 'a', "8M"));
+    bare.io(0, "write -P 6 1M 1M");
+    // A point taken on the host serves as the base of one taken from afar.
+    let (first, _) = backup(&bare, &request(1)).await.expect("backs up");
+    bare.io(0, "write -P 7 2M 64k");
+    let mut next = request(2);
+    next.known_points = vec![first];
+    let remote = Libvirt::open(ssh.options(&bare)).await.expect("connects");
+    let mut snapshot = remote.open_snapshot(&next, &Control::new()).await.expect("opens");
+    let taken = take(&mut *snapshot).await;
+    assert_eq!(taken[0].read, ReadMode::Incremental { base: point(1) });
+    assert_eq!(taken[0].changed, [(2 << 20, (2 << 20) + 65536)]);
+    assert_eq!((taken[0].bytes[1 << 20], taken[0].bytes[2 << 20]), (6, 7));
+    snapshot.still_valid().await.expect("still valid");
+    let _ = known(point(2), &*snapshot);
+    snapshot.commit().await.expect("commits");
+    assert_eq!(bare.bitmaps(), [bare.checkpoint(point(2))]);
+    assert_eq!(bare.checkpoints(), Vec::<String>::new());
+
+    bare.virsh(&["destroy", &bare.name]).ok();
+    let error = remote.open_snapshot(&request(3), &Control::new()).await.err().expect("refused");
+    assert_eq!(error.kind(), Kind::Unsupported);
+    assert!(error.to_string().contains("on another host"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_plaintext_export_is_opened_only_when_asked_for() {
+    let env = TestEnv::new();
+    let ssh = Ssh::start(&env);
+    let bare = Bare::start(&env, &qcow2(&env, 'a', "8M"));
+    bare.io(0, "write -P 6 1M 1M");
+    let remote = Libvirt::open(ssh.options(&bare)).await.expect("connects");
+    let mut wanted = request(1);
+    wanted.insecure_tcp = true;
+    let mut snapshot = remote.open_snapshot(&wanted, &Control::new()).await.expect("opens");
+    let taken = take(&mut *snapshot).await;
+    assert_eq!(taken[0].bytes[1 << 20], 6);
+    snapshot.still_valid().await.expect("still valid");
+    snapshot.abort().await.expect("aborts");
+    assert_eq!(bare.bitmaps(), Vec::<String>::new());
+}
