@@ -1,6 +1,8 @@
 //! What bad input gets: a clear error, an exit code, nothing changed and nothing left behind.
 
-use crate::rig::assert_no_trace;
+use std::fs;
+
+use crate::rig::{assert_no_trace, take};
 use crate::support::{DiskFormat, Domain, DomainSpec, TestEnv, wait_until};
 
 #[test]
@@ -35,7 +37,7 @@ fn a_foreign_backup_job_is_left_alone() {
         env.name("nbd")
     );
     let file = env.path("foreign.xml");
-    std::fs::write(&file, xml).expect("own directory");
+    fs::write(&file, xml).expect("own directory");
     domain.virsh(&["backup-begin", domain.name(), &file.to_string_lossy()]).ok();
     let refused = env.vmbackup(&["full", "--domain", domain.name()]).fails();
     assert_eq!(refused.code, Some(7), "{refused:?}");
@@ -87,4 +89,27 @@ fn plan_says_what_would_happen_and_changes_nothing() {
     assert_eq!(plan["disks"][0]["read"]["mode"], "incremental", "{plan}");
     assert_eq!(plan["disks"][1]["read"]["mode"], "full", "{plan}");
     assert_no_trace(&domain);
+}
+
+#[test]
+fn a_running_domain_and_existing_images_are_never_overwritten() {
+    let env = TestEnv::new();
+    env.init_repo();
+    let (domain, mut guest) = Domain::boot(&env, &DomainSpec::with_disks(&[DiskFormat::Qcow2]));
+    guest.run("fill vda 0 4");
+    let taken = take(&env, &domain, &mut guest, &["full"]);
+    let before = guest.run("sum vda");
+    env.vmbackup(&["restore", &taken.id, "--define"]).fails();
+    env.vmbackup(&["restore", &taken.id, "--define", "--force"]).fails();
+    assert_eq!(domain.state(), "running");
+    assert_eq!(guest.run("sum vda"), before);
+    let dir = env.path("there");
+    fs::create_dir(&dir).expect("own directory");
+    fs::write(dir.join("vda.raw"), "precious").expect("own directory");
+    let to = dir.to_string_lossy();
+    let refused = env.vmbackup(&["restore", &taken.id, "--to", &to]).fails();
+    assert_eq!(refused.code, Some(5), "{refused:?}");
+    assert_eq!(fs::read(dir.join("vda.raw")).expect("kept"), b"precious");
+    env.vmbackup(&["restore", &taken.id, "--to", &to, "--force"]).ok();
+    assert_eq!(fs::metadata(dir.join("vda.raw")).expect("restored").len(), 64 << 20);
 }

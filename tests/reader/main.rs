@@ -121,7 +121,7 @@ async fn make(place: &Path, credentials: &Credentials, chunk_bytes: u64, disk: f
     let repository =
         Repository::init(Arc::new(store_dir), credentials, options, workers).await.expect("inits");
     let first = store(&repository, 1, disk(1), &[]).await;
-    let second = store(&repository, 2, disk(2), &[first.clone()]).await;
+    let second = store(&repository, 2, disk(2), std::slice::from_ref(&first)).await;
     assert_ne!(first, second);
 }
 
