@@ -7,9 +7,10 @@ use std::time::Duration;
 
 use super::Env;
 use crate::block::BlockSource;
-use crate::block::file::{Access, FileSource};
-use crate::error::{Error, Kind, Result};
+use crate::error::Result;
+use crate::image::open_image;
 use crate::nbd::{Client, ClientOptions, NbdUri};
+use crate::platform::image::{ImageSource, Images};
 use crate::platform::qemu::{Qemu, QemuOptions};
 use crate::platform::{Platform, Quiesce};
 
@@ -100,6 +101,7 @@ pub(super) async fn platform(spec: &SourceSpec, env: &Env) -> Result<Box<dyn Pla
         }
         #[cfg(not(feature = "libvirt"))]
         SourceSpec::Libvirt { .. } => {
+            use crate::error::{Error, Kind};
             Err(Error::new(Kind::Unsupported, "this program was built without libvirt")
                 .hint("build it with the cargo feature 'libvirt', or use --qmp or --image"))
         }
@@ -107,8 +109,12 @@ pub(super) async fn platform(spec: &SourceSpec, env: &Env) -> Result<Box<dyn Pla
             let (monitor, agent, name) = (qmp.clone(), agent.clone(), name.clone());
             Ok(Box::new(Qemu::connect(QemuOptions { monitor, agent, name }).await?))
         }
-        SourceSpec::Images { .. } => {
-            Err(Error::new(Kind::Unsupported, "this program does not back up images yet"))
+        SourceSpec::Images { name, images } => {
+            let source = |image: &ImageSpec| ImageSource {
+                path: image.path.clone(),
+                format: image.format.clone(),
+            };
+            Ok(Box::new(Images::new(name, images.iter().map(source).collect())?))
         }
     }
 }
@@ -117,12 +123,6 @@ pub(super) async fn platform(spec: &SourceSpec, env: &Env) -> Result<Box<dyn Pla
 pub(super) async fn open_disk(spec: &DiskSpec) -> Result<Arc<dyn BlockSource>> {
     match spec {
         DiskSpec::Nbd(uri) => Ok(Arc::new(Client::open_uri(uri, ClientOptions::default()).await?)),
-        DiskSpec::Image(image) if image.format == "raw" => {
-            Ok(Arc::new(FileSource::open(&image.path, Access::Once)?))
-        }
-        DiskSpec::Image(image) => {
-            let (path, format) = (image.path.display(), &image.format);
-            Err(Error::new(Kind::Unsupported, format!("{path}: cannot read format {format}")))
-        }
+        DiskSpec::Image(image) => open_image(&image.path, &image.format).await,
     }
 }

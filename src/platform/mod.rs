@@ -21,6 +21,7 @@
 //! Sibling folders have the same inner file names where they have the part: `mod.rs` (the
 //! platform), `snapshot.rs`, `plan.rs`, `checkpoint.rs`, `restore.rs`.
 
+pub mod image;
 #[cfg(feature = "libvirt")]
 pub mod libvirt;
 pub mod qemu;

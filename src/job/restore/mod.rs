@@ -193,7 +193,7 @@ async fn restore_disk(
 ) -> Result<(Target, DiskReport)> {
     let started = env.clock.now();
     let (name, size_bytes) = (&disk.description.name, disk.description.size_bytes);
-    let target = Target::open(place, size_bytes, request.existing)?;
+    let target = Target::open(place, size_bytes, request.existing).await?;
     control.set_phase(format!("restoring {name}"));
     let progress = control.add_disk(name, size_bytes);
     let options = copy::Options {

@@ -4,11 +4,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::Request;
-use crate::block::file::{Existing, FileSink, NewFile};
+use crate::block::file::{Existing, FileSink};
 use crate::block::{BlockSink, BlockSource, ByteRange, ExtentKind};
 use crate::control::{Control, NoticeLevel};
 use crate::copy::Zeroes;
 use crate::error::{Error, Kind, Result};
+use crate::image::NewImage;
 use crate::repo::ManifestDisk;
 use crate::units::{ByteSize, KIB};
 
@@ -167,29 +168,26 @@ async fn data_bytes(source: &dyn BlockSource) -> Result<u64> {
 
 /// A disk being written.
 pub(super) enum Target {
-    /// A file that gets its name when it is complete.
-    New(NewFile),
+    /// An image that gets its name when it is complete.
+    New(NewImage),
     /// In place.
     Device(Arc<FileSink>),
 }
 
 impl Target {
-    pub(super) fn open(place: &Place, size_bytes: u64, existing: Existing) -> Result<Self> {
+    pub(super) async fn open(place: &Place, size_bytes: u64, existing: Existing) -> Result<Self> {
         match place {
             Place::Device(path) => Ok(Self::Device(Arc::new(FileSink::open(path, size_bytes)?))),
-            Place::Image { path, format: ImageFormat::Raw } => {
-                Ok(Self::New(NewFile::create(path, size_bytes, existing)?))
-            }
-            Place::Image { .. } => {
-                Err(Error::new(Kind::Unsupported, "qcow2 is not written by this program")
-                    .hint("restore with --format raw and convert with qemu-img"))
+            Place::Image { path, format } => {
+                let image = NewImage::create(path, format.name(), size_bytes, existing);
+                Ok(Self::New(Box::pin(image).await?))
             }
         }
     }
 
     pub(super) fn sink(&self) -> Arc<dyn BlockSink> {
         match self {
-            Self::New(file) => file.sink(),
+            Self::New(image) => image.sink(),
             Self::Device(sink) => sink.clone(),
         }
     }
@@ -200,8 +198,8 @@ impl Target {
 pub(super) async fn commit_all(targets: Vec<Target>, control: &Control) -> Result<()> {
     let mut targets = targets.into_iter();
     while let Some(target) = targets.next() {
-        let Target::New(file) = target else { continue };
-        if let Err(error) = file.commit().await {
+        let Target::New(image) = target else { continue };
+        if let Err(error) = Box::pin(image.commit()).await {
             abort_all(targets.collect(), control);
             return Err(error.context("not every restored image is in place"));
         }
@@ -213,8 +211,8 @@ pub(super) async fn commit_all(targets: Vec<Target>, control: &Control) -> Resul
 pub(super) fn abort_all(targets: Vec<Target>, control: &Control) {
     for target in targets {
         match target {
-            Target::New(file) => {
-                if let Err(error) = file.abort() {
+            Target::New(image) => {
+                if let Err(error) = image.abort() {
                     let text = format!("a file of this restore was left behind: {error:?}");
                     control.notice(NoticeLevel::Warning, text);
                 }

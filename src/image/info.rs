@@ -1,0 +1,209 @@
+//! What an image file says about itself, read under the format it was given.
+//!
+//! Formats are given, never probed: a guest can write a header into its raw disk that names host
+//! files. For the same reason a backing file must come with its format, all the way down, and
+//! headers that name other places (data files, network protocols) are refused.
+
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+use super::tool::{absolute, qemu_img};
+use crate::error::{Error, Kind, Result};
+
+/// Longest backing chain followed; libvirt stops at 200, too.
+const CHAIN_MAX: usize = 200;
+
+/// What `qemu-img info` tells, as far as it matters here.
+#[derive(Clone, Debug)]
+pub struct ImageInfo {
+    /// Size the guest sees.
+    pub size_bytes: u64,
+    /// Space the file takes.
+    pub allocated_bytes: Option<u64>,
+    /// Persistent bitmaps; `None` when the format (or its version) cannot hold any.
+    pub bitmaps: Option<Vec<BitmapInfo>>,
+    backing: Option<Backing>,
+    encrypted: bool,
+    corrupt: bool,
+    data_file: Option<String>,
+}
+
+/// A persistent bitmap.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BitmapInfo {
+    /// Name.
+    pub name: String,
+    /// Whether it records writes from the moment the image is opened.
+    pub recording: bool,
+    /// Whether it was left open: by a crash, as no one has the image open.
+    pub inconsistent: bool,
+}
+
+#[derive(Clone, Debug)]
+struct Backing {
+    path: String,
+    format: Option<String>,
+}
+
+/// One layer of a disk, the active one first.
+#[derive(Clone, Debug)]
+pub struct Layer {
+    /// Absolute path.
+    pub path: PathBuf,
+    /// Format, given by the user or by the layer above.
+    pub format: String,
+    /// What it says; a raw layer says only its size.
+    pub info: ImageInfo,
+}
+
+/// The layers of the image at `path` in `format`, each one checked. Changes nothing.
+pub async fn layers(path: &Path, format: &str) -> Result<Vec<Layer>> {
+    check_format(format)?;
+    let mut layers: Vec<Layer> = Vec::new();
+    let mut next = Some((absolute(path)?, format.to_owned()));
+    while let Some((path, format)) = next.take() {
+        if layers.len() == CHAIN_MAX || layers.iter().any(|layer| layer.path == path) {
+            let message = format!("the backing chain of {} has no end", layers[0].path.display());
+            return Err(Error::new(Kind::Unsupported, message));
+        }
+        let info = inspect(&path, &format).await?;
+        next = below(&path, &info)?;
+        layers.push(Layer { path, format, info });
+    }
+    Ok(layers)
+}
+
+/// What the header of one image says.
+async fn inspect(path: &Path, format: &str) -> Result<ImageInfo> {
+    let what = format!("read the header of {} as {format}", path.display());
+    // -U: looking at an image a VM uses is harmless; reading its disk is what needs the lock.
+    let mut args: Vec<&OsStr> =
+        ["info", "-U", "--output=json", "-f", format].map(OsStr::new).into();
+    args.push(path.as_os_str());
+    let output = qemu_img(args, &what).await?;
+    parse(&output).map_err(|e| {
+        Error::new(Kind::Unsupported, format!("cannot {what}: qemu-img's answer is not understood"))
+            .source(e)
+    })
+}
+
+/// The layer below, if there is one that may be followed.
+fn below(path: &Path, info: &ImageInfo) -> Result<Option<(PathBuf, String)>> {
+    let refuse = |kind, why: &str, hint: &str| {
+        Err(Error::new(kind, format!("{} {why}", path.display())).hint(hint))
+    };
+    if info.encrypted {
+        return refuse(
+            Kind::Unsupported,
+            "is encrypted",
+            "start the VM and back it up while it runs",
+        );
+    }
+    if info.corrupt {
+        return refuse(Kind::Corrupt, "is marked corrupt", "look at it with qemu-img check");
+    }
+    if info.data_file.is_some() {
+        return refuse(
+            Kind::Unsupported,
+            "keeps its data in another file",
+            "start the VM and back it up while it runs",
+        );
+    }
+    let Some(backing) = &info.backing else { return Ok(None) };
+    let Some(format) = &backing.format else {
+        return refuse(
+            Kind::Unsupported,
+            &format!("names the backing file {} without its format", backing.path),
+            "record it: qemu-img rebase -u -b FILE -F FORMAT IMAGE",
+        );
+    };
+    check_format(format)?;
+    if !backing.path.starts_with('/') {
+        return refuse(
+            Kind::Unsupported,
+            &format!("has the backing file {}, which is not a local file", backing.path),
+            "start the VM and back it up while it runs",
+        );
+    }
+    Ok(Some((PathBuf::from(&backing.path), format.clone())))
+}
+
+/// A format is a driver name, not an option string.
+pub(super) fn check_format(format: &str) -> Result<()> {
+    let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+    if format.is_empty() || format.len() > 32 || !format.chars().all(plain) {
+        return Err(Error::new(Kind::Usage, format!("'{format}' is not an image format"))
+            .hint("write qcow2, raw, vmdk or another format qemu-img knows"));
+    }
+    Ok(())
+}
+
+fn parse(output: &[u8]) -> serde_json::Result<ImageInfo> {
+    #[derive(Deserialize)]
+    #[serde(rename_all = "kebab-case")]
+    struct Info {
+        virtual_size: u64,
+        actual_size: Option<u64>,
+        #[serde(default)]
+        encrypted: bool,
+        full_backing_filename: Option<String>,
+        backing_filename: Option<String>,
+        backing_filename_format: Option<String>,
+        format_specific: Option<Specific>,
+    }
+    #[derive(Deserialize)]
+    struct Specific {
+        r#type: String,
+        data: serde_json::Value,
+    }
+    #[derive(Deserialize)]
+    struct Bitmap {
+        name: String,
+        flags: Vec<String>,
+    }
+    let info: Info = serde_json::from_slice(output)?;
+    let qcow2 = info.format_specific.filter(|s| s.r#type == "qcow2").map(|s| s.data);
+    let qcow2 = qcow2.unwrap_or_default();
+    // "Cannot store dirty bitmaps in qcow2 v2 files": compat 0.10.
+    let bitmaps = if qcow2["compat"].as_str().is_some_and(|compat| compat != "0.10") {
+        let listed = match &qcow2["bitmaps"] {
+            serde_json::Value::Null => Vec::new(),
+            list => Vec::<Bitmap>::deserialize(list)?,
+        };
+        let bitmap = |b: Bitmap| BitmapInfo {
+            recording: b.flags.iter().any(|flag| flag == "auto"),
+            inconsistent: b.flags.iter().any(|flag| flag == "in-use"),
+            name: b.name,
+        };
+        Some(listed.into_iter().map(bitmap).collect())
+    } else {
+        None
+    };
+    let backing = info.full_backing_filename.or(info.backing_filename);
+    Ok(ImageInfo {
+        size_bytes: info.virtual_size,
+        allocated_bytes: info.actual_size,
+        bitmaps,
+        backing: backing.map(|path| Backing { path, format: info.backing_filename_format }),
+        encrypted: info.encrypted,
+        corrupt: qcow2["corrupt"].as_bool().unwrap_or(false),
+        data_file: qcow2["data-file"].as_str().map(str::to_owned),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_format_is_a_plain_driver_name() {
+        for format in ["qcow2", "raw", "vmdk", "vhdx"] {
+            check_format(format).unwrap();
+        }
+        for format in ["", "raw,file.filename=x", "QCOW2", "a b"] {
+            assert_eq!(check_format(format).unwrap_err().kind(), Kind::Usage);
+        }
+    }
+}

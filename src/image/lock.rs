@@ -1,0 +1,150 @@
+//! Keeping writers out of an image, in the way QEMU understands.
+//!
+//! QEMU announces what it does with an image by shared locks on single bytes of the file
+//! (`block/file-posix.c`, `RAW_LOCK_PERM_BASE` and `RAW_LOCK_SHARED_BASE`): byte 100+n means
+//! "I use permission n", byte 200+n "nobody else may". We take what a reader would (consistent
+//! read) and deny writing and resizing, which QEMU's own read-only openers do not do for raw
+//! images. The locks belong to the open file (OFD locks) and end with it, also when we are killed.
+//!
+//! As long as an [`ImageLock`] lives, no VM with this image can start. It cannot stop programs that
+//! do not ask: [`ImageLock::check_unchanged`] sees those by the file's time stamp and size.
+
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use nix::fcntl::{FcntlArg, fcntl};
+use nix::libc;
+
+use crate::error::{Error, Kind, Result};
+
+/// First byte of "in use".
+const USED_BASE: i64 = 100;
+/// First byte of "denied to others".
+const DENIED_BASE: i64 = 200;
+/// `BLK_PERM_CONSISTENT_READ` is bit 0.
+const CONSISTENT_READ: i64 = 0;
+/// `BLK_PERM_WRITE` is bit 1.
+const WRITE: i64 = 1;
+/// `BLK_PERM_RESIZE` is bit 3.
+const RESIZE: i64 = 3;
+
+/// An image nobody can begin to write while this lives.
+#[derive(Debug)]
+pub struct ImageLock {
+    file: File,
+    path: PathBuf,
+    stamp: Stamp,
+}
+
+/// What changes when a file is written or replaced.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Stamp {
+    device: u64,
+    inode: u64,
+    size_bytes: u64,
+    modified: (i64, i64),
+}
+
+impl ImageLock {
+    /// Whether the image could be locked now: [`Kind::Busy`] if not. Takes no lock.
+    pub fn probe(path: &Path) -> Result<()> {
+        refuse_if_used(&open(path)?, path)
+    }
+
+    /// Locks the image. [`Kind::Busy`] if someone writes it or denies reading it.
+    pub fn acquire(path: &Path) -> Result<Self> {
+        let file = open(path)?;
+        // Announce first, then look: whoever does the same at this moment sees us or is seen.
+        for byte in [USED_BASE + CONSISTENT_READ, DENIED_BASE + WRITE, DENIED_BASE + RESIZE] {
+            set(&file, byte).map_err(|e| {
+                Error::io(format!("cannot lock {}", path.display()), e)
+                    .hint("the file system must support locks; start the VM and back it up running")
+            })?;
+        }
+        refuse_if_used(&file, path)?;
+        let failed = |e| Error::io(format!("cannot examine {}", path.display()), e);
+        let stamp = Stamp::of(path).map_err(failed)?;
+        Ok(Self { file, path: path.to_owned(), stamp })
+    }
+
+    /// The locked image.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Another handle of the same open file: to read it. The lock lasts until all are closed.
+    pub fn file(&self) -> Result<File> {
+        let failed = |e| Error::io(format!("cannot open {}", self.path.display()), e);
+        self.file.try_clone().map_err(failed)
+    }
+
+    /// [`Kind::SnapshotLost`] if the file was written, resized or replaced since it was locked.
+    pub fn check_unchanged(&self) -> Result<()> {
+        let failed = |e| Error::io(format!("cannot examine {}", self.path.display()), e);
+        if Stamp::of(&self.path).map_err(failed)? == self.stamp {
+            return Ok(());
+        }
+        let message = format!("{} was changed while it was read", self.path.display());
+        Err(Error::new(Kind::SnapshotLost, message)
+            .hint("something that ignores QEMU's image locks writes it; find it, then run again"))
+    }
+}
+
+impl Stamp {
+    fn of(path: &Path) -> std::io::Result<Self> {
+        let data = path.metadata()?;
+        Ok(Self {
+            device: data.dev(),
+            inode: data.ino(),
+            size_bytes: data.size(),
+            modified: (data.mtime(), data.mtime_nsec()),
+        })
+    }
+}
+
+fn open(path: &Path) -> Result<File> {
+    OpenOptions::new()
+        .read(true)
+        // A FIFO must not hang us; for files and disks the flag means nothing.
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)
+        .map_err(|e| Error::io(format!("cannot open {}", path.display()), e))
+}
+
+/// [`Kind::Busy`] if someone writes the image or denies reading it.
+fn refuse_if_used(file: &File, path: &Path) -> Result<()> {
+    for byte in [DENIED_BASE + CONSISTENT_READ, USED_BASE + WRITE, USED_BASE + RESIZE] {
+        let taken = is_taken(file, byte)
+            .map_err(|e| Error::io(format!("cannot look at the locks of {}", path.display()), e))?;
+        if taken {
+            return Err(Error::new(Kind::Busy, format!("{} is in use", path.display())).hint(
+                "another program (a running VM?) writes it; stop it, or back up the VM running",
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn byte_lock(kind: i32, byte: i64) -> libc::flock {
+    libc::flock {
+        // The kernel's constants fit its own field.
+        l_type: i16::try_from(kind).expect("lock types are small"),
+        l_whence: i16::try_from(libc::SEEK_SET).expect("zero"),
+        l_start: byte,
+        l_len: 1,
+        l_pid: 0,
+    }
+}
+
+fn set(file: &File, byte: i64) -> std::io::Result<()> {
+    fcntl(file, FcntlArg::F_OFD_SETLK(&byte_lock(libc::F_RDLCK, byte)))?;
+    Ok(())
+}
+
+/// Whether someone else holds a lock on the byte.
+fn is_taken(file: &File, byte: i64) -> std::io::Result<bool> {
+    let mut lock = byte_lock(libc::F_WRLCK, byte);
+    fcntl(file, FcntlArg::F_OFD_GETLK(&mut lock))?;
+    Ok(i32::from(lock.l_type) != libc::F_UNLCK)
+}

@@ -1,0 +1,123 @@
+//! Image files nobody uses: read under a lock, with their bitmaps, and new ones.
+//!
+//! What stopped VMs of every platform have in common: [`LockedImage`] (an image and its backing
+//! chain with writers kept out, as a source), [`bitmap`] (the change tracking inside), [`layers`]
+//! (what the headers say), [`NewImage`] (an image being made). Raw images are read directly,
+//! everything else through a qemu-nbd on a private socket.
+//!
+//! Rules: the format is given, never probed. An image is opened for writing only by single short
+//! `qemu-img bitmap` calls, which are never interrupted. A lock is held from before the first to
+//! after the last read; the VM cannot start meanwhile.
+
+pub mod bitmap;
+mod export;
+mod info;
+mod lock;
+mod new;
+mod process;
+mod tool;
+
+use std::path::Path;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+
+use crate::block::file::{Access, FileSource};
+use crate::block::{BlockSource, Buffer, ByteRange, ExtentMap, Geometry};
+use crate::error::{Error, Kind, Result};
+
+pub use export::ImageExport;
+pub use info::{BitmapInfo, ImageInfo, Layer, layers};
+pub use lock::ImageLock;
+pub use new::NewImage;
+
+/// An image and everything below it, locked.
+pub struct LockedImage {
+    layers: Vec<Layer>,
+    locks: Vec<ImageLock>,
+    served: Option<Arc<ImageExport>>,
+}
+
+impl LockedImage {
+    /// Locks all layers of the image. Every file that its headers name is locked under the format
+    /// they name. [`Kind::Busy`] if one is being written.
+    pub async fn acquire(path: &Path, format: &str) -> Result<Self> {
+        // Looked at before the lock to know what to lock, and again under it.
+        let before = layers(path, format).await?;
+        let locks = before.iter().map(|layer| ImageLock::acquire(&layer.path));
+        let locks = locks.collect::<Result<Vec<_>>>()?;
+        let layers = layers(path, format).await?;
+        let chain = |layers: &[Layer]| -> Vec<_> {
+            layers.iter().map(|layer| (layer.path.clone(), layer.format.clone())).collect()
+        };
+        if chain(&before) != chain(&layers) {
+            let message = format!("the backing chain of {} is being changed", path.display());
+            return Err(Error::new(Kind::Busy, message));
+        }
+        Ok(Self { layers, locks, served: None })
+    }
+
+    /// The layers as they are under the lock, the active one first.
+    pub fn layers(&self) -> &[Layer] {
+        &self.layers
+    }
+
+    /// The disk inside. With `changes`, ranges the bitmap of that name calls clean are Unchanged.
+    pub async fn source(&mut self, changes: Option<&str>) -> Result<Arc<dyn BlockSource>> {
+        let top = &self.layers[0];
+        if top.format == "raw" && changes.is_none() {
+            let file = self.locks[0].file()?;
+            return Ok(Arc::new(FileSource::from_file(file, &top.path, Access::Once)?));
+        }
+        let served = Arc::new(ImageExport::read(&top.path, &top.format, changes).await?);
+        self.served = Some(Arc::clone(&served));
+        Ok(served)
+    }
+
+    /// [`Kind::SnapshotLost`] unless every layer is as it was when it was locked.
+    pub async fn still_valid(&self) -> Result<()> {
+        if let Some(served) = &self.served {
+            served.check_alive().await.map_err(|e| {
+                let message = format!("{} is no longer served", self.layers[0].path.display());
+                Error::new(Kind::SnapshotLost, message).source(e)
+            })?;
+        }
+        self.locks.iter().try_for_each(ImageLock::check_unchanged)
+    }
+
+    /// Ends reading and lets writers in again; a source that is still held fails from now on.
+    pub async fn release(self) -> Result<()> {
+        match &self.served {
+            Some(served) => served.stop().await,
+            None => Ok(()),
+        }
+    }
+}
+
+/// Opens an image to hash it or to compare with it: locked, read-only, released when dropped.
+pub async fn open_image(path: &Path, format: &str) -> Result<Arc<dyn BlockSource>> {
+    let mut image = LockedImage::acquire(path, format).await?;
+    let source = image.source(None).await?;
+    Ok(Arc::new(OpenImage { source, _lock: image }))
+}
+
+/// A source with its lock.
+struct OpenImage {
+    source: Arc<dyn BlockSource>,
+    _lock: LockedImage,
+}
+
+#[async_trait]
+impl BlockSource for OpenImage {
+    fn geometry(&self) -> Geometry {
+        self.source.geometry()
+    }
+
+    async fn extents(&self, range: ByteRange) -> Result<ExtentMap> {
+        self.source.extents(range).await
+    }
+
+    async fn read(&self, offset: u64, buffer: Buffer) -> Result<Buffer> {
+        self.source.read(offset, buffer).await
+    }
+}

@@ -1,0 +1,87 @@
+//! What a backup of the images would do. Changes nothing, takes no lock.
+
+use crate::error::{Error, Kind, Result};
+use crate::image::{ImageLock, Layer, layers};
+use crate::platform::{PlannedDisk, Platform, Problem, SnapshotPlan, SnapshotRequest};
+use crate::vm::{DiskDescription, DiskLayer, ExcludedDisk, ReadMode};
+
+use super::checkpoint::Checkpoints;
+use super::{ImageDisk, Images};
+
+/// The plan.
+pub(super) async fn plan(images: &Images, request: &SnapshotRequest) -> Result<SnapshotPlan> {
+    let identity = images.identify().await?;
+    let (included, excluded) = select(&images.disks, request)?;
+    let mut disks = Vec::new();
+    let mut problems = vec![Problem {
+        fatal: false,
+        what: "the VM cannot start while its images are read".to_owned(),
+        fix: "stop the backup (Ctrl-C) if the VM must start before it has ended".to_owned(),
+    }];
+    for disk in included {
+        let layers = match layers(&disk.source.path, &disk.source.format).await {
+            Ok(layers) => layers,
+            Err(error) => {
+                problems.push(problem(&error));
+                continue;
+            }
+        };
+        problems.extend(
+            layers.iter().filter_map(|layer| Some(problem(&ImageLock::probe(&layer.path).err()?))),
+        );
+        let checkpoints = Checkpoints::new(request, identity.uuid, &disk.name);
+        let read = checkpoints.read_mode(disk, &layers, request);
+        let expected_bytes = match read {
+            ReadMode::Full { .. } => allocated_bytes(&layers),
+            // How much a bitmap marks is known once it is opened.
+            ReadMode::Incremental { .. } => None,
+        };
+        disks.push(PlannedDisk { description: describe(disk, &layers), read, expected_bytes });
+    }
+    Ok(SnapshotPlan { identity, running: false, disks, excluded, scratch: None, problems })
+}
+
+/// The disks that are read and those that are left out. An unknown name is an error.
+pub(super) fn select<'a>(
+    disks: &'a [ImageDisk],
+    request: &SnapshotRequest,
+) -> Result<(Vec<&'a ImageDisk>, Vec<ExcludedDisk>)> {
+    let is_excluded = |disk: &ImageDisk| request.exclude_disks.contains(&disk.name);
+    let unknown = request.exclude_disks.iter().find(|name| disks.iter().all(|d| d.name != **name));
+    if let Some(name) = unknown {
+        let names: Vec<_> = disks.iter().map(|disk| disk.name.as_str()).collect();
+        return Err(Error::new(Kind::NotFound, format!("no image is disk '{name}'"))
+            .hint(format!("the disks are {}", names.join(", "))));
+    }
+    let excluded = |disk: &ImageDisk| ExcludedDisk {
+        name: disk.name.clone(),
+        reason: "excluded by option".to_owned(),
+    };
+    Ok((
+        disks.iter().filter(|disk| !is_excluded(disk)).collect(),
+        disks.iter().filter(|disk| is_excluded(disk)).map(excluded).collect(),
+    ))
+}
+
+/// The disk as manifests describe it.
+pub(super) fn describe(disk: &ImageDisk, layers: &[Layer]) -> DiskDescription {
+    let top = layers.first().expect("an image has a layer");
+    DiskDescription {
+        name: disk.name.clone(),
+        size_bytes: top.info.size_bytes,
+        format: top.format.clone(),
+        origin: top.path.display().to_string(),
+        layer: DiskLayer::Plain,
+    }
+}
+
+/// Most that can be read: what the files of all layers take, and not more than the disk.
+fn allocated_bytes(layers: &[Layer]) -> Option<u64> {
+    let sum = layers.iter().map(|layer| layer.info.allocated_bytes).sum::<Option<u64>>()?;
+    Some(sum.min(layers.first()?.info.size_bytes))
+}
+
+fn problem(error: &Error) -> Problem {
+    let fix = error.hint_text().unwrap_or("see the message").to_owned();
+    Problem { fatal: true, what: error.to_string(), fix }
+}

@@ -1,0 +1,213 @@
+//! The images of a stopped VM, locked.
+//!
+//! ```text
+//!  survey ─► new bitmaps (QEMU's lock guards each call) ─► lock all ─► look again ─► read …
+//!                 └──────────── error ─────────┴───────────────┴──► unlock, remove new bitmaps
+//! ```
+//!
+//! The new bitmaps begin before the lock, because qemu-img could not add them under it. A VM that
+//! runs in between writes into bitmaps that record: what it wrote is read now and once more by the
+//! next incremental, which is right.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+
+use crate::block::BlockSource;
+use crate::control::{Control, NoticeLevel};
+use crate::error::{Kind, Result};
+use crate::image::{Layer, LockedImage, layers};
+use crate::platform::{Platform, SnapshotDisk, SnapshotRequest, VmSnapshot};
+use crate::vm::{Artifact, Consistency, ExcludedDisk, NotCaptured, Quiescence};
+
+use super::checkpoint::{Checkpoints, check_mode, top};
+use super::plan::{describe, select};
+use super::{ImageDisk, Images};
+
+/// The open snapshot.
+pub(super) struct ImageSnapshot {
+    disks: Vec<SnapshotDisk>,
+    images: Vec<Reading>,
+    excluded: Vec<ExcludedDisk>,
+    quiescence: Quiescence,
+    not_captured: Vec<NotCaptured>,
+}
+
+/// One disk of it.
+struct Reading {
+    image: LockedImage,
+    checkpoints: Checkpoints,
+    /// Whether the new bitmap is in the image.
+    has_new: bool,
+}
+
+/// A disk whose new bitmap may have begun, before it is locked.
+struct Begun<'a> {
+    disk: &'a ImageDisk,
+    checkpoints: Checkpoints,
+    top: Layer,
+    has_new: bool,
+}
+
+impl ImageSnapshot {
+    pub(super) async fn open(
+        images: &Images,
+        request: &SnapshotRequest,
+        control: &Control,
+    ) -> Result<Self> {
+        let identity = images.identify().await?;
+        let (included, excluded) = select(&images.disks, request)?;
+        control.set_phase("looking at the images");
+        let mut begun = Vec::new();
+        let mut reads = Vec::new();
+        for disk in included {
+            let layers = layers(&disk.source.path, &disk.source.format).await?;
+            let checkpoints = Checkpoints::new(request, identity.uuid, &disk.name);
+            reads.push((disk.name.clone(), checkpoints.read_mode(disk, &layers, request)));
+            let top = layers.into_iter().next().expect("an image has a layer");
+            begun.push(Begun { disk, checkpoints, top, has_new: false });
+        }
+        check_mode(&reads, request)?;
+        control.set_phase("locking the images");
+        let locked = match begin_all(&mut begun, control).await {
+            Ok(()) => lock_all(&begun, request, control).await,
+            Err(error) => Err(error),
+        };
+        match locked {
+            Ok((disks, locked)) => {
+                let reading = |(begun, image): (Begun<'_>, _)| Reading {
+                    image,
+                    checkpoints: begun.checkpoints,
+                    has_new: begun.has_new,
+                };
+                let images = begun.into_iter().zip(locked).map(reading).collect();
+                Ok(Self::new(disks, images, excluded))
+            }
+            Err(error) => {
+                undo_all(&begun, control).await;
+                Err(error)
+            }
+        }
+    }
+
+    fn new(disks: Vec<SnapshotDisk>, images: Vec<Reading>, excluded: Vec<ExcludedDisk>) -> Self {
+        let level = Consistency::Stopped;
+        Self {
+            disks,
+            images,
+            excluded,
+            quiescence: Quiescence { level, frozen_ms: None, reason: None },
+            not_captured: vec![NotCaptured {
+                what: "description of the VM".to_owned(),
+                reason: "only its images were given; keep its configuration elsewhere".to_owned(),
+            }],
+        }
+    }
+}
+
+/// Begins the new bitmaps. An image in use is an error; one that merely cannot be changed is read
+/// in full next time.
+async fn begin_all(disks: &mut [Begun<'_>], control: &Control) -> Result<()> {
+    for disk in disks {
+        control.check()?;
+        match disk.checkpoints.begin(&disk.top).await {
+            Ok(has_new) => disk.has_new = has_new,
+            Err(error) if error.kind() == Kind::Busy => return Err(error),
+            Err(error) => control.notice(
+                NoticeLevel::Warning,
+                format!("the next backup reads {} in full: {error}", disk.disk.name),
+            ),
+        }
+    }
+    Ok(())
+}
+
+/// Locks all images and looks at them again: only what is seen under the lock counts.
+async fn lock_all(
+    disks: &[Begun<'_>],
+    request: &SnapshotRequest,
+    control: &Control,
+) -> Result<(Vec<SnapshotDisk>, Vec<LockedImage>)> {
+    let (mut described, mut locked) = (Vec::new(), Vec::new());
+    let mut reads = Vec::new();
+    for Begun { disk, checkpoints, .. } in disks {
+        control.check()?;
+        let image = LockedImage::acquire(&disk.source.path, &disk.source.format).await?;
+        let read = checkpoints.read_mode(disk, image.layers(), request);
+        reads.push((disk.name.clone(), read.clone()));
+        described.push(SnapshotDisk { description: describe(disk, image.layers()), read });
+        locked.push(image);
+    }
+    check_mode(&reads, request)?;
+    Ok((described, locked))
+}
+
+/// Removes the bitmaps that were begun; the locks are gone when this is called.
+async fn undo_all(disks: &[Begun<'_>], control: &Control) {
+    for disk in disks.iter().filter(|disk| disk.has_new) {
+        if let Err(error) = disk.checkpoints.undo(&disk.top).await {
+            control.notice(NoticeLevel::Warning, format!("{error:?}"));
+        }
+    }
+}
+
+#[async_trait]
+impl VmSnapshot for ImageSnapshot {
+    fn disks(&self) -> &[SnapshotDisk] {
+        &self.disks
+    }
+
+    fn excluded(&self) -> &[ExcludedDisk] {
+        &self.excluded
+    }
+
+    fn quiescence(&self) -> &Quiescence {
+        &self.quiescence
+    }
+
+    fn artifacts(&self) -> &[Artifact] {
+        &[]
+    }
+
+    fn not_captured(&self) -> &[NotCaptured] {
+        &self.not_captured
+    }
+
+    async fn source(&mut self, index: usize) -> Result<Arc<dyn BlockSource>> {
+        let Reading { image, checkpoints, .. } = &mut self.images[index];
+        let changes = checkpoints.base_of(&self.disks[index].read);
+        image.source(changes.as_deref()).await
+    }
+
+    async fn still_valid(&mut self) -> Result<()> {
+        for Reading { image, .. } in &self.images {
+            image.still_valid().await?;
+        }
+        Ok(())
+    }
+
+    async fn commit(self: Box<Self>) -> Result<()> {
+        let mut result = Ok(());
+        for Reading { image, checkpoints, has_new } in self.images {
+            let top = top(&image).clone();
+            result = result.and(image.release().await);
+            // Without a new bitmap the old one is still the best there is.
+            if has_new {
+                result = result.and(checkpoints.drop_older(&top).await);
+            }
+        }
+        result
+    }
+
+    async fn abort(self: Box<Self>) -> Result<()> {
+        let mut result = Ok(());
+        for Reading { image, checkpoints, has_new } in self.images {
+            let top = top(&image).clone();
+            result = result.and(image.release().await);
+            if has_new {
+                result = result.and(checkpoints.undo(&top).await);
+            }
+        }
+        result
+    }
+}
