@@ -6,7 +6,7 @@ use super::{Env, Repository, select, show};
 use crate::error::{Error, Kind, Result};
 use crate::platform::{KnownPoint, SnapshotDisk};
 use crate::repo::{
-    Manifest, ManifestArtifact, ManifestDisk, ManifestDraft, Run, StoredDisk, WriteStats,
+    Manifest, ManifestArtifact, ManifestDisk, ManifestDraft, PointName, Run, StoredDisk, WriteStats,
 };
 use crate::vm::{Artifact, ArtifactKind, ReadMode, Uuid};
 
@@ -41,16 +41,27 @@ impl Base {
     }
 }
 
-/// The newest points of `vm`, newest first.
+/// The newest points of `vm`, newest first. A point whose manifest is damaged is none to build on:
+/// its disks are read in full, which heals what can be healed.
 pub(super) async fn bases(repository: &Repository, vm: Uuid) -> Result<Vec<Base>> {
     let names = repository.point_names(Some(vm)).await?;
     let mut bases = Vec::new();
     for name in names.iter().rev().take(BASES_MAX) {
-        let manifest = repository.manifest(name).await?;
-        let checkpoint_xml = checkpoint_xml(repository, &manifest).await?;
-        bases.push(Base { manifest, checkpoint_xml });
+        match base(repository, name).await {
+            Ok(base) => bases.push(base),
+            Err(error) if matches!(error.kind(), Kind::Corrupt | Kind::NotFound) => {
+                tracing::warn!(point = %name.point, ?error, "a damaged point is no base");
+            }
+            Err(error) => return Err(error),
+        }
     }
     Ok(bases)
+}
+
+async fn base(repository: &Repository, name: &PointName) -> Result<Base> {
+    let manifest = repository.manifest(name).await?;
+    let checkpoint_xml = checkpoint_xml(repository, &manifest).await?;
+    Ok(Base { manifest, checkpoint_xml })
 }
 
 async fn checkpoint_xml(repository: &Repository, manifest: &Manifest) -> Result<Option<String>> {

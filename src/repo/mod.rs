@@ -126,10 +126,11 @@ impl Repository {
         points::manifest(&*self.blobs.store, &self.blobs.keys, name).await
     }
 
-    /// The manifests of the points of `domain`, or of all, in their order.
+    /// The manifests of the points of `domain`, or of all, in their order. Those that are damaged are
+    /// left out with a warning.
     pub async fn manifests(&self, domain: Option<Uuid>) -> Result<Vec<Manifest>> {
         let names = self.point_names(domain).await?;
-        points::manifests(&self.blobs.store, &self.blobs.keys, &names).await
+        points::readable(&self.blobs.store, &self.blobs.keys, &names).await
     }
 
     /// Begins a backup.

@@ -81,11 +81,38 @@ pub async fn manifest(store: &dyn ObjectStore, keys: &Keys, name: &PointName) ->
     Ok(manifest)
 }
 
-/// Reads many manifests, in the order of `names`. One that was collected meanwhile is left out.
+/// Reads many manifests, in the order of `names`. One that was collected meanwhile is left out; one
+/// that is damaged is an error: whoever decides what may be deleted must know every point.
 pub async fn manifests(
     store: &Arc<dyn ObjectStore>,
     keys: &Arc<Keys>,
     names: &[PointName],
+) -> Result<Vec<Manifest>> {
+    read_many(store, keys, names, Damage::Fails).await
+}
+
+/// Like [`manifests`], for showing and choosing: a damaged one is left out with a warning, the
+/// other points still list and restore.
+pub async fn readable(
+    store: &Arc<dyn ObjectStore>,
+    keys: &Arc<Keys>,
+    names: &[PointName],
+) -> Result<Vec<Manifest>> {
+    read_many(store, keys, names, Damage::LeavesOut).await
+}
+
+/// What a damaged manifest means to the reader of many.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Damage {
+    Fails,
+    LeavesOut,
+}
+
+async fn read_many(
+    store: &Arc<dyn ObjectStore>,
+    keys: &Arc<Keys>,
+    names: &[PointName],
+    damage: Damage,
 ) -> Result<Vec<Manifest>> {
     let mut read = BTreeMap::new();
     let mut tasks = JoinSet::new();
@@ -94,6 +121,13 @@ pub async fn manifests(
             None => return Ok(false),
             Some(Ok((at, Ok(manifest)))) => drop(read.insert(at, manifest)),
             Some(Ok((_, Err(error)))) if error.kind() == Kind::NotFound => {}
+            Some(Ok((at, Err(error))))
+                if damage == Damage::LeavesOut
+                    && matches!(error.kind(), Kind::Corrupt | Kind::TooNew) =>
+            {
+                let point = names[at].point;
+                tracing::warn!(%point, ?error, "the manifest of a point cannot be read");
+            }
             Some(Ok((_, Err(error)))) => return Err(error),
             Some(Err(error)) => {
                 return Err(Error::new(Kind::Internal, "reading a manifest died").source(error));
