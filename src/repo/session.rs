@@ -16,7 +16,7 @@ use super::blobs::{self, Blobs};
 use super::failure::Failure;
 use super::index::{Index, IndexEntry};
 use super::manifest::{Manifest, ManifestDraft};
-use super::packer::{DurableSink, EncodedBlob, Packer, Target};
+use super::packer::{DurableSink, EncodedBlob, Packer, Sealed, Target};
 use super::points;
 use super::seal::{BlobId, BlobKind, ObjectType};
 use super::writer::{DiskWriter, StoredDisk};
@@ -67,6 +67,16 @@ impl Drop for Claim {
             self.failure.set(Error::new(Kind::Cancelled, what));
         }
     }
+}
+
+/// A sealed blob on its way to its pack.
+pub(super) struct SealedBlob {
+    sealed: Sealed,
+    kind: BlobKind,
+    stored_bytes: u64,
+    claim: Claim,
+    /// Its budget is held until the sealed blob is with its pack.
+    _plain: Buffer,
 }
 
 /// What the disks of a run share.
@@ -130,15 +140,8 @@ impl DurableSink for Durable {
 impl RunShared {
     /// Whether the blob is stored already, or claimed by this run; claims it if not.
     pub(super) async fn known(&self, id: &BlobId) -> Result<Known> {
-        {
-            let mut state = self.durable.lock();
-            if state.claimed.contains(id) {
-                return Ok(Known::Yes);
-            }
-            if !self.blobs.index.may_contain(id) {
-                state.claimed.insert(*id);
-                return Ok(Known::New(self.claim(*id)));
-            }
+        if let Some(known) = self.known_at_once(id) {
+            return Ok(known);
         }
         let condemned = &self.durable.condemned;
         let found = self.blobs.index.lookup(id, &|pack| !condemned.contains(pack)).await?;
@@ -150,31 +153,55 @@ impl RunShared {
         Ok(if first { Known::New(self.claim(*id)) } else { Known::Yes })
     }
 
+    /// The same as far as it can be said without reading the index; a worker may ask.
+    pub(super) fn known_at_once(&self, id: &BlobId) -> Option<Known> {
+        let mut state = self.durable.lock();
+        if state.claimed.contains(id) {
+            return Some(Known::Yes);
+        }
+        if self.blobs.index.may_contain(id) {
+            return None;
+        }
+        state.claimed.insert(*id);
+        Some(Known::New(self.claim(*id)))
+    }
+
     fn claim(&self, id: BlobId) -> Claim {
         Claim { id, failure: self.failure.clone(), state: ClaimState::Open }
     }
 
-    /// Stores a blob that was claimed; the bytes it takes. The buffer's budget is held until the
-    /// sealed blob is with its pack.
+    /// Stores a blob that was claimed; the bytes it takes.
     pub(super) async fn store_new(
         self: &Arc<Self>,
         claim: Claim,
         kind: BlobKind,
         plain: Buffer,
     ) -> Result<u64> {
-        let (run, id) = (Arc::clone(self), claim.id);
-        let work = move || -> Result<_> {
-            let (encoding, bytes) = blobs::encode(&plain, run.level)?;
-            let plain_bytes = u32::try_from(plain.len()).expect("a blob is at most 4 MiB");
-            let stored = bytes.len() as u64;
-            let blob = EncodedBlob { id, kind, encoding, plain_bytes, bytes };
-            Ok((run.packer(kind).seal(blob), stored, plain))
-        };
-        let (sealed, stored, plain) = self.blobs.workers.run(work).await??;
-        self.packer(kind).send(sealed).await?;
-        claim.kept();
-        drop(plain);
-        Ok(stored)
+        let run = Arc::clone(self);
+        let blob = self.blobs.workers.run(move || run.seal(claim, kind, plain)).await??;
+        self.send(blob).await
+    }
+
+    /// Encodes and seals a blob that was claimed: CPU work, for a worker.
+    pub(super) fn seal(&self, claim: Claim, kind: BlobKind, plain: Buffer) -> Result<SealedBlob> {
+        let (encoding, bytes) = blobs::encode(&plain, self.level)?;
+        let plain_bytes = u32::try_from(plain.len()).expect("a blob is at most 4 MiB");
+        let stored_bytes = bytes.len() as u64;
+        let blob = EncodedBlob { id: claim.id, kind, encoding, plain_bytes, bytes };
+        Ok(SealedBlob {
+            sealed: self.packer(kind).seal(blob),
+            kind,
+            stored_bytes,
+            claim,
+            _plain: plain,
+        })
+    }
+
+    /// Hands a sealed blob to its pack; the bytes it takes.
+    pub(super) async fn send(&self, blob: SealedBlob) -> Result<u64> {
+        self.packer(blob.kind).send(blob.sealed).await?;
+        blob.claim.kept();
+        Ok(blob.stored_bytes)
     }
 
     fn packer(&self, kind: BlobKind) -> &Packer {

@@ -16,8 +16,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 
-use super::seal::BlobKind;
-use super::session::{Known, RunShared};
+use super::seal::{BlobId, BlobKind};
+use super::session::{Known, RunShared, SealedBlob};
 use super::tree::{Child, Node, Ready, Shape, TreeBuilder};
 use crate::block::{BlockSink, Buffer, ByteRange, Geometry, ZeroMode};
 use crate::content::{ContentHash, ContentRoot};
@@ -104,26 +104,28 @@ impl DiskWriter {
 
     /// Hashes a chunk, stores it if it is new, and yields its hash.
     async fn store_chunk(&self, buffer: Buffer) -> Result<ContentHash> {
-        let run = Arc::clone(&self.run);
-        let work = move || {
-            let hash = ContentHash::of_chunk(&buffer, run.chunk_levels);
-            let id = run.blobs.keys.blob_id(BlobKind::Chunk, &hash);
-            (buffer, hash, id)
-        };
-        let (buffer, hash, id) = self.run.blobs.workers.run(work).await?;
         let len = buffer.len() as u64;
         self.counters.written.fetch_add(len, Ordering::Relaxed);
-        if hash.is_zero() {
-            return Ok(hash);
-        }
-        match self.run.known(&id).await? {
-            Known::Yes => self.counters.known.fetch_add(len, Ordering::Relaxed),
-            Known::New(claim) => {
-                let stored = self.run.store_new(claim, BlobKind::Chunk, buffer).await?;
-                self.counters.stored.fetch_add(stored, Ordering::Relaxed);
-                self.counters.new.fetch_add(len, Ordering::Relaxed)
-            }
+        let run = Arc::clone(&self.run);
+        let work = move || hash_and_seal(&run, buffer);
+        let (hash, fate) = self.run.blobs.workers.run(work).await??;
+        let stored = match fate {
+            Fate::Zero => return Ok(hash),
+            Fate::Known => None,
+            Fate::New(blob) => Some(self.run.send(blob).await?),
+            Fate::Ask(id, buffer) => match self.run.known(&id).await? {
+                Known::Yes => None,
+                Known::New(claim) => {
+                    Some(self.run.store_new(claim, BlobKind::Chunk, buffer).await?)
+                }
+            },
         };
+        if let Some(stored) = stored {
+            self.counters.stored.fetch_add(stored, Ordering::Relaxed);
+            self.counters.new.fetch_add(len, Ordering::Relaxed);
+        } else {
+            self.counters.known.fetch_add(len, Ordering::Relaxed);
+        }
         Ok(hash)
     }
 
@@ -203,6 +205,31 @@ impl DiskWriter {
             && (range.end().is_multiple_of(chunk) || range.end() == size);
         assert!(whole && range.end() <= size, "{range:?} is not made of chunks of {chunk} bytes");
     }
+}
+
+/// What a worker found out about a chunk.
+enum Fate {
+    Zero,
+    Known,
+    /// New, and sealed in the same go, while the chunk was in the processor's cache.
+    New(SealedBlob),
+    /// The index has to be read to know.
+    Ask(BlobId, Buffer),
+}
+
+/// Hashes a chunk and seals it if it is certainly new. CPU work.
+fn hash_and_seal(run: &RunShared, buffer: Buffer) -> Result<(ContentHash, Fate)> {
+    let hash = ContentHash::of_chunk(&buffer, run.chunk_levels);
+    if hash.is_zero() {
+        return Ok((hash, Fate::Zero));
+    }
+    let id = run.blobs.keys.blob_id(BlobKind::Chunk, &hash);
+    let fate = match run.known_at_once(&id) {
+        Some(Known::Yes) => Fate::Known,
+        Some(Known::New(claim)) => Fate::New(run.seal(claim, BlobKind::Chunk, buffer)?),
+        None => Fate::Ask(id, buffer),
+    };
+    Ok((hash, fate))
 }
 
 #[async_trait]
