@@ -1,6 +1,6 @@
 //! Reading blobs: from a content hash to bytes that are proven to have it.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::index::{Index, Location, PackRef, missing};
@@ -35,6 +35,8 @@ pub struct Blobs {
     // Both locked for map operations only, never across an await.
     nodes: Mutex<HashMap<ContentHash, Arc<Node>>>,
     openers: Mutex<HashMap<[u8; 16], Arc<Opener>>>,
+    /// Packs that were not there when they were read: collected, if what they held is elsewhere.
+    gone: Mutex<HashSet<[u8; 16]>>,
 }
 
 impl Blobs {
@@ -45,7 +47,15 @@ impl Blobs {
         index: Arc<Index>,
         workers: Workers,
     ) -> Self {
-        Self { store, keys, index, workers, nodes: Mutex::default(), openers: Mutex::default() }
+        Self {
+            store,
+            keys,
+            index,
+            workers,
+            nodes: Mutex::default(),
+            openers: Mutex::default(),
+            gone: Mutex::default(),
+        }
     }
 
     /// The tree node `hash` of `height`, verified. Cancel-safe.
@@ -57,9 +67,14 @@ impl Blobs {
             return Ok(Arc::clone(node));
         }
         let id = self.keys.blob_id(BlobKind::Node { height }, hash);
-        let location = self.locate(&id).await?;
-        let sealed =
-            self.read_run(&location.pack, location.offset, location.stored_bytes.into()).await?;
+        let (location, sealed) = loop {
+            let location = self.locate(&id).await?;
+            let len = location.stored_bytes.into();
+            // Ends: a pack that is gone is not located again.
+            if let Some(sealed) = self.read_run(&location.pack, location.offset, len).await? {
+                break (location, sealed);
+            }
+        };
         let opener = self.opener(&location.pack)?;
         let hash = *hash;
         let work = move || {
@@ -94,28 +109,33 @@ impl Blobs {
         Ok(node)
     }
 
-    /// Where a blob lies. A stale index is refreshed once before a blob counts as missing.
+    /// Where a blob lies, in a pack that is there as far as we know. A stale index is refreshed once
+    /// before a blob counts as missing.
     pub async fn locate(&self, id: &BlobId) -> Result<Location> {
-        if let Some(location) = self.index.lookup(id, &|_| true).await? {
+        let there = |pack: &[u8; 16]| !lock(&self.gone).contains(pack);
+        if let Some(location) = self.index.lookup(id, &there).await? {
             return Ok(location);
         }
         self.index.refresh().await?;
-        self.index.lookup(id, &|_| true).await?.ok_or_else(|| missing(id))
+        if let Some(location) = self.index.lookup(id, &there).await? {
+            return Ok(location);
+        }
+        let gone = self.index.lookup(id, &|_| true).await?;
+        Err(gone.map_or_else(|| missing(id), |location| pack_missing(&location.pack)))
     }
 
-    /// `len` bytes of a pack: the sealed form of one blob or of several that lie side by side.
-    pub async fn read_run(&self, pack: &PackRef, offset: u32, len: u64) -> Result<Vec<u8>> {
+    /// `len` bytes of a pack: the sealed form of one blob or of several that lie side by side. None
+    /// when the pack is gone: [`Blobs::locate`] then finds what it held elsewhere, if it is.
+    pub async fn read_run(&self, pack: &PackRef, offset: u32, len: u64) -> Result<Option<Vec<u8>>> {
         let range = ReadRange::Exact { offset: u64::from(offset), len };
-        let name = pack.name();
-        self.store.read(&name, range).await.map_err(|error| {
-            let error = Error::from(error);
-            if error.kind() == Kind::NotFound {
-                return Error::new(Kind::Corrupt, format!("pack {name} is missing"))
-                    .hint("run 'check' to see which points are affected")
-                    .source(error);
+        match self.store.read(&pack.name(), range).await {
+            Ok(bytes) => Ok(Some(bytes)),
+            Err(error) if error.is_not_found() => {
+                lock(&self.gone).insert(pack.id);
+                Ok(None)
             }
-            error
-        })
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// What opens the blobs of `pack`.
@@ -181,6 +201,11 @@ pub fn open_into(
         }
     }
     Ok(())
+}
+
+fn pack_missing(pack: &PackRef) -> Error {
+    Error::new(Kind::Corrupt, format!("pack {} is missing", pack.name()))
+        .hint("run 'check' to see which points are affected")
 }
 
 /// The error for a blob that is not what it should be.

@@ -16,8 +16,11 @@
 //! Called by `job`; knows nothing of platforms.
 
 pub mod blobs;
+pub mod condemned;
 pub mod config;
 mod failure;
+pub mod forget;
+pub mod gc;
 pub mod index;
 pub mod keys;
 pub mod manifest;
@@ -25,10 +28,12 @@ pub mod pack;
 pub mod packer;
 pub mod points;
 pub mod reader;
+pub mod run;
 pub mod seal;
 pub mod session;
 pub mod store;
 pub mod tree;
+pub mod trust;
 pub mod writer;
 
 #[cfg(test)]
@@ -36,6 +41,7 @@ mod tests;
 
 use std::sync::Arc;
 
+pub use gc::{CollectOptions, CollectReport};
 pub use manifest::{Manifest, ManifestArtifact, ManifestDisk, ManifestDraft};
 pub use points::PointName;
 pub use reader::DiskReader;
@@ -45,11 +51,13 @@ pub use writer::{DiskWriter, StoredDisk, WriteStats};
 use blobs::Blobs;
 use index::Index;
 use keys::{Credentials, InitOptions, Unlocked};
+use run::{Lease, RunKind};
 use store::ObjectStore;
 
 use crate::block;
+use crate::control::Control;
 use crate::error::Result;
-use crate::vm::Uuid;
+use crate::vm::{PointId, Uuid};
 use crate::workers::Workers;
 
 /// An open repository.
@@ -133,15 +141,28 @@ impl Repository {
         points::readable(&self.blobs.store, &self.blobs.keys, &names).await
     }
 
-    /// Begins a backup.
+    /// Begins a backup. Everything it relies on is looked at after its lease is visible, so choose
+    /// bases after this.
     pub async fn begin_run(&self, options: RunOptions) -> Result<Run> {
-        self.blobs.index.refresh().await?;
-        Ok(Run::new(
-            Arc::clone(&self.blobs),
-            self.chunk_bytes(),
-            std::collections::HashSet::new(),
-            options,
-        ))
+        let Blobs { store, keys, index, .. } = &*self.blobs;
+        let lease = Lease::begin(store, keys, RunKind::Backup).await?;
+        let condemned = condemned::packs(&**store, keys).await?;
+        index.refresh().await?;
+        Ok(Run::new(Arc::clone(&self.blobs), self.chunk_bytes(), lease, condemned, options))
+    }
+
+    /// Forgets a point: it is not listed any more, and the next collection frees its space.
+    pub async fn forget(&self, point: PointId) -> Result<()> {
+        forget::forget(&*self.blobs.store, &self.blobs.keys, point).await
+    }
+
+    /// Frees what no point needs.
+    pub async fn collect(
+        &self,
+        options: CollectOptions,
+        control: &Control,
+    ) -> Result<CollectReport> {
+        gc::collect(&self.blobs, self.unlocked.config.chunk.levels(), options, control).await
     }
 
     /// Opens a stored disk for reading.

@@ -38,7 +38,8 @@ impl PointName {
         ObjectName::point(self.domain, self.sequence, self.point)
     }
 
-    fn parse(name: &ObjectName) -> Option<Self> {
+    /// What the name of a manifest says; `None` when it is not one.
+    pub fn parse(name: &ObjectName) -> Option<Self> {
         let rest = name.as_str().strip_prefix(Folder::Points.prefix())?;
         let (domain, rest) = rest.split_once('/')?;
         let (sequence, point) = rest.split_once('-')?;

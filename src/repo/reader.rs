@@ -4,6 +4,7 @@
 //! root: what reads without an error is what the disk held. Chunks that lie side by side in a pack,
 //! as a full backup leaves them, are fetched with one read.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -167,12 +168,17 @@ impl DiskReader {
         self.at_chunk(piece.disk_offset / self.shape.chunk_bytes(), error)
     }
 
-    /// Fetches a batch and puts its plaintext where it belongs.
-    async fn fill(&self, batch: Batch, buffer: Buffer) -> Result<Buffer> {
+    /// Reads a batch; none when its pack was collected meanwhile.
+    async fn fetch(&self, batch: &Batch) -> Result<Option<Vec<u8>>> {
         let (piece, first) = &batch.pieces[0];
         let len = batch.pieces.iter().map(|(_, l)| u64::from(l.stored_bytes)).sum();
         let sealed = self.blobs.read_run(&first.pack, first.offset, len).await;
-        let mut sealed = sealed.map_err(|e| self.at_piece(piece, e))?;
+        sealed.map_err(|e| self.at_piece(piece, e))
+    }
+
+    /// Opens a batch and puts its plaintext where it belongs.
+    async fn fill(&self, batch: Batch, mut sealed: Vec<u8>, buffer: Buffer) -> Result<Buffer> {
+        let (_, first) = &batch.pieces[0];
         let opener = self.blobs.opener(&first.pack)?;
         let chunk_bytes = self.shape.chunk_bytes();
         let work = move || {
@@ -267,8 +273,15 @@ impl BlockSource for DiskReader {
         if pieces.iter().map(|piece| piece.len).sum::<usize>() < buffer.len() {
             buffer.fill(0);
         }
-        for batch in self.batches(pieces).await? {
-            buffer = self.fill(batch, buffer).await?;
+        let mut batches = VecDeque::from(self.batches(pieces).await?);
+        while let Some(batch) = batches.pop_front() {
+            if let Some(sealed) = self.fetch(&batch).await? {
+                buffer = self.fill(batch, sealed, buffer).await?;
+                continue;
+            }
+            // Ends: a pack that is gone is not located again.
+            let pieces = batch.pieces.into_iter().map(|(piece, _)| piece).collect();
+            batches.extend(self.batches(pieces).await?);
         }
         Ok(buffer)
     }

@@ -4,6 +4,10 @@
 //! commit point). A crash before the manifest leaves garbage for the collector, never a point that
 //! cannot be restored; an error of any write surfaces at the latest in [`Run::commit`].
 //!
+//! A run holds a lease from before it looks at anything until its manifest is there, and dedups
+//! against no pack that was condemned when it began; `gc` waits for it. Its bases must still be
+//! points when it commits.
+//!
 //! Chunks are known when the index knows them, or when this run has claimed them: a claim is made
 //! before the blob is stored, and a run with a failed write never commits.
 
@@ -13,17 +17,21 @@ use std::sync::{Arc, Mutex, PoisonError};
 use async_trait::async_trait;
 
 use super::blobs::{self, Blobs};
+use super::condemned::PackId;
 use super::failure::Failure;
+use super::forget;
 use super::index::{Index, IndexEntry};
 use super::manifest::{Manifest, ManifestDraft};
 use super::packer::{DurableSink, EncodedBlob, Packer, Sealed, Target};
 use super::points;
+use super::run::{LEASE_OF_WRITER, Lease};
 use super::seal::{BlobId, BlobKind, ObjectType};
+use super::trust::Trust;
 use super::writer::{DiskWriter, StoredDisk};
 use crate::block::{BlockSink, Buffer, ZeroMode};
 use crate::content;
 use crate::error::{Error, Kind, Result};
-use crate::vm::PointId;
+use crate::vm::{PointId, ReadMode};
 
 /// Entries of durable packs that are gathered before they become an index segment: about 24 MiB.
 const SPILL_ENTRIES: usize = 250_000;
@@ -81,6 +89,7 @@ pub(super) struct SealedBlob {
 
 /// What the disks of a run share.
 pub(super) struct RunShared {
+    trust: Trust,
     pub(super) blobs: Arc<Blobs>,
     pub(super) chunk_levels: u32,
     level: i32,
@@ -94,8 +103,6 @@ pub(super) struct RunShared {
 struct Durable {
     index: Arc<Index>,
     state: Mutex<Gathered>,
-    /// Packs the collector has condemned: never deduplicated against.
-    condemned: HashSet<[u8; 16]>,
 }
 
 #[derive(Default)]
@@ -143,10 +150,12 @@ impl RunShared {
         if let Some(known) = self.known_at_once(id) {
             return Ok(known);
         }
-        let condemned = &self.durable.condemned;
-        let found = self.blobs.index.lookup(id, &|pack| !condemned.contains(pack)).await?;
-        if found.is_some() {
-            return Ok(Known::Yes);
+        let may_rely_on = |pack: &PackId| self.trust.may_rely_on(pack);
+        // Ends: a pack that is not there is not found again.
+        while let Some(found) = self.blobs.index.lookup(id, &may_rely_on).await? {
+            if self.trust.is_there(&found.pack.id).await? {
+                return Ok(Known::Yes);
+            }
         }
         // Another task may have claimed it while the index was asked.
         let first = self.durable.lock().claimed.insert(*id);
@@ -229,20 +238,19 @@ impl Default for RunOptions {
 /// it leaves garbage for the collector.
 pub struct Run {
     shared: Arc<RunShared>,
+    lease: Lease,
 }
 
 impl Run {
     pub(super) fn new(
         blobs: Arc<Blobs>,
         chunk_bytes: u64,
-        condemned: HashSet<[u8; 16]>,
+        lease: Lease,
+        condemned: HashSet<PackId>,
         options: RunOptions,
     ) -> Self {
-        let durable = Arc::new(Durable {
-            index: Arc::clone(&blobs.index),
-            state: Mutex::default(),
-            condemned,
-        });
+        let durable =
+            Arc::new(Durable { index: Arc::clone(&blobs.index), state: Mutex::default() });
         let chunk = usize::try_from(chunk_bytes).expect("a chunk is at most 4 MiB");
         let failure = Failure::default();
         let target = Target {
@@ -252,6 +260,7 @@ impl Run {
             failure: failure.clone(),
         };
         let shared = RunShared {
+            trust: Trust::new(Arc::clone(&blobs.store), condemned),
             chunks: Packer::new(target.clone(), ObjectType::DataPack, chunk),
             nodes: Packer::new(target, ObjectType::TreePack, 16 << 10),
             chunk_levels: (chunk_bytes / content::LEAF_BYTES).trailing_zeros(),
@@ -260,7 +269,7 @@ impl Run {
             durable,
             failure,
         };
-        Self { shared: Arc::new(shared) }
+        Self { shared: Arc::new(shared), lease }
     }
 
     /// A disk to be written, against `base` if that has the same size.
@@ -290,21 +299,81 @@ impl Run {
     }
 
     /// Makes everything durable, then the manifest: afterwards the point exists.
+    ///
+    /// Fails with [`Kind::Timeout`] when the lease was lost, with [`Kind::NoBase`] when a point it
+    /// builds on was forgotten meanwhile; then there is no point.
     pub async fn commit(self, point: PointId, draft: ManifestDraft) -> Result<Manifest> {
+        let result = self.commit_under_lease(point, draft).await;
+        if result.is_ok()
+            && let Err(error) = self.merge_index().await
+        {
+            tracing::warn!(%error, "cannot merge small index segments");
+        }
+        // Committed or not: a run that cannot say that it is over lapses.
+        if let Err(error) = self.lease.end().await {
+            tracing::warn!(error = %error, "cannot end the run's lease");
+        }
+        result
+    }
+
+    async fn commit_under_lease(&self, point: PointId, draft: ManifestDraft) -> Result<Manifest> {
         self.shared.chunks.flush().await?;
         self.shared.nodes.flush().await?;
         let entries = std::mem::take(&mut self.shared.durable.lock().entries);
         self.shared.durable.spill(entries).await?;
         // A claim may have been given up after its packer was flushed.
         self.shared.failure.check()?;
-        points::store_manifest(&self.shared.blobs, point, draft).await
+        let blobs = &self.shared.blobs;
+        self.check_bases(&draft).await?;
+        let renewed = self.lease.check().await?;
+        let manifest = points::store_manifest(blobs, point, draft).await?;
+        // The manifest is visible: was it in time?
+        let late = blobs.store.now().await?.duration_since(renewed).unsigned_abs();
+        if late > LEASE_OF_WRITER {
+            forget::forget(&*blobs.store, &blobs.keys, point).await?;
+            let message = "storing the manifest took so long that its chunks may be gone";
+            return Err(Error::new(Kind::Timeout, message).hint("run the backup again"));
+        }
+        Ok(manifest)
+    }
+
+    /// Keeps the number of index segments low. The point is there already: nothing depends on it.
+    async fn merge_index(&self) -> Result<()> {
+        let index = &self.shared.blobs.index;
+        self.lease.check().await?;
+        index.merge_tier(&|pack| self.shared.trust.may_rely_on(pack)).await?;
+        Ok(())
+    }
+
+    /// What was kept from a base is there as long as the base is a point. Seen while our lease
+    /// holds, that covers the rest of the run: a collector that begins later waits for us.
+    async fn check_bases(&self, draft: &ManifestDraft) -> Result<()> {
+        let bases: HashSet<PointId> = draft
+            .disks
+            .iter()
+            .filter_map(|disk| match disk.read {
+                ReadMode::Incremental { base } => Some(base),
+                ReadMode::Full { .. } => None,
+            })
+            .collect();
+        if bases.is_empty() {
+            return Ok(());
+        }
+        let names = points::names(&*self.shared.blobs.store, Some(draft.vm.uuid)).await?;
+        for base in bases {
+            if !names.iter().any(|name| name.point == base) {
+                let message = format!("point {} was forgotten during the backup", base.short());
+                return Err(Error::new(Kind::NoBase, message).hint("run the backup again"));
+            }
+        }
+        Ok(())
     }
 
     /// Gives the run up: unfinished packs vanish, finished ones are garbage for the collector.
     pub async fn abort(self) -> Result<()> {
         self.shared.chunks.abort().await;
         self.shared.nodes.abort().await;
-        Ok(())
+        self.lease.end().await
     }
 }
 

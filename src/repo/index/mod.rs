@@ -5,9 +5,12 @@
 //! first id per entry) and a bounded cache of blocks. A look-up for a new chunk ends at the filters;
 //! one for a known chunk reads one block of 13 KiB, usually cached.
 //!
-//! The set is a snapshot: [`Index::refresh`] takes in what other writers and the collector did.
+//! The set is a snapshot: [`Index::refresh`] takes in what other writers and the collector did. A
+//! segment that is damaged is left out with a warning, so that what the others know still restores;
+//! `check --rebuild-index` puts back what it knew, and until then the collector deletes nothing.
 
 pub mod filter;
+pub mod merge;
 pub mod segment;
 mod tier;
 
@@ -28,6 +31,18 @@ pub type Accept<'a> = &'a (dyn Fn(&[u8; 16]) -> bool + Sync);
 
 type Segments = Arc<Vec<Arc<Segment>>>;
 
+/// A segment that does not open.
+#[derive(Clone, Debug)]
+pub struct DamagedSegment {
+    /// Its id.
+    pub id: SegmentId,
+    /// What is wrong with it.
+    pub what: String,
+}
+
+/// The id of a segment.
+pub type SegmentId = [u8; 16];
+
 /// The repository's index.
 #[derive(Debug)]
 pub struct Index {
@@ -35,13 +50,23 @@ pub struct Index {
     keys: Arc<Keys>,
     // Locked to clone or swap one pointer, never across an await.
     segments: RwLock<Segments>,
+    damaged: Mutex<Vec<DamagedSegment>>,
+    /// Segments that are still stored but replaced by others.
+    superseded: Mutex<Vec<SegmentId>>,
     blocks: Mutex<BlockCache>,
 }
 
 impl Index {
     /// Opens every segment of the store.
     pub async fn open(store: Arc<dyn ObjectStore>, keys: Arc<Keys>) -> Result<Self> {
-        let index = Self { store, keys, segments: RwLock::default(), blocks: Mutex::default() };
+        let index = Self {
+            store,
+            keys,
+            segments: RwLock::default(),
+            damaged: Mutex::default(),
+            superseded: Mutex::default(),
+            blocks: Mutex::default(),
+        };
         index.refresh().await?;
         Ok(index)
     }
@@ -49,6 +74,16 @@ impl Index {
     /// The segments in use.
     pub fn segments(&self) -> Segments {
         Arc::clone(&self.segments.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// The segments that are left out because they do not open.
+    pub fn damaged(&self) -> Vec<DamagedSegment> {
+        lock(&self.damaged).clone()
+    }
+
+    /// The segments that are still stored but replaced by others: the collector's to delete.
+    pub fn superseded(&self) -> Vec<SegmentId> {
+        lock(&self.superseded).clone()
     }
 
     /// Takes in segments that appeared and lets go of those that are gone or superseded.
@@ -63,7 +98,8 @@ impl Index {
         let known: HashMap<_, _> =
             self.segments().iter().map(|segment| (segment.id, Arc::clone(segment))).collect();
         let mut segments = Vec::with_capacity(listed.len());
-        for id in listed {
+        let mut damaged = Vec::new();
+        for id in listed.iter().copied() {
             match known.get(&id) {
                 Some(segment) => segments.push(Arc::clone(segment)),
                 None => match Segment::open(&*self.store, &self.keys, id).await {
@@ -71,13 +107,21 @@ impl Index {
                     // Merged away between the listing and now: what superseded it was listed too,
                     // or will be by the next refresh.
                     Err(error) if error.kind() == Kind::NotFound => {}
+                    Err(error) if error.kind() == Kind::Corrupt => {
+                        tracing::warn!(%error, "an index segment is damaged and left out");
+                        damaged.push(DamagedSegment { id, what: error.to_string() });
+                    }
                     Err(error) => return Err(error),
                 },
             }
         }
         let superseded: HashSet<_> =
             segments.iter().flat_map(|s| s.supersedes.iter().copied()).collect();
-        segments.retain(|segment| !superseded.contains(&segment.id));
+        let replaced = |id: &SegmentId| superseded.contains(id);
+        *lock(&self.superseded) = listed.iter().copied().filter(replaced).collect();
+        segments.retain(|segment| !replaced(&segment.id));
+        damaged.retain(|segment: &DamagedSegment| !replaced(&segment.id));
+        *lock(&self.damaged) = damaged;
         *self.segments.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(segments);
         Ok(())
     }
@@ -89,6 +133,17 @@ impl Index {
 
     /// Where the blob lies, in a pack that `accept` agrees to. Cancel-safe.
     pub async fn lookup(&self, id: &BlobId, accept: Accept<'_>) -> Result<Option<Location>> {
+        match self.lookup_once(id, accept).await {
+            // The collector merged a segment away under us.
+            Err(error) if error.kind() == Kind::NotFound => {
+                self.refresh().await?;
+                self.lookup_once(id, accept).await
+            }
+            found => found,
+        }
+    }
+
+    async fn lookup_once(&self, id: &BlobId, accept: Accept<'_>) -> Result<Option<Location>> {
         for segment in self.segments().iter().filter(|segment| segment.may_contain(id)) {
             if let Some(found) = self.lookup_in(segment, id, accept).await? {
                 return Ok(Some(found));
@@ -103,22 +158,34 @@ impl Index {
         id: &BlobId,
         accept: Accept<'_>,
     ) -> Result<Option<Location>> {
-        let Some(mut number) = segment.block_of(id) else { return Ok(None) };
+        let found = self.entries_of(segment, id).await?;
+        let found = found.into_iter().find(|(_, location)| accept(&location.pack.id));
+        Ok(found.map(|(_, location)| location))
+    }
+
+    /// The entries of a blob in `segment`, with their numbers: a blob that lies in several packs
+    /// has one for each.
+    pub async fn entries_of(&self, segment: &Segment, id: &BlobId) -> Result<Vec<(u64, Location)>> {
+        let mut found = Vec::new();
+        let Some(mut number) = segment.block_of(id) else { return Ok(found) };
         loop {
             let block = self.block(segment, number).await?;
             let first = block.partition_point(|entry| entry.id < *id);
-            let mut same = block[first..].iter().take_while(|entry| entry.id == *id);
-            if let Some(found) = same.find(|entry| accept(&entry.location.pack.id)) {
-                return Ok(Some(found.location.clone()));
+            for (slot, entry) in block.iter().enumerate().skip(first) {
+                if entry.id != *id {
+                    break;
+                }
+                found.push((segment.ordinal(number, slot), entry.location.clone()));
             }
-            // A blob that lies in several packs has an entry for each: they may begin a block before.
+            // They may begin a block before.
             if first > 0 || number == 0 {
-                return Ok(None);
+                return Ok(found);
             }
             number -= 1;
         }
     }
 
+    /// Block `number` of `segment`, cached.
     async fn block(&self, segment: &Segment, number: usize) -> Result<Arc<Vec<IndexEntry>>> {
         let key = (segment.id, number);
         if let Some(block) = lock(&self.blocks).get(&key) {
@@ -130,9 +197,9 @@ impl Index {
     }
 
     /// Stores `entries` as a new segment, durable and in use when it returns.
-    pub async fn add(&self, mut entries: Vec<IndexEntry>) -> Result<()> {
+    pub async fn add(&self, mut entries: Vec<IndexEntry>) -> Result<Option<Arc<Segment>>> {
         if entries.is_empty() {
-            return Ok(());
+            return Ok(None);
         }
         entries.sort_unstable_by_key(|entry| entry.id);
         entries.dedup_by_key(|entry| entry.id);
@@ -146,9 +213,9 @@ impl Index {
         let segment = Arc::new(Segment::open(&*self.store, &self.keys, id).await?);
         let mut segments = self.segments.write().unwrap_or_else(PoisonError::into_inner);
         let mut list = segments.as_ref().clone();
-        list.push(segment);
+        list.push(Arc::clone(&segment));
         *segments = Arc::new(list);
-        Ok(())
+        Ok(Some(segment))
     }
 }
 

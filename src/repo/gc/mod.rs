@@ -1,0 +1,446 @@
+//! The collector: frees what no point needs, beside running backups, without a global lock.
+//!
+//! ```text
+//!  lease (one collector at a time) ─► lists published earlier ─► survey of runs
+//!    ─► mark what the points need ─► drop forgotten manifests
+//!    ─► repack mostly dead packs ─► publish a new condemned list
+//!    ─► survey again; mark points that appeared since
+//!    ─► for every list that is ripe: index without the dead packs ─► delete packs, segments, list
+//! ```
+//!
+//! Why a committed point never misses a chunk. A list is *ripe* when no live run began before it was
+//! visible. A run that began later read the list and dedups against none of its packs. A run that
+//! began earlier may have, but it is over when the list is ripe, its manifest is seen by the marking
+//! that follows, and what that needs is not deleted; if it lost its lease instead, it does not
+//! commit. What a run keeps from a base, the base's own manifest keeps alive: a run checks at its
+//! commit that the base is still a point. Packs younger than the oldest live run are not condemned
+//! at all, they may be its own. Damage anywhere (a node, a manifest, an index segment) stops the
+//! collector: what is not known to be garbage stays.
+//!
+//! *Deletion*: this is the only place that deletes objects of points, packs and index.
+
+mod mark;
+mod repack;
+#[cfg(test)]
+mod tests;
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+
+use serde::Serialize;
+
+use super::blobs::Blobs;
+use super::condemned::{self, CondemnedList, LIST_PACKS_MAX, PackId};
+use super::forget::tombstone;
+use super::index::merge::Keep;
+use super::index::segment::segment_name;
+use super::pack::PACK_BYTES;
+use super::points::{self, PointName};
+use super::run::{LEASE, LEASE_OF_WRITER, Lease, RunKind, Survey};
+use super::seal::ObjectType;
+use super::store::{Folder, ObjectName, StoreError, for_each, from_hex};
+use crate::clock::Timestamp;
+use crate::control::Control;
+use crate::error::{Error, Kind, Result};
+use crate::vm::PointId;
+use mark::{Marker, Standing};
+
+/// Manifests read at a time.
+const MANIFESTS_AT_ONCE: usize = 64;
+
+/// More segments than this are merged even if nothing is deleted.
+const SEGMENTS_MAX: usize = 8;
+
+/// Segments with more entries are merged only to drop some.
+const MERGE_ENTRIES_MAX: u64 = 5_000_000;
+
+/// Packs smaller than this, once there are many, are repacked into full ones.
+const SMALL_PACK_BYTES: u64 = PACK_BYTES / 8;
+
+/// How many small packs of a type are many.
+const SMALL_PACKS_MAX: usize = 32;
+
+/// How to collect.
+#[derive(Clone, Copy, Debug)]
+pub struct CollectOptions {
+    /// A pack of which at least this share is dead is repacked. 1 to 100.
+    pub repack_dead_percent: u8,
+}
+
+impl Default for CollectOptions {
+    fn default() -> Self {
+        Self { repack_dead_percent: 40 }
+    }
+}
+
+/// What a collection did.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct CollectReport {
+    /// Points that were there and marked.
+    pub points: usize,
+    /// Forgotten points whose manifests were deleted.
+    pub forgotten: usize,
+    /// Packs deleted.
+    pub packs_deleted: usize,
+    /// Bytes they took.
+    pub bytes_freed: u64,
+    /// Packs that go once the runs in `waiting_for` are over.
+    pub packs_waiting: usize,
+    /// Bytes they take.
+    pub bytes_waiting: u64,
+    /// Bytes moved out of mostly dead packs.
+    pub bytes_repacked: u64,
+    /// Live runs that began before what waits was condemned.
+    pub waiting_for: Vec<String>,
+}
+
+/// A pack in the store.
+#[derive(Clone, Copy, Debug)]
+struct PackInfo {
+    size_bytes: u64,
+    stored: Timestamp,
+}
+
+/// Collects garbage. Fails with [`Kind::Busy`] while another collector is at work.
+///
+/// Not cancel-safe in the sense that dropping it leaves its lease to lapse; `control` stops it
+/// between objects. Whenever it stops, the next collection goes on from there.
+pub async fn collect(
+    blobs: &Arc<Blobs>,
+    chunk_levels: u32,
+    options: CollectOptions,
+    control: &Control,
+) -> Result<CollectReport> {
+    let lease = Lease::begin(&blobs.store, &blobs.keys, RunKind::Collect).await?;
+    let collector = Collector { blobs, chunk_levels, options, control, lease: &lease };
+    let result = collector.run().await;
+    if let Err(error) = lease.end().await {
+        tracing::warn!(%error, "cannot end the collector's lease");
+    }
+    result
+}
+
+struct Collector<'a> {
+    blobs: &'a Arc<Blobs>,
+    chunk_levels: u32,
+    options: CollectOptions,
+    control: &'a Control,
+    lease: &'a Lease,
+}
+
+/// What was found and decided so far.
+struct State {
+    marker: Marker,
+    packs: HashMap<PackId, PackInfo>,
+    condemned: HashSet<PackId>,
+    marked: HashSet<PointId>,
+    report: CollectReport,
+}
+
+impl Collector<'_> {
+    async fn run(&self) -> Result<CollectReport> {
+        let Blobs { store, keys, .. } = &**self.blobs;
+        // In this order: what is ripe by a survey was visible before it, and manifests are listed
+        // after it.
+        let mut lists = condemned::lists(&**store, keys).await?;
+        let survey = Survey::take(&**store).await?;
+        self.refuse_another(&survey)?;
+        let mut ripe: HashSet<ObjectName> = self.ripe(&lists, &survey);
+
+        let mut state = self.load(&lists).await?;
+        let (names, tombstones) = self.points().await?;
+        self.control.set_phase("marking what the points need");
+        self.mark(&mut state, &names).await?;
+        state.report.points = names.len();
+        state.report.forgotten = self.drop_forgotten(&tombstones).await?;
+
+        let oldest = survey.live().map(|run| run.started).min();
+        let cutoff = oldest.map_or(self.lease.started(), |o| o.min(self.lease.started()));
+        self.repack(&mut state, cutoff).await?;
+        let new = self.condemn(&mut state, cutoff).await?;
+        lists.extend(new.iter().cloned());
+
+        let survey = Survey::take(&**store).await?;
+        ripe.extend(self.ripe(&new, &survey));
+        let (names, _) = self.points().await?;
+        self.mark(&mut state, &names).await?;
+
+        self.control.set_phase("deleting");
+        self.lease.check().await?;
+        self.carry_out(&mut state, &lists, &ripe).await?;
+        self.clean_up(&survey, cutoff).await?;
+        state.report.waiting_for = self.waited_for(&lists, &ripe, &survey);
+        Ok(state.report)
+    }
+
+    /// Two collectors at once would each write an index without the other's deletions.
+    fn refuse_another(&self, survey: &Survey) -> Result<()> {
+        let mut others = survey.live().filter(|run| run.run != self.lease.run());
+        match others.find(|run| run.kind == RunKind::Collect) {
+            None => Ok(()),
+            Some(other) => {
+                let message = format!("a garbage collection is at work since {}", other.started);
+                Err(Error::new(Kind::Busy, message)
+                    .hint("wait for it; one that was killed counts for 30 minutes"))
+            }
+        }
+    }
+
+    /// The lists that no live run can have missed. The margin covers the time between a list's
+    /// stamp and the moment it is visible.
+    fn ripe(&self, lists: &[CondemnedList], survey: &Survey) -> HashSet<ObjectName> {
+        let missed = |list: &CondemnedList| {
+            survey.live().any(|run| {
+                run.run != self.lease.run() && run.started <= list.stored + LEASE_OF_WRITER
+            })
+        };
+        lists.iter().filter(|list| !missed(list)).map(|list| list.name.clone()).collect()
+    }
+
+    fn waited_for(
+        &self,
+        lists: &[CondemnedList],
+        ripe: &HashSet<ObjectName>,
+        survey: &Survey,
+    ) -> Vec<String> {
+        if lists.iter().all(|list| ripe.contains(&list.name)) {
+            return Vec::new();
+        }
+        let others = survey.live().filter(|run| run.run != self.lease.run());
+        others.map(|run| format!("{} (since {})", run.run, run.started)).collect()
+    }
+
+    /// The index, then the packs: an entry whose pack is not among them is void.
+    async fn load(&self, lists: &[CondemnedList]) -> Result<State> {
+        let index = &self.blobs.index;
+        index.refresh().await?;
+        if let Some(damaged) = index.damaged().first() {
+            let message = format!("an index segment is damaged: {}", damaged.what);
+            return Err(Error::new(Kind::Corrupt, message)
+                .hint("run 'check --rebuild-index' first: nothing is deleted until then"));
+        }
+        let segments = index.segments();
+        let mut packs = HashMap::new();
+        for_each(&*self.blobs.store, Folder::Packs.prefix(), |object| {
+            if let Some(id) = from_hex::<16>(object.name.last()) {
+                let info = PackInfo { size_bytes: object.size_bytes, stored: object.stored };
+                packs.insert(id, info);
+            }
+        })
+        .await?;
+        let condemned: HashSet<PackId> =
+            lists.iter().flat_map(|list| list.packs.iter().copied()).collect();
+        let standing = |id: &PackId| {
+            if condemned.contains(id) { Standing::Condemned } else { Standing::Fine }
+        };
+        let standings = packs.keys().map(|id| (*id, standing(id))).collect();
+        let marker = Marker::new(self.blobs, self.chunk_levels, &segments, standings);
+        let report = CollectReport::default();
+        Ok(State { marker, packs, condemned, marked: HashSet::new(), report })
+    }
+
+    /// Points that count, and tombstones with the manifests they hide.
+    async fn points(&self) -> Result<(Vec<PointName>, Vec<(PointId, Option<PointName>)>)> {
+        let store = &*self.blobs.store;
+        let mut forgotten: HashMap<PointId, Option<PointName>> = HashMap::new();
+        for_each(store, Folder::Tombstones.prefix(), |object| {
+            forgotten.extend(object.name.last().parse::<PointId>().ok().map(|id| (id, None)));
+        })
+        .await?;
+        let mut names = Vec::new();
+        for_each(store, Folder::Points.prefix(), |object| {
+            let Some(name) = PointName::parse(&object.name) else { return };
+            match forgotten.get_mut(&name.point) {
+                Some(hidden) => *hidden = Some(name),
+                None => names.push(name),
+            }
+        })
+        .await?;
+        Ok((names, forgotten.into_iter().collect()))
+    }
+
+    /// Marks what those of `names` need that were not marked yet.
+    async fn mark(&self, state: &mut State, names: &[PointName]) -> Result<()> {
+        let Blobs { store, keys, .. } = &**self.blobs;
+        let new: Vec<PointName> =
+            names.iter().filter(|name| !state.marked.contains(&name.point)).copied().collect();
+        // What a listed manifest needs was indexed before the manifest was there.
+        self.blobs.index.refresh().await?;
+        state.marker.take_in_new(&self.blobs.index.segments());
+        for some in new.chunks(MANIFESTS_AT_ONCE) {
+            for manifest in points::manifests(store, keys, some).await? {
+                state.marker.mark(&manifest, self.control).await?;
+            }
+            state.marked.extend(some.iter().map(|name| name.point));
+        }
+        state.marker.finish().await
+    }
+
+    /// Deletes the manifests of forgotten points, then their tombstones.
+    async fn drop_forgotten(&self, tombstones: &[(PointId, Option<PointName>)]) -> Result<usize> {
+        let mut dropped = 0;
+        for (point, manifest) in tombstones {
+            if let Some(manifest) = manifest {
+                self.delete(&manifest.object()).await?;
+                dropped += 1;
+            }
+            self.delete(&tombstone(*point)).await?;
+        }
+        Ok(dropped)
+    }
+
+    /// Empties packs that are mostly dead, and small ones when there are many.
+    async fn repack(&self, state: &mut State, cutoff: Timestamp) -> Result<()> {
+        self.control.set_phase("repacking");
+        let types: HashMap<PackId, ObjectType> = state
+            .marker
+            .segments()
+            .flat_map(|segment| segment.packs().iter().map(|pack| (pack.id, pack.object_type())))
+            .collect();
+        for object_type in [ObjectType::TreePack, ObjectType::DataPack] {
+            let mut candidates = Vec::new();
+            let mut small = Vec::new();
+            for (id, info) in &state.packs {
+                let Some(used) = state.marker.use_of(id) else { continue };
+                let settled = info.stored < cutoff && !state.condemned.contains(id);
+                if !settled || types.get(id) != Some(&object_type) {
+                    continue;
+                }
+                let dead_bytes = info.size_bytes.saturating_sub(used.bytes);
+                let threshold = u64::from(self.options.repack_dead_percent.clamp(1, 100));
+                // A pack's own header and trailer are dead bytes, too, if it is tiny.
+                if dead_bytes * 100 >= info.size_bytes * threshold && dead_bytes > 4096 {
+                    candidates.push(*id);
+                } else if info.size_bytes < SMALL_PACK_BYTES {
+                    small.push(*id);
+                }
+            }
+            if small.len() > SMALL_PACKS_MAX {
+                candidates.append(&mut small);
+            }
+            if !candidates.is_empty() {
+                state.report.bytes_repacked += repack::repack(
+                    self.blobs,
+                    &mut state.marker,
+                    object_type,
+                    &candidates,
+                    self.control,
+                )
+                .await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Publishes what is dead and not condemned yet.
+    async fn condemn(&self, state: &mut State, cutoff: Timestamp) -> Result<Vec<CondemnedList>> {
+        let Blobs { store, keys, .. } = &**self.blobs;
+        let mut dead: Vec<PackId> = state
+            .packs
+            .iter()
+            .filter(|(id, info)| {
+                let unused = state.marker.use_of(id).is_none();
+                unused && info.stored < cutoff && !state.condemned.contains(*id)
+            })
+            .map(|(id, _)| *id)
+            .collect();
+        dead.sort_unstable();
+        let mut lists = Vec::new();
+        for some in dead.chunks(LIST_PACKS_MAX) {
+            lists.push(condemned::publish(&**store, keys, some.to_vec()).await?);
+            for id in some {
+                state.condemned.insert(*id);
+                state.marker.set_standing(*id, Standing::Condemned);
+            }
+        }
+        Ok(lists)
+    }
+
+    /// Deletes the packs of ripe lists that are dead, after the index forgot them.
+    async fn carry_out(
+        &self,
+        state: &mut State,
+        lists: &[CondemnedList],
+        ripe: &HashSet<ObjectName>,
+    ) -> Result<()> {
+        let mut doomed = HashSet::new();
+        for list in lists {
+            for id in list.packs.iter().filter(|id| state.packs.contains_key(*id)) {
+                let size_bytes = state.packs[id].size_bytes;
+                if state.marker.use_of(id).is_some() {
+                    continue;
+                }
+                if ripe.contains(&list.name) {
+                    doomed.insert(*id);
+                } else {
+                    state.report.packs_waiting += 1;
+                    state.report.bytes_waiting += size_bytes;
+                }
+            }
+        }
+        self.rewrite_index(state, &doomed).await?;
+        for (count, id) in doomed.iter().enumerate() {
+            if count % 1000 == 999 {
+                self.lease.check().await?;
+            }
+            self.delete(&ObjectName::pack(id)).await?;
+            state.report.packs_deleted += 1;
+            state.report.bytes_freed += state.packs[id].size_bytes;
+        }
+        for segment in self.blobs.index.superseded() {
+            self.delete(&segment_name(&segment)).await?;
+        }
+        for list in lists.iter().filter(|list| ripe.contains(&list.name)) {
+            self.delete(&list.name).await?;
+        }
+        Ok(())
+    }
+
+    /// Merges segments that speak of doomed or missing packs, and small ones when there are many.
+    async fn rewrite_index(&self, state: &State, doomed: &HashSet<PackId>) -> Result<()> {
+        let marker = &state.marker;
+        let gone = |id: &PackId| doomed.contains(id) || marker.standing(id) == Standing::Missing;
+        let many = marker.segments().count() > SEGMENTS_MAX;
+        let (mut numbers, mut inputs) = (Vec::new(), Vec::new());
+        for (number, segment) in marker.segments().enumerate() {
+            let small = many && segment.entries() <= MERGE_ENTRIES_MAX;
+            if small || segment.packs().iter().any(|pack| gone(&pack.id)) {
+                numbers.push(number);
+                inputs.push(Arc::clone(segment));
+            }
+        }
+        if inputs.is_empty() {
+            return Ok(());
+        }
+        let judge = |input: usize, ordinal: u64, entry: &super::index::IndexEntry| {
+            let pack = &entry.location.pack.id;
+            match marker.standing(pack) {
+                _ if gone(pack) => Keep::No,
+                Standing::Fine if marker.is_entry_marked(numbers[input], ordinal) => Keep::Surely,
+                Standing::Fine => Keep::Yes,
+                _ => Keep::Reluctantly,
+            }
+        };
+        self.blobs.index.merge(&inputs, &self.blobs.index.superseded(), &judge).await
+    }
+
+    /// Removes what runs that are over left behind.
+    async fn clean_up(&self, survey: &Survey, cutoff: Timestamp) -> Result<()> {
+        for run in survey.over() {
+            for object in &run.objects {
+                self.delete(object).await?;
+            }
+        }
+        self.blobs.store.sweep(cutoff - LEASE).await?;
+        Ok(())
+    }
+
+    /// Deletes an object; one that is gone already is fine: an earlier collection stopped there.
+    async fn delete(&self, name: &ObjectName) -> Result<()> {
+        self.control.check()?;
+        match self.blobs.store.delete(name).await {
+            Ok(()) | Err(StoreError::NotFound { .. }) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+}
