@@ -9,6 +9,7 @@
 mod support;
 
 mod bare;
+mod quiesce;
 mod remote;
 mod restore;
 mod running;
