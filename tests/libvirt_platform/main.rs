@@ -13,3 +13,4 @@ mod quiesce;
 mod remote;
 mod restore;
 mod running;
+mod stopped;

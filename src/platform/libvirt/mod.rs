@@ -14,7 +14,7 @@
 //!
 //! Files: `ffi` (the C calls), `connection` (deadlines, look-up), `survey`, `disks`, `xml` (what a
 //! domain is), `names`, `lock` (ownership), `checkpoint` (bases), `job`, `quiesce`, `scratch`,
-//! `reach`, `restore` (the way back), `open`, `snapshot` (the transaction), `plan`, `artifacts`, `images`.
+//! `reach`, `restore` (the way back), `open`, `snapshot` (the transaction), `stopped` (the same for images), `plan`, `artifacts`, `images`.
 //!
 //! Deliberately not done: monitor commands (they taint the domain), push-mode jobs (QEMU would
 //! write to the target at the target's speed, in the guest's way).
@@ -36,6 +36,7 @@ mod reach;
 pub mod restore;
 mod scratch;
 mod snapshot;
+mod stopped;
 mod survey;
 pub mod xml;
 

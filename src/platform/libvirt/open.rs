@@ -1,4 +1,4 @@
-//! Opening a snapshot of a running domain: everything up to the moment the job runs.
+//! Opening a snapshot; of a running domain (a stopped one is [`super::stopped`]'s): everything up to the moment the job runs.
 //!
 //! Order: lock, look, clear away what a killed run left, find the bases, freeze, begin, thaw. What
 //! fails is undone here, before the error is returned; what succeeds is handed to
@@ -20,7 +20,7 @@ use super::quiesce::{self, Frozen};
 use super::scratch::{Places, Space, Watch, no_room};
 use super::snapshot::RunningSnapshot;
 use super::survey::Survey;
-use super::{LibvirtOptions, artifacts, reach};
+use super::{LibvirtOptions, artifacts, reach, stopped};
 use crate::control::{Control, NoticeLevel};
 use crate::error::{Error, Kind, Result};
 use crate::platform::{BackupMode, KnownPoint, Quiesce, SnapshotDisk, SnapshotRequest, VmSnapshot};
@@ -44,10 +44,8 @@ pub(super) async fn open(
     let survey = Survey::take(domain, request).await?;
     survey.set.check(&domain.name, request.repository_has_key)?;
     if !survey.running {
-        return Err(Error::new(
-            Kind::Unsupported,
-            format!("domain '{}' is not running", domain.name),
-        ));
+        let snapshot = stopped::open(domain, survey, lock, request, control).await?;
+        return Ok(Box::new(snapshot));
     }
     let places = Places::choose(&domain.host, &survey, &domain.name, request, &options.runtime_dir);
     let chain = Chain::new(&request.repository, domain.uuid)?;

@@ -3,13 +3,15 @@
 //! Leaves everything as it was: checkpoint metadata that is defined to ask QEMU about a bitmap is
 //! removed again.
 
+use std::collections::BTreeMap;
+
 use super::checkpoint::{Bases, Checkpoints, Delete};
 use super::connection::DomainHandle;
 use super::lock::DomainLock;
 use super::names::Chain;
 use super::scratch::{Places, Space, is_remote};
 use super::survey::Survey;
-use super::{LibvirtOptions, job, quiesce};
+use super::{LibvirtOptions, job, quiesce, stopped};
 use crate::error::{Error, Kind, Result};
 use crate::platform::{
     BackupMode, PlannedDisk, Problem, Quiesce, ScratchPlan, SnapshotPlan, SnapshotRequest,
@@ -29,22 +31,7 @@ pub(super) async fn plan(
         problems.push(problem(&error, true));
     }
     let mut bases = Bases::default();
-    let mut changed = std::collections::BTreeMap::new();
-    // The lock keeps a backup from starting while its checkpoints are looked at.
-    match DomainLock::take(&options.runtime_dir, domain.uuid, &domain.name) {
-        Ok(_lock) if survey.running => {
-            if let Some(active) = job::active(domain).await? {
-                let what = format!("a backup job is active, of {}", active.owner);
-                let fix = format!("wait for it, or 'virsh domjobabort {}'", domain.name);
-                problems.push(Problem { fatal: true, what, fix });
-            } else {
-                changed = ask_bases(domain, &survey, request, &mut bases).await?;
-            }
-        }
-        Ok(_) => {}
-        Err(error) if error.kind() == Kind::Busy => problems.push(problem(&error, true)),
-        Err(error) => return Err(error),
-    }
+    let changed = look(domain, options, (&survey, request), &mut bases, &mut problems).await?;
     let disks: Vec<PlannedDisk> = survey
         .disks
         .iter()
@@ -83,17 +70,60 @@ pub(super) async fn plan(
     Ok(SnapshotPlan { identity, running: survey.running, disks, excluded, scratch, problems })
 }
 
+/// What the domain's state allows: bases, estimates and problems.
+async fn look(
+    domain: &DomainHandle,
+    options: &LibvirtOptions,
+    (survey, request): (&Survey, &SnapshotRequest),
+    bases: &mut Bases,
+    problems: &mut Vec<Problem>,
+) -> Result<BTreeMap<String, u64>> {
+    let name = &domain.name;
+    // The lock keeps a backup from starting while its checkpoints are looked at.
+    let _lock = match DomainLock::take(&options.runtime_dir, domain.uuid, name) {
+        Ok(lock) => lock,
+        Err(error) if error.kind() == Kind::Busy => {
+            problems.push(problem(&error, true));
+            return Ok(BTreeMap::new());
+        }
+        Err(error) => return Err(error),
+    };
+    if survey.running {
+        if let Some(active) = job::active(domain).await? {
+            let what = format!("a backup job is active, of {}", active.owner);
+            let fix = format!("wait for it, or 'virsh domjobabort {name}'");
+            problems.push(Problem { fatal: true, what, fix });
+            return Ok(BTreeMap::new());
+        }
+        return ask_bases(domain, survey, request, bases).await;
+    }
+    problems.push(Problem {
+        fatal: false,
+        what: format!("domain '{name}' cannot start while its images are read"),
+        fix: "start it first ('virsh start --paused' will do), or back it up at a quiet time"
+            .into(),
+    });
+    match stopped::reads(domain, survey, request).await {
+        Ok(reads) => {
+            let names = survey.disks.iter().map(|disk| disk.disk.name.clone());
+            bases.disks = names.zip(reads).collect();
+        }
+        Err(error) => problems.push(problem(&error, true)),
+    }
+    Ok(BTreeMap::new())
+}
+
 /// Finds the bases and what changed since, and removes the metadata that takes.
 async fn ask_bases(
     domain: &DomainHandle,
     survey: &Survey,
     request: &SnapshotRequest,
     bases: &mut Bases,
-) -> Result<std::collections::BTreeMap<String, u64>> {
+) -> Result<BTreeMap<String, u64>> {
     let chain = Chain::new(&request.repository, domain.uuid)?;
     let checkpoints = Checkpoints { domain, chain: &chain, all: &survey.set.all };
     let before = checkpoints.listed().await?;
-    let mut changed = std::collections::BTreeMap::new();
+    let mut changed = BTreeMap::new();
     let mut found = checkpoints.find_bases(&survey.disks, request, bases).await;
     for point in &bases.defined {
         let of_point: Vec<_> =

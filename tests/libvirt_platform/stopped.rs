@@ -1,0 +1,97 @@
+//! Stopped domains: read through their images, and one chain with the running domain.
+
+use vmbackup::control::Control;
+use vmbackup::error::Kind;
+use vmbackup::platform::{BackupMode, Platform};
+use vmbackup::vm::{Consistency, FullReason, ReadMode};
+
+use crate::bare::{Bare, backup, image, point, qcow2, request, take};
+use crate::support::TestEnv;
+
+const MIB: u64 = 1 << 20;
+
+fn offline_write(env: &TestEnv, command: &str) {
+    let path = env.path("vda.qcow2");
+    env.run("qemu-io", &["-f", "qcow2", "-c", command, &path.to_string_lossy()]).ok();
+}
+
+fn bitmaps(env: &TestEnv) -> Vec<String> {
+    let path = env.path("vda.qcow2");
+    let info = env.run("qemu-img", &["info", "--output=json", &path.to_string_lossy()]).json();
+    let list = info["format-specific"]["data"]["bitmaps"].as_array().cloned().unwrap_or_default();
+    list.iter().map(|bitmap| bitmap["name"].as_str().expect("named").to_owned()).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_chain_goes_through_stop_and_start() {
+    let env = TestEnv::new();
+    let disks = qcow2(&env, 'a', "8M") + &image(&env, 'b', "raw", "4M");
+    let bare = Bare::define(&env, "", &disks, "");
+    offline_write(&env, "write -P 1 1M 1M");
+    let (first, taken) = backup(&bare, &request(1)).await.unwrap();
+    assert_eq!(taken[0].read, ReadMode::Full { reason: FullReason::FirstBackup });
+    assert_eq!(taken[1].read, ReadMode::Full { reason: FullReason::FormatWithoutBitmaps });
+    assert_eq!(taken[0].bytes[1 << 20], 1);
+    assert_eq!(bitmaps(&env), [bare.checkpoint(point(1))]);
+    assert_eq!(bare.checkpoints(), Vec::<String>::new());
+
+    // Stopped to running.
+    bare.virsh(&["start", "--paused", &bare.name]).ok();
+    bare.io(0, "write -P 2 2M 64k");
+    let mut next = request(2);
+    next.mode = BackupMode::Incremental;
+    next.known_points = vec![first.clone()];
+    let (second, taken) = backup(&bare, &next).await.unwrap();
+    assert_eq!(taken[0].changed, [(2 * MIB, 2 * MIB + 65536)]);
+
+    // Running to stopped.
+    bare.io(0, "write -P 3 3M 64k");
+    bare.virsh(&["destroy", "--graceful", &bare.name]).ok();
+    let mut next = request(3);
+    next.mode = BackupMode::Incremental;
+    next.known_points = vec![second, first];
+    let plan = bare.platform().await.plan(&next).await.unwrap();
+    assert!(!plan.running);
+    assert_eq!(plan.disks[0].read, ReadMode::Incremental { base: point(2) });
+    let (third, taken) = backup(&bare, &next).await.unwrap();
+    assert_eq!(taken[0].changed, [(3 * MIB, 3 * MIB + 65536)]);
+    assert_eq!(bitmaps(&env), [bare.checkpoint(point(3))]);
+
+    // Stopped to stopped.
+    offline_write(&env, "write -z 1M 1M");
+    let mut next = request(4);
+    next.known_points = vec![third];
+    let (_, taken) = backup(&bare, &next).await.unwrap();
+    assert_eq!(taken[0].changed, [(MIB, 2 * MIB)]);
+    assert!(taken[0].bytes[1 << 20..2 << 20].iter().all(|byte| *byte == 0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_domain_cannot_start_while_it_is_read_and_can_after_an_abort() {
+    let env = TestEnv::new();
+    // Raw: QEMU's own reader would not keep a writer out.
+    let disks = image(&env, 'b', "raw", "4M") + &qcow2(&env, 'a', "8M");
+    let bare = Bare::define(&env, "", &disks, "");
+    let platform = bare.platform().await;
+    let mut snapshot = platform.open_snapshot(&request(1), &Control::new()).await.unwrap();
+    assert_eq!(snapshot.quiescence().level, Consistency::Stopped);
+    take(&mut *snapshot).await;
+    bare.virsh(&["start", "--paused", &bare.name]).fails();
+    snapshot.still_valid().await.unwrap();
+    snapshot.abort().await.unwrap();
+    assert_eq!(bitmaps(&env), Vec::<String>::new());
+    bare.virsh(&["start", "--paused", &bare.name]).ok();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_no_file_of_this_host_is_refused_with_the_way_out() {
+    let env = TestEnv::new();
+    let rbd = "<disk type='network' device='disk'><driver name='qemu' type='raw'/>\
+        <source protocol='nbd' name='x'><host name='localhost' port='1'/></source>\
+        <target dev='vdb' bus='virtio'/></disk>";
+    let bare = Bare::define(&env, "", &(qcow2(&env, 'a', "8M") + rbd), "");
+    let error = backup(&bare, &request(1)).await.unwrap_err();
+    assert_eq!(error.kind(), Kind::Unsupported);
+    assert!(error.hint_text().unwrap().contains("virsh start"), "{error:?}");
+    assert_eq!(bitmaps(&env), Vec::<String>::new());
+}
