@@ -65,7 +65,6 @@ impl DomainSpec {
 pub(crate) struct Domain<'env> {
     env: &'env TestEnv,
     name: String,
-    control: PathBuf,
     disks: Vec<(PathBuf, DiskFormat)>,
 }
 
@@ -79,8 +78,7 @@ impl<'env> Domain<'env> {
         for (index, disk) in spec.disks.iter().enumerate() {
             disks.push((make_disk(env, spec.suffix, index, *disk), disk.format));
         }
-        let control = env.path(&format!("control{}.sock", spec.suffix));
-        let domain = Self { env, name, control, disks };
+        let domain = Self { env, name, disks };
         let file = env.path(&format!("domain{}.xml", spec.suffix));
         std::fs::write(&file, domain.xml(&guest, spec)).expect("own directory");
         domain.virsh(&["define", &file.to_string_lossy()]).ok();
@@ -121,14 +119,17 @@ impl<'env> Domain<'env> {
 
     /// Starts it and waits until its guest is up.
     pub(crate) fn start(&self) -> Guest {
-        let _ = std::fs::remove_file(&self.control);
         self.virsh(&["start", &self.name]).ok();
-        Guest::connect(&self.control)
+        self.guest()
     }
 
-    /// Connects to the guest of a domain that was started by somebody else.
+    /// Connects to the guest of the running domain, also one that somebody else defined and
+    /// started: the socket is the one its description names.
     pub(crate) fn guest(&self) -> Guest {
-        Guest::connect(&self.control)
+        let xml = self.virsh(&["dumpxml", &self.name]).text();
+        let port = xml.split_once("<serial type='unix'").expect("a serial port on a socket").1;
+        let path = port.split_once("path='").expect("a socket path").1;
+        Guest::connect(Path::new(path.split('\'').next().expect("a closing quote")))
     }
 
     /// Ends it the hard way, as a power cut would.
@@ -162,15 +163,9 @@ impl<'env> Domain<'env> {
         }
     }
 
-    /// A domain somebody else will define under this name with the same serial ports; removed on
-    /// drop like any other.
-    pub(crate) fn twin(&self, name: &str) -> Self {
-        Self {
-            env: self.env,
-            name: name.to_owned(),
-            control: self.control.clone(),
-            disks: Vec::new(),
-        }
+    /// A domain somebody else will define under this name; removed on drop like any other.
+    pub(crate) fn adopt(env: &'env TestEnv, name: &str) -> Self {
+        Self { env, name: name.to_owned(), disks: Vec::new() }
     }
 
     /// Pauses it.
@@ -265,7 +260,7 @@ impl<'env> Domain<'env> {
             kernel = guest.kernel.display(),
             initrd = guest.initrd.display(),
             console = self.env.path(&format!("console{}.log", spec.suffix)).display(),
-            control = self.control.display(),
+            control = self.env.path(&format!("control{}.sock", spec.suffix)).display(),
         )
     }
 }

@@ -1,3 +1,5 @@
+//! The rewriting of domain XML, each rule on the smallest description that shows it.
+
 use proptest::prelude::*;
 
 use super::*;
