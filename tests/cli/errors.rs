@@ -20,7 +20,7 @@ fn a_repository_that_is_not_there_is_not_made_by_a_backup() {
 #[test]
 fn a_vm_that_another_run_works_on_is_busy_and_the_run_is_named() {
     let fixture = Fixture::new();
-    let locks = state_dir(&fixture).join("locks");
+    let locks = fixture.env.path("state/locks");
     fs::create_dir_all(&locks).unwrap();
     let path = locks.join(format!("{}.lock", fixture.uuid));
     fs::write(&path, "process 4711, backup into repository abc").unwrap();
@@ -31,16 +31,6 @@ fn a_vm_that_another_run_works_on_is_busy_and_the_run_is_named() {
     drop(held);
     fixture.back_up(&["full"]).ok();
     assert!(!path.exists(), "the lock's file goes with the run");
-}
-
-/// Where the program keeps its locks: the system's place for root, the environment's otherwise.
-fn state_dir(fixture: &Fixture) -> std::path::PathBuf {
-    use std::os::unix::fs::MetadataExt;
-    if fs::metadata("/proc/self").unwrap().uid() == 0 {
-        "/var/lib/vmbackup/state".into()
-    } else {
-        fixture.env.path("state/vmbackup")
-    }
 }
 
 #[test]
