@@ -63,6 +63,8 @@ enum Command {
     Restore(commands::restore::Args),
     Verify(commands::verify::Args),
     Hash(commands::hash::Args),
+    Forget(commands::forget::Args),
+    Gc(commands::gc::Args),
     Repo(commands::repo::Args),
 }
 
@@ -78,6 +80,8 @@ impl Command {
             Self::Restore(args) => commands::restore::run(args, context).await,
             Self::Verify(args) => commands::verify::run(args, context).await,
             Self::Hash(args) => commands::hash::run(args, context).await,
+            Self::Forget(args) => commands::forget::run(args, context).await,
+            Self::Gc(args) => commands::gc::run(args, context).await,
             Self::Repo(args) => commands::repo::run(args, context).await,
         }
     }

@@ -18,6 +18,8 @@
 //! the types they need for it.
 
 pub mod backup;
+pub mod forget;
+pub mod gc;
 pub mod hash;
 pub mod keys;
 pub mod list;

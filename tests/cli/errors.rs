@@ -127,6 +127,26 @@ fn a_corrupted_chunk_is_named_and_other_points_still_restore() {
 }
 
 #[test]
+fn an_image_that_is_not_there_is_named() {
+    let fixture = Fixture::new();
+    let missing = format!("{},format=raw", fixture.env.path("gone.raw").display());
+    let outcome = fixture.env.vmbackup(&["full", "--image", &missing, "--name", "foo"]);
+    let outcome = outcome.fails_with(&["gone.raw"]);
+    assert_eq!(outcome.code, Some(3), "{outcome:?}");
+}
+
+#[test]
+fn forgetting_needs_a_point_or_a_rule_that_keeps_something() {
+    let fixture = Fixture::new();
+    fixture.point();
+    let env = &fixture.env;
+    assert_eq!(env.vmbackup(&["forget"]).fails().code, Some(2));
+    let outcome = env.vmbackup(&["forget", "--keep-last", "0"]).fails_with(&["zero"]);
+    assert_eq!(outcome.code, Some(2), "{outcome:?}");
+    env.vmbackup(&["show", "foo@latest"]).ok();
+}
+
+#[test]
 fn json_errors_are_one_line_on_stderr() {
     let fixture = Fixture::new();
     let outcome = fixture.env.vmbackup(&["show", "foo@latest", "--json"]).fails();

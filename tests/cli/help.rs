@@ -6,7 +6,7 @@ use std::path::Path;
 
 use crate::support::TestEnv;
 
-const COMMANDS: [&str; 15] = [
+const COMMANDS: [&str; 17] = [
     "",
     "full",
     "incremental",
@@ -17,6 +17,8 @@ const COMMANDS: [&str; 15] = [
     "restore",
     "verify",
     "hash",
+    "forget",
+    "gc",
     "repo",
     "repo init",
     "repo info",

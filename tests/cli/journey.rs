@@ -117,10 +117,37 @@ fn hash_is_of_the_disk_and_not_of_the_file() {
     let qcow2 = env.path("foo.qcow2");
     let (image, copy) = (fixture.image.to_str().unwrap(), qcow2.to_str().unwrap());
     env.run("qemu-img", &["convert", "-f", "raw", "-O", "qcow2", image, copy]).ok();
+    assert_eq!(env.vmbackup(&["hash", copy]).text(), raw);
     let server = NbdServer::qemu_nbd(env, &qcow2, &["-f", "qcow2"]);
     assert_eq!(env.vmbackup(&["hash", &server.uri("")]).text(), raw);
     let error = env.vmbackup(&["hash", env.path("foo.img").to_str().unwrap()]);
     error.fails_with(&["format is not given", "format=qcow2"]);
+}
+
+#[test]
+fn forget_by_rule_says_why_each_point_stays_and_gc_frees_the_rest() {
+    let fixture = Fixture::new();
+    let env = &fixture.env;
+    let first = fixture.point();
+    fixture.write(0, b"other", 300_000);
+    let second = fixture.point();
+    let plan = env.vmbackup(&["forget", "--keep-last", "1", "--dry-run", "--json"]).json();
+    assert_eq!(plan["dry_run"], true);
+    assert_eq!(plan["points"][0]["forgotten"], true);
+    assert_eq!(plan["points"][1]["reasons"][0], "last 1");
+    assert_eq!(env.vmbackup(&["list", "--json"]).json()["points"].as_array().unwrap().len(), 2);
+
+    env.vmbackup(&["forget", "--keep-last", "1"]).ok();
+    let list = env.vmbackup(&["list", "--json"]).json();
+    assert_eq!(list["points"].as_array().unwrap().len(), 1);
+    assert_eq!(list["points"][0]["id"], second.as_str());
+    env.vmbackup(&["show", &first]).fails_with(&["no point"]);
+    // What the first only condemns, in case a run still needs it, the second frees.
+    let freed = |report: serde_json::Value| report["freed_bytes"].as_u64().unwrap();
+    let first_gc = freed(env.vmbackup(&["gc", "--json"]).json());
+    let second_gc = freed(env.vmbackup(&["gc", "--json"]).json());
+    assert!(first_gc + second_gc > 200_000, "{first_gc} + {second_gc} bytes freed");
+    env.vmbackup(&["verify", &second]).ok();
 }
 
 #[test]
@@ -138,4 +165,25 @@ fn a_device_is_overwritten_all_of_it_and_must_have_the_size() {
     fs::write(&device, vec![0xee; usize::try_from(DISK_BYTES).unwrap()]).unwrap();
     env.vmbackup(&args).ok();
     assert!(fs::read(&device).unwrap() == fs::read(&fixture.image).unwrap());
+}
+
+#[test]
+fn a_stopped_vm_is_backed_up_from_its_images_and_restored_in_either_format() {
+    let fixture = Fixture::new();
+    let env = &fixture.env;
+    let image = format!("{},format=raw", fixture.image.display());
+    let args = ["backup", "--image", &image, "--name", "foo", "--json"];
+    let report = env.vmbackup(&args).json();
+    assert_eq!(report["quiescence"]["level"], "stopped");
+    for format in ["raw", "qcow2"] {
+        let to = env.path(format);
+        let args = ["restore", "foo@latest", "--to", to.to_str().unwrap(), "--format", format];
+        let restored = env.vmbackup(&[&args[..], &["--json"]].concat()).json();
+        let path = restored["disks"][0]["path"].as_str().unwrap();
+        assert!(path.ends_with(format), "{path}");
+        let info = env.run("qemu-img", &["info", "--output=json", "-f", format, path]).json();
+        assert_eq!(info["format"], format);
+        let compare = ["compare", "-f", "raw", "-F", format, fixture.image.to_str().unwrap(), path];
+        env.run("qemu-img", &compare).ok();
+    }
 }

@@ -1,7 +1,9 @@
 //! One command per file: its arguments, and `run`, which resolves them, calls a job, prints.
 
 pub(crate) mod backup;
+pub(crate) mod forget;
 pub(crate) mod full;
+pub(crate) mod gc;
 pub(crate) mod hash;
 pub(crate) mod incremental;
 pub(crate) mod list;
