@@ -102,6 +102,8 @@ pub(super) async fn platform(spec: &SourceSpec, env: &Env) -> Result<Box<dyn Pla
         #[cfg(not(feature = "libvirt"))]
         SourceSpec::Libvirt { .. } => {
             use crate::error::{Error, Kind};
+            // Where the program keeps its run-time state concerns only libvirt's domains.
+            let _ = env;
             Err(Error::new(Kind::Unsupported, "this program was built without libvirt")
                 .hint("build it with the cargo feature 'libvirt', or use --qmp or --image"))
         }
