@@ -83,7 +83,28 @@ pub(super) fn places(disks: &[&ManifestDisk], request: &Request) -> Result<Vec<P
         return Err(Error::new(Kind::NotFound, message)
             .hint(format!("disks of this point: {}", names.join(", "))));
     }
+    check_devices(&request.devices)?;
     names.iter().map(|name| place(name, request)).collect()
+}
+
+/// Fails when a disk is sent to two devices, or two disks to one, by whatever path: the second
+/// would overwrite the first, and the report would call both restored.
+fn check_devices(devices: &[(String, PathBuf)]) -> Result<()> {
+    // A path that does not exist fails when it is opened, and says so better.
+    let real = |path: &PathBuf| path.canonicalize().unwrap_or_else(|_| path.clone());
+    for (at, (name, path)) in devices.iter().enumerate() {
+        for (other, other_path) in &devices[..at] {
+            if name == other {
+                let message = format!("--to-device is given twice for disk {name}");
+                return Err(Error::new(Kind::Usage, message).hint("give it once per disk"));
+            }
+            if real(path) == real(other_path) {
+                let message = format!("{other} and {name} would both go to {}", path.display());
+                return Err(Error::new(Kind::Usage, message).hint("give each disk its own device"));
+            }
+        }
+    }
+    Ok(())
 }
 
 fn place(name: &str, request: &Request) -> Result<Place> {
