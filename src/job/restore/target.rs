@@ -9,7 +9,7 @@ use crate::block::{BlockSink, BlockSource, ByteRange, ExtentKind};
 use crate::control::{Control, NoticeLevel};
 use crate::copy::Zeroes;
 use crate::error::{Error, Kind, Result};
-use crate::image::NewImage;
+use crate::image::{ImageLock, NewImage};
 use crate::repo::ManifestDisk;
 use crate::units::{ByteSize, KIB};
 
@@ -189,29 +189,42 @@ async fn data_bytes(source: &dyn BlockSource) -> Result<u64> {
 
 /// A disk being written.
 pub(super) enum Target {
-    /// An image that gets its name when it is complete.
-    New(NewImage),
-    /// In place.
-    Device(Arc<FileSink>),
+    /// An image that gets its name when it is complete; with the lock of the one it replaces.
+    New(NewImage, Option<ImageLock>),
+    /// In place. QEMU opens its disks without `O_EXCL`: only its own locks tell that a VM runs.
+    Device(Arc<FileSink>, ImageLock),
 }
 
 impl Target {
     pub(super) async fn open(place: &Place, size_bytes: u64, existing: Existing) -> Result<Self> {
         match place {
-            Place::Device(path) => Ok(Self::Device(Arc::new(FileSink::open(path, size_bytes)?))),
+            Place::Device(path) => {
+                let sink = FileSink::open(path, size_bytes)?;
+                Ok(Self::Device(Arc::new(sink), unused(path)?))
+            }
             Place::Image { path, format } => {
+                let replaces = existing == Existing::Replace && path.exists();
+                let replaced = if replaces { Some(unused(path)?) } else { None };
                 let image = NewImage::create(path, format.name(), size_bytes, existing);
-                Ok(Self::New(Box::pin(image).await?))
+                Ok(Self::New(Box::pin(image).await?, replaced))
             }
         }
     }
 
     pub(super) fn sink(&self) -> Arc<dyn BlockSink> {
         match self {
-            Self::New(image) => image.sink(),
-            Self::Device(sink) => sink.clone(),
+            Self::New(image, _) => image.sink(),
+            Self::Device(sink, _) => sink.clone(),
         }
     }
+}
+
+/// Makes sure that no VM writes what is to be overwritten, nor begins to while it is.
+fn unused(path: &Path) -> Result<ImageLock> {
+    ImageLock::acquire(path).map_err(|error| match error.kind() {
+        Kind::Busy => error.hint("stop the VM that uses it, or restore to another place"),
+        _ => error,
+    })
 }
 
 /// Gives all files their names. When one fails, the rest is removed; what has its name stays, and
@@ -219,7 +232,8 @@ impl Target {
 pub(super) async fn commit_all(targets: Vec<Target>, control: &Control) -> Result<()> {
     let mut targets = targets.into_iter();
     while let Some(target) = targets.next() {
-        let Target::New(image) = target else { continue };
+        // The lock of the replaced image lasts until the new one has its name.
+        let Target::New(image, _replaced) = target else { continue };
         if let Err(error) = Box::pin(image.commit()).await {
             abort_all(targets.collect(), control);
             return Err(error.context("not every restored image is in place"));
@@ -232,13 +246,13 @@ pub(super) async fn commit_all(targets: Vec<Target>, control: &Control) -> Resul
 pub(super) fn abort_all(targets: Vec<Target>, control: &Control) {
     for target in targets {
         match target {
-            Target::New(image) => {
+            Target::New(image, _) => {
                 if let Err(error) = image.abort() {
                     let text = format!("a file of this restore was left behind: {error:?}");
                     control.notice(NoticeLevel::Warning, text);
                 }
             }
-            Target::Device(_) => control.notice(
+            Target::Device(..) => control.notice(
                 NoticeLevel::Warning,
                 "a device was written in part: its content is neither the old nor the new",
             ),
