@@ -192,21 +192,23 @@ pub(super) enum Target {
     /// An image that gets its name when it is complete; with the lock of the one it replaces.
     New(NewImage, Option<ImageLock>),
     /// In place. QEMU opens its disks without `O_EXCL`: only its own locks tell that a VM runs.
-    Device(Arc<FileSink>, ImageLock),
+    Device { sink: Arc<FileSink>, _lock: ImageLock },
 }
 
 impl Target {
     pub(super) async fn open(place: &Place, size_bytes: u64, existing: Existing) -> Result<Self> {
         match place {
             Place::Device(path) => {
-                let sink = FileSink::open(path, size_bytes)?;
-                Ok(Self::Device(Arc::new(sink), unused(path)?))
+                let sink = Arc::new(FileSink::open(path, size_bytes)?);
+                Ok(Self::Device { sink, _lock: unused(path)? })
             }
             Place::Image { path, format } => {
-                let replaces = existing == Existing::Replace && path.exists();
-                let replaced = if replaces { Some(unused(path)?) } else { None };
+                let lock = match existing {
+                    Existing::Replace if path.exists() => Some(unused(path)?),
+                    _ => None,
+                };
                 let image = NewImage::create(path, format.name(), size_bytes, existing);
-                Ok(Self::New(Box::pin(image).await?, replaced))
+                Ok(Self::New(Box::pin(image).await?, lock))
             }
         }
     }
@@ -214,7 +216,7 @@ impl Target {
     pub(super) fn sink(&self) -> Arc<dyn BlockSink> {
         match self {
             Self::New(image, _) => image.sink(),
-            Self::Device(sink, _) => sink.clone(),
+            Self::Device { sink, .. } => sink.clone(),
         }
     }
 }
@@ -252,7 +254,7 @@ pub(super) fn abort_all(targets: Vec<Target>, control: &Control) {
                     control.notice(NoticeLevel::Warning, text);
                 }
             }
-            Target::Device(..) => control.notice(
+            Target::Device { .. } => control.notice(
                 NoticeLevel::Warning,
                 "a device was written in part: its content is neither the old nor the new",
             ),
