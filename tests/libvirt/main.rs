@@ -10,4 +10,6 @@ mod lifecycle;
 mod online;
 mod refusals;
 mod rig;
+mod space;
+mod stopped;
 mod testbed;

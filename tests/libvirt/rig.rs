@@ -23,11 +23,6 @@ impl Taken {
     pub(crate) fn mode(&self, disk: usize) -> &str {
         self.report["disks"][disk]["read"]["mode"].as_str().expect("a mode")
     }
-
-    /// Bytes read from a disk.
-    pub(crate) fn read_bytes(&self, disk: usize) -> u64 {
-        self.report["disks"][disk]["read_bytes"].as_u64().expect("a number")
-    }
 }
 
 /// Backs up this very instant of a running domain whose guest writes to all its disks throughout.
@@ -58,6 +53,17 @@ pub(crate) fn take(
         let writes: u64 = guest.run(&format!("quiet {name}")).trim().parse().expect("a number");
         assert!(writes > 0, "the guest did not write to {name} beside the backup");
     }
+    let id = report["point"].as_str().expect("a point id").to_owned();
+    Taken { id, report, oracles }
+}
+
+/// Backs up a domain that is shut off.
+#[track_caller]
+pub(crate) fn take_stopped(env: &TestEnv, domain: &Domain<'_>, command: &[&str]) -> Taken {
+    let oracles = domain.oracles(&unique("stopped"));
+    let mut args = command.to_vec();
+    args.extend(["--domain", domain.name(), "--json"]);
+    let report = env.vmbackup(&args).json();
     let id = report["point"].as_str().expect("a point id").to_owned();
     Taken { id, report, oracles }
 }
