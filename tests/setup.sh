@@ -20,8 +20,7 @@ base_packages=(
 # One suite each, see above.
 qemu_packages=(qemu-system-x86 qemu-utils)
 libvirt_packages=(
-  libvirt-clients libvirt-daemon libvirt-daemon-driver-qemu libvirt-daemon-log
-  libvirt-daemon-system libvirt-dev
+  libvirt-clients libvirt-daemon libvirt-daemon-driver-qemu libvirt-daemon-system libvirt-dev
 )
 
 say() { echo "set-up: $*"; }
@@ -143,6 +142,9 @@ if [ -n "$(missing_of "${base_packages[@]}" "${qemu_packages[@]}" "${libvirt_pac
     "${qemu_packages[@]}"
   install_suite "$([ -n "$(version_of libvirt0)" ] && echo libvirt0 || echo libvirt-daemon)" \
     "${libvirt_packages[@]}"
+  # A package of its own since libvirt 10; before, virtlogd is part of libvirt-daemon.
+  command -v virtlogd >/dev/null || [ -x /usr/sbin/virtlogd ] ||
+    install_suite libvirt0 libvirt-daemon-log
 fi
 fetch_packages
 
