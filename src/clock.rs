@@ -9,7 +9,7 @@ use std::time::Duration;
 pub use jiff::Timestamp;
 
 /// A source of wall-clock time.
-pub trait Clock: Send + Sync {
+pub trait Clock: std::fmt::Debug + Send + Sync {
     /// The current time in UTC.
     fn now(&self) -> Timestamp;
 }

@@ -134,6 +134,7 @@ impl Backup<'_> {
             scratch_dir: request.options.scratch_dir.clone(),
             exclude_disks: request.options.exclude_disks.clone(),
             insecure_tcp: request.options.insecure_tcp,
+            clock: Arc::clone(&self.env.clock),
         };
         self.control.set_phase("taking the snapshot");
         let opened = platform.open_snapshot(&request, self.control).await;
@@ -144,8 +145,7 @@ impl Backup<'_> {
                 return Err(error);
             }
         };
-        let time = self.env.clock.now();
-        match self.copy(snapshot.as_mut(), time).await {
+        match self.copy(snapshot.as_mut()).await {
             Ok((draft, report)) => self.commit(snapshot, draft, report).await,
             Err(error) => {
                 // The snapshot first: it is the guest that must not wait for the repository.
@@ -158,11 +158,7 @@ impl Backup<'_> {
 
     /// Copies everything the snapshot holds into the run; the snapshot held until the last read
     /// when this is `Ok`.
-    async fn copy(
-        &mut self,
-        snapshot: &mut dyn VmSnapshot,
-        time: Timestamp,
-    ) -> Result<(ManifestDraft, Report)> {
+    async fn copy(&mut self, snapshot: &mut dyn VmSnapshot) -> Result<(ManifestDraft, Report)> {
         let mut artifacts = Vec::new();
         for artifact in snapshot.artifacts() {
             artifacts.push(points::store_artifact(&self.run, artifact).await?);
@@ -179,7 +175,7 @@ impl Backup<'_> {
         let report = Report {
             point: self.point,
             vm: self.vm.clone(),
-            time,
+            time: snapshot.taken(),
             quiescence: snapshot.quiescence().clone(),
             disks: reports,
             excluded: snapshot.excluded().to_vec(),

@@ -1,6 +1,7 @@
 //! What a backup would do, asked of the platform; nothing is changed.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use serde::Serialize;
 
@@ -99,6 +100,7 @@ pub async fn run(
         scratch_dir: request.options.scratch_dir,
         exclude_disks: request.options.exclude_disks,
         insecure_tcp: request.options.insecure_tcp,
+        clock: Arc::clone(&env.clock),
     };
     let plan = control.run(platform.plan(&request)).await?;
     Ok(Plan {

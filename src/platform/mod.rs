@@ -33,6 +33,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 
 use crate::block::BlockSource;
+use crate::clock::{Clock, Timestamp};
 use crate::control::Control;
 use crate::error::Result;
 use crate::vm::{
@@ -70,6 +71,10 @@ pub trait VmSnapshot: Send {
 
     /// Disks that are not part of the snapshot.
     fn excluded(&self) -> &[ExcludedDisk];
+
+    /// The instant: read just before the platform was asked for it, so that all that was written
+    /// by then is in the snapshot.
+    fn taken(&self) -> Timestamp;
 
     /// What was achieved around the instant.
     fn quiescence(&self) -> &Quiescence;
@@ -120,6 +125,8 @@ pub struct SnapshotRequest {
     pub exclude_disks: Vec<String>,
     /// Allow a plaintext TCP export of the disks where nothing else reaches the host.
     pub insecure_tcp: bool,
+    /// What [`VmSnapshot::taken`] is read from.
+    pub clock: Arc<dyn Clock>,
 }
 
 /// How a backup was asked for.

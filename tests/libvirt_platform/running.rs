@@ -1,5 +1,6 @@
 //! Running domains: full, incremental, and everything that goes wrong around them.
 
+use vmbackup::clock::{Clock, SystemClock};
 use vmbackup::control::Control;
 use vmbackup::error::Kind;
 use vmbackup::platform::{BackupMode, Platform, Quiesce};
@@ -46,7 +47,9 @@ async fn the_export_stays_at_the_instant_while_the_guest_writes() {
     bare.io(0, "write -P 1 0 8M");
     bare.io(1, "write -P 2 0 4M");
     let platform = bare.platform().await;
+    let before = SystemClock.now();
     let mut snapshot = platform.open_snapshot(&request(1), &Control::new()).await.unwrap();
+    assert!(before <= snapshot.taken() && snapshot.taken() < SystemClock.now());
     bare.io(0, "write -P 3 0 8M");
     bare.io(1, "write -z 0 4M");
     let taken = take(&mut *snapshot).await;

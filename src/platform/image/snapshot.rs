@@ -14,6 +14,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 
 use crate::block::BlockSource;
+use crate::clock::Timestamp;
 use crate::control::{Control, NoticeLevel};
 use crate::error::{Kind, Result};
 use crate::image::{Layer, LockedImage, layers};
@@ -29,6 +30,7 @@ pub(super) struct ImageSnapshot {
     disks: Vec<SnapshotDisk>,
     images: Vec<Reading>,
     excluded: Vec<ExcludedDisk>,
+    taken: Timestamp,
     quiescence: Quiescence,
     not_captured: Vec<NotCaptured>,
 }
@@ -81,7 +83,8 @@ impl ImageSnapshot {
                     has_new: begun.has_new,
                 };
                 let images = begun.into_iter().zip(locked).map(reading).collect();
-                Ok(Self::new(disks, images, excluded))
+                // Nobody writes from here on.
+                Ok(Self::new(disks, images, excluded, request.clock.now()))
             }
             Err(error) => {
                 undo_all(&begun, control).await;
@@ -90,12 +93,18 @@ impl ImageSnapshot {
         }
     }
 
-    fn new(disks: Vec<SnapshotDisk>, images: Vec<Reading>, excluded: Vec<ExcludedDisk>) -> Self {
+    fn new(
+        disks: Vec<SnapshotDisk>,
+        images: Vec<Reading>,
+        excluded: Vec<ExcludedDisk>,
+        taken: Timestamp,
+    ) -> Self {
         let level = Consistency::Stopped;
         Self {
             disks,
             images,
             excluded,
+            taken,
             quiescence: Quiescence { level, frozen_ms: None, reason: None },
             not_captured: vec![NotCaptured {
                 what: "description of the VM".to_owned(),
@@ -159,6 +168,10 @@ impl VmSnapshot for ImageSnapshot {
 
     fn excluded(&self) -> &[ExcludedDisk] {
         &self.excluded
+    }
+
+    fn taken(&self) -> Timestamp {
+        self.taken
     }
 
     fn quiescence(&self) -> &Quiescence {

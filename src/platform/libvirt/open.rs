@@ -21,6 +21,7 @@ use super::scratch::{Places, Space, Watch, no_room};
 use super::snapshot::RunningSnapshot;
 use super::survey::Survey;
 use super::{LibvirtOptions, artifacts, reach, stopped};
+use crate::clock::Timestamp;
 use crate::control::{Control, NoticeLevel};
 use crate::error::{Error, Kind, Result};
 use crate::platform::{BackupMode, KnownPoint, Quiesce, SnapshotDisk, SnapshotRequest, VmSnapshot};
@@ -86,8 +87,16 @@ struct Opening {
     begun: bool,
 }
 
+/// The point in time.
+struct Instant {
+    taken: Timestamp,
+    quiescence: Quiescence,
+    job_disks: Vec<JobDisk>,
+}
+
 /// What opening yields.
 struct Opened {
+    taken: Timestamp,
     quiescence: Quiescence,
     artifacts: Vec<Artifact>,
     not_captured: Vec<crate::vm::NotCaptured>,
@@ -126,7 +135,7 @@ impl Opening {
         )?;
         let events = self.domain.subscribe("watch the jobs of").await?;
         control.set_phase("taking the snapshot");
-        let (quiescence, job_disks) = self.take_instant(&server, control).await?;
+        let Instant { taken, quiescence, job_disks } = self.take_instant(&server, control).await?;
         let scratch = local.then(|| self.places.scratch.clone());
         let watch = Watch::start(self.domain.clone(), events, self.request.point, scratch);
         let (mut artifacts, not_captured) = artifacts::capture(
@@ -141,7 +150,7 @@ impl Opening {
             let kind = ArtifactKind::CheckpointXml;
             artifacts.push(Artifact { kind, origin: None, bytes: xml.into_bytes() });
         }
-        Ok(Opened { quiescence, artifacts, not_captured, job_disks, server, watch })
+        Ok(Opened { taken, quiescence, artifacts, not_captured, job_disks, server, watch })
     }
 
     /// Names of the disks that get a bitmap.
@@ -238,11 +247,7 @@ impl Opening {
     }
 
     /// Freezes, begins the job, thaws. Thaws on every path.
-    async fn take_instant(
-        &mut self,
-        server: &Server,
-        control: &Control,
-    ) -> Result<(Quiescence, Vec<JobDisk>)> {
+    async fn take_instant(&mut self, server: &Server, control: &Control) -> Result<Instant> {
         let point = self.request.point;
         let budget = self.request.freeze_budget;
         let problem = quiesce::agent_problem(&self.survey.root, self.survey.paused);
@@ -256,17 +261,23 @@ impl Opening {
         let begun = self.begin(server, control).await;
         let quiescence = quiesce::thaw(&self.domain, frozen, budget).await;
         self.lock.record(&Record { point, frozen: false })?;
-        Ok((quiescence, begun?))
+        let (taken, job_disks) = begun?;
+        Ok(Instant { taken, quiescence, job_disks })
     }
 
     /// Begins the job; once more with every disk in full when a bitmap breaks in the last moment.
-    async fn begin(&mut self, server: &Server, control: &Control) -> Result<Vec<JobDisk>> {
+    async fn begin(
+        &mut self,
+        server: &Server,
+        control: &Control,
+    ) -> Result<(Timestamp, Vec<JobDisk>)> {
         control.check()?;
         let disks = self.job_disks();
         let what = "begin a backup of";
         self.begun = true;
+        let taken = self.request.clock.now();
         let error = match self.try_begin(server, &disks).await? {
-            Ok(()) => return Ok(disks),
+            Ok(()) => return Ok((taken, disks)),
             Err(error) => error,
         };
         let retry = code(&error) == Some(ErrorNumber::CheckpointInconsistent)
@@ -278,9 +289,10 @@ impl Opening {
             *read = Err(FullReason::BitmapInconsistent);
         }
         let disks = self.job_disks();
+        let taken = self.request.clock.now();
         let again = self.try_begin(server, &disks).await?;
         again.map_err(|error| self.explain(self.domain.wrap(what, error)))?;
-        Ok(disks)
+        Ok((taken, disks))
     }
 
     fn job_disks(&self) -> Vec<JobDisk> {
@@ -394,6 +406,7 @@ impl Opening {
             all: self.survey.set.all,
             disks,
             excluded: self.survey.set.excluded,
+            taken: opened.taken,
             quiescence: opened.quiescence,
             artifacts: opened.artifacts,
             not_captured: opened.not_captured,

@@ -21,6 +21,7 @@ use super::open::drop_stale;
 use super::reach::Reach;
 use super::scratch::{Watch, ended};
 use crate::block::BlockSource;
+use crate::clock::Timestamp;
 use crate::error::{Error, Kind, Result};
 use crate::nbd::{Client, ClientOptions};
 use crate::platform::{SnapshotDisk, VmSnapshot};
@@ -39,6 +40,7 @@ pub(super) struct RunningSnapshot {
     pub(super) all: Vec<String>,
     pub(super) disks: Vec<SnapshotDisk>,
     pub(super) excluded: Vec<ExcludedDisk>,
+    pub(super) taken: Timestamp,
     pub(super) quiescence: Quiescence,
     pub(super) artifacts: Vec<Artifact>,
     pub(super) not_captured: Vec<NotCaptured>,
@@ -110,6 +112,10 @@ impl VmSnapshot for RunningSnapshot {
 
     fn excluded(&self) -> &[ExcludedDisk] {
         &self.excluded
+    }
+
+    fn taken(&self) -> Timestamp {
+        self.taken
     }
 
     fn quiescence(&self) -> &Quiescence {

@@ -19,6 +19,7 @@ use super::connection::DomainHandle;
 use super::lock::{DomainLock, Record};
 use super::survey::Survey;
 use crate::block::BlockSource;
+use crate::clock::Timestamp;
 use crate::control::{Control, NoticeLevel};
 use crate::error::{Error, Kind, Result};
 use crate::image::bitmap::{self, BaseCandidate, BitmapNames};
@@ -52,6 +53,7 @@ pub(super) struct StoppedSnapshot {
     parts: Vec<StoppedDisk>,
     disks: Vec<SnapshotDisk>,
     excluded: Vec<ExcludedDisk>,
+    taken: Timestamp,
     quiescence: Quiescence,
     artifacts: Vec<Artifact>,
     not_captured: Vec<NotCaptured>,
@@ -107,6 +109,7 @@ pub(super) async fn open(
         parts,
         disks,
         excluded: survey.set.excluded,
+        taken: request.clock.now(),
         quiescence: Quiescence { level: Consistency::Stopped, frozen_ms: None, reason: None },
         artifacts,
         not_captured,
@@ -120,6 +123,8 @@ pub(super) async fn open(
         }
         return Err(error);
     }
+    // Nobody writes from here on.
+    snapshot.taken = request.clock.now();
     Ok(snapshot)
 }
 
@@ -244,6 +249,10 @@ impl VmSnapshot for StoppedSnapshot {
 
     fn excluded(&self) -> &[ExcludedDisk] {
         &self.excluded
+    }
+
+    fn taken(&self) -> Timestamp {
+        self.taken
     }
 
     fn quiescence(&self) -> &Quiescence {

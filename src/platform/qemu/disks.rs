@@ -159,6 +159,7 @@ pub(super) mod tests {
             scratch_dir: None,
             exclude_disks: Vec::new(),
             insecure_tcp: false,
+            clock: std::sync::Arc::new(crate::clock::SystemClock),
         }
     }
 

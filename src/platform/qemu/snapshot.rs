@@ -26,6 +26,7 @@ use super::teardown::{First, OurServer, Things, remove_bitmap};
 use super::work_dir::{self, WorkDir};
 use super::{Qemu, Survey, checkpoint, quiesce, reconcile, scratch_base};
 use crate::block::BlockSource;
+use crate::clock::Timestamp;
 use crate::control::{Control, NoticeLevel};
 use crate::error::{Error, Kind, Result};
 use crate::nbd::{Client, ClientOptions, NbdUri};
@@ -54,7 +55,7 @@ pub(super) async fn open(
     control.check()?;
     let work_dir =
         WorkDir::create(&base, &qemu.options.monitor, qemu.identity.uuid, request.point)?;
-    let mut snapshot = Snapshot::new(qemu, request.point, survey, work_dir);
+    let mut snapshot = Snapshot::new(qemu, request, survey, work_dir);
     match snapshot.set_up(qemu, request, control).await {
         Ok(()) => Ok(Box::new(snapshot)),
         Err(error) => {
@@ -76,6 +77,7 @@ struct Snapshot {
     disks: Vec<OpenDisk>,
     described: Vec<SnapshotDisk>,
     excluded: Vec<ExcludedDisk>,
+    taken: Timestamp,
     quiescence: Quiescence,
     not_captured: Vec<NotCaptured>,
     things: Things,
@@ -90,7 +92,7 @@ struct OpenDisk {
 }
 
 impl Snapshot {
-    fn new(qemu: &Qemu, point: PointId, survey: Survey, work_dir: WorkDir) -> Self {
+    fn new(qemu: &Qemu, request: &SnapshotRequest, survey: Survey, work_dir: WorkDir) -> Self {
         let Survey { disks, chain, bases } = survey;
         let described = disks.protected.iter().zip(&bases).map(|(disk, base)| SnapshotDisk {
             description: disk.description(),
@@ -107,12 +109,13 @@ impl Snapshot {
         Self {
             monitor: qemu.monitor.clone(),
             events: qemu.monitor.subscribe(),
-            point,
+            point: request.point,
             chain,
             work_dir,
             disks: open.map(|(disk, base)| OpenDisk { disk, base: base.ok() }).collect(),
             described,
             excluded: disks.excluded,
+            taken: request.clock.now(),
             quiescence: Quiescence { level: Consistency::Crash, frozen_ms: None, reason: None },
             not_captured: vec![definition],
             things: Things::default(),
@@ -189,6 +192,7 @@ impl Snapshot {
         let frozen =
             quiesce::freeze(agent, request.quiesce, request.freeze_budget, running).await?;
         control.set_phase("taking the instant");
+        self.taken = request.clock.now();
         let taken = self.monitor.transaction(&actions).await;
         // Before anything else, whatever became of the transaction.
         self.quiescence = frozen.thaw().await;
@@ -349,6 +353,10 @@ impl VmSnapshot for Snapshot {
 
     fn excluded(&self) -> &[ExcludedDisk] {
         &self.excluded
+    }
+
+    fn taken(&self) -> Timestamp {
+        self.taken
     }
 
     fn quiescence(&self) -> &Quiescence {
