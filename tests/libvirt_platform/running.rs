@@ -192,10 +192,12 @@ async fn a_foreign_job_is_busy_and_a_killed_run_of_ours_is_cleared_away() {
     assert_eq!(bare.bitmaps(), [bare.checkpoint(point(3))]);
 
     let xml = env.path("foreign.xml");
+    // With a scratch file: libvirt 9.0 has no default name for it.
     let text = format!(
         "<domainbackup mode='pull'><server transport='unix' socket='/var/lib/libvirt/qemu/{}.sock'/>\
-         <disks><disk name='vda'/></disks></domainbackup>",
-        bare.name
+         <disks><disk name='vda' type='file'><scratch file='{}'/></disk></disks></domainbackup>",
+        bare.name,
+        env.path("foreign-scratch.qcow2").display()
     );
     std::fs::write(&xml, text).unwrap();
     bare.virsh(&["backup-begin", &bare.name, &xml.to_string_lossy()]).ok();
