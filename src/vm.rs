@@ -131,6 +131,9 @@ pub enum FullReason {
     NewDisk,
     /// The disk's size differs from the base's.
     Resized,
+    /// The disk's image is not the one the base was read from, so its bitmaps say nothing of the
+    /// base: another file is in its place, or it changed places with another disk.
+    ImageReplaced,
     /// No bitmap of ours that names a point of this repository is on the disk.
     BitmapMissing,
     /// The bitmap was not closed properly (crash, power cut).
@@ -157,6 +160,7 @@ impl FullReason {
             Self::FirstBackup => "first backup of this domain here",
             Self::NewDisk => "new disk",
             Self::Resized => "size changed",
+            Self::ImageReplaced => "another image than at the last point",
             Self::BitmapMissing => "no bitmap of a point in this repository",
             Self::BitmapInconsistent => "bitmap inconsistent (not closed properly)",
             Self::BitmapNotRecording => "bitmap was not recording",
@@ -188,10 +192,66 @@ pub struct DiskDescription {
     pub size_bytes: u64,
     /// Format of its image (`qcow2`, `raw`), never probed.
     pub format: String,
-    /// Where it was (`/var/lib/libvirt/images/a.qcow2`, `rbd:pool/image`): for people only.
+    /// Where it was (`/var/lib/libvirt/images/a.qcow2`, `rbd:pool/image`): the active layer.
     pub origin: String,
     /// Which layer was read.
     pub layer: DiskLayer,
+    /// The file behind `origin`, if it is a regular file of the host and its bitmaps do not carry
+    /// the disk's name: what tells whether a bitmap in it began with this disk's base.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub file: Option<FileId>,
+}
+
+/// Which file a path leads to, for as long as the file lives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileId {
+    /// Number of its file system (`st_dev`).
+    pub device: u64,
+    /// Its number there (`st_ino`).
+    pub inode: u64,
+    /// When it was created, in nanoseconds since 1970, where the file system tells.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub created_ns: Option<u64>,
+}
+
+/// A layer of a disk, as far as it can be recognised again.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ImageId {
+    /// Where it is.
+    pub origin: String,
+    /// The file there, if that is known.
+    pub file: Option<FileId>,
+}
+
+impl DiskDescription {
+    /// The active layer.
+    pub fn image(&self) -> ImageId {
+        ImageId { origin: self.origin.clone(), file: self.file }
+    }
+}
+
+impl ImageId {
+    /// Whether this is the image `other` was, so that a bitmap that began in `other` is this one's.
+    ///
+    /// - The inode must be the same: a copy, a restore or a migration makes another file.
+    /// - The time of creation must be, too: ext4 gives the inode of a removed file to the next one
+    ///   (`rm a; cp b a`). Where it is not told, place or file system have to be the same.
+    /// - The number of the file system need not be: device mapper, btrfs and NFS hand out new ones at
+    ///   a boot or mount, and reading everything after each boot would be the wrong price for a
+    ///   number that says nothing about the file.
+    /// - The path need not be either: a file that was moved is still the file.
+    ///
+    /// Where one side has no file (points of earlier versions, other hosts, block devices, whose
+    /// nodes are made anew at each boot), the place alone is compared.
+    pub fn is(&self, other: &Self) -> bool {
+        let same_place = self.origin == other.origin;
+        let (Some(file), Some(was)) = (self.file, other.file) else { return same_place };
+        let same_birth = match (file.created_ns, was.created_ns) {
+            (Some(now), Some(then)) => now == then,
+            _ => same_place || file.device == was.device,
+        };
+        file.inode == was.inode && same_birth
+    }
 }
 
 /// A disk of the VM that is not part of the point, and why.

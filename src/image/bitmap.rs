@@ -5,31 +5,44 @@ use std::path::Path;
 
 use super::info::{BitmapInfo, Layer};
 use super::tool::qemu_img;
-use crate::error::Result;
+use crate::error::{Error, Kind, Result};
 use crate::vm::{FullReason, PointId, Uuid};
+
+/// Length of a point id in a name.
+const POINT_DIGITS: usize = 32;
+/// Longest name of a persistent bitmap (`BDRV_BITMAP_MAX_NAME_SIZE`).
+const NAME_BYTES_MAX: usize = 1023;
 
 /// What the bitmaps of one domain in one repository have in common, and how one is named.
 ///
-/// `vmb-<repository, 8 hex>-<domain uuid>-<point, 32 hex>`, followed by `-<disk>` where nothing
-/// but the name of the bitmap ties an image to a disk.
-#[derive(Clone, Debug)]
+/// `vmb-<repository, 8 hex>-<domain uuid>-<point, 32 hex>`, followed by `-<disk>` where the
+/// platform is free to choose the name (libvirt wants one for all disks of a checkpoint).
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BitmapNames {
     prefix: String,
     suffix: String,
 }
 
 impl BitmapNames {
-    /// Names of the domain's bitmaps; `repository` is its id, of which eight digits are used.
-    pub fn new(repository: &str, domain: Uuid) -> Self {
-        let repository: String = repository.chars().take(8).collect();
-        Self { prefix: format!("vmb-{repository}-{domain}-"), suffix: String::new() }
+    /// Names of the domain's bitmaps; `repository` is its id in hex, of which eight digits are used.
+    pub fn new(repository: &str, domain: Uuid) -> Result<Self> {
+        let short = repository.get(..8).filter(|s| s.bytes().all(|b| b.is_ascii_hexdigit()));
+        let short = short.ok_or_else(|| {
+            Error::new(Kind::Internal, format!("repository id '{repository}' is not hexadecimal"))
+        })?;
+        let prefix = format!("vmb-{}-{domain}-", short.to_ascii_lowercase());
+        Ok(Self { prefix, suffix: String::new() })
     }
 
-    /// The same for one disk of a VM whose images are not bound to disks by anything else.
+    /// The same for one disk.
     #[must_use]
-    pub fn of_disk(mut self, disk: &str) -> Self {
-        self.suffix = format!("-{disk}");
-        self
+    pub fn of_disk(&self, disk: &str) -> Self {
+        let room = NAME_BYTES_MAX - self.prefix.len() - POINT_DIGITS;
+        let mut suffix = format!("-{disk}");
+        while suffix.len() > room {
+            suffix.pop();
+        }
+        Self { prefix: self.prefix.clone(), suffix }
     }
 
     /// The name of the bitmap that begins at `point`.
@@ -37,9 +50,15 @@ impl BitmapNames {
         format!("{}{point}{}", self.prefix, self.suffix)
     }
 
-    /// The point a bitmap of ours begins at; `None` for everybody else's.
+    /// The point a bitmap of ours begins at; `None` for everybody else's and other disks'.
     pub fn point_of(&self, bitmap: &str) -> Option<PointId> {
         bitmap.strip_prefix(&self.prefix)?.strip_suffix(&self.suffix)?.parse().ok()
+    }
+
+    /// The same whichever disk of the domain it began on.
+    pub fn point_of_any(&self, bitmap: &str) -> Option<PointId> {
+        let (point, rest) = bitmap.strip_prefix(&self.prefix)?.split_at_checked(POINT_DIGITS)?;
+        (rest.is_empty() || rest.starts_with('-')).then(|| point.parse().ok()).flatten()
     }
 }
 
@@ -63,42 +82,36 @@ async fn change(action: &str, image: &Path, format: &str, name: &str) -> Result<
     qemu_img(args, &what).await.map(|_| ())
 }
 
-/// A point a bitmap may begin at, and the size the disk had then.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct BaseCandidate {
-    /// The point.
-    pub point: PointId,
-    /// Virtual size of this disk at it; `None` if the point has no such disk.
-    pub size_bytes: Option<u64>,
-}
-
 /// The newest point the disk can be read incrementally from, or why there is none.
 ///
-/// `candidates` are the points of the domain that the repository holds, newest first. Only a
-/// bitmap of the active layer counts: what a lower layer recorded ended when the overlay was made.
+/// `candidates` are the points that held this disk as it is now, newest first. Only bitmaps of the
+/// active layer can be read by: what a lower one recorded ended when the overlay was made, and an
+/// overlay that libvirt gave a bitmap of the same name goes on where the lower one ended. Either
+/// alone misses changes.
 pub fn choose_base(
     layers: &[Layer],
     names: &BitmapNames,
-    candidates: &[BaseCandidate],
+    candidates: &[PointId],
 ) -> std::result::Result<PointId, FullReason> {
-    let top = layers.first().ok_or(FullReason::NoChangeTracking)?;
-    if candidates.is_empty() {
-        return Err(FullReason::FirstBackup);
-    }
-    let sizes: Vec<_> = candidates.iter().filter_map(|c| Some((c.point, c.size_bytes?))).collect();
-    let Some((_, newest_size)) = sizes.first() else { return Err(FullReason::NewDisk) };
+    let (top, lower) = layers.split_first().ok_or(FullReason::NoChangeTracking)?;
     let Some(bitmaps) = &top.info.bitmaps else { return Err(FullReason::FormatWithoutBitmaps) };
-    if *newest_size != top.info.size_bytes {
-        return Err(FullReason::Resized);
-    }
-    let mut reason = missing(&layers[1..], names, candidates);
-    for (point, size_bytes) in sizes {
-        let name = names.of_point(point);
-        let Some(bitmap) = bitmaps.iter().find(|bitmap| bitmap.name == name) else { continue };
-        match unusable(bitmap) {
-            Some(why) => reason = why,
-            None if size_bytes != top.info.size_bytes => reason = FullReason::Resized,
-            None => return Ok(point),
+    let mut reason = FullReason::BitmapMissing;
+    for point in candidates {
+        let name = names.of_point(*point);
+        let fits = |bitmap: &&BitmapInfo| bitmap.name == name;
+        let below = lower.iter().filter_map(|layer| layer.info.bitmaps.as_ref()).flatten();
+        let why = match bitmaps.iter().find(fits).map(unusable) {
+            _ if below.into_iter().any(|bitmap| fits(&bitmap)) => FullReason::BitmapNotInChain,
+            Some(None) => return Ok(*point),
+            Some(Some(why)) => why,
+            None if bitmaps.iter().any(|b| names.point_of_any(&b.name) == Some(*point)) => {
+                FullReason::ImageReplaced
+            }
+            None => continue,
+        };
+        // Of several reasons the newest point's is told.
+        if reason == FullReason::BitmapMissing {
+            reason = why;
         }
     }
     Err(reason)
@@ -114,19 +127,6 @@ fn unusable(bitmap: &BitmapInfo) -> Option<FullReason> {
     }
 }
 
-/// Why there is no bitmap in the active layer.
-fn missing(lower: &[Layer], names: &BitmapNames, candidates: &[BaseCandidate]) -> FullReason {
-    let below = |name: String| {
-        let mut bitmaps = lower.iter().filter_map(|layer| layer.info.bitmaps.as_ref()).flatten();
-        bitmaps.any(|bitmap| bitmap.name == name)
-    };
-    if candidates.iter().any(|candidate| below(names.of_point(candidate.point))) {
-        FullReason::BitmapNotInChain
-    } else {
-        FullReason::BitmapMissing
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -134,19 +134,27 @@ mod tests {
     #[test]
     fn only_names_of_this_repository_domain_and_disk_are_ours() {
         let domain = Uuid::from_u128(7);
-        let names = BitmapNames::new("0123456789abcdef", domain).of_disk("a-b");
+        let all = BitmapNames::new("0123456789ABCDEF", domain).unwrap();
+        let names = all.of_disk("a-b");
         let point = PointId([0xab; 16]);
         let name = names.of_point(point);
         assert!(name.starts_with("vmb-01234567-00000000-"), "{name}");
         assert_eq!(names.point_of(&name), Some(point));
         for other in [
-            BitmapNames::new("1123456789abcdef", domain).of_disk("a-b"),
-            BitmapNames::new("0123456789abcdef", Uuid::from_u128(8)).of_disk("a-b"),
-            BitmapNames::new("0123456789abcdef", domain).of_disk("b"),
-            BitmapNames::new("0123456789abcdef", domain),
+            BitmapNames::new("1123456789abcdef", domain).unwrap().of_disk("a-b"),
+            BitmapNames::new("0123456789abcdef", Uuid::from_u128(8)).unwrap().of_disk("a-b"),
+            all.of_disk("b"),
+            all.clone(),
         ] {
             assert_eq!(other.point_of(&name), None);
         }
-        assert_eq!(names.point_of("b0"), None);
+        assert_eq!(all.of_disk("b").point_of_any(&name), Some(point));
+        assert_eq!(all.point_of_any(&all.of_point(point)), Some(point));
+        for foreign in ["b0", "virtnbdbackup.0", &name[..60], &name.replace("-a-b", "a-b")] {
+            assert_eq!((names.point_of(foreign), all.point_of_any(foreign)), (None, None));
+        }
+        assert!(BitmapNames::new("abc", domain).is_err());
+        // The name of a clone's disk is as long as it likes; that of a bitmap is not.
+        assert_eq!(all.of_disk(&"ä".repeat(600)).of_point(point).len(), NAME_BYTES_MAX);
     }
 }

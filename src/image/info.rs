@@ -60,7 +60,6 @@ pub struct Layer {
 
 /// The layers of the image at `path` in `format`, each one checked. Changes nothing.
 pub async fn layers(path: &Path, format: &str) -> Result<Vec<Layer>> {
-    check_format(format)?;
     let mut layers: Vec<Layer> = Vec::new();
     let mut next = Some((absolute(path)?, format.to_owned()));
     while let Some((path, format)) = next.take() {
@@ -75,8 +74,10 @@ pub async fn layers(path: &Path, format: &str) -> Result<Vec<Layer>> {
     Ok(layers)
 }
 
-/// What the header of one image says.
-async fn inspect(path: &Path, format: &str) -> Result<ImageInfo> {
+/// What the header of one image says. Takes no lock; bitmaps that a VM has made since it opened the
+/// image are not in it yet, and those it has open are marked inconsistent.
+pub async fn inspect(path: &Path, format: &str) -> Result<ImageInfo> {
+    check_format(format)?;
     let what = format!("read the header of {} as {format}", path.display());
     // -U: looking at an image a VM uses is harmless; reading its disk is what needs the lock.
     let mut args: Vec<&OsStr> =

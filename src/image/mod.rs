@@ -11,6 +11,7 @@
 
 pub mod bitmap;
 mod export;
+mod identity;
 mod info;
 mod lock;
 mod new;
@@ -27,7 +28,8 @@ use crate::block::{BlockSource, Buffer, ByteRange, ExtentMap, Geometry};
 use crate::error::{Error, Kind, Result};
 
 pub use export::ImageExport;
-pub use info::{BitmapInfo, ImageInfo, Layer, layers};
+pub use identity::file_id;
+pub use info::{BitmapInfo, ImageInfo, Layer, inspect, layers};
 pub use lock::ImageLock;
 pub use new::NewImage;
 

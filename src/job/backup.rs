@@ -16,7 +16,7 @@ use std::sync::Arc;
 use serde::Serialize;
 
 use super::lock::VmLock;
-use super::points::{self, Base};
+use super::points::{self, Bases};
 use super::source::{self, SnapshotOptions, SourceSpec};
 use super::{Env, Surroundings};
 use crate::block::BlockSink;
@@ -95,7 +95,7 @@ pub async fn run(
     let vm = platform.identify().await?;
     let what = format!("backup into repository {}", repository.id());
     let _lock = VmLock::acquire(&env.state_dir, &vm, &what)?;
-    let bases = points::bases(repository, vm.uuid).await?;
+    let bases = Bases::read(repository, vm.uuid).await?;
     let run = repository.begin_run(RunOptions::default()).await?;
     let point = PointId(random());
     let backup = Backup { run, point, vm, bases, env, control };
@@ -110,7 +110,7 @@ struct Backup<'a> {
     run: Run,
     point: PointId,
     vm: VmIdentity,
-    bases: Vec<Base>,
+    bases: Bases,
     env: &'a Env,
     control: &'a Control,
 }
@@ -127,7 +127,8 @@ impl Backup<'_> {
             mode: request.mode,
             point: self.point,
             repository: repository.id(),
-            known_points: self.bases.iter().map(Base::known_point).collect(),
+            known_points: self.bases.known_points(),
+            point_ids: self.bases.point_ids(),
             repository_has_key: repository.has_key(),
             quiesce: request.options.quiesce,
             freeze_budget: request.options.freeze_budget,
@@ -195,7 +196,7 @@ impl Backup<'_> {
         let disk = snapshot.disks()[index].clone();
         let (name, size_bytes) = (disk.description.name.clone(), disk.description.size_bytes);
         self.tell_why(&name, &disk.read);
-        let base = points::base_of(&self.bases, &disk)?;
+        let base = self.bases.of(&disk)?;
         let source = snapshot.source(index).await?;
         let writer = self.run.disk_writer(size_bytes, base);
         self.control.set_phase(format!("copying {name}"));

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
-use super::points::{self, Base};
+use super::points::Bases;
 use super::source::{self, SnapshotOptions, SourceSpec};
 use super::{Repository, Surroundings};
 use crate::error::Result;
@@ -84,16 +84,17 @@ pub async fn run(
     let vm = platform.identify().await?;
     let (bases, id, has_key) = match repository {
         Some(repository) => {
-            let bases = points::bases(repository, vm.uuid).await?;
+            let bases = Bases::read(repository, vm.uuid).await?;
             (bases, repository.id(), repository.has_key())
         }
-        None => (Vec::new(), "00000000".to_owned(), false),
+        None => (Bases::default(), "00000000".to_owned(), false),
     };
     let request = SnapshotRequest {
         mode: BackupMode::Auto,
         point: PointId([0; 16]),
         repository: id,
-        known_points: bases.iter().map(Base::known_point).collect(),
+        known_points: bases.known_points(),
+        point_ids: bases.point_ids(),
         repository_has_key: has_key,
         quiesce: request.options.quiesce,
         freeze_budget: request.options.freeze_budget,

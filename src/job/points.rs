@@ -1,5 +1,7 @@
 //! Points of a repository as jobs use them: lists, manifests, bases of incrementals.
 
+use std::collections::HashSet;
+
 use super::backup::{DiskReport, Report};
 use super::list::{Line, PointKind};
 use super::{Env, Repository, select, show};
@@ -8,26 +10,76 @@ use crate::platform::{KnownPoint, SnapshotDisk};
 use crate::repo::{
     Manifest, ManifestArtifact, ManifestDisk, ManifestDraft, PointName, Run, StoredDisk, WriteStats,
 };
-use crate::vm::{Artifact, ArtifactKind, ReadMode, Uuid};
+use crate::vm::{Artifact, ArtifactKind, PointId, ReadMode, Uuid};
 
 /// Newest points of a VM whose bitmaps an incremental may build on. A bitmap of an older point is
 /// left over from interrupted runs; reading in full is right then.
 const BASES_MAX: usize = 16;
 
+/// What a repository has of a VM, as far as the next backup asks.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Bases {
+    /// The newest points with a readable manifest, newest first.
+    points: Vec<Base>,
+    /// All points, by their names: a manifest that cannot be read, or is too old to build on, is
+    /// no reason to take its point's bitmap for a leftover.
+    ids: HashSet<PointId>,
+}
+
 /// A point of a VM that a new one may build on.
 #[derive(Clone, Debug)]
-pub(super) struct Base {
+struct Base {
     manifest: Manifest,
     checkpoint_xml: Option<String>,
 }
 
+impl Bases {
+    /// What there is of `vm`. A point whose manifest is damaged is none to build on: its disks are
+    /// read in full, which heals what can be healed.
+    pub(super) async fn read(repository: &Repository, vm: Uuid) -> Result<Self> {
+        let names = repository.point_names(Some(vm)).await?;
+        let mut points = Vec::new();
+        for name in names.iter().rev().take(BASES_MAX) {
+            match base(repository, name).await {
+                Ok(base) => points.push(base),
+                Err(error) if matches!(error.kind(), Kind::Corrupt | Kind::NotFound) => {
+                    tracing::warn!(point = %name.point, ?error, "a damaged point is no base");
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(Self { points, ids: names.iter().map(|name| name.point).collect() })
+    }
+
+    /// What a platform is told of the points.
+    pub(super) fn known_points(&self) -> Vec<KnownPoint> {
+        self.points.iter().map(Base::known_point).collect()
+    }
+
+    /// Every point there is.
+    pub(super) fn point_ids(&self) -> HashSet<PointId> {
+        self.ids.clone()
+    }
+
+    /// The stored disk that `disk` continues: what the bitmap names, for an incremental. A disk
+    /// that is read in full has none, so that nothing of it can be kept by mistake; what the
+    /// repository holds already is found by its content.
+    pub(super) fn of(&self, disk: &SnapshotDisk) -> Result<Option<&StoredDisk>> {
+        let (name, size_bytes) = (&disk.description.name, disk.description.size_bytes);
+        let ReadMode::Incremental { base } = disk.read else { return Ok(None) };
+        let found = self.points.iter().find(|point| point.manifest.point == base);
+        let found = found.and_then(|point| point.disk(name, size_bytes));
+        let message = format!("{name} builds on point {base}, which does not hold it");
+        found.map(Some).ok_or_else(|| Error::new(Kind::Internal, message))
+    }
+}
+
 impl Base {
-    /// What a platform is told of it.
-    pub(super) fn known_point(&self) -> KnownPoint {
-        let disks = self.manifest.body.disks.iter().map(|disk| &disk.description);
+    fn known_point(&self) -> KnownPoint {
+        let disks = self.manifest.body.disks.iter();
         KnownPoint {
             id: self.manifest.point,
-            disks: disks.map(|disk| (disk.name.clone(), disk.size_bytes)).collect(),
+            disks: disks.map(|disk| disk.description.clone()).collect(),
             checkpoint_xml: self.checkpoint_xml.clone(),
         }
     }
@@ -39,23 +91,6 @@ impl Base {
         };
         disks.find(same).map(|disk| &disk.stored)
     }
-}
-
-/// The newest points of `vm`, newest first. A point whose manifest is damaged is none to build on:
-/// its disks are read in full, which heals what can be healed.
-pub(super) async fn bases(repository: &Repository, vm: Uuid) -> Result<Vec<Base>> {
-    let names = repository.point_names(Some(vm)).await?;
-    let mut bases = Vec::new();
-    for name in names.iter().rev().take(BASES_MAX) {
-        match base(repository, name).await {
-            Ok(base) => bases.push(base),
-            Err(error) if matches!(error.kind(), Kind::Corrupt | Kind::NotFound) => {
-                tracing::warn!(point = %name.point, ?error, "a damaged point is no base");
-            }
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(bases)
 }
 
 async fn base(repository: &Repository, name: &PointName) -> Result<Base> {
@@ -72,24 +107,6 @@ async fn checkpoint_xml(repository: &Repository, manifest: &Manifest) -> Result<
         let message = format!("the checkpoint XML of point {point} is no text");
         Error::new(Kind::Corrupt, message).source(e)
     })
-}
-
-/// The stored disk a new one builds on: what the bitmap names for an incremental; for a disk read
-/// in full the newest of the same name and size, whose unchanged chunks need not be stored again.
-pub(super) fn base_of<'a>(
-    bases: &'a [Base],
-    disk: &SnapshotDisk,
-) -> Result<Option<&'a StoredDisk>> {
-    let (name, size_bytes) = (&disk.description.name, disk.description.size_bytes);
-    match disk.read {
-        ReadMode::Incremental { base } => {
-            let found = bases.iter().find(|point| point.manifest.point == base);
-            let found = found.and_then(|point| point.disk(name, size_bytes));
-            let message = format!("{name} builds on point {base}, which does not hold it");
-            found.map(Some).ok_or_else(|| Error::new(Kind::Internal, message))
-        }
-        ReadMode::Full { .. } => Ok(bases.iter().find_map(|point| point.disk(name, size_bytes))),
-    }
 }
 
 /// Every point as a list shows it: by VM, each VM's in the repository's order.
@@ -222,3 +239,6 @@ pub(super) fn draft(
         program: concat!("vmbackup ", env!("CARGO_PKG_VERSION")).to_owned(),
     }
 }
+
+#[cfg(test)]
+mod tests;

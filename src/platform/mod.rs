@@ -21,11 +21,13 @@
 //! Sibling folders have the same inner file names where they have the part: `mod.rs` (the
 //! platform), `snapshot.rs`, `plan.rs`, `checkpoint.rs`, `restore.rs`.
 
+mod base;
 pub mod image;
 #[cfg(feature = "libvirt")]
 pub mod libvirt;
 pub mod qemu;
 
+use std::collections::HashSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -111,8 +113,12 @@ pub struct SnapshotRequest {
     pub point: PointId,
     /// The repository's id: eight hex digits of it are in the name of every checkpoint.
     pub repository: String,
-    /// The points of this domain in the repository, newest first: what a bitmap may name.
+    /// The newest points of this domain in the repository, newest first: what an incremental may
+    /// build on.
     pub known_points: Vec<KnownPoint>,
+    /// Ids of all its points there, older ones and those with an unreadable manifest included: the
+    /// bitmap of a point that exists is not a leftover, even if nothing can be built on it now.
+    pub point_ids: HashSet<PointId>,
     /// Whether the repository has a key: without one, TPM state and LUKS disks are refused.
     pub repository_has_key: bool,
     /// Freeze guest file systems?
@@ -127,6 +133,13 @@ pub struct SnapshotRequest {
     pub insecure_tcp: bool,
     /// What [`VmSnapshot::taken`] is read from.
     pub clock: Arc<dyn Clock>,
+}
+
+impl SnapshotRequest {
+    /// Whether the repository has this point of the domain.
+    pub fn exists(&self, point: PointId) -> bool {
+        self.point_ids.contains(&point) || self.known_points.iter().any(|known| known.id == point)
+    }
 }
 
 /// How a backup was asked for.
@@ -156,8 +169,8 @@ pub enum Quiesce {
 pub struct KnownPoint {
     /// Its id, as bitmap names carry it.
     pub id: PointId,
-    /// Its disks: name and virtual size.
-    pub disks: Vec<(String, u64)>,
+    /// Its disks as they were then.
+    pub disks: Vec<DiskDescription>,
     /// The checkpoint XML recorded with it, to redefine it with.
     pub checkpoint_xml: Option<String>,
 }

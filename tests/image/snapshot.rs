@@ -194,7 +194,7 @@ async fn an_image_that_took_another_disks_place_is_read_in_full() {
     let vm = vm(&images, &[("b.qcow2", "qcow2")]);
     let known: &[(u8, &[(&str, usize)])] = &[(1, &[("a", LEN), ("b", LEN)])];
     let snapshot = open(&vm, &request(AUTO, 2, known)).await.unwrap();
-    assert_eq!(reason(snapshot.as_ref(), 0), FullReason::BitmapMissing);
+    assert_eq!(reason(snapshot.as_ref(), 0), FullReason::ImageReplaced);
     snapshot.abort().await.unwrap();
 }
 

@@ -1,5 +1,6 @@
 //! Images in a directory of their own, tools to change them, and a QEMU that uses one.
 
+use std::collections::HashSet;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -10,7 +11,7 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use vmbackup::block::{BlockSource, ExtentKind, conformance, read_all};
 use vmbackup::platform::{BackupMode, KnownPoint, Quiesce, SnapshotRequest};
-use vmbackup::vm::PointId;
+use vmbackup::vm::{DiskDescription, DiskLayer, PointId};
 
 /// Size of the disks.
 pub const LEN: usize = 4 << 20;
@@ -139,13 +140,25 @@ pub fn point(n: u8) -> PointId {
     PointId([n; 16])
 }
 
+/// A qcow2 disk as a manifest describes it.
+fn disk(name: &str, len: usize) -> DiskDescription {
+    DiskDescription {
+        name: name.to_owned(),
+        size_bytes: len as u64,
+        format: "qcow2".to_owned(),
+        origin: format!("{name}.qcow2"),
+        layer: DiskLayer::Plain,
+        file: None,
+    }
+}
+
 /// A request for point `n`, with the points before it known.
 pub fn request(mode: BackupMode, n: u8, known: &[(u8, &[(&str, usize)])]) -> SnapshotRequest {
     let known_points = known
         .iter()
         .map(|(n, disks)| KnownPoint {
             id: point(*n),
-            disks: disks.iter().map(|(name, len)| ((*name).to_owned(), *len as u64)).collect(),
+            disks: disks.iter().map(|(name, len)| disk(name, *len)).collect(),
             checkpoint_xml: None,
         })
         .collect();
@@ -154,6 +167,7 @@ pub fn request(mode: BackupMode, n: u8, known: &[(u8, &[(&str, usize)])]) -> Sna
         point: point(n),
         repository: REPOSITORY.to_owned(),
         known_points,
+        point_ids: HashSet::new(),
         repository_has_key: false,
         quiesce: Quiesce::Auto,
         freeze_budget: Duration::from_secs(10),

@@ -1,5 +1,6 @@
 //! A domain without a guest system, and a repository of nothing but known points.
 
+use std::collections::HashSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -144,6 +145,7 @@ pub(crate) fn request(id: u8) -> SnapshotRequest {
         point: point(id),
         repository: REPOSITORY.to_owned(),
         known_points: Vec::new(),
+        point_ids: HashSet::new(),
         repository_has_key: true,
         quiesce: Quiesce::Auto,
         freeze_budget: Duration::from_secs(10),
@@ -170,7 +172,7 @@ pub(crate) fn known(point: PointId, snapshot: &dyn VmSnapshot) -> KnownPoint {
     let xml = snapshot.artifacts().iter().find(|a| a.kind == ArtifactKind::CheckpointXml);
     KnownPoint {
         id: point,
-        disks: disks.map(|disk| (disk.name.clone(), disk.size_bytes)).collect(),
+        disks: disks.cloned().collect(),
         checkpoint_xml: xml.map(|a| String::from_utf8(a.bytes.clone()).expect("XML")),
     }
 }

@@ -9,6 +9,7 @@
 mod support;
 
 mod bare;
+mod bases;
 mod quiesce;
 mod remote;
 mod restore;

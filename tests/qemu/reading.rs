@@ -1,7 +1,7 @@
 //! Reading a snapshot the way a repository does: a full disk replaces what is held, an incremental
 //! one is applied to what the base point holds.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::Path;
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use vmbackup::control::Control;
 use vmbackup::error::Result;
 use vmbackup::platform::qemu::Qemu;
 use vmbackup::platform::{BackupMode, KnownPoint, Platform, Quiesce, SnapshotRequest, VmSnapshot};
-use vmbackup::vm::{PointId, ReadMode};
+use vmbackup::vm::{DiskDescription, DiskLayer, PointId, ReadMode};
 
 use crate::machine::Machine;
 
@@ -34,7 +34,7 @@ impl Points {
     pub(crate) fn request(&self, machine: &Machine, point: PointId) -> SnapshotRequest {
         let known = self.newest_first.iter().map(|id| KnownPoint {
             id: *id,
-            disks: self.held[id].iter().map(|(n, c)| (n.clone(), c.len() as u64)).collect(),
+            disks: self.held[id].iter().map(|(name, content)| disk(name, content)).collect(),
             checkpoint_xml: None,
         });
         request(&machine.path("scratch"), point, known.collect())
@@ -84,6 +84,17 @@ impl Points {
     }
 }
 
+fn disk(name: &str, content: &[u8]) -> DiskDescription {
+    DiskDescription {
+        name: name.to_owned(),
+        size_bytes: content.len() as u64,
+        format: "qcow2".to_owned(),
+        origin: format!("{name}.qcow2"),
+        layer: DiskLayer::Plain,
+        file: None,
+    }
+}
+
 pub(crate) fn request(
     scratch: &Path,
     point: PointId,
@@ -94,6 +105,7 @@ pub(crate) fn request(
         point,
         repository: "0123456789abcdef".into(),
         known_points,
+        point_ids: HashSet::new(),
         repository_has_key: false,
         quiesce: Quiesce::Auto,
         freeze_budget: Duration::from_secs(10),

@@ -1,9 +1,9 @@
 //! Which bitmap a disk is read by, and the life of the new one.
 
 use crate::error::{Error, Kind, Result};
-use crate::image::bitmap::{self, BaseCandidate, BitmapNames};
+use crate::image::bitmap::{self, BitmapNames};
 use crate::image::{Layer, LockedImage};
-use crate::platform::{BackupMode, SnapshotRequest};
+use crate::platform::{BackupMode, SnapshotRequest, base};
 use crate::vm::{FullReason, ReadMode, Uuid};
 
 use super::ImageDisk;
@@ -17,10 +17,10 @@ pub(super) struct Checkpoints {
 }
 
 impl Checkpoints {
-    pub(super) fn new(request: &SnapshotRequest, domain: Uuid, disk: &str) -> Self {
-        let names = BitmapNames::new(&request.repository, domain).of_disk(disk);
+    pub(super) fn new(request: &SnapshotRequest, domain: Uuid, disk: &str) -> Result<Self> {
+        let names = BitmapNames::new(&request.repository, domain)?.of_disk(disk);
         let new = names.of_point(request.point);
-        Self { names, new }
+        Ok(Self { names, new })
     }
 
     /// How the disk is to be read.
@@ -33,15 +33,10 @@ impl Checkpoints {
         if request.mode == BackupMode::Full {
             return ReadMode::Full { reason: FullReason::Requested };
         }
-        let candidates: Vec<_> = request
-            .known_points
-            .iter()
-            .map(|known| {
-                let same = known.disks.iter().find(|(name, _)| *name == disk.name);
-                BaseCandidate { point: known.id, size_bytes: same.map(|(_, size)| *size) }
-            })
-            .collect();
-        match bitmap::choose_base(layers, &self.names, &candidates) {
+        let size_bytes = layers.first().expect("an image has a layer").info.size_bytes;
+        // The names of these bitmaps carry the disk: which file it is in does not matter.
+        let points = base::candidates((&disk.name, size_bytes), &request.known_points, |_| true);
+        match points.and_then(|points| bitmap::choose_base(layers, &self.names, &points)) {
             Ok(base) => ReadMode::Incremental { base },
             Err(reason) => ReadMode::Full { reason },
         }

@@ -29,7 +29,7 @@ pub(super) async fn plan(images: &Images, request: &SnapshotRequest) -> Result<S
         problems.extend(
             layers.iter().filter_map(|layer| Some(problem(&ImageLock::probe(&layer.path).err()?))),
         );
-        let checkpoints = Checkpoints::new(request, identity.uuid, &disk.name);
+        let checkpoints = Checkpoints::new(request, identity.uuid, &disk.name)?;
         let read = checkpoints.read_mode(disk, &layers, request);
         let expected_bytes = match read {
             ReadMode::Full { .. } => allocated_bytes(&layers),
@@ -72,6 +72,7 @@ pub(super) fn describe(disk: &ImageDisk, layers: &[Layer]) -> DiskDescription {
         format: top.format.clone(),
         origin: top.path.display().to_string(),
         layer: DiskLayer::Plain,
+        file: None,
     }
 }
 

@@ -64,7 +64,7 @@ impl ImageSnapshot {
         let mut reads = Vec::new();
         for disk in included {
             let layers = layers(&disk.source.path, &disk.source.format).await?;
-            let checkpoints = Checkpoints::new(request, identity.uuid, &disk.name);
+            let checkpoints = Checkpoints::new(request, identity.uuid, &disk.name)?;
             reads.push((disk.name.clone(), checkpoints.read_mode(disk, &layers, request)));
             let top = layers.into_iter().next().expect("an image has a layer");
             begun.push(Begun { disk, checkpoints, top, has_new: false });

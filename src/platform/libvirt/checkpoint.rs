@@ -23,11 +23,11 @@ use super::connection::DomainHandle;
 use super::disks::Disk;
 use super::error::code;
 use super::ffi;
-use super::names::Chain;
 use super::xml::{Element, escaped};
 use crate::error::{Kind, Result};
-use crate::platform::{BackupMode, KnownPoint, SnapshotRequest};
-use crate::vm::{FullReason, PointId};
+use crate::image::bitmap::BitmapNames;
+use crate::platform::{BackupMode, KnownPoint, SnapshotRequest, base};
+use crate::vm::{DiskDescription, FullReason, PointId, ReadMode};
 
 /// Known points whose bitmaps are looked for: after each commit only the newest has any, older
 /// ones only where dropping them failed or a disk was left out for a while.
@@ -40,6 +40,28 @@ pub(super) struct SizedDisk {
     pub(super) size_bytes: u64,
     /// Bytes allocated, as far as libvirt can tell.
     pub(super) allocation_bytes: u64,
+}
+
+impl SizedDisk {
+    /// How manifests describe it.
+    pub(super) fn describe(&self) -> DiskDescription {
+        DiskDescription {
+            name: self.disk.name.clone(),
+            size_bytes: self.size_bytes,
+            format: self.disk.format.clone(),
+            origin: self.disk.image().origin.clone(),
+            layer: self.disk.layer,
+            file: self.disk.image().file,
+        }
+    }
+}
+
+/// How a read is recorded.
+pub(super) fn read_mode(read: Result<PointId, FullReason>) -> ReadMode {
+    match read {
+        Ok(base) => ReadMode::Incremental { base },
+        Err(reason) => ReadMode::Full { reason },
+    }
 }
 
 /// What was found out about the bases of all disks.
@@ -89,36 +111,23 @@ pub(super) fn checkpoint_xml(
 }
 
 /// The points whose bitmap may serve `disk`, newest first; or why there is none. Pure.
-fn candidates<'k>(
-    disk: &SizedDisk,
-    known: &'k [KnownPoint],
-) -> Result<Vec<&'k KnownPoint>, FullReason> {
+///
+/// A point counts whose image is a layer of the disk now: what came above it since (an external
+/// snapshot) holds only changes, and libvirt demands the bitmap in each of these layers. That is
+/// also what it does itself: it gives the overlay of a snapshot the bitmaps of the layer below.
+fn candidates(disk: &SizedDisk, known: &[KnownPoint]) -> Result<Vec<PointId>, FullReason> {
     if let Some(reason) = disk.disk.untracked {
         return Err(reason);
     }
-    if known.is_empty() {
-        return Err(FullReason::FirstBackup);
-    }
-    let size_in = |point: &KnownPoint| {
-        point.disks.iter().find(|(name, _)| *name == disk.disk.name).map(|(_, size)| *size)
-    };
-    let mut with_disk = known.iter().filter(|point| size_in(point).is_some()).peekable();
-    if with_disk.peek().is_none() {
-        return Err(FullReason::NewDisk);
-    }
-    // A disk that was resized and back again in between has lost what it held beyond: only points
-    // since the last size change count.
-    let same: Vec<_> = with_disk
-        .take_while(|point| size_in(point) == Some(disk.size_bytes))
-        .take(CANDIDATES_MAX)
-        .collect();
-    if same.is_empty() { Err(FullReason::Resized) } else { Ok(same) }
+    base::candidates((&disk.disk.name, disk.size_bytes), known, |was| {
+        disk.disk.layers.iter().any(|layer| layer.is(&was.image()))
+    })
 }
 
 /// Checkpoints of one chain on one running domain.
 pub(super) struct Checkpoints<'a> {
     pub(super) domain: &'a DomainHandle,
-    pub(super) chain: &'a Chain,
+    pub(super) chain: &'a BitmapNames,
     /// All target names of the domain.
     pub(super) all: &'a [String],
 }
@@ -142,7 +151,7 @@ impl Checkpoints<'_> {
         for point in request.known_points.iter().take(CANDIDATES_MAX) {
             let open: Vec<&str> = wanted
                 .iter()
-                .filter(|(_, points)| points.iter().any(|candidate| candidate.id == point.id))
+                .filter(|(_, points)| points.contains(&point.id))
                 .map(|(name, _)| *name)
                 .collect();
             if open.is_empty() {
@@ -195,7 +204,7 @@ impl Checkpoints<'_> {
         disks: &[&str],
         check: Check,
     ) -> Result<bool> {
-        let name = self.chain.checkpoint(point.id);
+        let name = self.chain.of_point(point.id);
         let created = point.checkpoint_xml.as_deref().and_then(creation_time).unwrap_or(1);
         let xml = checkpoint_xml(&name, self.all, disks, Some(created));
         let mut flags = sys::VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE;
@@ -227,12 +236,12 @@ impl Checkpoints<'_> {
     /// Checkpoints of this chain that libvirt has metadata of.
     pub(super) async fn listed(&self) -> Result<Vec<PointId>> {
         let names = self.domain.call("list the checkpoints of", ffi::Checkpoint::names).await?;
-        Ok(names.iter().filter_map(|name| self.chain.point(name)).collect())
+        Ok(names.iter().filter_map(|name| self.chain.point_of(name)).collect())
     }
 
     /// Estimated bytes changed since `point`, by disk (running domains only).
     pub(super) async fn changed_bytes(&self, point: PointId) -> Result<BTreeMap<String, u64>> {
-        let name = self.chain.checkpoint(point);
+        let name = self.chain.of_point(point);
         let xml = self
             .domain
             .call("estimate the changes of", move |domain| {
@@ -254,7 +263,7 @@ impl Checkpoints<'_> {
 
     /// The XML libvirt has of a checkpoint, without the domain.
     pub(super) async fn xml(&self, point: PointId) -> Result<String> {
-        let name = self.chain.checkpoint(point);
+        let name = self.chain.of_point(point);
         self.domain
             .call("read the checkpoint of", move |domain| {
                 ffi::Checkpoint::lookup(domain, &name)?
@@ -265,7 +274,7 @@ impl Checkpoints<'_> {
 
     /// Deletes a checkpoint; none of that name is success.
     pub(super) async fn delete(&self, point: PointId, what: Delete) -> Result<()> {
-        let name = self.chain.checkpoint(point);
+        let name = self.chain.of_point(point);
         let flags = match what {
             Delete::Bitmaps => 0,
             Delete::Metadata => sys::VIR_DOMAIN_CHECKPOINT_DELETE_METADATA_ONLY,
@@ -322,38 +331,27 @@ mod tests {
 
     fn disk(format: &str, size_bytes: u64) -> SizedDisk {
         let xml = format!(
-            "<domain><devices><disk><driver type='{format}'/><target dev='vda'/></disk></devices></domain>"
+            "<domain><devices><disk><driver type='{format}'/><source file='/i/a'/>\
+             <backingStore type='file'><source file='/i/below'/></backingStore>\
+             <target dev='vda'/></disk></devices></domain>"
         );
         let set = DiskSet::from_xml(&Element::parse("test", &xml).unwrap(), &[]).unwrap();
         SizedDisk { disk: set.protected[0].clone(), size_bytes, allocation_bytes: 0 }
     }
 
-    fn point(id: u8, disks: &[(&str, u64)]) -> KnownPoint {
-        KnownPoint {
-            id: PointId([id; 16]),
-            disks: disks.iter().map(|(name, size)| ((*name).to_owned(), *size)).collect(),
-            checkpoint_xml: None,
-        }
-    }
-
-    fn ids(disk: &SizedDisk, known: &[KnownPoint]) -> Result<Vec<u8>, FullReason> {
-        Ok(candidates(disk, known)?.iter().map(|point| point.id.0[0]).collect())
-    }
-
     #[test]
-    fn each_disk_gets_the_points_that_fit_it_or_the_reason() {
-        let known = [
-            point(4, &[("vda", 10)]),
-            point(3, &[("vdb", 1)]),
-            point(2, &[("vda", 10)]),
-            point(1, &[("vda", 9)]),
-        ];
-        assert_eq!(ids(&disk("qcow2", 10), &known), Ok(vec![4, 2]));
-        assert_eq!(ids(&disk("qcow2", 11), &known), Err(FullReason::Resized));
-        assert_eq!(ids(&disk("qcow2", 9), &known), Err(FullReason::Resized));
-        assert_eq!(ids(&disk("raw", 10), &known), Err(FullReason::FormatWithoutBitmaps));
-        assert_eq!(ids(&disk("qcow2", 10), &[]), Err(FullReason::FirstBackup));
-        assert_eq!(ids(&disk("qcow2", 10), &known[1..2]), Err(FullReason::NewDisk));
+    fn the_image_of_the_base_must_be_a_layer_of_the_disk() {
+        let was = |origin: &str| {
+            let description =
+                DiskDescription { origin: origin.into(), ..disk("qcow2", 10).describe() };
+            [KnownPoint { id: PointId([1; 16]), disks: vec![description], checkpoint_xml: None }]
+        };
+        let ask = |disk: &SizedDisk, origin: &str| candidates(disk, &was(origin)).map(|p| p.len());
+        let now = disk("qcow2", 10);
+        assert_eq!(ask(&now, "/i/b"), Err(FullReason::ImageReplaced));
+        assert_eq!(ask(&now, "/i/a"), Ok(1));
+        assert_eq!(ask(&now, "/i/below"), Ok(1));
+        assert_eq!(ask(&disk("raw", 10), "/i/a"), Err(FullReason::FormatWithoutBitmaps));
     }
 
     #[test]

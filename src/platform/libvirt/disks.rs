@@ -11,7 +11,7 @@ use std::path::PathBuf;
 
 use super::xml::Element;
 use crate::error::{Error, Kind, Result};
-use crate::vm::{DiskLayer, ExcludedDisk, FullReason};
+use crate::vm::{DiskLayer, ExcludedDisk, FullReason, ImageId};
 
 /// A protected disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -20,9 +20,10 @@ pub(super) struct Disk {
     pub(super) name: String,
     /// Image format (`qcow2`).
     pub(super) format: String,
-    /// Where it is, for people.
-    pub(super) origin: String,
-    /// The image, when it is a file or block device of the host.
+    /// Its images, the active one first, then what lies below as far as the XML tells. The files
+    /// are filled in by whoever can look at them.
+    pub(super) layers: Vec<ImageId>,
+    /// The active image, when it is a file or block device of the host.
     pub(super) path: Option<PathBuf>,
     /// Which layer QEMU shows.
     pub(super) layer: DiskLayer,
@@ -157,11 +158,18 @@ impl DiskSet {
     }
 }
 
-fn disk(name: &str, kind: &str, element: &Element) -> Disk {
-    let format = element.attr_at(&["driver"], "type").unwrap_or("raw").to_owned();
+impl Disk {
+    /// The active image.
+    pub(super) fn image(&self) -> &ImageId {
+        self.layers.first().expect("a disk has an active layer")
+    }
+}
+
+/// Where the `<source>` of a layer is: for people and to know it again, and its path on the host.
+fn place(kind: &str, element: &Element) -> (String, Option<PathBuf>) {
     let source = element.child("source");
     let attr = |key| source.and_then(|source| source.attr(key));
-    let (origin, path) = match kind {
+    match kind {
         "file" => (attr("file").unwrap_or("?").to_owned(), attr("file").map(PathBuf::from)),
         "block" => (attr("dev").unwrap_or("?").to_owned(), attr("dev").map(PathBuf::from)),
         "network" => {
@@ -173,7 +181,19 @@ fn disk(name: &str, kind: &str, element: &Element) -> Disk {
             (format!("{pool}/{}", attr("volume").unwrap_or_default()), None)
         }
         other => (other.to_owned(), None),
-    };
+    }
+}
+
+fn disk(name: &str, kind: &str, element: &Element) -> Disk {
+    let format = element.attr_at(&["driver"], "type").unwrap_or("raw").to_owned();
+    let (origin, path) = place(kind, element);
+    let mut layers = vec![ImageId { origin, file: None }];
+    let mut below = element.child("backingStore");
+    while let Some(layer) = below {
+        let Some(kind) = layer.attr("type") else { break };
+        layers.push(ImageId { origin: place(kind, layer).0, file: None });
+        below = layer.child("backingStore");
+    }
     let untracked = if element.child("shareable").is_some() {
         Some(FullReason::Shareable)
     } else if format != "qcow2" {
@@ -189,7 +209,7 @@ fn disk(name: &str, kind: &str, element: &Element) -> Disk {
     Disk {
         name: name.to_owned(),
         format,
-        origin,
+        layers,
         path,
         layer: if encrypted { DiskLayer::DecryptedLuks } else { DiskLayer::Plain },
         untracked,
@@ -224,7 +244,7 @@ mod tests {
         assert_eq!(names, [("vda", "qcow2"), ("vdc", "raw")]);
         assert_eq!(set.protected[0].path, Some("/i/a.qcow2".into()));
         assert_eq!(set.protected[0].untracked, None);
-        assert_eq!(set.protected[1].origin, "rbd:pool/img");
+        assert_eq!(set.protected[1].image().origin, "rbd:pool/img");
         assert_eq!(set.protected[1].untracked, Some(FullReason::FormatWithoutBitmaps));
         let out: Vec<_> = set.excluded.iter().map(|d| (&*d.name, &*d.reason)).collect();
         assert_eq!(out, [("sdb", "CD-ROM"), ("vdb", "read-only")]);

@@ -14,7 +14,7 @@
 //!
 //! Files: `ffi` (the C calls), `connection` (deadlines, look-up), `survey`, `disks`, `xml` (what a
 //! domain is), `names`, `lock` (ownership), `checkpoint` (bases), `job`, `quiesce`, `scratch`,
-//! `reach`, `restore` (the way back), `open`, `snapshot` (the transaction), `stopped` (the same for images), `plan`, `artifacts`, `images`.
+//! `reach`, `restore` (the way back), `open`, `snapshot` (the transaction), `stopped` (the same for images), `plan`, `artifacts`.
 //!
 //! Deliberately not done: monitor commands (they taint the domain), push-mode jobs (QEMU would
 //! write to the target at the target's speed, in the guest's way).
@@ -25,7 +25,6 @@ mod connection;
 mod disks;
 mod error;
 mod ffi;
-mod images;
 mod job;
 mod lock;
 mod names;

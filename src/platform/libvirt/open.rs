@@ -9,13 +9,13 @@ use std::time::Duration;
 use virt::domain::Domain;
 use virt::error::ErrorNumber;
 
-use super::checkpoint::{Bases, Check, Checkpoints, Delete, checkpoint_xml};
+use super::checkpoint::{Bases, Check, Checkpoints, Delete, checkpoint_xml, read_mode};
 use super::connection::DomainHandle;
 use super::error::code;
 use super::ffi::{self, VirtResult};
 use super::job::{self, JobDisk, Server};
 use super::lock::{DomainLock, Record};
-use super::names::{Chain, scratch_path};
+use super::names::scratch_path;
 use super::quiesce::{self, Frozen};
 use super::scratch::{Places, Space, Watch, no_room};
 use super::snapshot::RunningSnapshot;
@@ -24,10 +24,9 @@ use super::{LibvirtOptions, artifacts, reach, stopped};
 use crate::clock::Timestamp;
 use crate::control::{Control, NoticeLevel};
 use crate::error::{Error, Kind, Result};
+use crate::image::bitmap::BitmapNames;
 use crate::platform::{BackupMode, KnownPoint, Quiesce, SnapshotDisk, SnapshotRequest, VmSnapshot};
-use crate::vm::{
-    Artifact, ArtifactKind, DiskDescription, FullReason, PointId, Quiescence, ReadMode,
-};
+use crate::vm::{Artifact, ArtifactKind, FullReason, PointId, Quiescence};
 
 /// Longest wait for a job to begin: 40 ms measured on an idle machine; libvirt itself waits 30 s for
 /// the domain's job lock.
@@ -49,7 +48,7 @@ pub(super) async fn open(
         return Ok(Box::new(snapshot));
     }
     let places = Places::choose(&domain.host, &survey, &domain.name, request, &options.runtime_dir);
-    let chain = Chain::new(&request.repository, domain.uuid)?;
+    let chain = BitmapNames::new(&request.repository, domain.uuid)?;
     let mut opening = Opening {
         domain: domain.clone(),
         request: request.clone(),
@@ -76,7 +75,7 @@ struct Opening {
     domain: DomainHandle,
     request: SnapshotRequest,
     metadata: super::CheckpointMetadata,
-    chain: Chain,
+    chain: BitmapNames,
     survey: Survey,
     places: Places,
     lock: DomainLock,
@@ -163,10 +162,9 @@ impl Opening {
     /// committed, or of points that are forgotten: their bitmaps only cost. Those that are known
     /// are left for the commit to drop.
     async fn reconcile_checkpoints(&mut self, control: &Control) -> Result<()> {
-        let known = |id: &PointId| self.request.known_points.iter().any(|point| point.id == *id);
         let listed = self.checkpoints().listed().await?;
         for point in listed {
-            if known(&point) {
+            if self.request.exists(point) {
                 self.bases.defined.push(point);
             } else {
                 let text = format!("removing checkpoint {point}, which no restore point names");
@@ -175,7 +173,7 @@ impl Opening {
             }
         }
         for (point, disks) in self.image_bitmaps() {
-            if known(&point) {
+            if self.request.exists(point) {
                 self.stale.push((point, disks));
             } else {
                 drop_stale(&self.checkpoints(), point, &disks).await;
@@ -188,8 +186,9 @@ impl Opening {
     fn image_bitmaps(&self) -> Vec<(PointId, Vec<String>)> {
         let mut found = std::collections::BTreeMap::<PointId, Vec<String>>::new();
         for (disk, image) in self.survey.disks.iter().zip(&self.survey.images) {
-            for bitmap in image.iter().flat_map(|image| &image.bitmaps) {
-                if let Some(point) = self.chain.point(&bitmap.name) {
+            let bitmaps = image.iter().filter_map(|image| image.bitmaps.as_ref()).flatten();
+            for bitmap in bitmaps {
+                if let Some(point) = self.chain.point_of(&bitmap.name) {
                     found.entry(point).or_default().push(disk.disk.name.clone());
                 }
             }
@@ -206,11 +205,11 @@ impl Opening {
                 continue;
             };
             let newest = self.request.known_points.iter().find_map(|point| {
-                let name = self.chain.checkpoint(point.id);
-                image.as_ref()?.bitmaps.iter().find(|bitmap| bitmap.name == name)
+                let name = self.chain.of_point(point.id);
+                image.as_ref()?.bitmaps.iter().flatten().find(|bitmap| bitmap.name == name)
             });
             if let Some(bitmap) = newest {
-                *reason = if bitmap.flags.iter().any(|flag| flag == "auto") {
+                *reason = if bitmap.recording {
                     FullReason::BitmapInconsistent
                 } else {
                     FullReason::BitmapNotRecording
@@ -303,7 +302,7 @@ impl Opening {
                 let base = self.bases.read(name, self.request.mode).ok();
                 JobDisk {
                     name: name.clone(),
-                    base: base.map(|point| self.chain.checkpoint(point)),
+                    base: base.map(|point| self.chain.of_point(point)),
                     scratch: scratch_path(&self.places.scratch, self.request.point, name),
                 }
             })
@@ -313,7 +312,7 @@ impl Opening {
     async fn try_begin(&self, server: &Server, disks: &[JobDisk]) -> Result<VirtResult<()>> {
         let backup = job::backup_xml(server, disks);
         let tracked: Vec<&str> = self.tracked().collect();
-        let name = self.chain.checkpoint(self.request.point);
+        let name = self.chain.of_point(self.request.point);
         let checkpoint = (!tracked.is_empty())
             .then(|| checkpoint_xml(&name, &self.survey.set.all, &tracked, None));
         tracing::debug!(backup, ?checkpoint, "backup begin");
@@ -385,17 +384,8 @@ impl Opening {
             .disks
             .iter()
             .map(|disk| SnapshotDisk {
-                description: DiskDescription {
-                    name: disk.disk.name.clone(),
-                    size_bytes: disk.size_bytes,
-                    format: disk.disk.format.clone(),
-                    origin: disk.disk.origin.clone(),
-                    layer: disk.disk.layer,
-                },
-                read: match self.bases.read(&disk.disk.name, mode) {
-                    Ok(base) => ReadMode::Incremental { base },
-                    Err(reason) => ReadMode::Full { reason },
-                },
+                description: disk.describe(),
+                read: read_mode(self.bases.read(&disk.disk.name, mode)),
             })
             .collect();
         RunningSnapshot {

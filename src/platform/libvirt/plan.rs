@@ -5,18 +5,18 @@
 
 use std::collections::BTreeMap;
 
-use super::checkpoint::{Bases, Checkpoints, Delete};
+use super::checkpoint::{Bases, Checkpoints, Delete, read_mode};
 use super::connection::DomainHandle;
 use super::lock::DomainLock;
-use super::names::Chain;
 use super::scratch::{Places, Space, is_remote};
 use super::survey::Survey;
 use super::{LibvirtOptions, job, quiesce, stopped};
 use crate::error::{Error, Kind, Result};
+use crate::image::bitmap::BitmapNames;
 use crate::platform::{
     BackupMode, PlannedDisk, Problem, Quiesce, ScratchPlan, SnapshotPlan, SnapshotRequest,
 };
-use crate::vm::{DiskDescription, ReadMode, VmIdentity};
+use crate::vm::{ReadMode, VmIdentity};
 
 /// Plans a backup of the domain.
 pub(super) async fn plan(
@@ -38,21 +38,12 @@ pub(super) async fn plan(
         .map(|disk| {
             let read = bases.read(&disk.disk.name, request.mode);
             PlannedDisk {
-                description: DiskDescription {
-                    name: disk.disk.name.clone(),
-                    size_bytes: disk.size_bytes,
-                    format: disk.disk.format.clone(),
-                    origin: disk.disk.origin.clone(),
-                    layer: disk.disk.layer,
-                },
+                description: disk.describe(),
                 expected_bytes: match read {
                     Ok(_) => changed.get(&disk.disk.name).copied(),
                     Err(_) => Some(disk.allocation_bytes.min(disk.size_bytes)),
                 },
-                read: match read {
-                    Ok(base) => ReadMode::Incremental { base },
-                    Err(reason) => ReadMode::Full { reason },
-                },
+                read: read_mode(read),
             }
         })
         .collect();
@@ -120,7 +111,7 @@ async fn ask_bases(
     request: &SnapshotRequest,
     bases: &mut Bases,
 ) -> Result<BTreeMap<String, u64>> {
-    let chain = Chain::new(&request.repository, domain.uuid)?;
+    let chain = BitmapNames::new(&request.repository, domain.uuid)?;
     let checkpoints = Checkpoints { domain, chain: &chain, all: &survey.set.all };
     let before = checkpoints.listed().await?;
     let mut changed = BTreeMap::new();

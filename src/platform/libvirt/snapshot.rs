@@ -16,13 +16,13 @@ use super::connection::DomainHandle;
 use super::ffi;
 use super::job::{self, JobDisk, Server};
 use super::lock::DomainLock;
-use super::names::Chain;
 use super::open::drop_stale;
 use super::reach::Reach;
 use super::scratch::{Watch, ended};
 use crate::block::BlockSource;
 use crate::clock::Timestamp;
 use crate::error::{Error, Kind, Result};
+use crate::image::bitmap::BitmapNames;
 use crate::nbd::{Client, ClientOptions};
 use crate::platform::{SnapshotDisk, VmSnapshot};
 use crate::vm::{Artifact, ExcludedDisk, NotCaptured, PointId, Quiescence};
@@ -33,7 +33,7 @@ const SETTLE: Duration = Duration::from_millis(50);
 /// The transaction.
 pub(super) struct RunningSnapshot {
     pub(super) domain: DomainHandle,
-    pub(super) chain: Chain,
+    pub(super) chain: BitmapNames,
     pub(super) point: PointId,
     pub(super) metadata: CheckpointMetadata,
     /// All target names of the domain.

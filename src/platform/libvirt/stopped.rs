@@ -1,10 +1,16 @@
 //! A snapshot of a stopped domain: its images, read under a lock that keeps the domain from
 //! starting.
 //!
+//! ```text
+//!  look ─► add bitmaps ─► lock images ─► look again, choose bases, read XML and NVRAM ─► (reading)
+//! ```
+//!
 //! The new bitmap is added *before* the lock is taken, because the lock keeps every writer out,
 //! ourselves included. That is safe: a bitmap that begins before the instant marks what was
-//! written in between, and the next incremental reads it once more. Old bitmaps are removed after
-//! the lock is released; if the domain was started at that moment, the next run does it.
+//! written in between, and the next incremental reads it once more. Everything else is decided by
+//! what is seen *under* the lock: until then the domain may run, lose its bitmaps or get other
+//! images. Old bitmaps are removed after the lock is released; if the domain was started at that
+//! moment, the next run does it.
 //!
 //! Nothing is defined in libvirt: the next run on the running domain redefines the checkpoint from
 //! the point's id, as it does for its own.
@@ -15,6 +21,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 
 use super::artifacts;
+use super::checkpoint::{SizedDisk, read_mode};
 use super::connection::DomainHandle;
 use super::lock::{DomainLock, Record};
 use super::survey::Survey;
@@ -22,12 +29,11 @@ use crate::block::BlockSource;
 use crate::clock::Timestamp;
 use crate::control::{Control, NoticeLevel};
 use crate::error::{Error, Kind, Result};
-use crate::image::bitmap::{self, BaseCandidate, BitmapNames};
-use crate::image::{LockedImage, layers};
-use crate::platform::{BackupMode, SnapshotDisk, SnapshotRequest, VmSnapshot};
+use crate::image::bitmap::{self, BitmapNames};
+use crate::image::{Layer, LockedImage, file_id, layers};
+use crate::platform::{BackupMode, SnapshotDisk, SnapshotRequest, VmSnapshot, base};
 use crate::vm::{
-    Artifact, Consistency, DiskDescription, ExcludedDisk, FullReason, NotCaptured, PointId,
-    Quiescence, ReadMode,
+    Artifact, Consistency, ExcludedDisk, FullReason, ImageId, NotCaptured, PointId, Quiescence,
 };
 
 /// One disk of a stopped domain.
@@ -36,11 +42,11 @@ struct StoppedDisk {
     format: String,
     /// The point its bitmap begins at, or why it is read in full.
     read: Result<PointId, FullReason>,
-    /// It gets a bitmap.
+    /// It has, or is to get, the new bitmap.
     tracked: bool,
     /// Bitmaps of ours in it, the new one not among them.
     old: Vec<PointId>,
-    /// The new bitmap is in the image.
+    /// The new bitmap may be in the image.
     added: bool,
     image: Option<LockedImage>,
 }
@@ -66,7 +72,7 @@ pub(super) async fn reads(
     survey: &Survey,
     request: &SnapshotRequest,
 ) -> Result<Vec<Result<PointId, FullReason>>> {
-    let names = BitmapNames::new(&request.repository, domain.uuid);
+    let names = BitmapNames::new(&request.repository, domain.uuid)?;
     let parts = look(domain, survey, request, &names).await?;
     Ok(parts.into_iter().map(|part| part.read).collect())
 }
@@ -79,52 +85,28 @@ pub(super) async fn open(
     request: &SnapshotRequest,
     control: &Control,
 ) -> Result<StoppedSnapshot> {
-    let names = BitmapNames::new(&request.repository, domain.uuid);
+    let names = BitmapNames::new(&request.repository, domain.uuid)?;
     let parts = look(domain, &survey, request, &names).await?;
-    if request.mode == BackupMode::Incremental && parts.iter().all(|part| part.read.is_err()) {
-        let message = format!("no disk of domain '{}' has anything to build on", domain.name);
-        return Err(Error::new(Kind::NoBase, message)
-            .hint("take a full backup first: 'vmbackup full', or use 'vmbackup backup'"));
-    }
-    let (artifacts, mut not_captured) = artifacts::capture(
-        domain,
-        &survey.live,
-        survey.inactive.clone(),
-        request.repository_has_key,
-    )
-    .await?;
-    if domain.call("look for a saved state of", |domain| domain.has_managed_save(0)).await? {
-        not_captured.push(NotCaptured {
-            what: "memory of the saved domain".into(),
-            reason: "the disks are as they were when it was saved; start it and back it up running"
-                .into(),
-        });
-    }
     lock.record(&Record { point: request.point, frozen: false })?;
-    let disks = describe(&survey, &parts);
     let mut snapshot = StoppedSnapshot {
         domain: domain.clone(),
         names,
         point: request.point,
         parts,
-        disks,
-        excluded: survey.set.excluded,
+        disks: Vec::new(),
+        excluded: survey.set.excluded.clone(),
         taken: request.clock.now(),
         quiescence: Quiescence { level: Consistency::Stopped, frozen_ms: None, reason: None },
-        artifacts,
-        not_captured,
+        artifacts: Vec::new(),
+        not_captured: Vec::new(),
         lock,
     };
-    let name = &domain.name;
-    control.notice(NoticeLevel::Info, format!("domain '{name}' cannot start until this is over"));
-    if let Err(error) = snapshot.take(control).await {
+    if let Err(error) = snapshot.take(&survey, request, control).await {
         if let Err(undo) = Box::new(snapshot).abort().await {
             tracing::warn!(error = ?undo, "a bitmap of a failed backup remains");
         }
         return Err(error);
     }
-    // Nobody writes from here on.
-    snapshot.taken = request.clock.now();
     Ok(snapshot)
 }
 
@@ -150,33 +132,18 @@ async fn look(
     for disk in &survey.disks {
         let Some(path) = disk.disk.path.clone() else {
             let target = &disk.disk.name;
-            let origin = &disk.disk.origin;
+            let origin = &disk.disk.image().origin;
             return Err(start(format!(
                 "disk {target} of the stopped domain '{name}' is no file of this host ({origin})"
             )));
         };
         let found = layers(&path, &disk.disk.format).await?;
-        let candidates: Vec<_> = request
-            .known_points
-            .iter()
-            .map(|point| BaseCandidate {
-                point: point.id,
-                size_bytes: point.disks.iter().find(|d| d.0 == disk.disk.name).map(|d| d.1),
-            })
-            .collect();
-        let read = match disk.disk.untracked {
-            _ if request.mode == BackupMode::Full => Err(FullReason::Requested),
-            Some(reason) => Err(reason),
-            None => bitmap::choose_base(&found, names, &candidates),
-        };
-        let bitmaps = found[0].info.bitmaps.as_ref();
-        let old = bitmaps.iter().flat_map(|list| list.iter());
         parts.push(StoppedDisk {
             path,
             format: disk.disk.format.clone(),
-            read,
-            tracked: disk.disk.untracked.is_none() && bitmaps.is_some(),
-            old: old.filter_map(|bitmap| names.point_of(&bitmap.name)).collect(),
+            read: base_of(disk, &found, names, request).await,
+            tracked: disk.disk.untracked.is_none() && found[0].info.bitmaps.is_some(),
+            old: Vec::new(),
             added: false,
             image: None,
         });
@@ -184,40 +151,133 @@ async fn look(
     Ok(parts)
 }
 
-fn describe(survey: &Survey, parts: &[StoppedDisk]) -> Vec<SnapshotDisk> {
-    let disks = survey.disks.iter().zip(parts);
-    disks
-        .map(|(disk, part)| SnapshotDisk {
-            description: DiskDescription {
-                name: disk.disk.name.clone(),
-                size_bytes: disk.size_bytes,
-                format: disk.disk.format.clone(),
-                origin: disk.disk.origin.clone(),
-                layer: disk.disk.layer,
-            },
-            read: match part.read {
-                Ok(base) => ReadMode::Incremental { base },
-                Err(reason) => ReadMode::Full { reason },
-            },
-        })
-        .collect()
+/// The point `disk` can be read since, by what its images say now; or why there is none.
+async fn base_of(
+    disk: &SizedDisk,
+    found: &[Layer],
+    names: &BitmapNames,
+    request: &SnapshotRequest,
+) -> Result<PointId, FullReason> {
+    if request.mode == BackupMode::Full {
+        return Err(FullReason::Requested);
+    }
+    if let Some(reason) = disk.disk.untracked {
+        return Err(reason);
+    }
+    let mut images = Vec::new();
+    for layer in found {
+        let origin = layer.path.display().to_string();
+        images.push(ImageId { origin, file: file_id(&layer.path).await });
+    }
+    let (name, size_bytes) = (&disk.disk.name, disk.size_bytes);
+    let points = base::candidates((name, size_bytes), &request.known_points, |was| {
+        images.iter().any(|image| image.is(&was.image()))
+    })?;
+    bitmap::choose_base(found, names, &points)
 }
 
 impl StoppedSnapshot {
-    /// Adds the bitmaps, takes the locks, and looks again whether the domain is still stopped.
-    async fn take(&mut self, control: &Control) -> Result<()> {
-        let name = self.names.of_point(self.point);
-        for part in self.parts.iter_mut().filter(|part| part.tracked) {
-            control.check()?;
-            // Before the call: a call that fails half way is undone as well.
-            part.added = true;
-            bitmap::add(&part.path, &part.format, &name).await?;
-        }
+    /// Adds the bitmaps, takes the locks, and decides by what it sees then.
+    async fn take(
+        &mut self,
+        before: &Survey,
+        request: &SnapshotRequest,
+        control: &Control,
+    ) -> Result<()> {
+        // Here to change nothing for nothing; what counts is the same question below.
+        self.check_base(request)?;
+        let name = &self.domain.name;
+        let text = format!("domain '{name}' cannot start until this is over");
+        control.notice(NoticeLevel::Info, text);
+        self.add_bitmaps(before, control).await?;
         for part in &mut self.parts {
             control.check()?;
             part.image = Some(LockedImage::acquire(&part.path, &part.format).await?);
         }
-        self.check_stopped().await
+        // Nobody writes from here on.
+        self.taken = request.clock.now();
+        let now = Survey::take(&self.domain, request).await?;
+        self.check_same(before, &now)?;
+        for (part, disk) in self.parts.iter_mut().zip(&now.disks) {
+            let found = part.image.as_ref().expect("locked above").layers();
+            part.read = base_of(disk, found, &self.names, request).await;
+            let bitmaps = found[0].info.bitmaps.iter().flatten();
+            let points = bitmaps.filter_map(|bitmap| self.names.point_of(&bitmap.name));
+            part.old = points.filter(|point| *point != self.point).collect();
+            let (description, read) = (disk.describe(), read_mode(part.read));
+            self.disks.push(SnapshotDisk { description, read });
+        }
+        self.check_base(request)?;
+        self.capture(now, request).await
+    }
+
+    /// An image in use is an error. One that cannot be changed can be read all the same: the next
+    /// backup reads it in full.
+    async fn add_bitmaps(&mut self, survey: &Survey, control: &Control) -> Result<()> {
+        let name = self.names.of_point(self.point);
+        let parts = self.parts.iter_mut().zip(&survey.disks);
+        for (part, disk) in parts.filter(|(part, _)| part.tracked) {
+            control.check()?;
+            // Before the call: a call that fails half way is undone as well.
+            part.added = true;
+            match bitmap::add(&part.path, &part.format, &name).await {
+                Ok(()) => {}
+                Err(error) if error.kind() == Kind::Busy => return Err(error),
+                Err(error) => {
+                    part.tracked = false;
+                    let target = &disk.disk.name;
+                    let text = format!("the next backup reads {target} in full: {error}");
+                    control.notice(NoticeLevel::Warning, text);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// What was looked at before the lock must be what is locked.
+    fn check_same(&self, before: &Survey, now: &Survey) -> Result<()> {
+        let name = &self.domain.name;
+        let lost =
+            |what: String| Err(Error::new(Kind::SnapshotLost, what).hint("run the backup again"));
+        if now.running {
+            return lost(format!("domain '{name}' was started meanwhile"));
+        }
+        let sizes = |survey: &Survey| survey.disks.iter().map(|d| d.size_bytes).collect::<Vec<_>>();
+        if now.set != before.set || sizes(now) != sizes(before) {
+            return lost(format!("the disks of domain '{name}' were changed meanwhile"));
+        }
+        Ok(())
+    }
+
+    /// [`Kind::NoBase`] for an incremental of which no disk is one.
+    fn check_base(&self, request: &SnapshotRequest) -> Result<()> {
+        if request.mode != BackupMode::Incremental || self.parts.iter().any(|p| p.read.is_ok()) {
+            return Ok(());
+        }
+        let reasons = self.parts.iter().filter_map(|part| part.read.err());
+        let reasons: Vec<_> = reasons.map(FullReason::describe).collect();
+        let (name, reasons) = (&self.domain.name, reasons.join("; "));
+        let message = format!("no disk of domain '{name}' has anything to build on ({reasons})");
+        Err(Error::new(Kind::NoBase, message)
+            .hint("take a full backup first: 'vmbackup full', or use 'vmbackup backup'"))
+    }
+
+    /// The description and what it names: as the domain cannot start, all of it is of one instant.
+    async fn capture(&mut self, now: Survey, request: &SnapshotRequest) -> Result<()> {
+        let has_key = request.repository_has_key;
+        let captured = artifacts::capture(&self.domain, &now.live, now.inactive, has_key).await?;
+        (self.artifacts, self.not_captured) = captured;
+        let saved =
+            self.domain.call("look for a saved state of", |d| d.has_managed_save(0)).await?;
+        if saved {
+            self.not_captured.push(NotCaptured {
+                what: "memory of the saved domain".into(),
+                reason: "the disks are as they were when it was saved; start it and back it up \
+                         running"
+                    .into(),
+            });
+        }
+        Ok(())
     }
 
     async fn check_stopped(&self) -> Result<()> {

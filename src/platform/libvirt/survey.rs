@@ -1,5 +1,7 @@
 //! What a domain is right now: its XML, its state, its disks with their sizes. Changes nothing.
 
+use std::path::Path;
+
 use virt::domain::DomainState;
 use virt::enumutil::Enum;
 use virt::error::ErrorNumber;
@@ -9,9 +11,9 @@ use super::checkpoint::SizedDisk;
 use super::connection::DomainHandle;
 use super::disks::DiskSet;
 use super::error::code;
-use super::images::{ImageInfo, qcow2_info};
 use super::xml::Element;
 use crate::error::Result;
+use crate::image::{ImageInfo, file_id, inspect};
 use crate::platform::SnapshotRequest;
 use crate::vm::FullReason;
 
@@ -53,17 +55,22 @@ impl Survey {
         let mut set = DiskSet::from_xml(&root, &request.exclude_disks)?;
         let mut images = Vec::new();
         for disk in &mut set.protected {
+            if domain.host.is_local() {
+                for layer in disk.layers.iter_mut().filter(|layer| layer.origin.starts_with('/')) {
+                    layer.file = file_id(Path::new(&layer.origin)).await;
+                }
+            }
             let path = disk.path.as_deref().filter(|_| domain.host.is_local());
             let Some(path) = path.filter(|_| disk.format == "qcow2") else {
                 images.push(None);
                 continue;
             };
-            let info = qcow2_info(path).await;
+            let info = inspect(path, "qcow2").await;
             if let Err(error) = &info {
                 tracing::debug!(?error, "image header not read");
             }
             let info = info.ok();
-            if info.as_ref().is_some_and(|info| !info.holds_bitmaps) {
+            if info.as_ref().is_some_and(|info| info.bitmaps.is_none()) {
                 disk.untracked.get_or_insert(FullReason::FormatWithoutBitmaps);
             }
             images.push(info);

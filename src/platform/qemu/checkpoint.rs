@@ -14,8 +14,9 @@ use qmp::Action;
 use qmp::block::{Bitmap, BitmapRef, BitmapState, BitmapStorage, NewBitmap, Node};
 
 use super::disks::Disk;
-use super::names::{Chain, Temp};
-use crate::platform::{BackupMode, SnapshotRequest};
+use super::names::Temp;
+use crate::image::bitmap::BitmapNames;
+use crate::platform::{self, BackupMode, SnapshotRequest};
 use crate::vm::{FullReason, PointId, ReadMode};
 
 /// The bitmap a disk's incremental builds on.
@@ -29,52 +30,56 @@ pub(super) struct Base {
 pub(super) fn base(
     disk: &Disk,
     nodes: &[Node],
-    chain: &Chain,
+    names: &BitmapNames,
     request: &SnapshotRequest,
 ) -> Result<Base, FullReason> {
     if request.mode == BackupMode::Full {
         return Err(FullReason::Requested);
     }
-    if request.known_points.is_empty() {
-        return Err(FullReason::FirstBackup);
-    }
-    if disk.shareable {
+    if disk.shareable && !request.known_points.is_empty() {
         return Err(FullReason::Shareable);
     }
-    let sizes = request.known_points.iter().filter_map(|known| {
-        let found = known.disks.iter().find(|(name, _)| *name == disk.name)?;
-        Some((known.id, found.1))
-    });
-    let mut why = FullReason::NewDisk;
-    for (point, size_bytes) in sizes {
-        let name = chain.bitmap(point, &disk.name);
+    // The names of these bitmaps carry the disk: which file it is in does not matter.
+    let (known, disk_size) = (&request.known_points, (disk.name.as_str(), disk.size_bytes()));
+    let points = platform::base::candidates(disk_size, known, |_| true)?;
+    let own = names.of_disk(&disk.name);
+    let mut why = FullReason::BitmapMissing;
+    for point in points {
+        let name = own.of_point(point);
+        // A filter shows the bitmaps of the node below it, and its file.
+        let mut others = nodes.iter().filter(|node| node.file != disk.node.file);
+        let elsewhere = others.any(|node| node.bitmap(&name).is_some());
         let reason = match disk.node.bitmap(&name) {
-            Some(bitmap) => match usable(bitmap, size_bytes == disk.size_bytes()) {
+            // What the layers record adds up to the changes; either alone misses some.
+            _ if elsewhere => FullReason::BitmapNotInChain,
+            Some(bitmap) => match usable(bitmap) {
                 Ok(()) => return Ok(Base { point, bitmap: bitmap.clone() }),
                 Err(reason) => reason,
             },
-            None if nodes.iter().any(|node| node.bitmap(&name).is_some()) => {
-                FullReason::BitmapNotInChain
-            }
-            None => FullReason::BitmapMissing,
+            None if is_anothers(disk, names, point) => FullReason::ImageReplaced,
+            None => continue,
         };
-        // The reason at the newest point that says more than "not there" is the one to tell.
-        if matches!(why, FullReason::NewDisk | FullReason::BitmapMissing) {
+        // Of several reasons the newest point's is told.
+        if why == FullReason::BitmapMissing {
             why = reason;
         }
     }
     Err(why)
 }
 
-fn usable(bitmap: &Bitmap, same_size: bool) -> Result<(), FullReason> {
+/// Whether the image has a bitmap that began at `point`, but on another disk of the VM.
+fn is_anothers(disk: &Disk, names: &BitmapNames, point: PointId) -> bool {
+    let mut bitmaps = disk.node.dirty_bitmaps.iter().filter_map(|bitmap| bitmap.name.as_deref());
+    bitmaps.any(|name| names.point_of_any(name) == Some(point))
+}
+
+fn usable(bitmap: &Bitmap) -> Result<(), FullReason> {
     if bitmap.inconsistent {
         Err(FullReason::BitmapInconsistent)
-    } else if !bitmap.recording {
-        Err(FullReason::BitmapNotRecording)
-    } else if !same_size {
-        Err(FullReason::Resized)
-    } else {
+    } else if bitmap.recording {
         Ok(())
+    } else {
+        Err(FullReason::BitmapNotRecording)
     }
 }
 
@@ -87,9 +92,9 @@ pub(super) fn read_mode(base: &Result<Base, FullReason>) -> ReadMode {
 }
 
 /// The new checkpoint of a disk; none where its bitmap would miss other writers.
-pub(super) fn new_bitmap(disk: &Disk, chain: &Chain, point: PointId) -> Option<BitmapRef> {
+pub(super) fn new_bitmap(disk: &Disk, names: &BitmapNames, point: PointId) -> Option<BitmapRef> {
     let node = disk.node.name().to_owned();
-    (!disk.shareable).then(|| BitmapRef { node, name: chain.bitmap(point, &disk.name) })
+    (!disk.shareable).then(|| BitmapRef { node, name: names.of_disk(&disk.name).of_point(point) })
 }
 
 /// The temporary bitmap a disk's changes since its base are merged into.
@@ -131,18 +136,20 @@ mod tests {
     use super::super::disks::{self};
     use super::*;
     use crate::platform::KnownPoint;
+    use crate::vm::DiskDescription;
     use serde_json::{Value, json};
 
     const OLD: PointId = PointId([1; 16]);
     const NEW: PointId = PointId([2; 16]);
 
-    fn chain() -> Chain {
-        Chain::new("0123456789abcdef", crate::vm::Uuid::from_u128(7)).unwrap()
+    fn names(disk: &str) -> BitmapNames {
+        let all = BitmapNames::new("0123456789abcdef", crate::vm::Uuid::from_u128(7)).unwrap();
+        if disk.is_empty() { all } else { all.of_disk(disk) }
     }
 
     fn bitmap(point: PointId, disk: &str, more: Value) -> Value {
         let mut bitmap = json!({
-            "name": chain().bitmap(point, disk), "count": 0, "granularity": 65536,
+            "name": names(disk).of_point(point), "count": 0, "granularity": 65536,
             "recording": true, "busy": false, "persistent": true,
         });
         let Value::Object(more) = more else { panic!("members") };
@@ -153,7 +160,10 @@ mod tests {
     }
 
     fn known(id: PointId, disk: &str, size: u64) -> KnownPoint {
-        KnownPoint { id, disks: vec![(disk.into(), size)], checkpoint_xml: None }
+        let device = device(disk, "na", json!({}));
+        let described = disks::sort(vec![device], &request()).unwrap().protected[0].description();
+        let disk = DiskDescription { size_bytes: size, ..described };
+        KnownPoint { id, disks: vec![disk], checkpoint_xml: None }
     }
 
     /// What becomes of a disk `a` with these bitmaps, when the repository has these points.
@@ -168,7 +178,7 @@ mod tests {
         }))
         .unwrap();
         let nodes = [disks.protected[0].node.clone(), backing];
-        base(&disks.protected[0], &nodes, &chain(), &request).map(|base| base.point)
+        base(&disks.protected[0], &nodes, &names(""), &request).map(|base| base.point)
     }
 
     #[test]
@@ -195,8 +205,11 @@ mod tests {
         assert_eq!(found(&stopped, point("a", size)), Err(FullReason::BitmapNotRecording));
         // The image of another disk of this VM was put in this disk's place.
         let swapped = json!([bitmap(NEW, "b", json!({}))]);
-        assert_eq!(found(&swapped, point("a", size)), Err(FullReason::BitmapMissing));
-        let below = vec![known(PointId([3; 16]), "a", size)];
-        assert_eq!(found(&json!([]), below), Err(FullReason::BitmapNotInChain));
+        assert_eq!(found(&swapped, point("a", size)), Err(FullReason::ImageReplaced));
+        let below = || vec![known(PointId([3; 16]), "a", size)];
+        assert_eq!(found(&json!([]), below()), Err(FullReason::BitmapNotInChain));
+        // The overlay has a bitmap of that name too: each records a part of the changes.
+        let both = json!([bitmap(PointId([3; 16]), "a", json!({}))]);
+        assert_eq!(found(&both, below()), Err(FullReason::BitmapNotInChain));
     }
 }

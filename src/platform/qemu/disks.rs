@@ -38,6 +38,7 @@ impl Disk {
             format: self.node.image.format.clone(),
             origin: self.node.file.clone(),
             layer,
+            file: None,
         }
     }
 
@@ -153,6 +154,7 @@ pub(super) mod tests {
             point: PointId([9; 16]),
             repository: "0123456789abcdef".into(),
             known_points: Vec::new(),
+            point_ids: std::collections::HashSet::new(),
             repository_has_key: false,
             quiesce: Quiesce::Auto,
             freeze_budget: std::time::Duration::from_secs(10),

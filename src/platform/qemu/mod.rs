@@ -43,10 +43,10 @@ use qmp::{Address, Features, Monitor};
 use self::checkpoint::Base;
 use self::disks::Disks;
 use self::error::failed;
-use self::names::Chain;
 use super::{BackupMode, Platform, SnapshotPlan, SnapshotRequest, VmSnapshot};
 use crate::control::Control;
 use crate::error::{Error, Kind, Result};
+use crate::image::bitmap::BitmapNames;
 use crate::vm::{FullReason, Uuid, VmIdentity};
 
 /// The registry name of this platform.
@@ -110,10 +110,10 @@ impl Qemu {
             let shared = self.monitor.qom_get(qdev, "share-rw").await;
             disk.shareable = shared.is_ok_and(|value| value == true);
         }
-        let chain = Chain::new(&request.repository, self.identity.uuid)?;
+        let names = BitmapNames::new(&request.repository, self.identity.uuid)?;
         let bases =
-            disks.protected.iter().map(|d| checkpoint::base(d, &nodes, &chain, request)).collect();
-        Ok(Survey { disks, chain, bases })
+            disks.protected.iter().map(|d| checkpoint::base(d, &nodes, &names, request)).collect();
+        Ok(Survey { disks, names, bases })
     }
 
     /// Why no instant can be taken of this VM now, whatever the disks are.
@@ -151,7 +151,7 @@ fn scratch_base(request: &SnapshotRequest) -> PathBuf {
 /// The VM as it is.
 struct Survey {
     disks: Disks,
-    chain: Chain,
+    names: BitmapNames,
     /// By protected disk.
     bases: Vec<Result<Base, FullReason>>,
 }

@@ -2,10 +2,9 @@
 //!
 //! Pure. Two sorts:
 //!
-//! - *Checkpoints* stay: a bitmap named
-//!   `vmb-<8 hex of the repository id>-<domain uuid>-<point>-<disk>`. It carries the disk too, so
-//!   that an image that was moved to another place in the VM does not bring a bitmap along that
-//!   would be believed there.
+//! - *Checkpoints* stay: a bitmap named as [`BitmapNames`](crate::image::bitmap::BitmapNames) say,
+//!   with the disk, so that an image that was moved to another place in the VM does not bring a
+//!   bitmap along that would be believed there.
 //! - *Temporary things* of one run (nodes, jobs, exports, merged bitmaps) are named
 //!   `vmb-<kind>-<8 hex of the point>-<number of the disk>`: whatever of them is found when a run
 //!   begins was left behind by one that died. QEMU limits node names to 31 characters
@@ -18,38 +17,6 @@ use crate::vm::{PointId, Uuid};
 
 /// Longest path of a unix socket (`sun_path`, unix(7)), without the final NUL.
 const SOCKET_PATH_MAX: usize = 107;
-/// Longest name of a persistent bitmap (`BDRV_BITMAP_MAX_NAME_SIZE`).
-const BITMAP_NAME_MAX: usize = 1023;
-
-/// The bitmaps of one repository on one domain.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Chain {
-    prefix: String,
-}
-
-impl Chain {
-    /// The chain of `repository` (its id in hex) on `domain`.
-    pub(super) fn new(repository: &str, domain: Uuid) -> Result<Self> {
-        let short = repository.get(..8).filter(|s| s.bytes().all(|b| b.is_ascii_hexdigit()));
-        let short = short.ok_or_else(|| {
-            Error::new(Kind::Internal, format!("repository id '{repository}' is not hexadecimal"))
-        })?;
-        Ok(Self { prefix: format!("vmb-{}-{domain}-", short.to_ascii_lowercase()) })
-    }
-
-    /// The bitmap of a point on a disk.
-    pub(super) fn bitmap(&self, point: PointId, disk: &str) -> String {
-        let mut name = format!("{}{point}-{disk}", self.prefix);
-        // Disk names are sanitised to ASCII, so that any length is a character boundary.
-        name.truncate(BITMAP_NAME_MAX);
-        name
-    }
-
-    /// The point a bitmap names, if it is of this chain, whichever disk it began on.
-    pub(super) fn point(&self, bitmap: &str) -> Option<PointId> {
-        bitmap.strip_prefix(&self.prefix)?.get(..32)?.parse().ok()
-    }
-}
 
 /// The sorts of temporary things.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -131,20 +98,7 @@ pub(super) fn sanitised(name: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_chain_knows_its_own_and_nobody_elses() {
-        let (domain, point) = (Uuid::from_u128(7), PointId([0x5a; 16]));
-        let chain = Chain::new("ABCDEF0123456789", domain).unwrap();
-        let name = chain.bitmap(point, "disk-a");
-        assert!(name.starts_with("vmb-abcdef01-00000000-0000-0000-0000-000000000007-5a5a"));
-        assert!(name.ends_with("5a-disk-a"));
-        assert_eq!(chain.point(&name), Some(point));
-        assert_eq!(Chain::new("abcdef02", domain).unwrap().point(&name), None);
-        assert_eq!(Chain::new("abcdef01", Uuid::from_u128(8)).unwrap().point(&name), None);
-        assert_eq!(chain.point("somebody-else"), None);
-        assert!(Chain::new("abc", domain).is_err());
-    }
+    use crate::image::bitmap::BitmapNames;
 
     #[test]
     fn temporary_names_fit_a_node_name_and_are_recognised() {
@@ -161,8 +115,8 @@ mod tests {
             assert!(!Temp::Scratch.is(foreign), "{foreign}");
         }
         // A checkpoint of a repository whose id begins like a kind is none of them.
-        let chain = Chain::new("abcdef01", Uuid::nil()).unwrap();
-        assert!(all.iter().all(|kind| !kind.is(&chain.bitmap(PointId([0; 16]), "0"))));
+        let names = BitmapNames::new("abcdef01", Uuid::nil()).unwrap().of_disk("0");
+        assert!(all.iter().all(|kind| !kind.is(&names.of_point(PointId([0; 16])))));
     }
 
     #[test]

@@ -21,7 +21,7 @@ use serde_json::json;
 
 use super::disks::Disk;
 use super::error::failed;
-use super::names::{Chain, Temp};
+use super::names::Temp;
 use super::teardown::{First, OurServer, Things, remove_bitmap};
 use super::work_dir::{self, WorkDir};
 use super::{Qemu, Survey, checkpoint, quiesce, reconcile, scratch_base};
@@ -29,6 +29,7 @@ use crate::block::BlockSource;
 use crate::clock::Timestamp;
 use crate::control::{Control, NoticeLevel};
 use crate::error::{Error, Kind, Result};
+use crate::image::bitmap::BitmapNames;
 use crate::nbd::{Client, ClientOptions, NbdUri};
 use crate::platform::{SnapshotDisk, SnapshotRequest, VmSnapshot};
 use crate::vm::{Artifact, Consistency, ExcludedDisk, NotCaptured, PointId, Quiescence, ReadMode};
@@ -72,7 +73,7 @@ struct Snapshot {
     monitor: Monitor,
     events: Subscription,
     point: PointId,
-    chain: Chain,
+    names: BitmapNames,
     work_dir: WorkDir,
     disks: Vec<OpenDisk>,
     described: Vec<SnapshotDisk>,
@@ -93,7 +94,7 @@ struct OpenDisk {
 
 impl Snapshot {
     fn new(qemu: &Qemu, request: &SnapshotRequest, survey: Survey, work_dir: WorkDir) -> Self {
-        let Survey { disks, chain, bases } = survey;
+        let Survey { disks, names, bases } = survey;
         let described = disks.protected.iter().zip(&bases).map(|(disk, base)| SnapshotDisk {
             description: disk.description(),
             read: checkpoint::read_mode(base),
@@ -110,7 +111,7 @@ impl Snapshot {
             monitor: qemu.monitor.clone(),
             events: qemu.monitor.subscribe(),
             point: request.point,
-            chain,
+            names,
             work_dir,
             disks: open.map(|(disk, base)| OpenDisk { disk, base: base.ok() }).collect(),
             described,
@@ -216,7 +217,7 @@ impl Snapshot {
         let mut actions = Vec::new();
         for (index, OpenDisk { disk, base }) in self.disks.iter().enumerate() {
             let changes = checkpoint::changes_bitmap(disk, self.point, index);
-            let new = checkpoint::new_bitmap(disk, &self.chain, self.point);
+            let new = checkpoint::new_bitmap(disk, &self.names, self.point);
             actions.extend(checkpoint::actions(disk, base.as_ref(), new.as_ref(), &changes));
             if base.is_some() {
                 self.things.changes.push(changes);
@@ -281,7 +282,7 @@ impl Snapshot {
         let mut older = Vec::new();
         for node in nodes.iter().filter(ours) {
             for name in node.dirty_bitmaps.iter().filter_map(|bitmap| bitmap.name.as_deref()) {
-                if self.chain.point(name).is_some_and(|point| point != self.point) {
+                if self.names.point_of_any(name).is_some_and(|point| point != self.point) {
                     older.push(BitmapRef { node: node.name().to_owned(), name: name.to_owned() });
                 }
             }
