@@ -232,12 +232,13 @@ async fn a_bitmap_is_kept_as_long_as_its_point_exists() {
     }
 }
 
-/// Runs the program with a `qemu-img` that first does something else when it is told to change a
-/// bitmap: after the domain was looked at, before its images are locked.
-fn interfered(env: &TestEnv, args: &[&str], interference: &str) -> Outcome {
+/// Runs the program with a `qemu-img` that first does something else when it is called with `verb`
+/// (`bitmap`: a stopped domain was looked at and is not locked yet; `info`: the description was
+/// read, nothing else).
+fn interfered(env: &TestEnv, args: &[&str], verb: &str, interference: &str) -> Outcome {
     let real = env.run("which", &["qemu-img"]).text();
     let script = format!(
-        "#!/bin/sh\nif [ \"$1\" = bitmap ] && mkdir {flag} 2>/dev/null; then\n{interference}\nfi\n\
+        "#!/bin/sh\nif [ \"$1\" = {verb} ] && mkdir {flag} 2>/dev/null; then\n{interference}\nfi\n\
          exec {real} \"$@\"\n",
         flag = env.path("interfered").display()
     );
@@ -262,11 +263,43 @@ fn other_disks_before_the_lock_make_the_snapshot_lost() {
     let (a, b) = ("/vda.qcow2'", "/vdb.qcow2'");
     std::fs::write(&file, xml.replace(a, "/@'").replace(b, a).replace("/@'", b)).unwrap();
     let swap = format!("virsh -c qemu:///system define {} >&2", file.display());
-    let outcome = interfered(&env, &["full", "--domain", &bare.name], &swap);
+    let outcome = interfered(&env, &["full", "--domain", &bare.name], "bitmap", &swap);
     assert_eq!(outcome.code, Some(16), "{outcome:?}");
     assert!(outcome.stderr.contains("were changed meanwhile"), "{outcome:?}");
     for image in ["vda.qcow2", "vdb.qcow2"] {
         assert_eq!(bitmaps(&env, image), Vec::<String>::new());
+    }
+}
+
+/// SCSI disks are unplugged without the guest's consent.
+#[test]
+fn running_disks_that_change_places_before_the_instant_make_the_snapshot_lost() {
+    let env = TestEnv::new();
+    env.init_repo();
+    let disks = (qcow2(&env, 'a', "4M") + &qcow2(&env, 'b', "4M")).replace("dev='vd", "dev='sd");
+    let disks = disks.replace("bus='virtio'", "bus='scsi'");
+    let controller = "<controller type='scsi' model='virtio-scsi'/>";
+    let bare = Bare::define(&env, "", &disks, controller);
+    bare.virsh(&["start", "--paused", &bare.name]).ok();
+    env.vmbackup(&["full", "--domain", &bare.name]).ok();
+    let kept = bare.bitmaps();
+    let name = &bare.name;
+    let virsh = |args: String| format!("virsh -c qemu:///system {args} >&2 || exit 1");
+    let attach = |image: &str, target: &str| {
+        let path = env.path(image);
+        let options = "--targetbus scsi --driver qemu --subdriver qcow2 --live";
+        virsh(format!("attach-disk {name} {} {target} {options}", path.display()))
+    };
+    let detach = |target: &str| virsh(format!("detach-disk {name} {target} --live"));
+    let steps =
+        [detach("sda"), detach("sdb"), attach("vdb.qcow2", "sda"), attach("vda.qcow2", "sdb")];
+    let outcome = interfered(&env, &["backup", "--domain", name], "info", &steps.join("\n"));
+    assert_eq!(outcome.code, Some(16), "{outcome:?}");
+    assert!(outcome.stderr.contains("were changed meanwhile"), "{outcome:?}");
+    assert_eq!(bare.bitmaps(), kept);
+    let report = env.vmbackup(&["backup", "--domain", name, "--json"]).json();
+    for disk in [0, 1] {
+        assert_eq!(report["disks"][disk]["read"]["reason"], "image-replaced", "{report}");
     }
 }
 
@@ -282,8 +315,8 @@ fn the_base_is_what_the_image_holds_under_the_lock() {
     let interference = format!(
         "qemu-img bitmap --remove {image} {old}; qemu-io -f qcow2 -c 'write -P 5 1M 1M' {image} >&2"
     );
-    let report = interfered(&env, &["backup", "--domain", &bare.name, "--json"], &interference);
-    let report = report.json();
+    let args = ["backup", "--domain", &bare.name, "--json"];
+    let report = interfered(&env, &args, "bitmap", &interference).json();
     assert_eq!(report["disks"][0]["read"]["reason"], "bitmap-missing", "{report}");
     env.vmbackup(&[
         "verify",

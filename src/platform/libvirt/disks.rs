@@ -118,6 +118,20 @@ impl DiskSet {
         }
     }
 
+    /// [`Kind::SnapshotLost`] unless these are the disks of `before`, each with the same image or
+    /// with new layers above it: an external snapshot in between changes nothing of what is read.
+    pub(super) fn check_continues(&self, before: &Self, domain: &str) -> Result<()> {
+        let same = |(now, was): (&Disk, &Disk)| {
+            now.name == was.name && now.layers.iter().any(|layer| layer.is(was.image()))
+        };
+        let (now, was) = (&self.protected, &before.protected);
+        if now.len() == was.len() && now.iter().zip(was).all(same) {
+            return Ok(());
+        }
+        let message = format!("the disks of domain '{domain}' were changed meanwhile");
+        Err(Error::new(Kind::SnapshotLost, message).hint("run the backup again"))
+    }
+
     /// Fails when a disk with data cannot be read, when there is nothing to read, or when LUKS
     /// disks would be stored in the clear.
     pub(super) fn check(&self, domain: &str, repository_has_key: bool) -> Result<()> {

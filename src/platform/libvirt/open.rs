@@ -19,7 +19,7 @@ use super::names::scratch_path;
 use super::quiesce::{self, Frozen};
 use super::scratch::{Places, Space, Watch, no_room};
 use super::snapshot::RunningSnapshot;
-use super::survey::Survey;
+use super::survey::{Description, Survey};
 use super::{LibvirtOptions, artifacts, reach, stopped};
 use crate::clock::Timestamp;
 use crate::control::{Control, NoticeLevel};
@@ -137,13 +137,12 @@ impl Opening {
         let Instant { taken, quiescence, job_disks } = self.take_instant(&server, control).await?;
         let scratch = local.then(|| self.places.scratch.clone());
         let watch = Watch::start(self.domain.clone(), events, self.request.point, scratch);
-        let (mut artifacts, not_captured) = artifacts::capture(
-            &self.domain,
-            &self.survey.live,
-            self.survey.inactive.clone(),
-            self.request.repository_has_key,
-        )
-        .await?;
+        let Description { raw, set, .. } = Description::read(&self.domain, &self.request).await?;
+        // What was found out about the bases was found out about these images.
+        set.check_continues(&self.survey.set, &self.domain.name)?;
+        let has_key = self.request.repository_has_key;
+        let (mut artifacts, not_captured) =
+            artifacts::capture(&self.domain, &raw.live, raw.inactive, has_key).await?;
         if self.tracked().next().is_some() {
             let xml = self.checkpoints().xml(self.request.point).await?;
             let kind = ArtifactKind::CheckpointXml;

@@ -39,27 +39,47 @@ pub(super) struct Survey {
     pub(super) images: Vec<Option<ImageInfo>>,
 }
 
-struct Raw {
-    live: String,
-    inactive: Option<String>,
+/// What a domain says of itself: the part of a survey that costs next to nothing.
+pub(super) struct Description {
+    /// As libvirt has it.
+    pub(super) raw: Raw,
+    /// The XML, parsed.
+    root: Element,
+    /// Its disks, with the files they are in.
+    pub(super) set: DiskSet,
+}
+
+/// The XML and the state, of one moment.
+pub(super) struct Raw {
+    pub(super) live: String,
+    pub(super) inactive: Option<String>,
     running: bool,
     paused: bool,
     id: Option<u32>,
 }
 
-impl Survey {
-    /// Looks at the domain; disks are sorted out by the request's exclusions.
-    pub(super) async fn take(domain: &DomainHandle, request: &SnapshotRequest) -> Result<Self> {
+impl Description {
+    /// Asks for the description; disks are sorted out by the request's exclusions.
+    pub(super) async fn read(domain: &DomainHandle, request: &SnapshotRequest) -> Result<Self> {
         let raw = domain.call("read the description of", read).await?;
         let root = Element::parse("the domain XML", &raw.live)?;
         let mut set = DiskSet::from_xml(&root, &request.exclude_disks)?;
+        let layers = set.protected.iter_mut().flat_map(|disk| &mut disk.layers);
+        for layer in layers.filter(|layer| layer.origin.starts_with('/')) {
+            if domain.host.is_local() {
+                layer.file = file_id(Path::new(&layer.origin)).await;
+            }
+        }
+        Ok(Self { raw, root, set })
+    }
+}
+
+impl Survey {
+    /// Looks at the domain; disks are sorted out by the request's exclusions.
+    pub(super) async fn take(domain: &DomainHandle, request: &SnapshotRequest) -> Result<Self> {
+        let Description { raw, root, mut set } = Description::read(domain, request).await?;
         let mut images = Vec::new();
         for disk in &mut set.protected {
-            if domain.host.is_local() {
-                for layer in disk.layers.iter_mut().filter(|layer| layer.origin.starts_with('/')) {
-                    layer.file = file_id(Path::new(&layer.origin)).await;
-                }
-            }
             let path = disk.path.as_deref().filter(|_| domain.host.is_local());
             let Some(path) = path.filter(|_| disk.format == "qcow2") else {
                 images.push(None);
