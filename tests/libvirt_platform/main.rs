@@ -10,6 +10,7 @@ mod support;
 
 mod bare;
 mod bases;
+mod changes;
 mod quiesce;
 mod remote;
 mod restore;

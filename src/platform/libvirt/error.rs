@@ -60,6 +60,14 @@ fn classify(error: &VirtError) -> (Kind, Option<&'static str>) {
         }
         N::CheckpointInconsistent => (Kind::NoBase, None),
         N::SystemError => system(message),
+        // bdrv_attach_child_common (block.c): restored or migrated here and not run since.
+        N::InternalError if message.contains("Inactive '") => (
+            Kind::Unsupported,
+            Some(
+                "QEMU takes over the images of a restored or migrated domain when it runs: resume \
+                 it once ('virsh resume'), then back it up",
+            ),
+        ),
         N::InternalError if message.contains("No space left") => (Kind::NoSpace, None),
         N::InternalError if message.contains("Permission denied") => (
             Kind::Permission,
