@@ -23,8 +23,44 @@ pub struct Budget {
 struct Shared {
     permits: Arc<Semaphore>,
     permits_max: u32,
-    /// Spent memory for the next taker. Never longer than what the permits allow.
-    spare: Mutex<Vec<Vec<u8>>>,
+    /// Spent memory for the next taker.
+    spare: Mutex<Spare>,
+}
+
+/// Memory that was given back. Its capacity never exceeds the budget, and none of it is handed out
+/// for much less than it is: otherwise a few large buffers among many small ones would leave every
+/// small one with the memory of a large one.
+#[derive(Debug, Default)]
+struct Spare {
+    buffers: Vec<Vec<u8>>,
+    capacity_bytes: usize,
+}
+
+impl Spare {
+    /// Memory for `len` bytes: the newest that fits, else fresh.
+    fn take(&mut self, len: usize) -> Vec<u8> {
+        let Some(bytes) = self.buffers.pop() else { return Vec::new() };
+        self.capacity_bytes -= bytes.capacity();
+        if bytes.capacity() <= len.max(PERMIT_BYTES) * 2 { bytes } else { Vec::new() }
+    }
+
+    fn give(&mut self, bytes: Vec<u8>, budget_bytes: usize) {
+        if self.capacity_bytes + bytes.capacity() <= budget_bytes {
+            self.capacity_bytes += bytes.capacity();
+            self.buffers.push(bytes);
+        }
+    }
+}
+
+impl Shared {
+    fn spare(&self) -> std::sync::MutexGuard<'_, Spare> {
+        // Held for a push or a pop, never across an await.
+        self.spare.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn budget_bytes(&self) -> usize {
+        (self.permits_max as usize).saturating_mul(PERMIT_BYTES)
+    }
 }
 
 impl Budget {
@@ -35,7 +71,7 @@ impl Budget {
             shared: Arc::new(Shared {
                 permits: Arc::new(Semaphore::new(permits_max as usize)),
                 permits_max,
-                spare: Mutex::new(Vec::new()),
+                spare: Mutex::default(),
             }),
         }
     }
@@ -50,8 +86,7 @@ impl Budget {
             .acquire_many_owned(permits)
             .await
             .expect("the semaphore of a budget is never closed");
-        let spare = self.shared.spare.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        let mut bytes = spare.unwrap_or_default();
+        let mut bytes = self.shared.spare().take(len);
         bytes.resize(len, 0);
         Buffer { window: 0..len, bytes, home: Some((Arc::clone(&self.shared), permit)) }
     }
@@ -111,7 +146,7 @@ impl Drop for Buffer {
     fn drop(&mut self) {
         let Some((shared, _permit)) = self.home.take() else { return };
         let bytes = std::mem::take(&mut self.bytes);
-        shared.spare.lock().unwrap_or_else(PoisonError::into_inner).push(bytes);
+        shared.spare().give(bytes, shared.budget_bytes());
         // The permit is released after the memory is back: spare memory stays below the budget.
     }
 }
@@ -129,6 +164,15 @@ mod tests {
         assert!(wait.is_err(), "the budget was spent");
         drop(first);
         assert_eq!(budget.take(1).await.len(), 1);
+    }
+
+    #[tokio::test]
+    async fn a_small_buffer_never_keeps_the_memory_of_a_large_one() {
+        let budget = Budget::new(1 << 20);
+        drop(budget.take(1 << 20).await);
+        assert!(budget.take(4096).await.bytes.capacity() <= 8192);
+        drop(budget.take(4 << 20).await);
+        assert_eq!(budget.shared.spare().capacity_bytes, 4096, "more than the budget is not kept");
     }
 
     #[tokio::test]

@@ -11,6 +11,8 @@
 //! connection with an error that names peer and rule, and each wait has a deadline. A read is
 //! complete only if the server sent every byte of it; zeroes are never made up.
 //!
+//! [`server`] is the other end.
+//!
 //! Layers inside: [`wire`] (numbers), `negotiate` (the handshake), `request` (rules of replies,
 //! no I/O), `connection` with `reader` and `writer` (one socket), `client` (the disk).
 //!
@@ -25,6 +27,7 @@ mod extents;
 mod negotiate;
 mod reader;
 mod request;
+pub mod server;
 mod stream;
 mod uri;
 pub mod wire;

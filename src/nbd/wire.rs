@@ -120,12 +120,22 @@ pub mod export {
     pub const SEND_FLUSH: u16 = 1 << 2;
     /// The FUA flag works.
     pub const SEND_FUA: u16 = 1 << 3;
+    /// TRIM works.
+    pub const SEND_TRIM: u16 = 1 << 5;
     /// WRITE_ZEROES works.
     pub const SEND_WRITE_ZEROES: u16 = 1 << 6;
+    /// The DF flag of READ works.
+    pub const SEND_DF: u16 = 1 << 7;
     /// A flush on one connection covers all.
     pub const CAN_MULTI_CONN: u16 = 1 << 8;
+    /// The medium rotates.
+    pub const ROTATIONAL: u16 = 1 << 4;
+    /// CACHE works.
+    pub const SEND_CACHE: u16 = 1 << 10;
     /// FAST_ZERO works.
     pub const SEND_FAST_ZERO: u16 = 1 << 11;
+    /// BLOCK_STATUS takes a payload that names contexts (extended headers only).
+    pub const BLOCK_STATUS_PAYLOAD: u16 = 1 << 12;
 }
 
 /// Commands of the transmission phase.
@@ -138,6 +148,10 @@ pub mod command {
     pub const DISC: u16 = 2;
     /// Make completed writes durable.
     pub const FLUSH: u16 = 3;
+    /// The content does not matter any more.
+    pub const TRIM: u16 = 4;
+    /// The range will be read soon.
+    pub const CACHE: u16 = 5;
     /// Write zeroes.
     pub const WRITE_ZEROES: u16 = 6;
     /// Query meta contexts.
@@ -146,8 +160,14 @@ pub mod command {
 
 /// Flags of commands.
 pub mod command_flag {
+    /// On stable storage before the reply.
+    pub const FUA: u16 = 1;
     /// Zeroes must stay allocated.
     pub const NO_HOLE: u16 = 1 << 1;
+    /// The data of a READ in one chunk.
+    pub const DF: u16 = 1 << 2;
+    /// One extent per context is enough.
+    pub const REQ_ONE: u16 = 1 << 3;
     /// Zero only if that is faster than writing.
     pub const FAST_ZERO: u16 = 1 << 4;
     /// The request has a payload (extended headers only).
@@ -230,6 +250,31 @@ pub struct Request {
 }
 
 impl Request {
+    /// Bytes of a request's header.
+    pub fn header_bytes(style: HeaderStyle) -> usize {
+        if style == HeaderStyle::Extended { 32 } else { 28 }
+    }
+
+    /// Reads a header; the magic if it is the wrong one.
+    ///
+    /// # Panics
+    /// When `bytes` is shorter than [`Request::header_bytes`].
+    pub fn decode(style: HeaderStyle, bytes: &[u8]) -> Result<Self, u32> {
+        let extended = style == HeaderStyle::Extended;
+        let magic = be32(&bytes[..4]);
+        if magic != if extended { REQUEST_EXTENDED } else { REQUEST } {
+            return Err(magic);
+        }
+        let len = if extended { be64(&bytes[24..32]) } else { be32(&bytes[24..28]).into() };
+        Ok(Self {
+            flags: be16(&bytes[4..6]),
+            command: be16(&bytes[6..8]),
+            cookie: be64(&bytes[8..16]),
+            offset: be64(&bytes[16..24]),
+            len,
+        })
+    }
+
     /// Appends the header to `out`.
     ///
     /// # Panics
@@ -347,9 +392,12 @@ mod tests {
         request.encode(HeaderStyle::Structured, &mut out);
         assert_eq!(out.len(), 28);
         assert_eq!(be32(&out[24..]), 4);
+        assert_eq!(Request::decode(HeaderStyle::Structured, &out), Ok(request));
+        assert_eq!(Request::decode(HeaderStyle::Extended, &out), Err(REQUEST));
         out.clear();
         request.encode(HeaderStyle::Extended, &mut out);
         assert_eq!((out.len(), be32(&out[..4])), (32, REQUEST_EXTENDED));
+        assert_eq!(Request::decode(HeaderStyle::Extended, &out), Ok(request));
     }
 
     #[test]

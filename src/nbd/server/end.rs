@@ -1,0 +1,47 @@
+//! Why a session ended.
+
+use std::io;
+
+use crate::error::{Error, Kind};
+
+/// The end of a session, for decisions in this folder and for the log.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum End {
+    /// The client said goodbye, or hung up between two requests.
+    #[error("the client left")]
+    Left,
+    /// The server stops.
+    #[error("the server stops")]
+    Stopped,
+    /// The client sent what it must not send.
+    #[error("it broke the protocol: {0}")]
+    Violation(String),
+    /// The connection broke.
+    #[error("the connection broke")]
+    Lost(#[from] io::Error),
+    /// Nothing moved for too long.
+    #[error("nothing moved for {0} s in the middle of {1}")]
+    Stalled(u64, &'static str),
+}
+
+impl End {
+    /// `Ok` for the ways in which sessions should end.
+    pub(super) fn into_result(self, peer: &str) -> Result<(), Error> {
+        let kind = match &self {
+            Self::Left | Self::Stopped => return Ok(()),
+            Self::Violation(_) => Kind::Protocol,
+            Self::Stalled(..) => Kind::Timeout,
+            Self::Lost(_) => Kind::Connection,
+        };
+        let error = Error::new(kind, format!("NBD client {peer}: {self}"));
+        Err(match self {
+            Self::Lost(cause) => error.source(cause),
+            _ => error,
+        })
+    }
+}
+
+/// Shorthand for a broken rule.
+pub(super) fn violation(rule: impl Into<String>) -> End {
+    End::Violation(rule.into())
+}

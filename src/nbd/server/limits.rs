@@ -1,0 +1,74 @@
+//! Everything a client can make us hold or wait for, with a name and a number.
+
+use std::time::Duration;
+
+use crate::nbd::wire;
+
+/// Largest payload of a READ or WRITE: what every client may assume without asking (proto.md,
+/// "Block size constraints").
+pub(super) const PAYLOAD_BYTES_MAX: u64 = wire::PAYLOAD_BYTES_DEFAULT;
+
+/// A payload that is too large is still read and thrown away up to this length, so that the client
+/// gets an answer; beyond it the session ends (nbdkit does the same at twice its limit).
+pub(super) const PAYLOAD_BYTES_SKIPPED_MAX: u64 = 2 * PAYLOAD_BYTES_MAX;
+
+/// Longest option that is looked at: a meta context option with a dozen names of full length.
+pub(super) const OPTION_BYTES_MAX: usize = 64 << 10;
+
+/// Longest option that is read and thrown away with an answer (QEMU's `NBD_MAX_BUFFER_SIZE`).
+pub(super) const OPTION_BYTES_SKIPPED_MAX: usize = 32 << 20;
+
+/// Most options of one session. A client that looks at a thousand exports one by one needs these.
+pub(super) const OPTIONS_MAX: usize = 4096;
+
+/// Most exports of a server.
+pub(super) const EXPORTS_MAX: usize = 1000;
+
+/// Most extents in a reply per context: 128 KiB with extended headers.
+pub(super) const EXTENTS_MAX: usize = 8192;
+
+/// Most questions to a source for one reply, each of which may be answered by a short prefix.
+pub(super) const EXTENT_CALLS_MAX: usize = 256;
+
+/// How much of a CACHE request is read ahead; the rest is advice not taken.
+pub(super) const CACHE_BYTES_MAX: u64 = 32 << 20;
+
+/// Runs of zeroes are found, and left out of replies, at this granularity.
+pub(super) const ZERO_RUN_BYTES: usize = 32 << 10;
+
+/// How long requests are still taken, to be refused, once the server stops.
+pub(super) const STOP_GRACE: Duration = Duration::from_millis(500);
+
+/// What a server grants its clients.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Connections at once; further ones wait in the kernel's queue until one is free.
+    pub connections: usize,
+    /// Requests in progress on one connection; further ones are not read until one is answered.
+    pub requests: u16,
+    /// Bytes of payloads in progress on one connection (one request always gets through). With
+    /// `connections` it bounds the memory of the whole server, and no client can starve another.
+    pub connection_bytes: usize,
+    /// From the first byte to the end of the handshake.
+    pub handshake: Duration,
+    /// Longest time without a byte moving in the middle of a request or of a reply. A client that is
+    /// idle between requests may be so for ever.
+    pub stall: Duration,
+    /// Longest time that requests in progress get once the server stops or the client has left.
+    pub drain: Duration,
+}
+
+impl Default for Limits {
+    /// 64 connections; 64 requests in 16 MiB each (what nbdcopy keeps in flight by default); 10 s
+    /// (QEMU's `handshake-max-seconds`); 60 s; 30 s.
+    fn default() -> Self {
+        Self {
+            connections: 64,
+            requests: 64,
+            connection_bytes: 16 << 20,
+            handshake: Duration::from_secs(10),
+            stall: Duration::from_secs(60),
+            drain: Duration::from_secs(30),
+        }
+    }
+}

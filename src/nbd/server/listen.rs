@@ -1,0 +1,162 @@
+//! Where clients come from: a unix socket, a TCP port, a socket somebody else opened.
+
+use std::fs;
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use rustix::net::{AddressFamily, SocketFlags, SocketType};
+use tokio::net::{TcpListener, UnixListener};
+
+use crate::error::{Error, Kind, Result};
+use crate::nbd::stream::Stream;
+
+/// Connections that wait in the kernel.
+const BACKLOG: u32 = 128;
+
+/// A socket that listens.
+#[derive(Debug)]
+pub struct Listener {
+    socket: Socket,
+    /// Removed when the listener is dropped.
+    _file: Option<SocketFile>,
+}
+
+#[derive(Debug)]
+enum Socket {
+    Unix(UnixListener),
+    Tcp(TcpListener),
+}
+
+impl Listener {
+    /// Listens on a new unix socket that only this user can connect to. What a server that was
+    /// killed left at `path` is replaced; [`Kind::Busy`] if a server listens there. Must be called
+    /// within a runtime, as the others.
+    pub fn unix(path: &Path) -> Result<Self> {
+        remove_stale(path)?;
+        let failed = |e: io::Error| Error::io(format!("cannot listen on {}", path.display()), e);
+        let listener = bind_private(path).map_err(failed)?;
+        let file = SocketFile::at(path).map_err(failed)?;
+        let socket = UnixListener::from_std(listener).map_err(failed)?;
+        Ok(Self { socket: Socket::Unix(socket), _file: Some(file) })
+    }
+
+    /// Listens on a TCP address. The plain text of a disk then goes over the network: whether that
+    /// is wanted is the caller's decision.
+    pub async fn tcp(address: SocketAddr) -> Result<Self> {
+        let listener = TcpListener::bind(address).await;
+        let listener = listener.map_err(|e| Error::io(format!("cannot listen on {address}"), e))?;
+        Ok(Self { socket: Socket::Tcp(listener), _file: None })
+    }
+
+    /// Takes a socket that listens already (socket activation).
+    pub fn inherited(fd: OwnedFd) -> Result<Self> {
+        let failed = |e: io::Error| Error::io("cannot use the inherited socket", e);
+        let domain = rustix::net::sockopt::socket_domain(&fd).map_err(|e| failed(e.into()))?;
+        let socket = match domain {
+            AddressFamily::UNIX => {
+                let listener = std::os::unix::net::UnixListener::from(fd);
+                listener.set_nonblocking(true).map_err(failed)?;
+                Socket::Unix(UnixListener::from_std(listener).map_err(failed)?)
+            }
+            AddressFamily::INET | AddressFamily::INET6 => {
+                let listener = std::net::TcpListener::from(fd);
+                listener.set_nonblocking(true).map_err(failed)?;
+                Socket::Tcp(TcpListener::from_std(listener).map_err(failed)?)
+            }
+            _ => {
+                let message = "the inherited socket is neither a unix nor a TCP socket";
+                return Err(Error::new(Kind::Unsupported, message));
+            }
+        };
+        Ok(Self { socket, _file: None })
+    }
+
+    /// The address of a TCP socket, with the port the system chose.
+    pub fn tcp_address(&self) -> Option<SocketAddr> {
+        match &self.socket {
+            Socket::Unix(_) => None,
+            Socket::Tcp(listener) => listener.local_addr().ok(),
+        }
+    }
+
+    /// The next client: its stream, and what the log calls it. Cancel-safe.
+    pub(super) async fn accept(&self) -> io::Result<(Box<dyn Stream>, String)> {
+        match &self.socket {
+            Socket::Unix(listener) => {
+                let (stream, _) = listener.accept().await?;
+                let pid = stream.peer_cred().ok().and_then(|peer| peer.pid());
+                let name = pid.map_or_else(|| "(unix)".to_owned(), |pid| format!("(pid {pid})"));
+                Ok((Box::new(stream), name))
+            }
+            Socket::Tcp(listener) => {
+                let (stream, peer) = listener.accept().await?;
+                // proto.md asks both sides for it: replies are small and wanted at once.
+                stream.set_nodelay(true)?;
+                Ok((Box::new(stream), peer.to_string()))
+            }
+        }
+    }
+}
+
+/// Makes the socket and its permissions before anybody can connect: until `listen` a connection is
+/// refused, so there is no instant with a mode the umask chose.
+fn bind_private(path: &Path) -> io::Result<std::os::unix::net::UnixListener> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let fd = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    rustix::net::bind(&fd, &rustix::net::SocketAddrUnix::new(path)?)?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
+    rustix::net::listen(&fd, BACKLOG.cast_signed())?;
+    Ok(fd.into())
+}
+
+/// Removes a socket nobody listens on any more; anything else at `path` is an error.
+fn remove_stale(path: &Path) -> Result<()> {
+    let shown = path.display();
+    let failed = |e| Error::io(format!("cannot listen on {shown}"), e);
+    match fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(failed(error)),
+        Ok(metadata) if metadata.file_type().is_socket() => {}
+        Ok(_) => {
+            let message = format!("{shown} exists and is no socket");
+            return Err(Error::new(Kind::AlreadyExists, message));
+        }
+    }
+    match std::os::unix::net::UnixStream::connect(path) {
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            fs::remove_file(path).map_err(failed)
+        }
+        Err(error) => Err(failed(error)),
+        Ok(_) => Err(Error::new(Kind::Busy, format!("another server listens on {shown}"))),
+    }
+}
+
+/// The file of a unix socket; removed with this, unless another has taken its name.
+#[derive(Debug)]
+struct SocketFile {
+    path: PathBuf,
+    inode: (u64, u64),
+}
+
+impl SocketFile {
+    fn at(path: &Path) -> io::Result<Self> {
+        Ok(Self { path: path.to_owned(), inode: inode(path)? })
+    }
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        if inode(&self.path).is_ok_and(|inode| inode == self.inode) {
+            // Left behind it would be found stale by the next server.
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+fn inode(path: &Path) -> io::Result<(u64, u64)> {
+    let metadata = fs::symlink_metadata(path)?;
+    Ok((metadata.dev(), metadata.ino()))
+}

@@ -1,0 +1,149 @@
+//! An NBD server: any [`BlockSource`], and any disk that is a [`BlockSink`] too, for any client.
+//!
+//! ```text
+//!  Listener ─► Stream ─► negotiate ─► Ready ─► session ─► reader, tasks, writer
+//!                          │ options            │ request (rules) ─► execute ─► reply (bytes)
+//!                          └ exports, contexts  └ limits
+//! ```
+//!
+//! Contract:
+//! - The client is not trusted. Every number it sends is checked before it is used, no memory is
+//!   taken for a length that was not checked, all that it can make us hold has a limit
+//!   ([`Limits`]), and a client that breaks a rule gets an error or a disconnect, and the log a line
+//!   that names the rule. No client can slow another by not reading or not writing.
+//! - A request that was read is answered once, with what the disk said: a failed read is an error,
+//!   never zeroes or old data.
+//! - A disk is open before the first client comes and stays open when the last has left; flushing at
+//!   the end is the business of whoever made it. FLUSH and FUA mean [`BlockSink::flush`], which
+//!   covers every completed write whichever connection it came over; therefore several connections
+//!   are offered.
+//! - [`Server::stop`] lets requests in progress end, refuses new ones with ESHUTDOWN, closes.
+//!
+//! Deliberately not here: TLS (it goes between a [`Listener`] and the handshake, or into STARTTLS;
+//! both see a boxed [`Stream`] only), formats, oldstyle (obsolete; no client needs it).
+//!
+//! [`BlockSource`]: crate::block::BlockSource
+//! [`BlockSink`]: crate::block::BlockSink
+//! [`BlockSink::flush`]: crate::block::BlockSink::flush
+
+mod contexts;
+mod end;
+mod execute;
+mod exports;
+mod limits;
+mod listen;
+mod negotiate;
+mod options;
+mod reply;
+mod request;
+mod session;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use super::stream::Stream;
+use crate::error::Result;
+use end::End;
+
+pub use exports::{Export, Exports};
+pub use limits::Limits;
+pub use listen::Listener;
+
+/// Pause after a failed accept (no file descriptors left, say), so that it does not spin.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// A server. Clones serve the same exports and stop together.
+#[derive(Clone, Debug)]
+pub struct Server {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    exports: Exports,
+    limits: Limits,
+    stop: CancellationToken,
+    connections: Arc<Semaphore>,
+}
+
+impl Server {
+    /// A server of these exports, to nobody yet.
+    pub fn new(exports: Exports, limits: Limits) -> Self {
+        let connections = Arc::new(Semaphore::new(limits.connections.max(1)));
+        let stop = CancellationToken::new();
+        Self { shared: Arc::new(Shared { exports, limits, stop, connections }) }
+    }
+
+    /// Takes clients until [`Server::stop`], then waits until the last is gone (at most
+    /// [`Limits::drain`] and a little). Dropping it cuts every client off.
+    pub async fn listen(&self, listener: Listener) {
+        let Shared { stop, connections, .. } = &*self.shared;
+        let mut sessions = JoinSet::new();
+        loop {
+            let place = Arc::clone(connections).acquire_owned();
+            let accepted = tokio::select! {
+                biased;
+                () = stop.cancelled() => break,
+                // Reaped as they end, so that the set does not grow.
+                Some(_) = sessions.join_next() => continue,
+                accepted = async { (place.await, listener.accept().await) } => accepted,
+            };
+            match accepted {
+                (place, Ok((stream, peer))) => {
+                    let server = self.clone();
+                    sessions.spawn(async move {
+                        let _place = place;
+                        // Told to the log in there; the server goes on.
+                        let _ = server.session(stream, &peer).await;
+                    });
+                }
+                (_, Err(error)) => {
+                    tracing::warn!(%error, "cannot accept a connection");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                }
+            }
+        }
+        // The socket goes before the clients do: nobody new gets a place to wait in.
+        drop(listener);
+        while sessions.join_next().await.is_some() {}
+    }
+
+    /// Serves one client; `peer` names it in the log and in errors. An error is how the client
+    /// failed, not the server.
+    pub async fn session(&self, stream: Box<dyn Stream>, peer: &str) -> Result<()> {
+        tracing::debug!(peer, "a client came");
+        let Shared { exports, limits, stop, .. } = &*self.shared;
+        let negotiated = negotiate::negotiate(stream, exports, stop);
+        let negotiated = tokio::select! {
+            biased;
+            negotiated = tokio::time::timeout(limits.handshake, negotiated) => negotiated
+                .unwrap_or(Err(End::Stalled(limits.handshake.as_secs(), "the handshake"))),
+            () = grace(stop) => Err(End::Stopped),
+        };
+        let end = match negotiated {
+            Ok(ready) => session::serve(ready, limits, stop).await,
+            Err(end) => end,
+        };
+        let result = end.into_result(peer);
+        match &result {
+            Ok(()) => tracing::debug!(peer, "a client left"),
+            Err(error) => tracing::warn!(peer, ?error, "a client was cut off"),
+        }
+        result
+    }
+
+    /// Asks everything to end.
+    pub fn stop(&self) {
+        self.shared.stop.cancel();
+    }
+}
+
+/// Ends a little after the server was stopped: who is in the middle of a handshake hears of it.
+async fn grace(stop: &CancellationToken) {
+    stop.cancelled().await;
+    tokio::time::sleep(limits::STOP_GRACE).await;
+}

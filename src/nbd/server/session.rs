@@ -1,0 +1,286 @@
+//! A session in transmission: requests in, replies out, many in progress, in any order.
+//!
+//! ```text
+//!  socket ─► reader: header ─► place, payload ─► task: execute ─► replies ─► writer ─► socket
+//!               │ stop: refuse with ESHUTDOWN                       ▲
+//!               └── wrong request: refusal ─────────────────────────┘
+//! ```
+//!
+//! Bounded: a request takes its place (one of [`Limits::requests`]) before its payload is read and
+//! keeps it until its reply is written; payloads share [`Limits::connection_bytes`]. A client that
+//! does not read its replies therefore stops being read, and after [`Limits::stall`] is cut off. A
+//! request that was read is answered, whatever becomes of it: a task that panics answers with EIO.
+//!
+//! When the client leaves or the server stops, what is in progress is finished and answered.
+
+use std::io::IoSlice;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::time::{Instant, timeout};
+use tokio_util::sync::CancellationToken;
+
+use super::contexts::Context;
+use super::end::{End, violation};
+use super::execute::{Outcome, execute};
+use super::exports::Export;
+use super::limits::{Limits, PAYLOAD_BYTES_MAX, PAYLOAD_BYTES_SKIPPED_MAX, STOP_GRACE};
+use super::negotiate::Ready;
+use super::reply::Reply;
+use super::request::{Action, Agreed, Refusal, payload_bytes, refuse};
+use crate::block::{Budget, Buffer};
+use crate::nbd::stream::{ReadHalf, WriteHalf};
+use crate::nbd::wire::{HeaderStyle, Request, command, errno};
+
+/// Requests are small and often come many at a time.
+const READ_BUFFER_BYTES: usize = 16 << 10;
+
+/// Replies written with one system call.
+const BATCH_MAX: usize = 16;
+
+/// Longest payload of a BLOCK_STATUS that is looked at.
+const STATUS_PAYLOAD_BYTES_MAX: u64 = 4096;
+
+/// Serves requests until the client leaves, breaks a rule, or the server stops.
+pub(super) async fn serve(ready: Ready, limits: &Limits, stop: &CancellationToken) -> End {
+    let Ready { stream, export, style, contexts } = ready;
+    let (read_half, write_half) = stream.halves();
+    let requests = usize::from(limits.requests.max(1));
+    let (replies, to_write) = mpsc::channel(requests);
+    let reader = Reader {
+        half: BufReader::with_capacity(READ_BUFFER_BYTES, read_half),
+        stall: limits.stall,
+        stop,
+        stop_at: None,
+        shared: Arc::new(Shared {
+            export,
+            style,
+            contexts,
+            budget: Budget::new(limits.connection_bytes),
+            replies,
+        }),
+        places: Arc::new(Semaphore::new(requests)),
+    };
+    let mut writing = std::pin::pin!(write(to_write, write_half, limits.stall));
+    // The reader owns the way to the writer; when it and the last task are gone, the writer ends.
+    tokio::select! {
+        end = reader.run() => match timeout(limits.drain, writing).await {
+            Ok(Err(lost)) if !matches!(end, End::Violation(_)) => lost,
+            Ok(_) => end,
+            Err(_) => End::Stalled(limits.drain.as_secs(), "requests after the client left"),
+        },
+        result = &mut writing => result.err().unwrap_or(End::Left),
+    }
+}
+
+/// What the tasks of a session share.
+struct Shared {
+    export: Arc<Export>,
+    style: HeaderStyle,
+    contexts: Vec<Context>,
+    budget: Budget,
+    replies: mpsc::Sender<Reply>,
+}
+
+impl Shared {
+    fn agreed(&self) -> Agreed<'_> {
+        Agreed { export: &self.export, style: self.style, contexts: &self.contexts }
+    }
+}
+
+/// A request that was read and not answered yet.
+struct Open {
+    request: Request,
+    shared: Arc<Shared>,
+    place: Option<OwnedSemaphorePermit>,
+}
+
+impl Open {
+    fn answer(mut self, outcome: Result<Outcome, Refusal>) {
+        self.send(outcome);
+    }
+
+    fn send(&mut self, outcome: Result<Outcome, Refusal>) {
+        let Some(place) = self.place.take() else { return };
+        let reply = Reply::new(&self.request, self.shared.style, outcome, place);
+        // Never full: each reply has a place, and there are as many of both. Closed when the
+        // connection broke: then nobody waits for the answer.
+        let _ = self.shared.replies.try_send(reply);
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.send(Err(refuse(errno::EIO, "the request was lost inside the server")));
+    }
+}
+
+/// The reading side.
+struct Reader<'a> {
+    half: BufReader<ReadHalf>,
+    stall: Duration,
+    stop: &'a CancellationToken,
+    /// Set once the server stops: until then requests are refused.
+    stop_at: Option<Instant>,
+    shared: Arc<Shared>,
+    places: Arc<Semaphore>,
+}
+
+impl Reader<'_> {
+    async fn run(mut self) -> End {
+        loop {
+            match self.next().await {
+                Ok(()) => {}
+                Err(end) => return end,
+            }
+        }
+    }
+
+    /// Reads one request and starts it.
+    async fn next(&mut self) -> Result<(), End> {
+        self.wait().await?;
+        let style = self.shared.style;
+        let mut header = [0; 32];
+        let header = &mut header[..Request::header_bytes(style)];
+        self.read_exact(header, "a request").await?;
+        let request = Request::decode(style, header)
+            .map_err(|magic| violation(format!("{magic:#010x} is not the magic of a request")))?;
+        if request.command == command::DISC {
+            return Err(End::Left);
+        }
+        let payload = payload_bytes(&request, style);
+        if payload > PAYLOAD_BYTES_SKIPPED_MAX {
+            return Err(violation(format!("a payload of {payload} bytes")));
+        }
+        let place = Arc::clone(&self.places).acquire_owned().await.expect("never closed");
+        let open = Open { request, shared: Arc::clone(&self.shared), place: Some(place) };
+        self.start(open, payload).await
+    }
+
+    /// Waits for the first byte of a request, or until the server has stopped long enough.
+    async fn wait(&mut self) -> Result<(), End> {
+        loop {
+            let stop_at = self.stop_at;
+            let stopped = async {
+                match stop_at {
+                    None => self.stop.cancelled().await,
+                    Some(at) => tokio::time::sleep_until(at).await,
+                }
+            };
+            tokio::select! {
+                biased;
+                () = stopped => match self.stop_at {
+                    None => self.stop_at = Some(Instant::now() + STOP_GRACE),
+                    Some(_) => return Err(End::Stopped),
+                },
+                bytes = self.half.fill_buf() => {
+                    return if bytes?.is_empty() { Err(End::Left) } else { Ok(()) };
+                }
+            }
+        }
+    }
+
+    /// Reads the payload and hands the request to a task, or refuses it.
+    async fn start(&mut self, open: Open, payload: u64) -> Result<(), End> {
+        let Request { command, .. } = open.request;
+        let status = command == command::BLOCK_STATUS && payload <= STATUS_PAYLOAD_BYTES_MAX;
+        let mut of_status = None;
+        if status && payload > 0 {
+            let mut bytes = vec![0; usize::try_from(payload).expect("at most 4096")];
+            self.read_exact(&mut bytes, "a payload").await?;
+            of_status = Some(bytes);
+        }
+        let action = match self.stop_at {
+            Some(_) => Err(refuse(errno::ESHUTDOWN, "the server stops")),
+            None => self.shared.agreed().check(&open.request, of_status.as_deref()),
+        };
+        let action = match action {
+            Ok(action) => action,
+            Err(refusal) => {
+                if of_status.is_none() {
+                    self.skip(payload).await?;
+                }
+                open.answer(Err(refusal));
+                return Ok(());
+            }
+        };
+        let buffer = match &action {
+            Action::Read(range, _) => Some(self.buffer(range.len()).await),
+            Action::Write(range, _) => {
+                let mut buffer = self.buffer(range.len()).await;
+                self.read_exact(&mut buffer, "a payload").await?;
+                Some(buffer)
+            }
+            _ => None,
+        };
+        tokio::spawn(async move {
+            let Shared { export, budget, .. } = &*open.shared;
+            let outcome = execute(export, action, buffer, budget).await;
+            open.answer(outcome);
+        });
+        Ok(())
+    }
+
+    async fn buffer(&mut self, len: u64) -> Buffer {
+        assert!(len <= PAYLOAD_BYTES_MAX, "a request's length was checked");
+        self.shared.budget.take(usize::try_from(len).expect("at most 32 MiB")).await
+    }
+
+    /// Reads a payload that nobody wants.
+    async fn skip(&mut self, mut rest: u64) -> Result<(), End> {
+        let mut piece = [0; 8192];
+        while rest > 0 {
+            let take = usize::try_from(rest).unwrap_or(usize::MAX).min(piece.len());
+            self.read_exact(&mut piece[..take], "a payload").await?;
+            rest -= take as u64;
+        }
+        Ok(())
+    }
+
+    /// Fills `bytes`; each step has the stall time-out.
+    async fn read_exact(&mut self, bytes: &mut [u8], what: &'static str) -> Result<(), End> {
+        let mut done = 0;
+        while done < bytes.len() {
+            let read = timeout(self.stall, self.half.read(&mut bytes[done..])).await;
+            let read = read.map_err(|_| End::Stalled(self.stall.as_secs(), what))??;
+            if read == 0 {
+                return Err(End::Lost(std::io::ErrorKind::UnexpectedEof.into()));
+            }
+            done += read;
+        }
+        Ok(())
+    }
+}
+
+/// The writing side: ends when there can be no more replies and all are written.
+async fn write(
+    mut replies: mpsc::Receiver<Reply>,
+    mut half: WriteHalf,
+    stall: Duration,
+) -> Result<(), End> {
+    let mut batch = Vec::with_capacity(BATCH_MAX);
+    while replies.recv_many(&mut batch, BATCH_MAX).await > 0 {
+        let mut slices = Vec::with_capacity(4 * BATCH_MAX);
+        for reply in &batch {
+            reply.slices(&mut slices);
+        }
+        let mut rest = &mut slices[..];
+        while !rest.is_empty() {
+            let written = timeout(stall, half.write_vectored(rest)).await;
+            let written = written.map_err(|_| End::Stalled(stall.as_secs(), "a reply"))??;
+            if written == 0 {
+                return Err(End::Lost(std::io::ErrorKind::WriteZero.into()));
+            }
+            IoSlice::advance_slices(&mut rest, written);
+        }
+        timeout(stall, half.flush())
+            .await
+            .map_err(|_| End::Stalled(stall.as_secs(), "a reply"))??;
+        batch.clear();
+    }
+    // The client may have hung up first: everything it asked for is answered.
+    let _ = timeout(stall, half.shutdown()).await;
+    Ok(())
+}

@@ -1,0 +1,10 @@
+//! The NBD server against real clients, our own, and hostile ones.
+
+#![allow(clippy::unwrap_used, unreachable_pub)]
+
+mod fuzz;
+mod hostile;
+mod own;
+mod raw;
+mod real;
+mod rig;

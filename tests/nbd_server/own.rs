@@ -1,0 +1,167 @@
+//! Our server and our client: the contracts of sources and sinks hold across the wire.
+
+use std::os::unix::fs::PermissionsExt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use vmbackup::block::layer::faulty::{Faults, FaultySink, FaultySource};
+use vmbackup::block::memory::MemoryDisk;
+use vmbackup::block::{
+    BlockSink, BlockSource, Buffer, ByteRange, ExtentKind, ZeroMode, conformance,
+};
+use vmbackup::error::Kind;
+use vmbackup::nbd::server::{Export, Limits, Listener};
+use vmbackup::nbd::wire::HeaderStyle;
+use vmbackup::nbd::{Access, Client, ClientOptions, InitialContent, list};
+
+use crate::rig::{Rig, changed, limits, pattern};
+
+const LEN: usize = (6 << 20) + 512;
+
+fn writing() -> ClientOptions {
+    ClientOptions { access: Access::Write(InitialContent::Unknown), ..ClientOptions::default() }
+}
+
+async fn open(rig: &Rig, export: &str, options: ClientOptions) -> Client {
+    Client::open_uri(&rig.uri(export), options).await.unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_served_source_is_the_source() {
+    let (disk, content) = pattern(LEN);
+    let rig = Rig::new([Export::read_only("a", disk)]);
+    let client = open(&rig, "a", ClientOptions::default()).await;
+    assert_eq!(client.header_style(), HeaderStyle::Extended);
+    assert_eq!(client.connection_count(), 2);
+    conformance::source(&client, &content).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_served_sink_is_the_sink() {
+    let disk = Arc::new(MemoryDisk::zeroed(LEN));
+    let rig = Rig::new([Export::writable("", Arc::clone(&disk) as _, Arc::clone(&disk) as _)]);
+    let client = open(&rig, "", writing()).await;
+    conformance::sink(&client, || async { disk.content() }).await;
+    client.zero(ByteRange::new(0, LEN as u64), ZeroMode::FastOnly).await.unwrap();
+    assert!(disk.content().iter().all(|byte| *byte == 0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_budget_smaller_than_a_request_slows_and_does_not_stop() {
+    let (disk, content) = pattern(LEN);
+    let limits = Limits { connection_bytes: 4096, requests: 2, ..limits() };
+    let rig = Rig::with_limits([Export::read_only("", disk)], limits);
+    let client = open(&rig, "", ClientOptions::default()).await;
+    conformance::source(&client, &content).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn changes_are_a_dirty_bitmap() {
+    let disk = changed(LEN, &[(65536, 4096), (1 << 20, 65536)]);
+    let rig = Rig::new([Export::read_only("", Arc::clone(&disk) as _).with_changes("since", disk)]);
+    let options = ClientOptions { changes: Some("since".into()), ..ClientOptions::default() };
+    let map = conformance::all_extents(&open(&rig, "", options).await).await;
+    assert_eq!(map.bytes_of(ExtentKind::Data), 4096 + 65536);
+    assert_eq!(map.bytes_of(ExtentKind::Unchanged), LEN as u64 - 4096 - 65536);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn exports_are_listed_with_descriptions_and_an_unknown_one_is_not_found() {
+    let (disk, _) = pattern(4096);
+    let rig = Rig::new([
+        Export::read_only("vda", Arc::clone(&disk) as _).described("the first"),
+        Export::read_only("vdb", disk),
+    ]);
+    let exports = list(&rig.uri(""), ClientOptions::default().timeouts).await.unwrap();
+    let told: Vec<_> = exports.iter().map(|e| (&*e.name, &*e.description)).collect();
+    assert_eq!(told, [("vda", "the first"), ("vdb", "")]);
+    for name in ["vdc", ""] {
+        let error = Client::open_uri(&rig.uri(name), ClientOptions::default()).await;
+        assert_eq!(error.map(|_| ()).unwrap_err().kind(), Kind::NotFound, "'{name}'");
+    }
+    let client = open(&rig, "vda", ClientOptions::default()).await;
+    assert_eq!(client.export().description.as_deref(), Some("the first"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_single_export_is_the_default_one() {
+    let (disk, content) = pattern(65536);
+    let rig = Rig::new([Export::read_only("vda", disk)]);
+    let client = open(&rig, "", ClientOptions::default()).await;
+    assert_eq!(client.export().name.as_deref(), Some("vda"));
+    conformance::source(&client, &content).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failing_disk_is_an_error_at_the_client_and_never_data() {
+    let (disk, content) = pattern(65536);
+    let faults = Faults { read_at: Some(8192), flush: true, ..Faults::default() };
+    let source = FaultySource::new(Arc::clone(&disk) as _, faults);
+    let sink = FaultySink::new(disk, faults);
+    let rig = Rig::new([Export::writable("", Arc::new(source), Arc::new(sink))]);
+    let client = open(&rig, "", writing()).await;
+    let error = client.read(4096, Buffer::unbudgeted(vec![0; 8192])).await.unwrap_err();
+    assert_eq!(error.kind(), Kind::Io, "{error:?}");
+    assert!(error.to_string().contains("on purpose"), "{error}");
+    let buffer = client.read(0, Buffer::unbudgeted(vec![0; 4096])).await.unwrap();
+    assert_eq!(buffer[..], content[..4096], "the connection goes on");
+    assert_eq!(client.flush().await.unwrap_err().kind(), Kind::Io, "data may be lost: say so");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_connection_is_used_where_more_are_not_offered() {
+    let (disk, _) = pattern(65536);
+    let rig = Rig::new([Export::read_only("", disk).one_connection()]);
+    assert_eq!(open(&rig, "", ClientOptions::default()).await.connection_count(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stopped_server_finishes_what_is_in_progress_and_then_closes() {
+    let (disk, content) = pattern(65536);
+    let faults = Faults { delay: Duration::from_secs(2), ..Faults::default() };
+    let mut rig = Rig::new([Export::read_only("", Arc::new(FaultySource::new(disk, faults)))]);
+    let client = open(&rig, "", ClientOptions::default()).await;
+    let read = client.read(0, Buffer::unbudgeted(vec![0; 65536]));
+    let (buffer, ()) = tokio::join!(read, async {
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        rig.stop().await;
+    });
+    assert!(buffer.unwrap()[..] == content[..]);
+    assert!(!rig.socket().exists(), "the socket goes with the server");
+    let error = client.read(0, Buffer::unbudgeted(vec![0; 512])).await.unwrap_err();
+    assert_eq!(error.kind(), Kind::Connection, "{error:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn clients_beyond_the_limit_wait_for_their_turn() {
+    let (disk, _) = pattern(65536);
+    let rig =
+        Rig::with_limits([Export::read_only("", disk)], Limits { connections: 1, ..limits() });
+    let first = open(&rig, "", ClientOptions::default()).await;
+    assert_eq!(first.connection_count(), 1);
+    let uri = rig.uri("");
+    let mut second =
+        tokio::spawn(async move { Client::open_uri(&uri, ClientOptions::default()).await });
+    let early = tokio::time::timeout(Duration::from_millis(300), &mut second).await;
+    assert!(early.is_err(), "there is one place");
+    drop(first);
+    second.await.unwrap().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stale_socket_is_replaced_and_a_live_one_is_not() {
+    let (disk, _) = pattern(4096);
+    let rig = Rig::new([Export::read_only("", disk)]);
+    let busy = Listener::unix(&rig.socket()).unwrap_err();
+    assert_eq!(busy.kind(), Kind::Busy, "{busy:?}");
+    let stale = rig.dir.path().join("stale");
+    drop(std::os::unix::net::UnixListener::bind(&stale).unwrap());
+    let listener = Listener::unix(&stale).unwrap();
+    let mode = std::fs::symlink_metadata(&stale).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+    drop(listener);
+    assert!(!stale.exists());
+    std::fs::write(&stale, "a file").unwrap();
+    let error = Listener::unix(&stale).unwrap_err();
+    assert_eq!(error.kind(), Kind::AlreadyExists, "{error:?}");
+}
