@@ -145,6 +145,28 @@ fn every_relative_link_in_the_documents_leads_somewhere() {
 }
 
 #[test]
+fn every_test_a_document_names_is_there() {
+    let code: String = rust_files(&["src", "qmp", "tests"]).iter().map(|file| read(file)).collect();
+    let mut missing = Vec::new();
+    for file in all_files(&["README.md", "docs"]) {
+        let Ok(text) = fs::read_to_string(&file) else { continue };
+        let quoted = text.split('`').skip(1).step_by(2);
+        // A test's name is a claim: a sentence of several words.
+        let names = quoted.filter(|name| {
+            name.matches('_').count() > 2
+                && name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_')
+        });
+        let gone = names.filter(|name| !code.contains(&format!("fn {name}(")));
+        missing.extend(gone.map(|name| format!("{}: {name}", file.display())));
+    }
+    assert!(
+        missing.is_empty(),
+        "tests that documents name and nobody wrote:\n{}",
+        missing.join("\n")
+    );
+}
+
+#[test]
 fn the_import_scan_sees_every_way_to_write_one() {
     let code = "use crate::repo::Writer;\nuse crate::{\n    block::Buf,\n    nbd::{a, b},\n};\n\
                 fn f() { crate::job::run(); }\npub(in crate::cli) fn g() {}\n";

@@ -172,6 +172,18 @@ async fn a_bitmap_that_was_left_open_is_not_believed() {
     assert_eq!(reason_after(&images, KNOWN).await, FullReason::BitmapInconsistent);
 }
 
+/// Such a program clears the autoclear bits it does not know (qcow2 specification, bytes 88 to 95 of
+/// the header): bit 0 says that the bitmaps belong to the content.
+#[tokio::test(flavor = "multi_thread")]
+async fn bitmaps_vanish_when_a_program_that_does_not_know_them_writes() {
+    let images = with_point_1().await;
+    let mut image = std::fs::read(images.path("a.qcow2")).unwrap();
+    assert_eq!(image[95] & 1, 1);
+    image[95] &= !1;
+    std::fs::write(images.path("a.qcow2"), image).unwrap();
+    assert_eq!(reason_after(&images, KNOWN).await, FullReason::BitmapMissing);
+}
+
 /// What an overlay's backing file recorded ended when the overlay was made.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_bitmap_below_an_overlay_is_not_believed() {

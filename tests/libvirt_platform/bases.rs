@@ -194,6 +194,23 @@ async fn a_disk_that_was_rolled_back_builds_on_the_point_its_bitmap_names() {
     assert_eq!(taken[1].read, ReadMode::Incremental { base: point(2) });
 }
 
+/// The bitmaps of a disk that is left out are not touched.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_that_was_left_out_builds_on_its_own_last_point() {
+    let env = TestEnv::new();
+    let bare = Bare::start(&env, &(qcow2(&env, 'a', "4M") + &qcow2(&env, 'b', "4M")));
+    let (first, _) = backup(&bare, &request(1)).await.unwrap();
+    bare.io(1, "write -P 7 1M 64k");
+    let without = SnapshotRequest { exclude_disks: vec!["vdb".to_owned()], ..next(2, &first) };
+    let (second, _) = backup(&bare, &without).await.unwrap();
+    bare.io(1, "write -P 7 2M 64k");
+    let both = SnapshotRequest { known_points: vec![second, first], ..request(3) };
+    let (_, taken) = backup(&bare, &both).await.unwrap();
+    assert_eq!(taken[0].read, ReadMode::Incremental { base: point(2) });
+    assert_eq!(taken[1].read, ReadMode::Incremental { base: point(1) });
+    assert_eq!(taken[1].changed, [(MIB, MIB + 65536), (2 * MIB, 2 * MIB + 65536)]);
+}
+
 /// A clone's images hold the bitmaps of the original.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_clone_neither_builds_on_the_originals_bitmaps_nor_removes_them() {
@@ -269,6 +286,26 @@ fn other_disks_before_the_lock_make_the_snapshot_lost() {
     for image in ["vda.qcow2", "vdb.qcow2"] {
         assert_eq!(bitmaps(&env, image), Vec::<String>::new());
     }
+}
+
+#[test]
+fn a_disk_that_was_restored_in_place_is_read_in_full_and_stores_nothing_twice() {
+    let env = TestEnv::new();
+    env.init_repo();
+    let bare = Bare::define(&env, "", &qcow2(&env, 'a', "4M"), "");
+    write(&env, "vda.qcow2", "write -P 1 0 4M");
+    let (domain, dir) = (["--domain", &bare.name, "--json"], env.dir().to_string_lossy());
+    let first = env.vmbackup(&[&["full"], &domain[..]].concat()).json();
+    write(&env, "vda.qcow2", "write -P 2 0 2M");
+    env.vmbackup(&[&["incremental"], &domain[..]].concat()).ok();
+    let first = first["point"].as_str().unwrap();
+    env.vmbackup(&["restore", first, "--to", &dir, "--format", "qcow2", "--force"]).ok();
+    let report = env.vmbackup(&[&["backup"], &domain[..]].concat()).json();
+    assert_eq!(report["disks"][0]["read"]["reason"], "image-replaced", "{report}");
+    assert_eq!(report["disks"][0]["stored_bytes"], 0, "{report}");
+    let restored = format!("{},format=qcow2", env.path("vda.qcow2").display());
+    env.vmbackup(&["verify", first, "--against", &restored]).ok();
+    env.vmbackup(&["verify", &format!("{}@latest", bare.name), "--against", &restored]).ok();
 }
 
 /// SCSI disks are unplugged without the guest's consent.
