@@ -11,7 +11,7 @@ const FILE_LINES_MAX: usize = 800;
 
 /// Layer of each top-level module, times ten; imports go to a lower one only. Within L1, `image`
 /// stands on `nbd`.
-const LAYERS: [(&str, u8); 18] = [
+const LAYERS: [(&str, u8); 19] = [
     ("block", 0),
     ("clock", 0),
     ("content", 0),
@@ -20,6 +20,7 @@ const LAYERS: [(&str, u8); 18] = [
     ("units", 0),
     ("vm", 0),
     ("workers", 0),
+    ("freeze", 10),
     ("nbd", 10),
     ("image", 15),
     ("copy", 20),

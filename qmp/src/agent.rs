@@ -18,6 +18,7 @@
 use std::time::Duration;
 
 use qapi::{Command, qga};
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::io::{AsyncWrite, AsyncWriteExt};
 use tokio::time::{Instant, timeout_at};
@@ -54,6 +55,30 @@ pub enum FreezeStatus {
     Thawed,
     /// Some are; the agent then refuses most other commands.
     Frozen,
+}
+
+/// A file system mounted in the guest (qga/qapi-schema.json, GuestFilesystemInfo).
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub struct FileSystem {
+    /// The device's name in the guest (`vda1`).
+    pub name: String,
+    /// Where it is mounted.
+    pub mountpoint: String,
+    /// Its type (`ext4`).
+    #[serde(rename = "type")]
+    pub kind: String,
+}
+
+/// `guest-get-fsinfo`, of which only what [`FileSystem`] holds is read: the disks below change
+/// from version to version.
+#[derive(Debug, Serialize)]
+struct GetFsInfo {}
+
+impl Command for GetFsInfo {
+    type Ok = Vec<FileSystem>;
+
+    const NAME: &'static str = "guest-get-fsinfo";
+    const ALLOW_OOB: bool = false;
 }
 
 /// A connection to a guest agent.
@@ -108,6 +133,11 @@ impl Agent {
             qga::GuestFsfreezeStatus::thawed => FreezeStatus::Thawed,
             qga::GuestFsfreezeStatus::frozen => FreezeStatus::Frozen,
         })
+    }
+
+    /// The file systems mounted in the guest that a freeze looks at. Cancel-safe.
+    pub async fn file_systems(&mut self) -> Result<Vec<FileSystem>> {
+        self.run(GetFsInfo {}, self.options.command).await
     }
 
     /// Runs any command within `deadline`, handshake included. A dropped future leaves the

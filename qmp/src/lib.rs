@@ -34,7 +34,7 @@ mod transaction;
 mod wire;
 
 pub use address::Address;
-pub use agent::{Agent, AgentOptions, FreezeStatus};
+pub use agent::{Agent, AgentOptions, FileSystem, FreezeStatus};
 pub use connection::{Monitor, Options};
 pub use error::{Error, ErrorClass, Kind, Result};
 pub use events::{Event, Received, Subscription};

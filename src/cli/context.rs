@@ -50,6 +50,7 @@ impl Context {
             state_dir: paths.state.clone(),
             runtime_dir: paths.runtime.clone(),
             cache_dir: paths.cache.clone(),
+            guardian: std::env::current_exe().ok(),
         };
         Ok(Self { output, control: Control::new(), paths, env, style })
     }

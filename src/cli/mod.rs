@@ -66,6 +66,9 @@ enum Command {
     Forget(commands::forget::Args),
     Gc(commands::gc::Args),
     Repo(commands::repo::Args),
+    /// Thaws a guest when the backup that froze it is gone; started by backups, not by people
+    #[command(hide = true, name = crate::job::guardian::COMMAND)]
+    Guardian,
 }
 
 impl Command {
@@ -83,6 +86,7 @@ impl Command {
             Self::Forget(args) => commands::forget::run(args, context).await,
             Self::Gc(args) => commands::gc::run(args, context).await,
             Self::Repo(args) => commands::repo::run(args, context).await,
+            Self::Guardian => unreachable!("runs before there is a context"),
         }
     }
 }
@@ -123,6 +127,9 @@ fn refuse(error: &clap::Error, json: bool) -> ExitCode {
 
 fn start(cli: Cli, output: Output) -> Result<()> {
     log(&cli.common)?;
+    if matches!(cli.command, Command::Guardian) {
+        return commands::guardian::run();
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()

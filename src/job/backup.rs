@@ -135,6 +135,7 @@ impl Backup<'_> {
             scratch_dir: request.options.scratch_dir.clone(),
             exclude_disks: request.options.exclude_disks.clone(),
             insecure_tcp: request.options.insecure_tcp,
+            guardian: self.env.guardian.clone(),
             clock: Arc::clone(&self.env.clock),
         };
         self.control.set_phase("taking the snapshot");

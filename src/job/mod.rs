@@ -20,6 +20,7 @@
 pub mod backup;
 pub mod forget;
 pub mod gc;
+pub mod guardian;
 pub mod hash;
 pub mod keys;
 pub mod list;
@@ -62,6 +63,9 @@ pub struct Env {
     pub state_dir: PathBuf,
     /// Locks and sockets of running backups; empty after a boot.
     pub runtime_dir: PathBuf,
+    /// The program that becomes a freeze guardian, see [`guardian`]; without one the guardian is a
+    /// thread, which does not outlive this process.
+    pub guardian: Option<PathBuf>,
     /// Copies of what a repository can give again.
     pub cache_dir: PathBuf,
 }

@@ -101,6 +101,7 @@ pub async fn run(
         scratch_dir: request.options.scratch_dir,
         exclude_disks: request.options.exclude_disks,
         insecure_tcp: request.options.insecure_tcp,
+        guardian: env.guardian.clone(),
         clock: Arc::clone(&env.clock),
     };
     let plan = control.run(platform.plan(&request)).await?;

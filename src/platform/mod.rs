@@ -131,6 +131,9 @@ pub struct SnapshotRequest {
     pub exclude_disks: Vec<String>,
     /// Allow a plaintext TCP export of the disks where nothing else reaches the host.
     pub insecure_tcp: bool,
+    /// The program that becomes a freeze guardian when started as `PROGRAM guardian`; without one
+    /// the guardian is a thread and ends with this process.
+    pub guardian: Option<PathBuf>,
     /// What [`VmSnapshot::taken`] is read from.
     pub clock: Arc<dyn Clock>,
 }

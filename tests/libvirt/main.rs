@@ -6,6 +6,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod frozen;
 mod lifecycle;
 mod online;
 mod refusals;

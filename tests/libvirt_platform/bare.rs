@@ -152,6 +152,7 @@ pub(crate) fn request(id: u8) -> SnapshotRequest {
         scratch_dir: None,
         exclude_disks: Vec::new(),
         insecure_tcp: false,
+        guardian: None,
         clock: std::sync::Arc::new(vmbackup::clock::SystemClock),
     }
 }

@@ -30,6 +30,8 @@ async fn the_guest_is_thawed_whatever_the_budget_and_the_level_is_honest() {
         let mut wanted = request(id);
         wanted.quiesce = Quiesce::Auto;
         wanted.freeze_budget = budget;
+        // A thread and a process take turns.
+        wanted.guardian = (id % 2 == 1).then(|| env!("CARGO_BIN_EXE_vmbackup").into());
         let snapshot = platform.open_snapshot(&wanted, &Control::new()).await.expect("opens");
         let achieved = snapshot.quiescence().clone();
         // Answers only if nothing is frozen; an unthawed guest hangs the test into its deadline.

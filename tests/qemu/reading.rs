@@ -112,6 +112,7 @@ pub(crate) fn request(
         scratch_dir: Some(scratch.to_owned()),
         exclude_disks: Vec::new(),
         insecure_tcp: false,
+        guardian: None,
         clock: std::sync::Arc::new(vmbackup::clock::SystemClock),
     }
 }

@@ -4,6 +4,7 @@ pub(crate) mod backup;
 pub(crate) mod forget;
 pub(crate) mod full;
 pub(crate) mod gc;
+pub(crate) mod guardian;
 pub(crate) mod hash;
 pub(crate) mod incremental;
 pub(crate) mod list;

@@ -211,28 +211,29 @@ impl DomainHandle {
         self.host.raw_call(&format!("{what} domain '{}'", self.name), move |_| work(&domain)).await
     }
 
-    /// Runs `work` for at most `limit`. When it has not returned by then, the result is `None`,
-    /// and should it succeed later the same thread runs `undo`: nothing it did outlives the wait.
+    /// Runs `work` for at most `limit`. When it has not returned by then, the result is `None`, and
+    /// when it returns later the same thread runs `undo` with what it returned. A process that
+    /// ends before leaves it undone: the caller's record must say so.
     pub(super) async fn call_or_undo<T: Send + 'static>(
         &self,
         limit: Duration,
         work: impl FnOnce(&Domain) -> VirtResult<T> + Send + 'static,
-        undo: impl FnOnce(&Domain) + Send + 'static,
+        undo: impl FnOnce(&Domain, &VirtResult<T>) + Send + 'static,
     ) -> Option<VirtResult<T>> {
         let domain = Arc::clone(&self.domain);
         let race = Race::default();
         let abandon = race.clone();
         let mut task = tokio::task::spawn_blocking(move || {
             let result = work(&domain);
-            if result.is_ok() && !race.finish() {
-                undo(&domain);
+            if !race.finish() {
+                undo(&domain, &result);
             }
             result
         });
         let joined = match tokio::time::timeout(limit, &mut task).await {
             Ok(joined) => joined,
             Err(_) if abandon.abandon() => return None,
-            // It succeeded at this very moment: the result is there.
+            // It returned at this very moment: the result is there.
             Err(_) => task.await,
         };
         Some(joined.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic())))
@@ -260,12 +261,12 @@ impl DomainHandle {
 struct Race(Arc<AtomicU8>);
 
 impl Race {
-    /// The call succeeded; false when nobody waits any more.
+    /// The call returned; false when nobody waits any more.
     fn finish(&self) -> bool {
         self.0.compare_exchange(0, 1, Ordering::AcqRel, Ordering::Acquire).is_ok()
     }
 
-    /// The wait is over; false when the call has succeeded already.
+    /// The wait is over; false when the call has returned already.
     fn abandon(&self) -> bool {
         self.0.compare_exchange(0, 2, Ordering::AcqRel, Ordering::Acquire).is_ok()
     }

@@ -23,6 +23,11 @@ use virt::domain::Domain;
 use virt::error::Error as VirtError;
 use virt::sys;
 
+use crate::freeze::FileSystem;
+
+/// Most file systems of a guest looked at.
+const FILE_SYSTEMS_MAX: usize = 1024;
+
 /// Result of a libvirt call.
 pub(super) type VirtResult<T> = Result<T, VirtError>;
 
@@ -128,6 +133,38 @@ pub(super) fn thaw(domain: &Domain) -> VirtResult<u32> {
     // SAFETY: as in `freeze`.
     let count = check(unsafe { sys::virDomainFSThaw(domain.as_ptr(), ptr::null_mut(), 0, 0) })?;
     Ok(u32::try_from(count).unwrap_or(0))
+}
+
+/// The file systems mounted in the guest, as its agent tells.
+pub(super) fn file_systems(domain: &Domain) -> VirtResult<Vec<FileSystem>> {
+    let mut list: *mut sys::virDomainFSInfoPtr = ptr::null_mut();
+    // SAFETY: on success libvirt stores a malloc'ed array of owned entries.
+    let count = check(unsafe { sys::virDomainGetFSInfo(domain.as_ptr(), &raw mut list, 0) })?;
+    let mut systems = Vec::new();
+    for index in 0..usize::try_from(count).unwrap_or(0) {
+        // SAFETY: the array has `count` entries, whose strings are NUL-terminated or NULL and are
+        // copied before the entry is freed, once.
+        unsafe {
+            let entry = *list.add(index);
+            let text = |raw: *mut c_char| {
+                if raw.is_null() {
+                    return String::new();
+                }
+                CStr::from_ptr(raw).to_string_lossy().into_owned()
+            };
+            if systems.len() < FILE_SYSTEMS_MAX {
+                systems.push(FileSystem {
+                    device: text((*entry).name),
+                    mount_point: text((*entry).mountpoint),
+                    kind: text((*entry).fstype),
+                });
+            }
+            sys::virDomainFSInfoFree(entry);
+        }
+    }
+    // SAFETY: the array itself is the caller's to free.
+    unsafe { libc_free(list.cast()) };
+    Ok(systems)
 }
 
 /// What a domain's job is doing or did.

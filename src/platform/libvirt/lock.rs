@@ -1,9 +1,11 @@
 //! One backup of a domain at a time from this machine, and what a killed one left.
 //!
 //! A lock file per domain in the runtime directory is held (`flock`) for the life of a snapshot
-//! and says which point is being made and whether the guest's file systems are frozen. The lock
-//! ends with the process, the record does not: the next run reads what is to be undone. A job
-//! whose point is *not* in the record was begun elsewhere and is nobody's to end here.
+//! and says which point is being made and whether the guest's file systems may be frozen. The lock
+//! ends with the process, the record does not: the next run reads what is to be undone. A record
+//! is cleared only when nothing is left to undo for certain: a freeze or a job that was asked for
+//! and not answered may still happen. A job whose point is *not* in the record was begun elsewhere
+//! and is nobody's to end here.
 
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
@@ -24,9 +26,27 @@ const RECORD_BYTES_MAX: u64 = 4096;
 pub(super) struct Record {
     /// The point being made.
     pub(super) point: PointId,
-    /// Guest file systems are, or are being, frozen.
+    /// Guest file systems are, or may be, frozen.
     pub(super) frozen: bool,
+    /// Points of earlier runs whose job may still begin: libvirt never answered.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(super) earlier: Vec<PointId>,
 }
+
+impl Record {
+    /// The record of a run that has done nothing yet.
+    pub(super) fn of(point: PointId) -> Self {
+        Self { point, frozen: false, earlier: Vec::new() }
+    }
+
+    /// Whether a job that carries `point` is ours to end.
+    pub(super) fn owns(&self, point: PointId) -> bool {
+        self.point == point || self.earlier.contains(&point)
+    }
+}
+
+/// Most earlier points kept: each is a run that waited in vain for a minute.
+pub(super) const EARLIER_MAX: usize = 32;
 
 /// The lock of a domain; ends when dropped.
 #[derive(Debug)]
@@ -91,7 +111,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let domain = Uuid::from_u128(1);
         let take = || DomainLock::take(dir.path(), domain, "foo");
-        let record = Record { point: PointId([3; 16]), frozen: true };
+        let record =
+            Record { point: PointId([3; 16]), frozen: true, earlier: vec![PointId([4; 16])] };
         let mut lock = take().unwrap();
         assert_eq!(lock.unfinished, None);
         lock.record(&record).unwrap();

@@ -13,12 +13,14 @@
 //! migrated and managed as any other.
 //!
 //! Files: `ffi` (the C calls), `connection` (deadlines, look-up), `survey`, `disks`, `xml` (what a
-//! domain is), `names`, `lock` (ownership), `checkpoint` (bases), `job`, `quiesce`, `scratch`,
-//! `reach`, `restore` (the way back), `open`, `snapshot` (the transaction), `stopped` (the same for images), `plan`, `artifacts`.
+//! domain is), `names`, `lock` (ownership), `checkpoint` (bases), `job`, `quiesce`, `agent`,
+//! `scratch`, `reach`, `restore` (the way back), `open`, `snapshot` (the transaction), `stopped`
+//! (the same for images), `plan`, `artifacts`.
 //!
 //! Deliberately not done: monitor commands (they taint the domain), push-mode jobs (QEMU would
 //! write to the target at the target's speed, in the guest's way).
 
+mod agent;
 mod artifacts;
 mod checkpoint;
 mod connection;
@@ -43,6 +45,7 @@ use std::path::PathBuf;
 
 use async_trait::async_trait;
 
+pub use self::agent::DomainAgent;
 use self::connection::{DomainHandle, Host};
 use super::{Platform, SnapshotPlan, SnapshotRequest, VmSnapshot};
 use crate::control::Control;

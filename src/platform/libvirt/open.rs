@@ -14,9 +14,9 @@ use super::connection::DomainHandle;
 use super::error::code;
 use super::ffi::{self, VirtResult};
 use super::job::{self, JobDisk, Server};
-use super::lock::{DomainLock, Record};
+use super::lock::{DomainLock, EARLIER_MAX, Record};
 use super::names::scratch_path;
-use super::quiesce::{self, Frozen};
+use super::quiesce::{self, Frost, Frozen, Wish};
 use super::scratch::{Places, Space, Watch, no_room};
 use super::snapshot::RunningSnapshot;
 use super::survey::{Description, Survey};
@@ -59,7 +59,9 @@ pub(super) async fn open(
         lock,
         bases: Bases::default(),
         stale: Vec::new(),
-        begun: false,
+        begun: Begun::No,
+        frost: Frost::default(),
+        earlier: Vec::new(),
     };
     match opening.run(control).await {
         Ok(opened) => Ok(Box::new(opening.into_snapshot(opened))),
@@ -82,8 +84,22 @@ struct Opening {
     bases: Bases,
     /// Known points with a bitmap in some image that is no base: dropped at commit.
     stale: Vec<(PointId, Vec<String>)>,
-    /// A job was asked for: it and its checkpoint may exist.
-    begun: bool,
+    begun: Begun,
+    /// Whether the guest may be frozen, by this run or an earlier one.
+    frost: Frost,
+    /// Points of earlier runs whose job may still begin.
+    earlier: Vec<PointId>,
+}
+
+/// Whether a job was asked for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Begun {
+    /// It was not.
+    No,
+    /// It and its checkpoint may exist.
+    Asked,
+    /// It was not answered: it may exist now or at any time, and is undone when it does.
+    Unanswered,
 }
 
 /// The point in time.
@@ -110,7 +126,8 @@ impl Opening {
     }
 
     async fn run(&mut self, control: &Control) -> Result<Opened> {
-        reconcile_job(&self.domain, &mut self.lock, control).await?;
+        self.reconcile_guest(control).await;
+        reconcile_job(&self.domain, &self.lock, control).await?;
         control.check()?;
         control.set_phase("finding what changed since when");
         self.reconcile_checkpoints(control).await?;
@@ -246,21 +263,62 @@ impl Opening {
 
     /// Freezes, begins the job, thaws. Thaws on every path.
     async fn take_instant(&mut self, server: &Server, control: &Control) -> Result<Instant> {
-        let point = self.request.point;
-        let budget = self.request.freeze_budget;
         let problem = quiesce::agent_problem(&self.survey.root, self.survey.paused);
         // Before the freeze, so that the next run thaws whenever we die from here on.
-        let frozen = self.request.quiesce != Quiesce::Never && problem.is_none();
-        self.lock.record(&Record { point, frozen })?;
-        let frozen = quiesce::freeze(&self.domain, self.request.quiesce, budget, problem).await?;
+        let asked = self.request.quiesce != Quiesce::Never && problem.is_none();
+        let frozen = asked || self.frost.is_there().await;
+        self.record(frozen)?;
+        let wish = Wish {
+            quiesce: self.request.quiesce,
+            budget: self.request.freeze_budget,
+            guardian: self.request.guardian.as_deref(),
+        };
+        let frost = std::mem::take(&mut self.frost);
+        let (frozen, frost) = quiesce::freeze(&self.domain, &wish, problem, frost).await;
+        self.frost = frost;
+        let frozen = frozen?;
         if let Frozen::No(Some(reason)) = &frozen {
             control.notice(NoticeLevel::Warning, format!("crash consistent only: {reason}"));
         }
         let begun = self.begin(server, control).await;
-        let quiescence = quiesce::thaw(&self.domain, frozen, budget).await;
-        self.lock.record(&Record { point, frozen: false })?;
+        let (quiescence, frost) = quiesce::thaw(frozen, std::mem::take(&mut self.frost)).await;
+        self.frost = frost;
+        let frozen = self.frost.is_there().await;
+        if frozen {
+            let name = &self.domain.name;
+            let text = format!("the guest of domain '{name}' may be frozen; thawing it goes on");
+            control.notice(NoticeLevel::Warning, text);
+        }
+        if begun.is_ok() {
+            // One job at a time: those asked for before have failed, or this one would have.
+            self.earlier.clear();
+        }
+        self.record(frozen)?;
         let (taken, job_disks) = begun?;
         Ok(Instant { taken, quiescence, job_disks })
+    }
+
+    /// Writes down what is to be undone if this run ends here.
+    fn record(&mut self, frozen: bool) -> Result<()> {
+        let (point, earlier) = (self.request.point, self.earlier.clone());
+        self.lock.record(&Record { point, frozen, earlier })
+    }
+
+    /// Takes over what an earlier run did not finish; thaws the guest if it may be frozen since.
+    async fn reconcile_guest(&mut self, control: &Control) {
+        let Some(record) = self.lock.unfinished.clone() else { return };
+        self.earlier = record.earlier;
+        self.earlier.push(record.point);
+        let surplus = self.earlier.len().saturating_sub(EARLIER_MAX);
+        self.earlier.drain(..surplus);
+        if record.frozen {
+            let name = &self.domain.name;
+            let text =
+                format!("thawing domain '{name}', which an earlier run may have left frozen");
+            control.notice(NoticeLevel::Info, text);
+            let program = self.request.guardian.as_deref();
+            self.frost = quiesce::thaw_left(&self.domain, program).await;
+        }
     }
 
     /// Begins the job; once more with every disk in full when a bitmap breaks in the last moment.
@@ -272,7 +330,7 @@ impl Opening {
         control.check()?;
         let disks = self.job_disks();
         let what = "begin a backup of";
-        self.begun = true;
+        self.begun = Begun::Asked;
         let taken = self.request.clock.now();
         let error = match self.try_begin(server, &disks).await? {
             Ok(()) => return Ok((taken, disks)),
@@ -308,7 +366,7 @@ impl Opening {
             .collect()
     }
 
-    async fn try_begin(&self, server: &Server, disks: &[JobDisk]) -> Result<VirtResult<()>> {
+    async fn try_begin(&mut self, server: &Server, disks: &[JobDisk]) -> Result<VirtResult<()>> {
         let backup = job::backup_xml(server, disks);
         let tracked: Vec<&str> = self.tracked().collect();
         let name = self.chain.of_point(self.request.point);
@@ -317,12 +375,15 @@ impl Opening {
         tracing::debug!(backup, ?checkpoint, "backup begin");
         let begin =
             move |domain: &Domain| ffi::backup_begin(domain, &backup, checkpoint.as_deref());
-        let undo = move |domain: &Domain| {
-            let ended = ffi::abort_job(domain);
+        let undo = move |domain: &Domain, begun: &VirtResult<()>| {
+            // Of a job that failed only the checkpoint can be there; another's job is not ours.
+            let ended = begun.is_ok().then(|| ffi::abort_job(domain));
             let deleted = ffi::Checkpoint::lookup(domain, &name).and_then(|c| c.delete(0));
             tracing::warn!(?ended, ?deleted, "a backup job began too late and was ended");
         };
-        self.domain.call_or_undo(BEGIN_TIMEOUT, begin, undo).await.ok_or_else(|| {
+        let answer = self.domain.call_or_undo(BEGIN_TIMEOUT, begin, undo).await;
+        answer.ok_or_else(|| {
+            self.begun = Begun::Unanswered;
             Error::new(
                 Kind::Timeout,
                 format!(
@@ -330,7 +391,7 @@ impl Opening {
                     self.domain.name
                 ),
             )
-            .hint("see the libvirt log; QEMU may hang on slow storage")
+            .hint("see the libvirt log; QEMU may hang on slow storage. Should it begin yet, the next backup ends it")
         })
     }
 
@@ -355,9 +416,10 @@ impl Opening {
     /// run.
     async fn undo(&mut self) {
         let point = self.request.point;
-        if self.begun {
+        if self.begun == Begun::Asked {
             let ours = matches!(job::active(&self.domain).await, Ok(Some(job)) if job.point == Some(point));
             if ours && let Err(error) = job::end(&self.domain).await {
+                // The record stays, by which the next run ends it.
                 tracing::warn!(?error, "the job of a failed backup remains");
                 return;
             }
@@ -371,7 +433,10 @@ impl Opening {
                 tracing::warn!(?error, "checkpoint metadata remains");
             }
         }
-        if let Err(error) = self.lock.clear() {
+        let frozen = self.frost.is_there().await;
+        let left = frozen || self.begun == Begun::Unanswered || !self.earlier.is_empty();
+        let recorded = if left { self.record(frozen) } else { self.lock.clear() };
+        if let Err(error) = recorded {
             tracing::warn!(?error, "the record of a failed backup remains");
         }
     }
@@ -405,6 +470,7 @@ impl Opening {
             defined: self.bases.defined,
             stale: self.stale,
             watch: Some(opened.watch),
+            frost: self.frost,
             lock: self.lock,
         }
     }
@@ -428,20 +494,11 @@ pub(super) async fn drop_stale(checkpoints: &Checkpoints<'_>, point: PointId, di
 
 /// Clears away the job of a killed run of ours; a job of anybody else means that the domain is
 /// busy.
-async fn reconcile_job(
-    domain: &DomainHandle,
-    lock: &mut DomainLock,
-    control: &Control,
-) -> Result<()> {
+async fn reconcile_job(domain: &DomainHandle, lock: &DomainLock, control: &Control) -> Result<()> {
     let name = &domain.name;
-    let unfinished = lock.unfinished.clone();
-    if unfinished.as_ref().is_some_and(|record| record.frozen) {
-        // The earlier run died around its freeze: the guest may stand still since.
-        let thawed = domain.raw_call("thaw", ffi::thaw).await;
-        tracing::info!(?thawed, "thawed after a run that was killed");
-    }
     if let Some(active) = job::active(domain).await? {
-        let ours = unfinished.is_some_and(|record| active.point == Some(record.point));
+        let unfinished = lock.unfinished.as_ref();
+        let ours = unfinished.is_some_and(|record| active.point.is_some_and(|p| record.owns(p)));
         if !ours {
             return Err(Error::new(
                 Kind::Busy,

@@ -1,23 +1,23 @@
-//! Freezing the guest's file systems around the instant, with a budget nobody can overrun.
+//! Freezing the guest's file systems around the instant: who may, and what the record says.
 //!
 //! ```text
-//!  freeze ──► frozen ──► (the backup job begins) ──► thaw ──► level and measured time
-//!     │          └── budget over: the guardian thaws at once; the level is crash consistent
-//!     └── no answer within the budget: whenever the freeze succeeds, the same thread thaws
+//!  record "frozen" ─► guardian ─► freeze ─► (the backup job begins) ─► thaw ─► level
+//!                                                                       └► record taken back,
+//!                                                                          if it is certain
 //! ```
 //!
-//! The guardian is a thread of its own: it needs neither the async runtime nor the task that
-//! froze. Against the death of the whole process there is the record in [`super::lock`], by which
-//! the next run thaws.
+//! Freezing and thawing is the guardian's ([`crate::freeze`]). What is kept here is whether the
+//! guest *may* still be frozen ([`Frost`]): as long as it may, the record in [`super::lock`] says
+//! so, whatever becomes of the backup, and the next run on this domain thaws.
 
-use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
-use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::path::Path;
+use std::time::Duration;
 
+use super::agent::DomainAgent;
 use super::connection::DomainHandle;
-use super::ffi;
 use super::xml::Element;
 use crate::error::{Error, Kind, Result};
+use crate::freeze::{self, Guardian, NotFrozen, Pending, Subject, Thaw, Thawed};
 use crate::platform::Quiesce;
 use crate::vm::{Consistency, Quiescence};
 
@@ -41,123 +41,107 @@ pub(super) fn agent_problem(live: &Element, paused: bool) -> Option<String> {
     }
 }
 
+/// How a freeze is to be done.
+pub(super) struct Wish<'a> {
+    /// Whether.
+    pub(super) quiesce: Quiesce,
+    /// How long.
+    pub(super) budget: Duration,
+    /// The program that becomes a guardian.
+    pub(super) guardian: Option<&'a Path>,
+}
+
 /// Guest file systems around the instant: frozen, or why not.
 pub(super) enum Frozen {
     /// Not frozen, for the reason given (none: not asked for).
     No(Option<String>),
     /// Frozen; [`thaw`] must follow.
-    Yes {
-        /// How many file systems.
-        count: u32,
-        /// When the freeze was asked for.
-        since: Instant,
-        /// Thaws when the budget is over.
-        guardian: Guardian,
-    },
+    Yes(freeze::Frozen),
 }
 
-/// Freezes, if asked for and possible. Fails only for [`Quiesce::Require`].
+/// Whether the guest may be frozen by us.
+#[derive(Default)]
+pub(super) struct Frost(Option<Pending>);
+
+impl Frost {
+    fn after(thaw: Thaw) -> Self {
+        match thaw {
+            Thaw::Done => Self(None),
+            Thaw::Pending(pending) => Self(Some(pending)),
+        }
+    }
+
+    /// Whether it may be frozen now. Does not wait.
+    pub(super) async fn is_there(&mut self) -> bool {
+        let Some(pending) = &mut self.0 else { return false };
+        let done = pending.is_done().await;
+        if done {
+            self.0 = None;
+        }
+        !done
+    }
+}
+
+/// Freezes, if asked for and possible. Fails only for [`Quiesce::Require`]. `frost` is what was
+/// known before; what is known after comes back.
 pub(super) async fn freeze(
     domain: &DomainHandle,
-    quiesce: Quiesce,
-    budget: Duration,
+    wish: &Wish<'_>,
     problem: Option<String>,
-) -> Result<Frozen> {
-    if quiesce == Quiesce::Never {
-        return Ok(Frozen::No(None));
-    }
-    let reason = match problem {
-        Some(problem) => problem,
-        None => match try_freeze(domain, budget).await {
-            Ok(frozen) => return Ok(frozen),
-            Err(reason) => reason,
+    frost: Frost,
+) -> (Result<Frozen>, Frost) {
+    let (reason, frost) = match (wish.quiesce, problem) {
+        (Quiesce::Never, _) => return (Ok(Frozen::No(None)), frost),
+        (_, Some(problem)) => (problem, frost),
+        (_, None) => match try_freeze(domain, wish).await {
+            Ok(frozen) => return (Ok(Frozen::Yes(frozen)), Frost::default()),
+            Err(NotFrozen { reason, thaw }) => (reason, Frost::after(thaw)),
         },
     };
-    if quiesce == Quiesce::Require {
-        return Err(Error::new(
-            Kind::Unsupported,
-            format!("cannot freeze the file systems of domain '{}': {reason}", domain.name),
-        )
-        .hint("install and start qemu-guest-agent in the guest, or use --quiesce auto"));
+    if wish.quiesce == Quiesce::Require {
+        let message =
+            format!("cannot freeze the file systems of domain '{}': {reason}", domain.name);
+        let error = Error::new(Kind::Unsupported, message)
+            .hint("install and start qemu-guest-agent in the guest, or use --quiesce auto");
+        return (Err(error), frost);
     }
-    Ok(Frozen::No(Some(reason)))
+    (Ok(Frozen::No(Some(reason))), frost)
 }
 
-async fn try_freeze(domain: &DomainHandle, budget: Duration) -> Result<Frozen, String> {
-    let since = Instant::now();
-    let late = |domain: &virt::domain::Domain| {
-        if let Err(error) = ffi::thaw(domain) {
-            tracing::error!(%error, "a late freeze could not be thawed");
-        }
-    };
-    let count = match domain.call_or_undo(budget, ffi::freeze, late).await {
-        Some(Ok(count)) => count,
-        Some(Err(error)) => {
-            // A freeze that fails half way is thawed by the agent; make sure of it.
-            let thawed = domain.raw_call("thaw", ffi::thaw).await;
-            tracing::debug!(?thawed, "thawed after a failed freeze");
-            return Err(format!("the guest agent could not freeze: {}", error.message()));
-        }
-        None => return Err(format!("the guest agent did not freeze within {budget:?}")),
-    };
-    let guardian = Guardian::watch(domain.clone(), budget.saturating_sub(since.elapsed()));
-    Ok(Frozen::Yes { count, since, guardian })
+async fn try_freeze(domain: &DomainHandle, wish: &Wish<'_>) -> Result<freeze::Frozen, NotFrozen> {
+    let guardian = guardian(domain, wish.guardian).await;
+    let guardian = guardian.map_err(|reason| NotFrozen { reason, thaw: Thaw::Done })?;
+    guardian.freeze(wish.budget).await
+}
+
+/// A guardian with a connection of its own to the domain.
+async fn guardian(domain: &DomainHandle, program: Option<&Path>) -> Result<Guardian, String> {
+    let uri = domain.host.uri().to_owned();
+    let subject = Subject::Libvirt { uri: uri.clone(), domain: domain.uuid };
+    Guardian::start(program, subject, Box::new(DomainAgent::new(uri, domain.uuid))).await
 }
 
 /// Thaws and says what was achieved. Always thaws, whatever `frozen` went through.
-pub(super) async fn thaw(domain: &DomainHandle, frozen: Frozen, budget: Duration) -> Quiescence {
-    let (count, since, guardian) = match frozen {
+pub(super) async fn thaw(frozen: Frozen, frost: Frost) -> (Quiescence, Frost) {
+    match frozen {
         Frozen::No(reason) => {
-            return Quiescence { level: Consistency::Crash, frozen_ms: None, reason };
+            (Quiescence { level: Consistency::Crash, frozen_ms: None, reason }, frost)
         }
-        Frozen::Yes { count, since, guardian } => (count, since, guardian),
-    };
-    let expired = guardian.stand_down().await;
-    let thawed = if expired { Ok(Ok(0)) } else { domain.raw_call("thaw", ffi::thaw).await };
-    let frozen_ms = u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX);
-    let over = since.elapsed() > budget;
-    let reason = match thawed {
-        _ if expired || over => Some(format!("frozen for longer than {budget:?}")),
-        _ if count == 0 => Some("the guest agent found no file system to freeze".into()),
-        Ok(Ok(0)) => Some("the file systems had been thawed by somebody else".into()),
-        Ok(Ok(_)) => None,
-        Ok(Err(error)) => Some(format!("the thaw failed: {}", error.message())),
-        Err(error) => Some(format!("the thaw failed: {error}")),
-    };
-    let level = if reason.is_none() { Consistency::Filesystem } else { Consistency::Crash };
-    Quiescence { level, frozen_ms: Some(frozen_ms), reason }
-}
-
-/// A thread that thaws unless it is stood down in time.
-pub(super) struct Guardian {
-    stand_down: SyncSender<()>,
-    thread: JoinHandle<bool>,
-}
-
-impl Guardian {
-    fn watch(domain: DomainHandle, budget: Duration) -> Self {
-        let (stand_down, stop) = sync_channel::<()>(1);
-        let thread = std::thread::spawn(move || match stop.recv_timeout(budget) {
-            Ok(()) => false,
-            // The one who froze is gone without standing down, or late: thaw either way.
-            Err(RecvTimeoutError::Disconnected | RecvTimeoutError::Timeout) => {
-                if let Err(error) = domain.blocking(ffi::thaw) {
-                    tracing::error!(%error, "cannot thaw at the end of the freeze budget");
-                }
-                true
-            }
-        });
-        Self { stand_down, thread }
+        Frozen::Yes(frozen) => {
+            let Thawed { quiescence, thaw } = frozen.thaw().await;
+            (quiescence, Frost::after(thaw))
+        }
     }
+}
 
-    /// Ends the watch; whether it had to thaw.
-    async fn stand_down(self) -> bool {
-        // A full channel or a gone thread both mean that the thread is past listening.
-        let _past_listening = self.stand_down.try_send(()).is_err();
-        let thread = self.thread;
-        let joined = tokio::task::spawn_blocking(move || thread.join()).await;
-        // A guardian that panicked did not report a thaw: count it as late.
-        matches!(joined, Ok(Ok(true) | Err(_)) | Err(_))
+/// Thaws what an earlier run, by its record, may have left frozen.
+pub(super) async fn thaw_left(domain: &DomainHandle, program: Option<&Path>) -> Frost {
+    match guardian(domain, program).await {
+        Ok(guardian) => Frost::after(guardian.thaw().await),
+        Err(reason) => {
+            tracing::warn!(reason, "no way to thaw the guest");
+            Frost(Some(Pending::lost()))
+        }
     }
 }
 

@@ -15,8 +15,9 @@ use super::checkpoint::{Checkpoints, Delete};
 use super::connection::DomainHandle;
 use super::ffi;
 use super::job::{self, JobDisk, Server};
-use super::lock::DomainLock;
+use super::lock::{DomainLock, Record};
 use super::open::drop_stale;
+use super::quiesce::Frost;
 use super::reach::Reach;
 use super::scratch::{Watch, ended};
 use crate::block::BlockSource;
@@ -53,6 +54,8 @@ pub(super) struct RunningSnapshot {
     /// Older points with bitmaps in images.
     pub(super) stale: Vec<(PointId, Vec<String>)>,
     pub(super) watch: Option<Watch>,
+    /// Whether the guest may still be frozen.
+    pub(super) frost: Frost,
     pub(super) lock: DomainLock,
 }
 
@@ -77,6 +80,16 @@ impl RunningSnapshot {
             })
             .await?;
         if all { Ok(()) } else { Err(ended(&self.domain, None)) }
+    }
+
+    /// Takes the record back, unless the guest may still be frozen: then the next run thaws.
+    async fn clear_record(&mut self) -> Result<()> {
+        if !self.frost.is_there().await {
+            return self.lock.clear();
+        }
+        let name = &self.domain.name;
+        tracing::warn!("the guest of domain '{name}' may still be frozen");
+        self.lock.record(&Record { frozen: true, ..Record::of(self.point) })
     }
 
     /// Ends the job and removes what QEMU leaves of it.
@@ -181,7 +194,7 @@ impl VmSnapshot for RunningSnapshot {
             let forgotten = checkpoints.delete(self.point, Delete::Metadata).await;
             result = result.and(forgotten);
         }
-        result = result.and(self.lock.clear());
+        result = result.and(self.clear_record().await);
         result.map_err(|error| {
             error.context(format!(
                 "the backup of domain '{}' is complete, but something of it was not cleaned up",
@@ -198,6 +211,6 @@ impl VmSnapshot for RunningSnapshot {
             let forgotten = checkpoints.delete(*point, Delete::Metadata).await;
             result = result.and(forgotten);
         }
-        result.and(self.lock.clear())
+        result.and(self.clear_record().await)
     }
 }

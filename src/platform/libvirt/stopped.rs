@@ -87,7 +87,7 @@ pub(super) async fn open(
 ) -> Result<StoppedSnapshot> {
     let names = BitmapNames::new(&request.repository, domain.uuid)?;
     let parts = look(domain, &survey, request, &names).await?;
-    lock.record(&Record { point: request.point, frozen: false })?;
+    lock.record(&Record::of(request.point))?;
     let mut snapshot = StoppedSnapshot {
         domain: domain.clone(),
         names,

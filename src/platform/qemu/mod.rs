@@ -24,6 +24,7 @@
 //! filter, VMs on other hosts (the export is a local socket). Bitmaps of lower layers of a backing
 //! chain are not merged: a disk that got an overlay since its base is read in full.
 
+mod agent;
 mod checkpoint;
 mod disks;
 mod error;
@@ -40,6 +41,7 @@ use std::path::PathBuf;
 use async_trait::async_trait;
 use qmp::{Address, Features, Monitor};
 
+pub use self::agent::AgentChannel;
 use self::checkpoint::Base;
 use self::disks::Disks;
 use self::error::failed;

@@ -190,8 +190,7 @@ impl Snapshot {
         let running = status.map_err(failed("cannot ask for the state"))?.running;
         control.set_phase("freezing the guest");
         let agent = qemu.options.agent.as_deref();
-        let frozen =
-            quiesce::freeze(agent, request.quiesce, request.freeze_budget, running).await?;
+        let frozen = quiesce::freeze(agent, request, running).await?;
         control.set_phase("taking the instant");
         self.taken = request.clock.now();
         let taken = self.monitor.transaction(&actions).await;

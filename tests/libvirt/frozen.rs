@@ -1,0 +1,125 @@
+//! A frozen guest and a backup that dies, hangs or gives up: the guest always runs on.
+//!
+//! The guest's freeze hook notes every freeze and thaw and can be made slow, so that a freeze
+//! happens when the one who asked for it is gone.
+
+use std::time::{Duration, Instant};
+
+use crate::rig::assert_no_trace;
+use crate::support::{DiskFormat, Domain, DomainSpec, Guest, TestEnv, wait_until};
+
+fn frozen_by_record(env: &TestEnv, domain: &Domain<'_>) -> bool {
+    let record = env.path("run").join(format!("{}.lock", domain.uuid()));
+    std::fs::read_to_string(record).unwrap_or_default().contains("\"frozen\":true")
+}
+
+/// What the guest's agent did: "freeze", "thaw", in order.
+fn hooked(guest: &mut Guest) -> Vec<String> {
+    let lines = guest.run("cat /tmp/hooked 2>/dev/null || true");
+    lines.lines().map(str::to_owned).collect()
+}
+
+/// Waits until a freeze has happened and been undone; proves it with a write.
+#[track_caller]
+fn assert_thawed(guest: &mut Guest, seconds: u64) {
+    let deadline = Instant::now() + Duration::from_secs(seconds);
+    loop {
+        let hooked = hooked(guest);
+        if hooked.first().is_some_and(|what| what == "freeze")
+            && hooked.last().is_some_and(|what| what == "thaw")
+        {
+            break;
+        }
+        assert!(Instant::now() < deadline, "not thawed after {seconds} s: {hooked:?}");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    guest.run("echo again >/mnt/file; sync");
+}
+
+fn mounted(env: &TestEnv) -> (Domain<'_>, Guest) {
+    env.init_repo();
+    let (domain, mut guest) = Domain::boot(env, &DomainSpec::with_disks(&[DiskFormat::Qcow2]));
+    guest.run("mke2fs /dev/vda && mount /dev/vda /mnt && echo hello >/mnt/file && sync");
+    (domain, guest)
+}
+
+#[test]
+fn a_backup_killed_around_its_freeze_leaves_no_frozen_guest() {
+    let env = TestEnv::new();
+    let (domain, mut guest) = mounted(&env);
+    guest.run("echo 2 >/tmp/slow.freeze");
+    let args = ["full", "--domain", domain.name(), "--quiesce", "require"];
+    let backup = env.spawn_vmbackup(&args);
+    wait_until("the freeze", 30, || frozen_by_record(&env, &domain));
+    wait_until("the freeze hook", 30, || !hooked(&mut guest).is_empty());
+    backup.signal("KILL");
+    backup.wait();
+    // The freeze happens after our death. Nobody runs another command.
+    assert_thawed(&mut guest, 12);
+    guest.run("rm /tmp/slow.freeze");
+    env.vmbackup(&args).ok();
+    assert!(!frozen_by_record(&env, &domain));
+    assert_no_trace(&domain);
+}
+
+#[test]
+fn a_freeze_that_comes_after_its_budget_is_undone_although_the_backup_is_over() {
+    let env = TestEnv::new();
+    let (domain, mut guest) = mounted(&env);
+    guest.run("echo 6 >/tmp/slow.freeze");
+    let args = [
+        "full",
+        "--domain",
+        domain.name(),
+        "--quiesce",
+        "auto",
+        "--freeze-budget",
+        "500ms",
+        "--json",
+    ];
+    let report = env.vmbackup(&args).json();
+    assert_eq!(report["quiescence"]["level"], "crash", "{report}");
+    let reason = report["quiescence"]["reason"].as_str().expect("a reason");
+    assert!(reason.contains("did not freeze within"), "{reason}");
+    assert!(frozen_by_record(&env, &domain), "nothing says that a freeze is under way");
+    assert_thawed(&mut guest, 20);
+    // The record is taken back by the next run, which thaws once more to be sure.
+    guest.run("rm /tmp/slow.freeze");
+    env.vmbackup(&["full", "--domain", domain.name(), "--quiesce", "require"]).ok();
+    assert!(!frozen_by_record(&env, &domain));
+}
+
+#[test]
+fn an_agent_that_stops_answering_is_thawed_as_soon_as_it_answers() {
+    let env = TestEnv::new();
+    let (domain, mut guest) = mounted(&env);
+    guest.run("echo 3 >/tmp/slow.freeze");
+    let args = ["full", "--domain", domain.name(), "--quiesce", "auto", "--freeze-budget", "2s"];
+    let backup = env.spawn_vmbackup(&args);
+    wait_until("the freeze hook", 30, || !hooked(&mut guest).is_empty());
+    guest.run("kill -STOP $(pidof qemu-ga)");
+    let ended = backup.wait();
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    assert!(frozen_by_record(&env, &domain), "the guest may be frozen: {ended:?}");
+    guest.run("kill -CONT $(pidof qemu-ga)");
+    assert_thawed(&mut guest, 60);
+}
+
+#[test]
+fn a_freeze_that_does_not_reach_every_file_system_is_crash_consistent() {
+    let env = TestEnv::new();
+    env.init_repo();
+    let spec = DomainSpec::with_disks(&[DiskFormat::Qcow2, DiskFormat::Qcow2]);
+    let (domain, mut guest) = Domain::boot(&env, &spec);
+    guest.run("mke2fs /dev/vda && mount /dev/vda /mnt && echo hello >/mnt/file && sync");
+    guest.run("mkdir /mnt2 && mke2fs /dev/vdb && mount /dev/vdb /mnt2");
+    let args = ["full", "--domain", domain.name(), "--quiesce", "auto", "--json"];
+    let whole = env.vmbackup(&args).json();
+    assert_eq!(whole["quiescence"]["level"], "filesystem", "{whole}");
+    // The agent passes over what somebody else has frozen, as over what cannot be frozen.
+    guest.run("fsfreeze --freeze /mnt2");
+    let partial = env.vmbackup(&args).json();
+    assert_eq!(partial["quiescence"]["level"], "crash", "{partial}");
+    let reason = partial["quiescence"]["reason"].as_str().expect("a reason");
+    assert!(reason.contains("only 1 of 2") && reason.contains("/mnt2 (ext2)"), "{reason}");
+}
