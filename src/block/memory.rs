@@ -94,6 +94,10 @@ impl BlockSink for MemoryDisk {
         BlockSource::geometry(self)
     }
 
+    async fn existing(&self, range: ByteRange) -> Result<ExtentMap> {
+        self.extents(range).await
+    }
+
     async fn write(&self, offset: u64, buffer: Buffer) -> Result<()> {
         let range = ByteRange::new(offset, buffer.len() as u64);
         self.lock()[span(range)].copy_from_slice(&buffer);

@@ -20,6 +20,7 @@ mod extent;
 pub mod file;
 pub mod layer;
 pub mod memory;
+pub mod null;
 mod range;
 
 pub use buffer::{Budget, Buffer};
@@ -97,6 +98,18 @@ pub trait BlockSink: Send + Sync {
     /// Whether the whole disk reads as zeroes before the first write, so that zeroes can be left out.
     fn starts_zero(&self) -> bool {
         false
+    }
+
+    /// Whether [`BlockSink::zero`] may cost less than writing zeroes. Where it never does, zeroes
+    /// found in data are best written with the data around them.
+    fn can_zero(&self) -> bool {
+        true
+    }
+
+    /// What a prefix of `range` holds before the first write, as in [`BlockSource::extents`], from
+    /// one query. Data is always a right answer.
+    async fn existing(&self, range: ByteRange) -> Result<ExtentMap> {
+        Ok(ExtentMap::uniform(range, ExtentKind::Data))
     }
 
     /// Stores the buffer's window at `offset`.

@@ -13,6 +13,7 @@
 mod args;
 mod commands;
 mod context;
+mod copy_settings;
 mod exit;
 mod open;
 mod output;
@@ -63,6 +64,7 @@ enum Command {
     Restore(commands::restore::Args),
     Verify(commands::verify::Args),
     Hash(commands::hash::Args),
+    Copy(commands::copy::Args),
     Forget(commands::forget::Args),
     Gc(commands::gc::Args),
     Repo(commands::repo::Args),
@@ -83,6 +85,7 @@ impl Command {
             Self::Restore(args) => commands::restore::run(args, context).await,
             Self::Verify(args) => commands::verify::run(args, context).await,
             Self::Hash(args) => commands::hash::run(args, context).await,
+            Self::Copy(args) => commands::copy::run(args, context).await,
             Self::Forget(args) => commands::forget::run(args, context).await,
             Self::Gc(args) => commands::gc::run(args, context).await,
             Self::Repo(args) => commands::repo::run(args, context).await,

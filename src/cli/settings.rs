@@ -133,8 +133,30 @@ pub(crate) fn disk(text: &str) -> Result<DiskSpec> {
     }
 }
 
-/// `PATH[,format=F]`; a comma in PATH is written twice, as QEMU has it.
+/// Formats that may stand before a path, as in `qcow2:disk.img`: those of QEMU's block drivers.
+const FORMATS: [&str; 12] = [
+    "raw",
+    "qcow2",
+    "qcow",
+    "qed",
+    "vmdk",
+    "vdi",
+    "vhdx",
+    "vpc",
+    "parallels",
+    "bochs",
+    "cloop",
+    "dmg",
+];
+
+/// `FORMAT:PATH`, or `PATH[,format=F]`, where a comma in PATH is written twice, as QEMU has it.
 pub(crate) fn image(text: &str) -> Result<ImageSpec> {
+    if let Some((format, path)) = text.split_once(':').filter(|(head, _)| FORMATS.contains(head)) {
+        if path.is_empty() {
+            return Err(Error::new(Kind::Usage, format!("'{text}' names no file")));
+        }
+        return Ok(ImageSpec { path: path.into(), format: format.to_owned() });
+    }
     let bad = |what: String| {
         Error::new(Kind::Usage, format!("in '{text}': {what}"))
             .hint("write PATH,format=qcow2 or PATH,format=raw; a comma in PATH is written twice")
@@ -228,11 +250,15 @@ mod tests {
             ("a.qcow2,format=raw", "a.qcow2", "raw"),
             ("a,,b.RAW", "a,b.RAW", "raw"),
             ("/dev/vg/lv", "/dev/vg/lv", "raw"),
+            ("vpc:a,b.img", "a,b.img", "vpc"),
+            ("./raw:a.qcow2", "./raw:a.qcow2", "qcow2"),
         ] {
             let expected = ImageSpec { path: path.into(), format: format.into() };
             assert_eq!(image(text).unwrap(), expected, "{text}");
         }
-        for text in ["a.img", "a", "", ",format=raw", "a.raw,format=", "a.raw,size=1", "a.raw,"] {
+        for text in
+            ["a.img", "a", "", ",format=raw", "a.raw,format=", "a.raw,size=1", "a.raw,", "raw:"]
+        {
             assert_eq!(image(text).unwrap_err().kind(), Kind::Usage, "{text}");
         }
     }

@@ -36,14 +36,14 @@ pub async fn content_root(
 }
 
 /// Takes whole leaves and keeps what is needed for the root.
-struct HashSink {
+pub(super) struct HashSink {
     size_bytes: u64,
     workers: Workers,
     tree: Mutex<Tree>,
 }
 
 impl HashSink {
-    fn new(size_bytes: u64, workers: Workers) -> Self {
+    pub(super) fn new(size_bytes: u64, workers: Workers) -> Self {
         Self { size_bytes, workers, tree: Mutex::new(Tree::new(size_bytes)) }
     }
 
@@ -52,7 +52,30 @@ impl HashSink {
         self.tree.lock().unwrap_or_else(PoisonError::into_inner).insert(level, index, hash);
     }
 
-    fn root(&self) -> ContentRoot {
+    /// Hashes the leaves of a buffer that lies at `offset` and gives it back.
+    pub(super) async fn pass(&self, offset: u64, buffer: Buffer) -> Result<Buffer> {
+        assert!(offset.is_multiple_of(LEAF_BYTES), "a buffer of whole leaves");
+        let leaf = usize::try_from(LEAF_BYTES).expect("a leaf fits memory");
+        let hash = move || {
+            let hashes: Vec<_> = buffer.chunks(leaf).map(ContentHash::of_leaf).collect();
+            (buffer, hashes)
+        };
+        let (buffer, hashes) = self.workers.run(hash).await?;
+        for (index, hash) in (offset / LEAF_BYTES..).zip(hashes) {
+            self.insert(0, index, hash);
+        }
+        Ok(buffer)
+    }
+
+    /// Notes whole leaves of zeroes.
+    pub(super) fn pass_zeroes(&self, range: ByteRange) {
+        let leaves = range.offset() / LEAF_BYTES..range.end().div_ceil(LEAF_BYTES);
+        for (level, index) in subtrees(leaves) {
+            self.insert(level, index, ContentHash::ZERO);
+        }
+    }
+
+    pub(super) fn root(&self) -> ContentRoot {
         let mut tree = self.tree.lock().unwrap_or_else(PoisonError::into_inner);
         ContentRoot::new(self.size_bytes, &tree.finish(self.size_bytes))
     }
@@ -71,16 +94,11 @@ impl BlockSink for HashSink {
     }
 
     async fn write(&self, offset: u64, buffer: Buffer) -> Result<()> {
-        let hash = self.workers.run(move || ContentHash::of_leaf(&buffer)).await?;
-        self.insert(0, offset / LEAF_BYTES, hash);
-        Ok(())
+        self.pass(offset, buffer).await.map(|_| ())
     }
 
     async fn zero(&self, range: ByteRange, _mode: ZeroMode) -> Result<()> {
-        let leaves = range.offset() / LEAF_BYTES..range.end().div_ceil(LEAF_BYTES);
-        for (level, index) in subtrees(leaves) {
-            self.insert(level, index, ContentHash::ZERO);
-        }
+        self.pass_zeroes(range);
         Ok(())
     }
 

@@ -2,8 +2,8 @@
 //! and comparing are all this one pipeline with different ends.
 //!
 //! ```text
-//!  walk ──extent maps──► plan ──steps──► pipeline ──► step: take buffer ► read ► write
-//!  (windows ahead)       (pure)          (bounded)          zero, keep
+//!  clear ─► walk ──extent maps──► plan ──steps──► pipeline ──► step: take buffer ► read ► write
+//!  (zeroes) (windows ahead)       (pure)          (bounded)          zero, keep
 //! ```
 //!
 //! Invariants:
@@ -17,31 +17,37 @@
 //! - Extents known to be zero are not read; Unchanged is handed to the sink as `keep` where a whole
 //!   chunk is unchanged, and read where it shares a chunk with a change.
 //!
-//! Requests may reach the sink in any order. A sink must not hold on to buffers while it waits for
+//! Steps begin in the order of the disk, each with its buffer in hand; their requests may reach the
+//! sink in any order. A sink must not hold on to buffers while it waits for
 //! further ones: the budget may be spent on what it holds.
 //!
 //! Deliberately not done here: retries (a layer around source or sink), the decision what is
 //! incremental (the source's extents), committing (the job).
 
+mod clear;
 mod compare;
 mod hash;
 mod pipeline;
 mod plan;
 mod sparse;
 mod step;
+mod stream;
 #[cfg(test)]
 mod tests;
 mod walk;
 
 pub use compare::{Comparison, compare};
 pub use hash::content_root;
+pub use stream::copy_pipe;
 
 use std::sync::Arc;
 
 use crate::block::{BlockSink, BlockSource, Budget, ByteRange, Geometry};
+use crate::content::{ContentRoot, LEAF_BYTES};
 use crate::control::{Control, DiskProgress};
 use crate::error::{Error, Kind, Result};
 use crate::units::{KIB, MIB};
+use crate::workers::Workers;
 
 /// Bytes in flight of a copy that was given no budget of a job: small enough that buffers stay in
 /// the processor's cache (nbdcopy: +43 % and more with 2 MiB against unlimited, libnbd 837e00c).
@@ -99,6 +105,9 @@ pub enum Destination {
     AsItSays,
     /// All zeroes: the caller knows.
     Zero,
+    /// Anything, and nobody needs it: the sink is asked what it holds, and cleared in advance where
+    /// that is fast. Only for sinks that may be written more than once.
+    Overwritten,
 }
 
 /// What becomes of Unchanged ranges.
@@ -160,9 +169,38 @@ pub async fn copy(
     control: &Control,
     progress: &Arc<DiskProgress>,
 ) -> Result<Report> {
-    let shape = Shape::between(&source.geometry(), &sink.geometry(), options)?;
+    run((source, sink), None, options, (control, progress)).await
+}
+
+/// The same, and the content root of what was read, computed on the way. Ranges that are Unchanged
+/// are read like all others.
+pub async fn copy_hashed(
+    source: Arc<dyn BlockSource>,
+    sink: Arc<dyn BlockSink>,
+    workers: &Workers,
+    options: &Options,
+    (control, progress): (&Control, &Arc<DiskProgress>),
+) -> Result<(Report, ContentRoot)> {
+    let hash = Arc::new(hash::HashSink::new(source.geometry().size_bytes, workers.clone()));
+    let options = Options { unchanged: Unchanged::Read, ..options.clone() };
+    let ends = (source, sink);
+    let report = run(ends, Some(Arc::clone(&hash)), &options, (control, progress)).await?;
+    Ok((report, hash.root()))
+}
+
+async fn run(
+    (source, sink): (Arc<dyn BlockSource>, Arc<dyn BlockSink>),
+    hash: Option<Arc<hash::HashSink>>,
+    options: &Options,
+    (control, progress): (&Control, &Arc<DiskProgress>),
+) -> Result<Report> {
+    let mut shape = Shape::between(&source.geometry(), &sink.geometry(), options)?;
+    if hash.is_some() {
+        shape = shape.in_cells_of(LEAF_BYTES);
+    }
     let size_bytes = shape.size_bytes;
-    let job = step::Copying::new(source, sink, options, shape);
+    let zeroes = control.run(clear::prepare(&*sink, options, shape)).await?;
+    let job = step::Copying::new((source, sink), options, (shape, zeroes), hash);
     let report = pipeline::run(Arc::new(job), options, control, progress).await?;
     let covered = report.written_bytes + report.zero_bytes + report.kept_bytes;
     assert_eq!(covered, size_bytes, "the steps of a copy partition the disk");
@@ -215,6 +253,13 @@ impl Shape {
             request_bytes: wanted - wanted % cell_bytes,
             requests: requests.max(1),
         })
+    }
+
+    /// The same with steps of multiples of `unit`, a power of two, too.
+    fn in_cells_of(self, unit: u64) -> Self {
+        let cell_bytes = self.cell_bytes.max(unit);
+        let request_bytes = self.request_bytes.max(cell_bytes);
+        Self { cell_bytes, request_bytes: request_bytes - request_bytes % cell_bytes, ..self }
     }
 
     fn range(&self) -> ByteRange {

@@ -3,10 +3,12 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::clear::ZeroPolicy;
+use super::hash::HashSink;
 use super::plan::Step;
 use super::sparse::{Run, runs};
-use super::{Destination, Options, Report, Shape, Unchanged, Zeroes};
-use crate::block::{BlockSink, BlockSource, Buffer, ByteRange, ZeroMode};
+use super::{Options, Report, Shape, Unchanged, Zeroes};
+use crate::block::{BlockSink, BlockSource, Buffer, ByteRange};
 use crate::error::{Error, Result};
 
 /// What all steps of a copy share.
@@ -23,28 +25,22 @@ pub(super) struct Copying {
     /// Largest read of the source, a multiple of its alignment.
     read_bytes_max: u64,
     source_align_bytes: u64,
-}
-
-/// What to do about a range of zeroes.
-#[derive(Clone, Copy, Debug)]
-enum ZeroPolicy {
-    /// The sink reads as zero there.
-    LeaveOut,
-    Make(ZeroMode),
+    /// Sees everything that is read, in whole leaves.
+    hash: Option<Arc<HashSink>>,
 }
 
 impl Copying {
     pub(super) fn new(
-        source: Arc<dyn BlockSource>,
-        sink: Arc<dyn BlockSink>,
+        (source, sink): (Arc<dyn BlockSource>, Arc<dyn BlockSink>),
         options: &Options,
-        shape: Shape,
+        (shape, zeroes): (Shape, ZeroPolicy),
+        hash: Option<Arc<HashSink>>,
     ) -> Self {
-        let starts_zero = options.destination == Destination::Zero || sink.starts_zero();
-        let (zeroes, detect_bytes) = match options.zeroes {
-            Zeroes::Allocated => (ZeroPolicy::Make(ZeroMode::Allocated), None),
-            Zeroes::Sparse { detect_bytes } if starts_zero => (ZeroPolicy::LeaveOut, detect_bytes),
-            Zeroes::Sparse { detect_bytes } => (ZeroPolicy::Make(ZeroMode::Sparse), detect_bytes),
+        let detect_bytes = match options.zeroes {
+            Zeroes::Allocated => None,
+            Zeroes::Sparse { detect_bytes } => {
+                detect_bytes.filter(|_| sink.can_zero() || zeroes == ZeroPolicy::LeaveOut)
+            }
         };
         let geometry = source.geometry();
         let read_max = geometry.request_bytes_max.max(geometry.align_bytes);
@@ -62,6 +58,7 @@ impl Copying {
             source_name: options.source_name.clone(),
             sink_name: options.sink_name.clone(),
             zeroes,
+            hash,
         }
     }
 
@@ -73,10 +70,18 @@ impl Copying {
                 kept.map_err(|e| self.sink_failed("keep", range, e))?;
                 Ok(Report { kept_bytes: range.len(), ..Report::default() })
             }
-            (Step::Zero(range), _) => self.zero(range).await,
+            (Step::Zero(range), _) => {
+                if let Some(hash) = &self.hash {
+                    hash.pass_zeroes(range);
+                }
+                self.zero(range).await
+            }
             (Step::Read { range, span }, Some(buffer)) => {
                 let span = span.widen(self.source_align_bytes, self.shape.size_bytes);
-                let buffer = self.read(range, span, buffer).await?;
+                let mut buffer = self.read(range, span, buffer).await?;
+                if let Some(hash) = &self.hash {
+                    buffer = hash.pass(range.offset(), buffer).await?;
+                }
                 let mut report = self.write(range, buffer).await?;
                 report.read_bytes = span.len();
                 Ok(report)
@@ -113,7 +118,8 @@ impl Copying {
         Ok(buffer)
     }
 
-    async fn write(&self, range: ByteRange, buffer: Buffer) -> Result<Report> {
+    /// Writes what was read, less the zeroes in it.
+    pub(super) async fn write(&self, range: ByteRange, buffer: Buffer) -> Result<Report> {
         let runs = match self.detect_bytes {
             Some(block_bytes) => runs(&buffer, range.offset(), block_bytes),
             None => vec![Run { range, zero: false }],
@@ -145,9 +151,9 @@ impl Copying {
     }
 
     async fn zero(&self, range: ByteRange) -> Result<Report> {
-        if let ZeroPolicy::Make(mode) = self.zeroes {
-            let zeroed = self.sink.zero(range, mode).await;
-            zeroed.map_err(|e| self.sink_failed("zero", range, e))?;
+        if let Some((needed, mode)) = self.zeroes.needed(range) {
+            let zeroed = self.sink.zero(needed, mode).await;
+            zeroed.map_err(|e| self.sink_failed("zero", needed, e))?;
         }
         Ok(Report { zero_bytes: range.len(), ..Report::default() })
     }

@@ -321,3 +321,108 @@ async fn a_comparison_tells_every_differing_sector() {
     let found = compare(Arc::new(a), Arc::new(b), &options(), &control, &progress).await.unwrap();
     assert!(!found.is_equal());
 }
+
+/// A sink that holds something and clears itself at `bytes_per_second`, whatever it is asked.
+struct Clearing {
+    inner: MemoryDisk,
+    bytes_per_second: u64,
+    zeroed: Mutex<Vec<(ByteRange, ZeroMode)>>,
+    written: AtomicUsize,
+}
+
+#[async_trait]
+impl BlockSink for Clearing {
+    fn geometry(&self) -> Geometry {
+        BlockSink::geometry(&self.inner)
+    }
+
+    async fn existing(&self, range: ByteRange) -> Result<crate::block::ExtentMap> {
+        self.inner.existing(range).await
+    }
+
+    async fn write(&self, offset: u64, buffer: Buffer) -> Result<()> {
+        self.written.fetch_add(buffer.len(), Ordering::SeqCst);
+        self.inner.write(offset, buffer).await
+    }
+
+    async fn zero(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
+        self.zeroed.lock().unwrap().push((range, mode));
+        let ms = range.len() * 1000 / self.bytes_per_second;
+        tokio::time::sleep(Duration::from_millis(ms)).await;
+        self.inner.zero(range, mode).await
+    }
+
+    async fn keep(&self, _range: ByteRange) -> Result<()> {
+        unreachable!("nothing is kept here")
+    }
+
+    async fn flush(&self) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// Every other MiB of 64 is zero; the sink holds `before`.
+async fn overwrite(before: Vec<u8>, bytes_per_second: u64) -> Arc<Clearing> {
+    let mut content = vec![1; 64 << 20];
+    content.chunks_mut(1 << 20).step_by(2).for_each(|block| block.fill(0));
+    let sink = Arc::new(Clearing {
+        inner: MemoryDisk::with_content(before),
+        bytes_per_second,
+        zeroed: Mutex::default(),
+        written: AtomicUsize::new(0),
+    });
+    let options = Options { destination: Destination::Overwritten, ..options() };
+    let source = Arc::new(MemoryDisk::with_content(content.clone()));
+    run(source, sink.clone(), &options).await.unwrap();
+    assert!(sink.inner.content() == content);
+    assert_eq!(sink.written.load(Ordering::SeqCst), 32 << 20, "data is written once");
+    sink
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_sink_that_calls_slow_clearing_fast_is_found_out_by_a_small_trial() {
+    let sink = overwrite(vec![7; 64 << 20], 10 << 20).await;
+    let zeroed = sink.zeroed.lock().unwrap().clone();
+    let fast = zeroed.iter().filter(|(_, mode)| *mode == ZeroMode::FastOnly);
+    let tried: u64 = fast.map(|(range, _)| range.len()).sum();
+    assert!(tried <= 6 << 20, "{tried} bytes tried: {zeroed:?}");
+    let zeroed: u64 = zeroed.iter().map(|(range, _)| range.len()).sum();
+    assert!(zeroed <= 36 << 20, "{zeroed} bytes zeroed");
+
+    let sink = overwrite(vec![7; 64 << 20], 100 << 30).await;
+    assert_eq!(sink.zeroed.lock().unwrap().len(), 3, "two trials and the rest");
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_a_sink_says_is_zero_is_not_zeroed() {
+    let sink = overwrite(vec![0; 64 << 20], 1 << 20).await;
+    assert_eq!(*sink.zeroed.lock().unwrap(), []);
+    let mut before = vec![0; 64 << 20];
+    before[62 << 20..].fill(7);
+    // Too slow to be cleared: what is known to be zero needs nothing, the last hole is made.
+    let sink = overwrite(before, 1 << 20).await;
+    let zeroed = sink.zeroed.lock().unwrap().clone();
+    let made: Vec<_> = zeroed.iter().filter(|(_, mode)| *mode == ZeroMode::Sparse).collect();
+    assert_eq!(made.len(), 1, "{zeroed:?}");
+    assert_eq!(made[0].0, ByteRange::new(62 << 20, 1 << 20));
+}
+
+#[tokio::test]
+async fn the_root_computed_on_the_way_is_that_of_the_source() {
+    for size in [0, 4096, 1_000_000, 3_333_333] {
+        let content = conformance::pattern(size);
+        let source = Arc::new(MemoryDisk::with_content(content.clone()));
+        let sink = Arc::new(MemoryDisk::with_content(vec![7; size]));
+        let workers = Workers::new(2).unwrap();
+        let control = Control::new();
+        let progress = control.add_disk("vda", size as u64);
+        let shown = (&control, &progress);
+        let (report, root) =
+            copy_hashed(source.clone(), sink.clone(), &workers, &options(), shown).await.unwrap();
+        assert_eq!(report.written_bytes + report.zero_bytes, size as u64);
+        assert!(sink.content() == content);
+        let expected =
+            content_root(source, &options(), &workers, &control, &progress).await.unwrap();
+        assert_eq!(root, expected, "{size}");
+    }
+}

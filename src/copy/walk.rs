@@ -24,7 +24,7 @@ const AHEAD: usize = 2;
 pub(super) struct Walk {
     answers: mpsc::Receiver<Result<ExtentMap>>,
     /// Ends the task when the walk is dropped.
-    _task: JoinSet<()>,
+    task: JoinSet<()>,
 }
 
 impl Walk {
@@ -49,12 +49,17 @@ impl Walk {
                 }
             }
         });
-        Self { answers, _task: task }
+        Self { answers, task }
     }
 
     /// The next part; `None` at the end of the range. Cancel-safe.
     pub(super) async fn next(&mut self) -> Option<Result<ExtentMap>> {
-        self.answers.recv().await
+        let answer = self.answers.recv().await;
+        if answer.is_none() {
+            // So that nobody holds the source any more when the copy returns.
+            let _ = self.task.join_next().await;
+        }
+        answer
     }
 }
 

@@ -9,7 +9,16 @@ use tokio::sync::Mutex;
 use super::process::{QemuNbd, Serve, ServeMode, connect};
 use crate::block::{BlockSink, BlockSource, Buffer, ByteRange, ExtentMap, Geometry, ZeroMode};
 use crate::error::{Error, Result};
-use crate::nbd::{Access, Client, ClientOptions, Connector, InitialContent, Stream};
+use crate::nbd::{Client, ClientOptions, Connector, Stream};
+
+/// Whether a format that can do it compresses what is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Compression {
+    /// No.
+    None,
+    /// Every cluster; each must be written whole and once.
+    Clusters,
+}
 
 /// A served image. Ends its process when dropped; [`ImageExport::close`] tells whether that went
 /// well, which matters after writing.
@@ -19,19 +28,25 @@ pub struct ImageExport {
 }
 
 impl ImageExport {
-    /// Serves the image read-only. With `changes`, ranges that bitmap calls clean are Unchanged.
-    pub(super) async fn read(path: &Path, format: &str, changes: Option<&str>) -> Result<Self> {
-        let changes = changes.map(str::to_owned);
-        let bitmaps: Vec<_> = changes.iter().cloned().collect();
+    /// Serves the image read-only, read as `options` say; ranges that their bitmap calls clean are
+    /// Unchanged.
+    pub(super) async fn read(path: &Path, format: &str, options: ClientOptions) -> Result<Self> {
+        let bitmaps: Vec<_> = options.changes.iter().cloned().collect();
         let serve = Serve { path, format, mode: ServeMode::Read, bitmaps: &bitmaps };
-        Self::start(serve, ClientOptions { changes, ..ClientOptions::default() }).await
+        Self::start(serve, options).await
     }
 
-    /// Serves a new image for writing: it reads as zeroes.
-    pub(super) async fn write_new(path: &Path, format: &str) -> Result<Self> {
-        let serve = Serve { path, format, mode: ServeMode::Write, bitmaps: &[] };
-        let access = Access::Write(InitialContent::Zero);
-        Self::start(serve, ClientOptions { access, ..ClientOptions::default() }).await
+    /// Serves an image for writing; `options` say how, and what it holds.
+    pub(super) async fn write(
+        (path, format): (&Path, &str),
+        compression: Compression,
+        options: ClientOptions,
+    ) -> Result<Self> {
+        let mode = match compression {
+            Compression::None => ServeMode::Write,
+            Compression::Clusters => ServeMode::WriteCompressed,
+        };
+        Self::start(Serve { path, format, mode, bitmaps: &[] }, options).await
     }
 
     async fn start(serve: Serve<'_>, options: ClientOptions) -> Result<Self> {
@@ -43,7 +58,7 @@ impl ImageExport {
             Ok(client) => client,
             // What the process said is better than "connection lost".
             Err(error) => {
-                process.check_alive().await?;
+                process.settle().await?;
                 return Err(error.context(format!("cannot open {name}")));
             }
         };
@@ -109,6 +124,14 @@ impl BlockSink for ImageExport {
 
     fn starts_zero(&self) -> bool {
         self.client.starts_zero()
+    }
+
+    fn can_zero(&self) -> bool {
+        self.client.can_zero()
+    }
+
+    async fn existing(&self, range: ByteRange) -> Result<ExtentMap> {
+        self.client.existing(range).await
     }
 
     async fn write(&self, offset: u64, buffer: Buffer) -> Result<()> {

@@ -10,6 +10,8 @@
 //! after the last read; the VM cannot start meanwhile.
 
 pub mod bitmap;
+mod child;
+mod command;
 mod export;
 mod identity;
 mod info;
@@ -26,12 +28,14 @@ use async_trait::async_trait;
 use crate::block::file::{Access, FileSource};
 use crate::block::{BlockSource, Buffer, ByteRange, ExtentMap, Geometry};
 use crate::error::{Error, Kind, Result};
+use crate::nbd::ClientOptions;
 
-pub use export::ImageExport;
+pub use command::CommandServer;
+pub use export::{Compression, ImageExport};
 pub use identity::file_id;
 pub use info::{BitmapInfo, ImageInfo, Layer, inspect, layers};
 pub use lock::ImageLock;
-pub use new::NewImage;
+pub use new::{NewImage, NewImageOptions};
 
 /// An image and everything below it, locked.
 pub struct LockedImage {
@@ -66,12 +70,18 @@ impl LockedImage {
 
     /// The disk inside. With `changes`, ranges the bitmap of that name calls clean are Unchanged.
     pub async fn source(&mut self, changes: Option<&str>) -> Result<Arc<dyn BlockSource>> {
+        let changes = changes.map(str::to_owned);
+        self.source_with(ClientOptions { changes, ..ClientOptions::default() }).await
+    }
+
+    /// The same, read as `options` say where a server is needed.
+    async fn source_with(&mut self, options: ClientOptions) -> Result<Arc<dyn BlockSource>> {
         let top = &self.layers[0];
-        if top.format == "raw" && changes.is_none() {
+        if top.format == "raw" && options.changes.is_none() {
             let file = self.locks[0].file()?;
             return Ok(Arc::new(FileSource::from_file(file, &top.path, Access::Once)?));
         }
-        let served = Arc::new(ImageExport::read(&top.path, &top.format, changes).await?);
+        let served = Arc::new(ImageExport::read(&top.path, &top.format, options).await?);
         self.served = Some(Arc::clone(&served));
         Ok(served)
     }
@@ -96,11 +106,32 @@ impl LockedImage {
     }
 }
 
-/// Opens an image to hash it or to compare with it: locked, read-only, released when dropped.
+/// Opens an image to hash, copy or compare it: locked, read-only, released when dropped.
 pub async fn open_image(path: &Path, format: &str) -> Result<Arc<dyn BlockSource>> {
+    open_image_with(path, format, ClientOptions::default()).await
+}
+
+/// The same, read as `options` say where a server is needed.
+pub async fn open_image_with(
+    path: &Path,
+    format: &str,
+    options: ClientOptions,
+) -> Result<Arc<dyn BlockSource>> {
     let mut image = LockedImage::acquire(path, format).await?;
-    let source = image.source(None).await?;
+    let source = image.source_with(options).await?;
     Ok(Arc::new(OpenImage { source, _lock: image }))
+}
+
+/// Opens an existing image to be overwritten in place, through a server that takes QEMU's own locks
+/// on it; `options` say how it is written.
+pub async fn open_to_overwrite(
+    path: &Path,
+    format: &str,
+    options: ClientOptions,
+) -> Result<ImageExport> {
+    // Headers that name other places are refused, as for reading.
+    let layers = layers(path, format).await?;
+    ImageExport::write((&layers[0].path, format), Compression::None, options).await
 }
 
 /// A source with its lock.

@@ -4,12 +4,31 @@ use std::ffi::OsStr;
 use std::path::Path;
 use std::sync::Arc;
 
-use super::export::ImageExport;
+use super::export::{Compression, ImageExport};
 use super::info::check_format;
 use super::tool::{absolute, qemu_img};
-use crate::block::BlockSink;
-use crate::block::file::{Existing, NewFile};
+use crate::block::file::{Durability, Existing, NewFile};
+use crate::block::{BlockSink, BlockSource};
 use crate::error::{Error, Kind, Result};
+use crate::nbd::{Access, ClientOptions, InitialContent};
+
+/// Formats whose clusters QEMU compresses through a filter node (`compress`).
+const COMPRESSING: [&str; 1] = ["qcow2"];
+
+/// What the filter takes is whole clusters, also at the end of the disk (QEMU 10.0: "Image size is
+/// not a multiple of request alignment"); this is their default size.
+const CLUSTER_BYTES: u64 = 64 << 10;
+
+/// How an image is made.
+#[derive(Clone, Debug)]
+pub struct NewImageOptions {
+    /// What becomes of a file that has the name.
+    pub existing: Existing,
+    /// Whether it is compressed.
+    pub compression: Compression,
+    /// How the server of the format is spoken to.
+    pub client: ClientOptions,
+}
 
 /// An image in the making. Dropped, nothing of it remains.
 pub struct NewImage {
@@ -31,8 +50,32 @@ impl NewImage {
         size_bytes: u64,
         existing: Existing,
     ) -> Result<Self> {
+        let options = NewImageOptions {
+            existing,
+            compression: Compression::None,
+            client: ClientOptions::default(),
+        };
+        Self::create_with(path, format, size_bytes, options).await
+    }
+
+    /// The same with all options.
+    pub async fn create_with(
+        path: &Path,
+        format: &str,
+        size_bytes: u64,
+        NewImageOptions { existing, compression, client }: NewImageOptions,
+    ) -> Result<Self> {
         check_format(format)?;
         let path = absolute(path)?;
+        if compression != Compression::None && !COMPRESSING.contains(&format) {
+            return Err(Error::new(Kind::Usage, format!("{format} images are not compressed"))
+                .hint(format!("formats that can be: {}", COMPRESSING.join(", "))));
+        }
+        if compression != Compression::None && !size_bytes.is_multiple_of(CLUSTER_BYTES) {
+            let message = format!("{size_bytes} bytes are not whole clusters of {CLUSTER_BYTES}");
+            return Err(Error::new(Kind::Unsupported, message)
+                .hint("leave out --compressed, or use qemu-img convert -c"));
+        }
         if format == "raw" {
             let file = NewFile::create(&path, size_bytes, existing)?;
             return Ok(Self { file, sink: NewImageSink::Raw });
@@ -44,7 +87,9 @@ impl NewImage {
         let mut args: Vec<&OsStr> = ["create", "-q", "-f", format].map(OsStr::new).into();
         args.extend([temporary.as_os_str(), OsStr::new(&size)]);
         qemu_img(args, &what).await?;
-        let export = ImageExport::write_new(&temporary, format).await?;
+        let access = Access::Write(InitialContent::Zero);
+        let client = ClientOptions { access, changes: None, ..client };
+        let export = ImageExport::write((&temporary, format), compression, client).await?;
         let made_bytes = BlockSink::geometry(&export).size_bytes;
         if made_bytes != size_bytes {
             // Some formats round up (vpc to cylinders): the guest would see another disk.
@@ -62,17 +107,32 @@ impl NewImage {
         }
     }
 
+    /// What was written, read back; nothing else is to write meanwhile.
+    pub fn reader(&self) -> Result<Arc<dyn BlockSource>> {
+        Ok(match &self.sink {
+            NewImageSink::Raw => Arc::new(self.file.sink().reader()?),
+            NewImageSink::Served(export) => Arc::<ImageExport>::clone(export),
+        })
+    }
+
     /// Makes the image durable and gives it its name. A sink of it that is still held is an
     /// [`Kind::Internal`] error: what it wrote last might be missing. Not cancel-safe.
     pub async fn commit(self) -> Result<()> {
+        self.publish(Durability::Synced).await
+    }
+
+    /// The same, durable only if asked for.
+    pub async fn publish(self, durability: Durability) -> Result<()> {
         if let NewImageSink::Served(export) = self.sink {
-            export.flush().await?;
+            if durability == Durability::Synced {
+                export.flush().await?;
+            }
             let export = Arc::into_inner(export)
                 .ok_or_else(|| Error::new(Kind::Internal, "a finished image is still written"))?;
             // Closing writes what is left of the format's own tables.
             export.close().await?;
         }
-        self.file.commit().await
+        self.file.publish(durability).await
     }
 
     /// Removes what was written.

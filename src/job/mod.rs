@@ -18,6 +18,7 @@
 //! the types they need for it.
 
 pub mod backup;
+pub mod copy;
 pub mod forget;
 pub mod gc;
 pub mod guardian;

@@ -283,6 +283,14 @@ impl BlockSink for Client {
         self.options.access == Access::Write(InitialContent::Zero)
     }
 
+    fn can_zero(&self) -> bool {
+        self.export.has(export::SEND_WRITE_ZEROES)
+    }
+
+    async fn existing(&self, range: ByteRange) -> Result<ExtentMap> {
+        self.extents(range).await
+    }
+
     async fn write(&self, offset: u64, buffer: Buffer) -> Result<()> {
         self.check(offset, buffer.len() as u64)?;
         let buffer = Arc::new(buffer);

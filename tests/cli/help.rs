@@ -6,7 +6,7 @@ use std::path::Path;
 
 use crate::support::TestEnv;
 
-const COMMANDS: [&str; 17] = [
+const COMMANDS: [&str; 18] = [
     "",
     "full",
     "incremental",
@@ -17,6 +17,7 @@ const COMMANDS: [&str; 17] = [
     "restore",
     "verify",
     "hash",
+    "copy",
     "forget",
     "gc",
     "repo",

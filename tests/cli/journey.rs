@@ -187,3 +187,24 @@ fn a_stopped_vm_is_backed_up_from_its_images_and_restored_in_either_format() {
         env.run("qemu-img", &compare).ok();
     }
 }
+
+#[test]
+fn a_disk_of_a_point_is_copied_without_a_restore() {
+    let fixture = Fixture::new();
+    let env = &fixture.env;
+    let first = fixture.point();
+    std::fs::copy(&fixture.image, env.path("first.raw")).unwrap();
+    fixture.write(1 << 20, b"second", 70_000);
+    fixture.point();
+    for (source, expected) in [
+        (format!("point:foo@latest/{DISK}"), fixture.image.clone()),
+        ("point:foo@latest".to_owned(), fixture.image.clone()),
+        (format!("point:{}/{DISK}", &first[..8]), env.path("first.raw")),
+    ] {
+        let target = env.path("copy.qcow2");
+        env.vmbackup(&["copy", &source, target.to_str().unwrap(), "--verify", "--force"]).ok();
+        assert_same_content(env, (&expected, "raw"), (&target, "qcow2"));
+    }
+    env.vmbackup(&["copy", "point:foo@latest/nosuch", "null:"]).fails_with(&["no disk 'nosuch'"]);
+    env.vmbackup(&["copy", "null:", "point:foo@latest"]).fails();
+}

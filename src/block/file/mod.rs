@@ -4,7 +4,8 @@
 //! |---|---|---|
 //! | [`FileSource`] | a raw file or device, read-only | image platform, `hash`, `verify --against` |
 //! | [`FileSink`] | an existing file or device of exactly the right size | `restore --to-device` |
-//! | [`NewFile`] | a sparse file under a temporary name, renamed when durable | `restore --to` |
+//! | [`NewFile`] | a sparse file under a temporary name, renamed when durable | `restore --to`, `copy` |
+//! | [`PipeSink`] | standard output or any other pipe, in order | `copy` |
 //!
 //! Invariants:
 //! - Zeroes are made by calls whose result the kernel defines as zero (hole, zero range, written
@@ -17,12 +18,14 @@
 //! other users is the business of the platform that knows who they are.
 
 mod new;
+mod pipe;
 mod sink;
 mod source;
 #[cfg(test)]
 mod tests;
 
-pub use new::{Existing, NewFile};
+pub use new::{Durability, Existing, NewFile};
+pub use pipe::{PipeReader, PipeSink};
 pub use sink::FileSink;
 pub use source::{Access, FileSource};
 

@@ -25,6 +25,15 @@ pub enum Existing {
     Replace,
 }
 
+/// Whether a file survives a power cut once it has its name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Durability {
+    /// Yes: nothing existing is lost for something that is not there yet.
+    Synced,
+    /// When the system gets round to it.
+    Cached,
+}
+
 /// A raw image in the making.
 #[derive(Debug)]
 pub struct NewFile {
@@ -37,6 +46,15 @@ pub struct NewFile {
 impl NewFile {
     /// Begins a sparse file of `size_bytes` that will be `path`. Its directory must exist.
     pub fn create(path: &Path, size_bytes: u64, existing: Existing) -> Result<Self> {
+        Self::begin(path, Some(size_bytes), existing)
+    }
+
+    /// The same for content whose size is not known yet: [`NewFile::set_len`] tells it.
+    pub fn create_unsized(path: &Path, existing: Existing) -> Result<Self> {
+        Self::begin(path, None, existing)
+    }
+
+    fn begin(path: &Path, size_bytes: Option<u64>, existing: Existing) -> Result<Self> {
         let Some(name) = path.file_name() else {
             let message = format!("'{}' does not name a file", path.display());
             return Err(Error::new(Kind::Usage, message));
@@ -63,6 +81,12 @@ impl NewFile {
         Arc::clone(&self.sink)
     }
 
+    /// Gives the file its final length, which a source without a known size tells only at its end:
+    /// what was written lies below it.
+    pub fn set_len(&self, size_bytes: u64) -> Result<()> {
+        self.sink.set_len(size_bytes)
+    }
+
     /// The temporary file, for tools that must write to it by name.
     pub fn temporary_path(&self) -> &Path {
         &self.temporary
@@ -71,7 +95,14 @@ impl NewFile {
     /// Makes the file durable and gives it its name. On an error nothing new is under the name.
     /// Not cancel-safe: dropped midway, the file may or may not have its name.
     pub async fn commit(self) -> Result<()> {
-        self.sink.flush().await?;
+        self.publish(Durability::Synced).await
+    }
+
+    /// The same, durable only if asked for.
+    pub async fn publish(self, durability: Durability) -> Result<()> {
+        if durability == Durability::Synced {
+            self.sink.flush().await?;
+        }
         let Self { path, temporary, existing, .. } = self;
         blocking(move || {
             let renamed = match existing {
@@ -82,6 +113,9 @@ impl NewFile {
                 std::io::ErrorKind::AlreadyExists => exists(&path),
                 _ => Error::io(format!("cannot rename to {}", path.display()), e.error),
             })?;
+            if durability == Durability::Cached {
+                return Ok(());
+            }
             // The name is durable when its directory is.
             File::open(parent(&path)).and_then(|directory| directory.sync_all()).map_err(|e| {
                 Error::io(format!("cannot sync the directory of {}", path.display()), e)

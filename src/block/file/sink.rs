@@ -17,8 +17,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use async_trait::async_trait;
 use rustix::fs::{Advice, FallocateFlags, fadvise, fallocate, fdatasync};
 
-use super::{Medium, blocking, failed, is_unsupported, open};
-use crate::block::{BlockSink, Buffer, ByteRange, Geometry, ZeroMode};
+use super::{Access, FileSource, Medium, blocking, failed, is_unsupported, open};
+use crate::block::{BlockSink, BlockSource, Buffer, ByteRange, ExtentMap, Geometry, ZeroMode};
 use crate::error::{Error, Kind, Result};
 use crate::units::{ByteSize, MIB};
 use crate::workers::Workers;
@@ -39,6 +39,9 @@ const DROP_WINDOWS: u64 = 8;
 /// Zeroing calls of devices work on whole logical blocks and drop whole pages of their cache; 4 KiB
 /// is the largest of both on the machines we run on.
 const ZERO_ALIGN_BYTES: u64 = 4096;
+
+/// What a file without a size may grow to: the largest that can be written (`loff_t`).
+const SIZE_BYTES_MAX: u64 = i64::MAX.cast_unsigned();
 
 /// Literal zeroes are written in pieces of this size.
 const ZEROES_BYTES: usize = 1 << 20;
@@ -66,16 +69,8 @@ impl FileSink {
     /// `size_bytes`: a guest that finds its disk longer or shorter than before may not boot. A
     /// device that is mounted or otherwise claimed is refused (`O_EXCL`, open(2)).
     pub fn open(path: &Path, size_bytes: u64) -> Result<Self> {
-        let mut options = OpenOptions::new();
-        options.read(true).write(true);
-        let is_device = std::fs::metadata(path)
-            .map_err(|e| Error::io(format!("cannot open {}", path.display()), e))?
-            .file_type()
-            .is_block_device();
-        if is_device {
-            options.custom_flags(rustix::fs::OFlags::EXCL.bits().cast_signed());
-        }
-        let (file, medium, found) = open(path, &mut options)?;
+        let sink = Self::open_any(path)?;
+        let found = sink.inner.size_bytes;
         if found != size_bytes {
             let message = format!(
                 "{} has {found} bytes ({}), the disk has {size_bytes} ({})",
@@ -86,14 +81,43 @@ impl FileSink {
             let hint = format!("make it exactly {size_bytes} bytes long");
             return Err(Error::new(Kind::Usage, message).hint(hint));
         }
+        Ok(sink)
+    }
+
+    /// The same, whatever its size.
+    pub fn open_any(path: &Path) -> Result<Self> {
+        let mut options = OpenOptions::new();
+        options.read(true).write(true);
+        let is_device = std::fs::metadata(path)
+            .map_err(|e| Error::io(format!("cannot open {}", path.display()), e))?
+            .file_type()
+            .is_block_device();
+        if is_device {
+            options.custom_flags(rustix::fs::OFlags::EXCL.bits().cast_signed());
+        }
+        let (file, medium, size_bytes) = open(path, &mut options)?;
         Self::new(file, path, (medium, size_bytes), false)
     }
 
-    /// A sink on a file just made: empty, all hole.
-    pub(super) fn on_new(file: File, path: &Path, size_bytes: u64) -> Result<Self> {
-        let failed = |e| Error::io(format!("cannot size {}", path.display()), e);
-        file.set_len(size_bytes).map_err(failed)?;
-        Self::new(file, path, (Medium::File, size_bytes), true)
+    pub(super) fn set_len(&self, size_bytes: u64) -> Result<()> {
+        let failed = |e| Error::io(format!("cannot size {}", self.inner.name), e);
+        self.inner.file.set_len(size_bytes).map_err(failed)
+    }
+
+    /// What was written, as a source; nothing else is to write meanwhile.
+    pub fn reader(&self) -> Result<FileSource> {
+        let Inner { file, name, .. } = &*self.inner;
+        let file = file.try_clone().map_err(|e| Error::io(format!("cannot open {name}"), e))?;
+        FileSource::from_file(file, Path::new(name), Access::Repeated)
+    }
+
+    /// A sink on a file just made: empty, all hole. Without a size it grows as it is written.
+    pub(super) fn on_new(file: File, path: &Path, size_bytes: Option<u64>) -> Result<Self> {
+        if let Some(size_bytes) = size_bytes {
+            let failed = |e| Error::io(format!("cannot size {}", path.display()), e);
+            file.set_len(size_bytes).map_err(failed)?;
+        }
+        Self::new(file, path, (Medium::File, size_bytes.unwrap_or(SIZE_BYTES_MAX)), true)
     }
 
     fn new(
@@ -145,6 +169,10 @@ impl BlockSink for FileSink {
 
     fn starts_zero(&self) -> bool {
         self.starts_zero
+    }
+
+    async fn existing(&self, range: ByteRange) -> Result<ExtentMap> {
+        self.reader()?.extents(range).await
     }
 
     async fn write(&self, offset: u64, buffer: Buffer) -> Result<()> {
@@ -204,9 +232,10 @@ impl Inner {
         let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         let zero = FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE;
         let ways: &[_] = match (mode, self.medium) {
-            (ZeroMode::Sparse, _) | (ZeroMode::FastOnly, Medium::File) => &[punch, zero],
-            // On devices ZERO_RANGE may mean that the kernel writes zeroes: not fast.
-            (ZeroMode::FastOnly, Medium::Device) => &[punch],
+            (ZeroMode::Sparse, _) => &[punch, zero],
+            // On devices ZERO_RANGE may mean that the kernel writes zeroes, on files it allocates
+            // what may be written anyway.
+            (ZeroMode::FastOnly, _) => &[punch],
             (ZeroMode::Allocated, _) => &[zero],
         };
         for flags in ways {

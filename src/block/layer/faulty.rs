@@ -95,6 +95,14 @@ impl BlockSink for FaultySink {
         self.inner.starts_zero()
     }
 
+    fn can_zero(&self) -> bool {
+        self.inner.can_zero()
+    }
+
+    async fn existing(&self, range: ByteRange) -> Result<ExtentMap> {
+        self.inner.existing(range).await
+    }
+
     async fn write(&self, offset: u64, buffer: Buffer) -> Result<()> {
         let range = ByteRange::new(offset, buffer.len() as u64);
         self.faults.check(self.faults.write_at, range, "write").await?;

@@ -101,6 +101,14 @@ impl BlockSink for ThrottledSink {
         self.inner.starts_zero()
     }
 
+    fn can_zero(&self) -> bool {
+        self.inner.can_zero()
+    }
+
+    async fn existing(&self, range: ByteRange) -> Result<ExtentMap> {
+        self.inner.existing(range).await
+    }
+
     async fn write(&self, offset: u64, buffer: Buffer) -> Result<()> {
         self.rate.book(buffer.len()).await;
         self.inner.write(offset, buffer).await

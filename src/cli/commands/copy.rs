@@ -1,0 +1,157 @@
+//! `vmbackup copy SRC DST`: any disk to any place.
+
+use std::fmt::Write as _;
+
+use crate::cli::args::RepositoryArgs;
+use crate::cli::context::Context;
+use crate::cli::copy_settings::{self, SourceEnd};
+use crate::cli::text::duration_ms;
+use crate::error::Result;
+use crate::job::copy::{self, Report, Request, Source};
+use crate::units::ByteSize;
+
+/// Copy any disk to any place, sparse, as fast as both ends allow
+///
+/// SRC and DST are each one of
+///
+///   FORMAT:FILE, FILE,format=F    an image, or FILE alone with a known extension (.raw, .qcow2, …)
+///   /dev/NAME                     a block device
+///   nbd://…, nbd+unix://…         an NBD export
+///   '[ nbdkit curl URL ]'         an NBD server started and ended by vmbackup
+///   -                             a pipe
+///   point:web1@latest/vda         a disk of a restore point (SRC only)
+///   null:                         nowhere (DST only)
+///
+/// A format is never guessed from content. A new file has a temporary name until it is complete and
+/// durable; an existing one stays unless --force or --in-place is given. A device, an export and a
+/// file written in place may be longer than the source: what is behind its end stays as it was.
+#[derive(clap::Args, Debug)]
+#[command(verbatim_doc_comment)]
+pub(crate) struct Args {
+    /// Where the bytes come from
+    #[arg(value_name = "SRC", allow_hyphen_values = true)]
+    pub(crate) source: String,
+    /// Where they go
+    #[arg(value_name = "DST", allow_hyphen_values = true)]
+    pub(crate) target: String,
+    #[command(flatten)]
+    pub(crate) place: PlaceArgs,
+    #[command(flatten)]
+    pub(crate) zeroes: ZeroArgs,
+    #[command(flatten)]
+    pub(crate) speed: SpeedArgs,
+    #[command(flatten)]
+    pub(crate) repository: RepositoryArgs,
+}
+
+/// What becomes of the target.
+#[derive(clap::Args, Debug)]
+#[command(next_help_heading = "Target")]
+pub(crate) struct PlaceArgs {
+    /// Replace an existing file, once the new one is complete
+    #[arg(long, conflicts_with = "in_place")]
+    pub(crate) force: bool,
+    /// Write over an existing file where it lies
+    #[arg(long)]
+    pub(crate) in_place: bool,
+    /// Size of a new target [default: that of the source]
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) target_size: Option<String>,
+    /// Compress a new qcow2 image
+    #[arg(long)]
+    pub(crate) compressed: bool,
+    #[command(flatten)]
+    pub(crate) end: EndArgs,
+}
+
+/// How the copy ends.
+#[derive(clap::Args, Debug)]
+pub(crate) struct EndArgs {
+    /// Read the target back and compare content roots (the source is read once all the same)
+    #[arg(long)]
+    pub(crate) verify: bool,
+    /// Fail if the target cannot be made durable [default: make it durable if it can be]
+    #[arg(long, conflicts_with = "no_flush")]
+    pub(crate) flush: bool,
+    /// Leave it to the system when the target becomes durable
+    #[arg(long)]
+    pub(crate) no_flush: bool,
+}
+
+/// What becomes of zeroes.
+#[derive(clap::Args, Debug)]
+#[command(next_help_heading = "Zeroes")]
+pub(crate) struct ZeroArgs {
+    /// Shortest run of zeroes in data that is not written as data; 0: none is looked for
+    #[arg(long, value_name = "SIZE", default_value = "4k", conflicts_with = "allocated")]
+    pub(crate) sparse: String,
+    /// Allocate space for zeroes, too
+    #[arg(long)]
+    pub(crate) allocated: bool,
+    /// The target reads as zeroes now: leave zeroes out
+    #[arg(long, alias = "target-is-zero", conflicts_with = "allocated")]
+    pub(crate) destination_is_zero: bool,
+}
+
+/// How much at once.
+#[derive(clap::Args, Debug)]
+#[command(next_help_heading = "Speed")]
+pub(crate) struct SpeedArgs {
+    /// Connections to an NBD server that allows several [default: 2]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub(crate) connections: Option<u16>,
+    /// Requests in flight on each connection [default: what the ends make use of]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub(crate) requests: Option<u16>,
+    /// Bytes of one request, a power of two up to 32M [default: 256k]
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) request_size: Option<String>,
+    /// Bytes in flight [default: 16M]
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) queue_size: Option<String>,
+    /// One request at a time
+    #[arg(long, conflicts_with_all = ["connections", "requests"])]
+    pub(crate) synchronous: bool,
+    /// Bytes a second at most
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) rate_limit: Option<String>,
+}
+
+pub(crate) async fn run(args: Args, context: &Context) -> Result<()> {
+    let (source, target) = (copy_settings::source(&args.source)?, copy_settings::target(&args)?);
+    let to_pipe = matches!(target, copy::Target::Pipe(_));
+    let options = copy_settings::options(&args)?;
+    copy_settings::refuse_mixed_output(to_pipe, context.output.json)?;
+    let source = match source {
+        SourceEnd::Ready(source) => source,
+        SourceEnd::Point { point, disk } => {
+            let repository = Box::new(context.open(&args.repository).await?);
+            Source::Point { repository, point, disk }
+        }
+    };
+    let (source_name, target_name) = (args.source, args.target);
+    let request = Request { source, source_name, target, target_name, options };
+    let job = copy::run(request, (&context.env, &context.control));
+    let report = context.watch(Box::pin(job)).await?;
+    // Standard output is the target's.
+    if to_pipe { Ok(()) } else { context.output.document("copy", &report, describe) }
+}
+
+fn describe(report: &Report) -> String {
+    let Report { size_bytes, written_bytes, zero_bytes, .. } = *report;
+    let size = |bytes| ByteSize(bytes).to_string();
+    let mut text = format!(
+        "copied {} of {} to {}: {} written, {} zero, in {}",
+        size(size_bytes),
+        report.source,
+        report.target,
+        size(written_bytes),
+        size(zero_bytes),
+        duration_ms(report.elapsed_ms)
+    );
+    if let Some(root) = report.content_root {
+        let _ = write!(text, "\nboth have the content root {root}");
+    }
+    text.push('\n');
+    text
+}

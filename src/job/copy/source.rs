@@ -1,0 +1,111 @@
+//! The source of a copy, open.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use async_trait::async_trait;
+
+use super::{Source, Surroundings, Target};
+use crate::block::{BlockSource, Buffer, ByteRange, ExtentMap, Geometry};
+use crate::error::{Error, Kind, Result};
+use crate::image::{CommandServer, open_image_with};
+use crate::job::points;
+use crate::job::source::DiskSpec;
+use crate::nbd::{Client, ClientOptions};
+
+/// A source that can be read.
+pub(super) struct OpenedSource {
+    pub(super) disk: Arc<dyn BlockSource>,
+    /// The file it is in, if it is one.
+    path: Option<PathBuf>,
+    server: Option<Arc<CommandServer>>,
+}
+
+impl OpenedSource {
+    /// Ends what was started for it.
+    pub(super) async fn close(self) -> Result<()> {
+        drop(self.disk);
+        match self.server {
+            Some(server) => server.stop().await,
+            None => Ok(()),
+        }
+    }
+}
+
+/// Opens a source; a pipe has no disk.
+pub(super) async fn open(
+    source: Source,
+    client: ClientOptions,
+    (env, _): Surroundings<'_>,
+) -> Result<OpenedSource> {
+    let only = |disk| OpenedSource { disk, path: None, server: None };
+    match source {
+        Source::Disk(DiskSpec::Nbd(uri)) => {
+            Ok(only(Arc::new(Box::pin(Client::open_uri(&uri, client)).await?)))
+        }
+        Source::Disk(DiskSpec::Image(image)) => {
+            let disk = Box::pin(open_image_with(&image.path, &image.format, client)).await?;
+            Ok(OpenedSource { path: Some(image.path), ..only(disk) })
+        }
+        Source::Command(line) => {
+            let server = CommandServer::start(&line).await?;
+            let disk = Arc::new(server.open(client).await?);
+            Ok(OpenedSource { server: Some(server), ..only(disk) })
+        }
+        Source::Point { repository, point, disk } => {
+            let manifest = points::manifest(&repository, &point, env).await?;
+            let disks = points::choose_disks(&manifest, disk.as_slice())?;
+            let [disk] = disks[..] else {
+                let names: Vec<&str> =
+                    disks.iter().map(|disk| disk.description.name.as_str()).collect();
+                let message = format!("the point has {} disks: {}", names.len(), names.join(", "));
+                return Err(Error::new(Kind::Usage, message).hint("write point:POINT/DISK"));
+            };
+            Ok(only(Arc::new(repository.open_disk(&disk.stored).await?)))
+        }
+        Source::Pipe(_) => Err(Error::new(Kind::Internal, "a pipe was opened as a disk")),
+    }
+}
+
+/// Fails when the target is the file the source is read from: it would be overwritten unread.
+pub(super) fn refuse_itself(source: &OpenedSource, target: &Target) -> Result<()> {
+    let (Some(from), Target::Image { image, .. }) = (&source.path, target) else { return Ok(()) };
+    let id = |path: &Path| {
+        use std::os::unix::fs::MetadataExt;
+        path.metadata().ok().map(|data| (data.dev(), data.ino(), data.rdev()))
+    };
+    let same = id(from).is_some_and(|from| Some(from) == id(&image.path));
+    if same {
+        let message = format!("{} would be copied to itself", image.path.display());
+        return Err(Error::new(Kind::Usage, message).hint("name another target"));
+    }
+    Ok(())
+}
+
+/// The first `size_bytes` of a disk, which may be longer.
+pub(super) fn front(disk: Arc<dyn BlockSource>, size_bytes: u64) -> Arc<dyn BlockSource> {
+    if disk.geometry().size_bytes == size_bytes {
+        return disk;
+    }
+    Arc::new(Front { disk, size_bytes })
+}
+
+struct Front {
+    disk: Arc<dyn BlockSource>,
+    size_bytes: u64,
+}
+
+#[async_trait]
+impl BlockSource for Front {
+    fn geometry(&self) -> Geometry {
+        Geometry { size_bytes: self.size_bytes, ..self.disk.geometry() }
+    }
+
+    async fn extents(&self, range: ByteRange) -> Result<ExtentMap> {
+        self.disk.extents(range).await
+    }
+
+    async fn read(&self, offset: u64, buffer: Buffer) -> Result<Buffer> {
+        self.disk.read(offset, buffer).await
+    }
+}

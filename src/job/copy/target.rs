@@ -1,0 +1,222 @@
+//! The target of a copy: opened for writing, committed or aborted.
+
+use std::os::unix::fs::FileTypeExt;
+use std::path::Path;
+use std::sync::Arc;
+
+use super::{Copying, OnExisting, Target};
+use crate::block::file::{Durability, Existing, FileSink, NewFile, PipeSink};
+use crate::block::null::NullSink;
+use crate::block::{BlockSink, BlockSource};
+use crate::control::{Control, NoticeLevel};
+use crate::error::{Error, Kind, Result};
+use crate::image::{
+    CommandServer, Compression, ImageExport, ImageLock, NewImage, NewImageOptions,
+    open_to_overwrite,
+};
+use crate::job::source::ImageSpec;
+use crate::nbd::{Access, Client, ClientOptions, InitialContent, wire};
+
+/// Size of a sink for a source that does not tell its own.
+const UNKNOWN_BYTES: u64 = i64::MAX.cast_unsigned();
+
+/// A target being written.
+pub(super) enum Opened {
+    /// An image that gets its name when it is complete; with the lock of the one it replaces.
+    New(NewImage, Option<ImageLock>),
+    /// A raw file that grows as it is written.
+    Growing(NewFile, Option<ImageLock>),
+    /// A raw file or device in place. QEMU opens its disks without `O_EXCL`: only its own locks
+    /// tell that a VM runs.
+    InPlace {
+        sink: Arc<FileSink>,
+        _lock: ImageLock,
+    },
+    /// An image of another format in place.
+    Served(Arc<ImageExport>),
+    /// An NBD export, perhaps of a server of ours.
+    Nbd(Arc<Client>, Option<Arc<CommandServer>>),
+    Null(Arc<NullSink>),
+    Pipe(Arc<PipeSink>),
+}
+
+impl Opened {
+    /// Opens or makes the target; what is made gets `size_bytes`.
+    pub(super) async fn open(
+        target: Target,
+        size_bytes: Option<u64>,
+        copying: &Copying<'_>,
+    ) -> Result<Self> {
+        let access = Access::Write(InitialContent::Unknown);
+        let client = ClientOptions { access, ..copying.client() };
+        match target {
+            Target::Image { image, existing, compression } => {
+                let place = (&image, existing, compression);
+                Box::pin(Self::open_image(place, size_bytes, client)).await
+            }
+            Target::Nbd(uri) => {
+                Ok(Self::Nbd(Arc::new(Box::pin(Client::open_uri(&uri, client)).await?), None))
+            }
+            Target::Command(line) => {
+                let server = CommandServer::start(&line).await?;
+                Ok(Self::Nbd(Arc::new(server.open(client).await?), Some(server)))
+            }
+            Target::Null => {
+                Ok(Self::Null(Arc::new(NullSink::new(size_bytes.unwrap_or(UNKNOWN_BYTES)))))
+            }
+            Target::Pipe(file) => {
+                let name = copying.names.1.clone();
+                let size_bytes = size_bytes.unwrap_or(UNKNOWN_BYTES);
+                Ok(Self::Pipe(Arc::new(PipeSink::new(file, name, size_bytes))))
+            }
+        }
+    }
+
+    async fn open_image(
+        (image, existing, compression): (&ImageSpec, OnExisting, Compression),
+        size_bytes: Option<u64>,
+        client: ClientOptions,
+    ) -> Result<Self> {
+        let ImageSpec { path, format } = image;
+        if existing == OnExisting::WriteInPlace || is_device(path) {
+            if compression != Compression::None {
+                let message = format!("{} is written in place", path.display());
+                return Err(Error::new(Kind::Usage, message).hint("compress a new image only"));
+            }
+            return match format.as_str() {
+                "raw" => {
+                    let sink = Arc::new(FileSink::open_any(path)?);
+                    Ok(Self::InPlace { sink, _lock: unused(path)? })
+                }
+                _ => Ok(Self::Served(Arc::new(open_to_overwrite(path, format, client).await?))),
+            };
+        }
+        let lock = match existing {
+            OnExisting::Replace if path.exists() => Some(unused(path)?),
+            _ => None,
+        };
+        let existing = match existing {
+            OnExisting::Replace => Existing::Replace,
+            OnExisting::Refuse | OnExisting::WriteInPlace => Existing::Refuse,
+        };
+        let Some(size_bytes) = size_bytes else {
+            if format != "raw" {
+                let message = format!("the size of {} has to be known to make it", path.display());
+                return Err(Error::new(Kind::Usage, message).hint("give it with --target-size"));
+            }
+            return Ok(Self::Growing(NewFile::create_unsized(path, existing)?, lock));
+        };
+        let options = NewImageOptions { existing, compression, client };
+        Ok(Self::New(NewImage::create_with(path, format, size_bytes, options).await?, lock))
+    }
+
+    pub(super) fn sink(&self) -> Arc<dyn BlockSink> {
+        match self {
+            Self::New(image, _) => image.sink(),
+            Self::Growing(file, _) => file.sink(),
+            Self::InPlace { sink, .. } => sink.clone(),
+            Self::Served(export) => export.clone(),
+            Self::Nbd(client, _) => client.clone(),
+            Self::Null(sink) => sink.clone(),
+            Self::Pipe(sink) => sink.clone(),
+        }
+    }
+
+    /// What was written, read back.
+    pub(super) fn reader(&self) -> Result<Arc<dyn BlockSource>> {
+        Ok(match self {
+            Self::New(image, _) => image.reader()?,
+            Self::Growing(file, _) => Arc::new(file.sink().reader()?),
+            Self::InPlace { sink, .. } => Arc::new(sink.reader()?),
+            Self::Served(export) => export.clone(),
+            Self::Nbd(client, _) => client.clone(),
+            Self::Null(_) | Self::Pipe(_) => {
+                return Err(Error::new(Kind::Internal, "this target cannot be read back"));
+            }
+        })
+    }
+
+    /// Whether it appears only when it is committed.
+    pub(super) fn is_made(&self) -> bool {
+        matches!(self, Self::New(..) | Self::Growing(..))
+    }
+
+    /// Whether what is written to it can be made durable.
+    pub(super) fn can_flush(&self) -> bool {
+        match self {
+            Self::Nbd(client, _) => client.export().has(wire::export::SEND_FLUSH),
+            // Nothing of ours is there to be lost.
+            _ => true,
+        }
+    }
+
+    /// Gives a target that grew its length.
+    pub(super) fn set_len(&self, size_bytes: u64) -> Result<()> {
+        match self {
+            Self::Growing(file, _) => file.set_len(size_bytes),
+            _ => Ok(()),
+        }
+    }
+
+    /// Puts a new file in place and ends what was started; whether all is durable.
+    pub(super) async fn commit(self, durability: Durability, control: &Control) -> Result<bool> {
+        control.set_phase("finishing");
+        let synced = durability == Durability::Synced;
+        let durable = synced && self.can_flush();
+        match self {
+            // The lock of the replaced image lasts until the new one has its name.
+            Self::New(image, _replaced) => Box::pin(image.publish(durability)).await?,
+            Self::Growing(file, _replaced) => file.publish(durability).await?,
+            Self::Served(export) => {
+                let export = Arc::into_inner(export).ok_or_else(|| {
+                    Error::new(Kind::Internal, "a finished image is still written")
+                })?;
+                export.close().await?;
+            }
+            Self::Nbd(client, server) => {
+                drop(client);
+                if let Some(server) = server {
+                    server.stop().await?;
+                }
+            }
+            Self::Null(_) | Self::Pipe(_) => return Ok(false),
+            Self::InPlace { .. } => {}
+        }
+        Ok(durable)
+    }
+
+    /// Removes a new file; says so where something may have been overwritten in part. Gives the
+    /// error back that made it necessary.
+    pub(super) fn abort(self, error: Error, control: &Control) -> Error {
+        let removed = match self {
+            Self::New(image, _) => image.abort(),
+            Self::Growing(file, _) => file.abort(),
+            // A usage error comes before the first write.
+            _ if error.kind() == Kind::Usage => Ok(()),
+            Self::Null(_) | Self::Pipe(_) => Ok(()),
+            Self::InPlace { .. } | Self::Served(_) | Self::Nbd(..) => {
+                let text =
+                    "the target may be written in part: its content is neither the old nor the new";
+                control.notice(NoticeLevel::Warning, text);
+                Ok(())
+            }
+        };
+        if let Err(error) = removed {
+            control.notice(NoticeLevel::Warning, format!("a file was left behind: {error:?}"));
+        }
+        error
+    }
+}
+
+/// Whether `path` is a block device, which is never made or replaced.
+pub(super) fn is_device(path: &Path) -> bool {
+    path.metadata().is_ok_and(|data| data.file_type().is_block_device())
+}
+
+/// Makes sure that no VM writes what is to be overwritten, nor begins to while it is.
+fn unused(path: &Path) -> Result<ImageLock> {
+    ImageLock::acquire(path).map_err(|error| match error.kind() {
+        Kind::Busy => error.hint("stop the VM that uses it, or copy to another place"),
+        _ => error,
+    })
+}

@@ -1,0 +1,147 @@
+//! What breaks on the way, and what is left of it.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+use crate::ends::is_running;
+use crate::support::{NbdServer, TestEnv, wait_until};
+
+fn source(env: &TestEnv, len: usize) -> PathBuf {
+    let path = env.path("source.raw");
+    fs::write(&path, vec![0x5a; len]).unwrap();
+    path
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+#[test]
+fn a_target_that_is_too_small_is_refused_before_the_first_write() {
+    let env = TestEnv::new();
+    let source = source(&env, 2 << 20);
+    let target = env.path("target.raw");
+    fs::write(&target, vec![0xaa; 1 << 20]).unwrap();
+    let server = NbdServer::nbdkit(&env, &["--filter=log", "memory", "1M", "logfile=log"]);
+    let command = format!("[ nbdkit file {} ]", text(&target));
+    for to in [text(&target), &server.uri(""), &command] {
+        let outcome = env.vmbackup(&["copy", text(&source), to, "--in-place"]);
+        assert_eq!(outcome.code, Some(2), "{outcome:?}");
+        outcome.fails_with(&["does not fit", "2097152"]);
+    }
+    assert!(fs::read(&target).unwrap().iter().all(|byte| *byte == 0xaa));
+    let log = fs::read_to_string(env.path("log")).unwrap();
+    assert!(!log.contains("Write") && !log.contains("Zero"), "{log}");
+    env.vmbackup(&["copy", text(&source), "new.qcow2", "--target-size", "1M"])
+        .fails_with(&["does not fit"]);
+    assert!(!env.path("new.qcow2").exists());
+}
+
+#[test]
+fn a_full_target_ends_the_copy_with_its_name_and_the_offset() {
+    let env = TestEnv::new();
+    let source = source(&env, 4 << 20);
+    let trigger = env.path("full");
+    File::create(&trigger).unwrap();
+    let file = format!("error-file={}", text(&trigger));
+    let server = NbdServer::nbdkit(
+        &env,
+        &["--filter=error", "memory", "4M", "error-pwrite=ENOSPC", "error-pwrite-rate=100%", &file],
+    );
+    let uri = server.uri("");
+    let outcome = env.vmbackup(&["copy", text(&source), &uri]);
+    assert_eq!(outcome.code, Some(9), "{outcome:?}");
+    outcome.fails_with(&["cannot write bytes", &uri, "no space left", "after 0 bytes"]);
+}
+
+#[test]
+fn a_read_error_leaves_no_target() {
+    let env = TestEnv::new();
+    let server = NbdServer::nbdkit(
+        &env,
+        &["--filter=error", "pattern", "8M", "error-pread=EIO", "error-pread-rate=50%"],
+    );
+    for target in ["new.raw", "new.qcow2"] {
+        let outcome = env.vmbackup(&["copy", &server.uri(""), target]);
+        assert_eq!(outcome.code, Some(20), "{outcome:?}");
+        outcome.fails_with(&["cannot read bytes"]);
+        assert!(!env.path(target).exists());
+    }
+    let left: Vec<_> = fs::read_dir(env.dir()).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert!(!left.iter().any(|name| name.to_string_lossy().contains("new")), "{left:?}");
+}
+
+#[test]
+fn a_lost_connection_is_told_with_the_offset_reached() {
+    let env = TestEnv::new();
+    let mut server = NbdServer::nbdkit(&env, &["--filter=delay", "pattern", "64M", "rdelay=20ms"]);
+    let uri = server.uri("");
+    let target = env.path("new.raw");
+    let copy = env.spawn_vmbackup(&["copy", &uri, text(&target), "--requests", "1"]);
+    wait_until("the temporary file", 20, || {
+        fs::read_dir(env.dir())
+            .unwrap()
+            .any(|e| e.unwrap().path().extension().is_some_and(|x| x == "part"))
+    });
+    std::thread::sleep(std::time::Duration::from_millis(200));
+    server.process().signal("KILL");
+    let outcome = copy.wait();
+    assert_eq!(outcome.code, Some(13), "{outcome:?}");
+    outcome.fails_with(&["the copy failed after", "cannot read bytes", "nbdkit"]);
+    assert!(!target.exists());
+}
+
+#[test]
+fn a_server_of_ours_ends_when_we_are_killed() {
+    let env = TestEnv::new();
+    let pid = env.path("pid");
+    let from = format!("[ nbdkit -P {} --filter=delay pattern 64M rdelay=1 ]", text(&pid));
+    let copy = env.spawn_vmbackup(&["copy", &from, "null:"]);
+    wait_until("the server", 20, || pid.exists() && is_running(&pid));
+    copy.signal("KILL");
+    wait_until("the end of the server", 20, || !is_running(&pid));
+}
+
+#[test]
+fn a_command_line_that_fails_says_what_it_said() {
+    let env = TestEnv::new();
+    env.vmbackup(&["copy", "[ nbdkit nosuchplugin ]", "null:"])
+        .fails_with(&["cannot start [ nbdkit nosuchplugin ]", "nosuchplugin"]);
+    let outcome = env.vmbackup(&["copy", "[ no-such-program ]", "null:"]);
+    assert_eq!(outcome.code, Some(3), "{outcome:?}");
+    outcome.fails_with(&["no-such-program"]);
+}
+
+#[test]
+fn what_cannot_be_verified_is_refused_at_once() {
+    let env = TestEnv::new();
+    let source = source(&env, 4096);
+    for (from, to) in [(text(&source), "null:"), (text(&source), "-"), ("-", "x.raw")] {
+        let outcome = env.vmbackup(&["copy", from, to, "--verify"]);
+        assert_eq!(outcome.code, Some(2), "{from} {to}: {outcome:?}");
+    }
+    assert!(!env.path("x.raw").exists());
+}
+
+/// The target keeps another content than it was given: proof is what finds that.
+#[test]
+fn a_target_that_loses_writes_is_found_out() {
+    let env = TestEnv::new();
+    let source = source(&env, 1 << 20);
+    let server = NbdServer::nbdkit(&env, &["null", "1M"]);
+    env.vmbackup(&["copy", text(&source), &server.uri("")]).ok();
+    let outcome = env.vmbackup(&["copy", text(&source), &server.uri(""), "--verify"]);
+    assert_eq!(outcome.code, Some(18), "{outcome:?}");
+    outcome.fails_with(&["does not give back what was written"]);
+}
+
+#[test]
+fn a_disk_is_not_copied_to_itself() {
+    let env = TestEnv::new();
+    let source = source(&env, 1 << 20);
+    std::os::unix::fs::symlink(&source, env.path("link.raw")).unwrap();
+    for how in ["--force", "--in-place"] {
+        env.vmbackup(&["copy", text(&source), "link.raw", how]).fails_with(&["to itself"]);
+    }
+    assert!(fs::read(&source).unwrap().iter().all(|byte| *byte == 0x5a));
+}

@@ -1,0 +1,12 @@
+//! `vmbackup copy` against real servers and images: how many requests a copy costs, and what
+//! becomes of both ends when something breaks.
+
+// Helpers of tests are tests: an unwrap that fails is a failed test.
+#![allow(clippy::unwrap_used)]
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod ends;
+mod failures;
+mod zeroes;

@@ -1,0 +1,131 @@
+//! The case study of "Making the Most of NBD" (Blake and Jones): what zeroes cost, in requests.
+//!
+//! The source is a qcow2 image of 100 MiB in which every other MiB is data. The destination is
+//! nbdkit's memory disk behind filters that make zeroing impossible, slow, or fast, that delay each
+//! write, that hide what it holds, and that count.
+
+use std::fs;
+use std::path::PathBuf;
+
+use crate::support::{NbdServer, TestEnv};
+
+const MIB: u64 = 1 << 20;
+const DISK_MIB: u64 = 100;
+
+/// What reached the destination.
+#[derive(Debug, PartialEq, Eq)]
+struct Counts {
+    /// Writes and zero requests as the copy made them.
+    sent: (usize, usize),
+    /// Writes that the disk saw, which includes zeroes that the server writes itself.
+    stored: usize,
+}
+
+/// Every other MiB is data, in qcow2; and the same as a raw file.
+fn source(env: &TestEnv) -> (PathBuf, PathBuf) {
+    let (raw, qcow2) = (env.path("source.raw"), env.path("source.qcow2"));
+    let mut bytes = vec![0; usize::try_from(DISK_MIB * MIB).unwrap()];
+    for (index, block) in bytes.chunks_mut(1 << 20).enumerate().filter(|(index, _)| index % 2 == 0)
+    {
+        block.fill(u8::try_from(index).unwrap() | 1);
+    }
+    fs::write(&raw, &bytes).unwrap();
+    let (from, to) = (raw.to_str().unwrap(), qcow2.to_str().unwrap());
+    env.run("qemu-img", &["convert", "-f", "raw", "-O", "qcow2", from, to]).ok();
+    (raw, qcow2)
+}
+
+/// Copies to a memory disk behind `nozero` in these modes; what it cost.
+fn copy(modes: (&str, &str), server: &[&str], options: &[&str]) -> Counts {
+    let env = TestEnv::new();
+    let (raw, qcow2) = source(&env);
+    let (stats, log) = (env.path("stats"), env.path("log"));
+    let parameters = [
+        format!("zeromode={}", modes.0),
+        format!("fastzeromode={}", modes.1),
+        format!("statsfile={}", stats.display()),
+        format!("logfile={}", log.display()),
+    ];
+    let mut args = vec!["--filter=log", "--filter=nozero", "--filter=blocksize", "--filter=delay"];
+    args.push("--filter=stats");
+    args.extend(server);
+    args.extend(["memory", "100M", "maxdata=256k", "wdelay=5ms"]);
+    args.extend(parameters.iter().map(String::as_str));
+    let nbdkit = NbdServer::nbdkit(&env, &args);
+    let uri = nbdkit.uri("");
+    let mut command = vec!["copy", qcow2.to_str().unwrap(), &uri];
+    command.extend(options);
+    env.vmbackup(&command).ok();
+    // The proof before the counts: a copy that leaves out too much is cheap.
+    let counted = fs::read_to_string(&log).unwrap();
+    let compare = ["compare", "-f", "raw", "-F", "raw", raw.to_str().unwrap(), &uri];
+    env.run("qemu-img", &compare).ok();
+    end(nbdkit);
+    let sent =
+        |name: &str| counted.lines().filter(|line| line.contains(&format!(" {name} id="))).count();
+    let stats = fs::read_to_string(&stats).unwrap();
+    let stored = stats.lines().find_map(|line| line.strip_prefix("write: "));
+    let stored = stored.map_or(0, |rest| rest.split_once(' ').unwrap().0.parse().unwrap());
+    Counts { sent: (sent("Write"), sent("Zero")), stored }
+}
+
+/// Ends a server, which then writes its statistics.
+fn end(mut server: NbdServer) {
+    server.process().signal("TERM");
+    crate::support::wait_until("the end of nbdkit", 20, || !server.process().is_running());
+}
+
+const HIDDEN: [&str; 1] = ["--filter=noextents"];
+
+#[test]
+fn where_zeroing_does_not_exist_zeroes_are_written_as_data_once() {
+    let counts = copy(("none", "none"), &HIDDEN, &[]);
+    assert_eq!(counts.sent.1, 0);
+    assert_eq!(counts.stored, 400, "{counts:?}");
+}
+
+#[test]
+fn where_it_is_not_said_to_be_fast_each_hole_is_zeroed() {
+    let counts = copy(("plugin", "none"), &HIDDEN, &[]);
+    assert_eq!(counts, Counts { sent: (200, 50), stored: 200 });
+}
+
+#[test]
+fn where_it_is_fast_all_is_zeroed_in_advance() {
+    for fast in ["default", "ignore"] {
+        let counts = copy(("plugin", fast), &HIDDEN, &[]);
+        assert_eq!((counts.sent.0, counts.stored), (200, 200), "{fast}: {counts:?}");
+        assert!(counts.sent.1 <= 4, "{fast}: {counts:?}");
+    }
+}
+
+#[test]
+fn where_the_server_emulates_zeroes_nothing_is_cleared_in_advance() {
+    for fast in ["none", "default", "ignore"] {
+        let counts = copy(("emulate", fast), &HIDDEN, &[]);
+        // nbdkit turns the 50 zero requests into writes before its filters, the disk sees 400.
+        assert_eq!(counts, Counts { sent: (250, 0), stored: 400 }, "{fast}");
+    }
+}
+
+#[test]
+fn a_destination_known_to_be_zero_gets_no_zeroes() {
+    for mode in ["none", "plugin", "emulate"] {
+        let counts = copy((mode, "default"), &HIDDEN, &["--destination-is-zero"]);
+        assert_eq!(counts, Counts { sent: (200, 0), stored: 200 }, "{mode}");
+    }
+}
+
+#[test]
+fn a_destination_that_says_it_is_zero_gets_no_zeroes() {
+    for mode in ["none", "plugin", "emulate"] {
+        let counts = copy((mode, "default"), &[], &[]);
+        assert_eq!(counts, Counts { sent: (200, 0), stored: 200 }, "{mode}");
+    }
+}
+
+#[test]
+fn allocated_zeroes_are_made_hole_by_hole_and_never_in_advance() {
+    let counts = copy(("plugin", "default"), &[], &["--allocated"]);
+    assert_eq!(counts, Counts { sent: (200, 50), stored: 200 });
+}
