@@ -5,7 +5,7 @@
 
 use std::error::Error as StdError;
 use std::fmt::Write as _;
-use std::io::Write;
+use std::io::{BufWriter, Write};
 
 use serde::Serialize;
 use serde_json::json;
@@ -16,6 +16,9 @@ use crate::error::{Error, Result};
 
 /// Version of all JSON documents: raised when a field is removed or changes its meaning.
 const JSON_VERSION: u32 = 1;
+
+/// What is gathered for a write to stdout.
+const BUFFER_BYTES: usize = 64 << 10;
 
 /// The two streams in the style the user asked for.
 #[derive(Clone, Copy, Debug)]
@@ -42,17 +45,16 @@ impl Output {
         data: &T,
         text: impl FnOnce(&T) -> String,
     ) -> Result<()> {
-        let bytes = if self.json {
+        let mut stdout = BufWriter::with_capacity(BUFFER_BYTES, std::io::stdout().lock());
+        let written = if self.json {
+            // Straight to the stream: a list of a million points never is in memory as text.
             let envelope = Envelope { document: name, version: JSON_VERSION, data };
-            let mut bytes = serde_json::to_vec_pretty(&envelope)
-                .map_err(|e| crate::job::internal("a document does not serialise", e))?;
-            bytes.push(b'\n');
-            bytes
+            let written = serde_json::to_writer_pretty(&mut stdout, &envelope);
+            written.map_err(std::io::Error::from).and_then(|()| stdout.write_all(b"\n"))
         } else {
-            text(data).into_bytes()
+            stdout.write_all(text(data).as_bytes())
         };
-        let mut stdout = std::io::stdout().lock();
-        match stdout.write_all(&bytes).and_then(|()| stdout.flush()) {
+        match written.and_then(|()| stdout.flush()) {
             // The reader has seen enough (`| head`).
             Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
             result => result.map_err(|e| Error::io("cannot write to standard output", e)),

@@ -5,11 +5,11 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use super::list::Line;
-use super::{Repository, Surroundings, points, select};
+use super::{Repository, Surroundings, points};
 use crate::clock::Timestamp;
 use crate::error::{Error, Kind, Result};
 use crate::policy::retention::{self, KeepRules};
-use crate::vm::{PointId, Uuid};
+use crate::vm::PointId;
 
 /// What to forget.
 #[derive(Clone, Debug)]
@@ -73,10 +73,9 @@ pub async fn run(
     request: Request,
     (env, control): Surroundings<'_>,
 ) -> Result<Report> {
-    let lines = points::lines(repository).await?;
     let points = match &request.what {
-        What::Points(names) => named(&lines, names, env)?,
-        What::Rules { vm, rules } => by_rules(&lines, vm.as_deref(), rules, env)?,
+        What::Points(names) => named(repository, names, env).await?,
+        What::Rules { vm, rules } => by_rules(repository, vm.as_deref(), rules, env).await?,
     };
     let report = Report { dry_run: request.effect == Effect::DryRun, points };
     if request.effect == Effect::Forget {
@@ -88,19 +87,22 @@ pub async fn run(
     Ok(report)
 }
 
-fn named(lines: &[Line], names: &[String], env: &super::Env) -> Result<Vec<Verdict>> {
-    let refs: Vec<_> = lines.iter().map(Line::reference).collect();
-    let mut ids = Vec::new();
+async fn named(
+    repository: &Repository,
+    names: &[String],
+    env: &super::Env,
+) -> Result<Vec<Verdict>> {
     // All names are resolved before anything is forgotten.
+    let mut chosen = BTreeMap::new();
     for name in names {
-        ids.push(select::point(&refs, name, &env.zone)?.id);
+        let point = points::find(repository, name, env).await?;
+        chosen.insert(point.name(), Line::from(point));
     }
-    let chosen = lines.iter().filter(|line| ids.contains(&line.id));
-    Ok(chosen.map(|line| verdict(line, Vec::new(), "named")).collect())
+    Ok(chosen.values().map(|line| verdict(line, Vec::new(), "named")).collect())
 }
 
-fn by_rules(
-    lines: &[Line],
+async fn by_rules(
+    repository: &Repository,
     vm: Option<&str>,
     rules: &KeepRules,
     env: &super::Env,
@@ -109,28 +111,17 @@ fn by_rules(
         return Err(Error::new(Kind::Usage, "every keep rule is zero")
             .hint("give one such as --keep-daily 7; to forget all, name each point"));
     }
-    let refs: Vec<_> = lines.iter().map(Line::reference).collect();
-    let only = vm.map(|vm| select::vm(&refs, vm)).transpose()?.map(|(uuid, _)| uuid);
-    let mut by_vm: BTreeMap<Uuid, Vec<usize>> = BTreeMap::new();
-    for (index, line) in lines.iter().enumerate() {
-        if only.is_none_or(|uuid| uuid == line.vm.uuid) {
-            by_vm.entry(line.vm.uuid).or_default().push(index);
-        }
-    }
-    let mut found = Vec::new();
-    for indexes in by_vm.into_values() {
-        let times: Vec<_> = indexes.iter().map(|index| lines[*index].time).collect();
+    let lines = points::lines(repository, vm).await?;
+    let mut verdicts = Vec::with_capacity(lines.len());
+    for points in lines.chunk_by(|a, b| a.vm.uuid == b.vm.uuid) {
+        let times: Vec<_> = points.iter().map(|point| point.time).collect();
         let kept = retention::verdicts(&times, rules, &env.zone);
-        found.extend(indexes.into_iter().zip(kept));
-    }
-    found.sort_by_key(|(index, _)| *index);
-    Ok(found
-        .into_iter()
-        .map(|(index, kept)| {
+        verdicts.extend(points.iter().zip(kept).map(|(point, kept)| {
             let reasons = kept.iter().map(ToString::to_string).collect();
-            verdict(&lines[index], reasons, "no rule keeps it")
-        })
-        .collect())
+            verdict(point, reasons, "no rule keeps it")
+        }));
+    }
+    Ok(verdicts)
 }
 
 /// Kept for `kept`, or forgotten for `otherwise` when there is no reason to keep it.

@@ -1,12 +1,14 @@
 //! The points of a repository, from its catalog alone: no manifest is read.
 
 use std::fmt;
+use std::sync::Arc;
 
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 
-use super::{Repository, points, select};
+use super::{Repository, points};
 use crate::clock::Timestamp;
 use crate::error::Result;
+use crate::repo::Summary;
 use crate::vm::{PointId, Quiescence, VmIdentity};
 
 /// Points, oldest first.
@@ -22,7 +24,8 @@ pub struct Line {
     /// Its id.
     pub id: PointId,
     /// Its VM.
-    pub vm: VmIdentity,
+    #[serde(serialize_with = "shared")]
+    pub vm: Arc<VmIdentity>,
     /// The instant.
     pub time: Timestamp,
     /// How its disks were read.
@@ -72,25 +75,28 @@ impl fmt::Display for PointKind {
     }
 }
 
-/// Lists the points, of one VM (by name or UUID) if it is named.
-pub async fn run(repository: &Repository, vm: Option<&str>) -> Result<List> {
-    let mut points = points::lines(repository).await?;
-    if let Some(vm) = vm {
-        let refs: Vec<_> = points.iter().map(Line::reference).collect();
-        let (uuid, _) = select::vm(&refs, vm)?;
-        points.retain(|point| point.vm.uuid == uuid);
-    }
-    Ok(List { points })
-}
-
-impl Line {
-    /// What names of points are made of.
-    pub fn reference(&self) -> select::PointRef {
-        select::PointRef {
-            id: self.id,
-            vm: self.vm.uuid,
-            name: self.vm.name.clone(),
-            time: self.time,
+impl From<Summary> for Line {
+    fn from(point: Summary) -> Self {
+        Self {
+            id: point.point,
+            vm: point.vm,
+            time: point.taken,
+            kind: PointKind::of(point.disks, point.incremental),
+            quiescence: point.quiescence,
+            disks: point.disks,
+            size_bytes: point.size_bytes,
+            read_bytes: point.read_bytes,
+            stored_bytes: point.stored_bytes,
         }
     }
+}
+
+/// Lists the points, of one VM (by name or UUID) if it is named.
+pub async fn run(repository: &Repository, vm: Option<&str>) -> Result<List> {
+    Ok(List { points: points::lines(repository, vm).await? })
+}
+
+/// Points share what they say of their VM.
+fn shared<S: Serializer>(vm: &Arc<VmIdentity>, serializer: S) -> Result<S::Ok, S::Error> {
+    vm.serialize(serializer)
 }

@@ -3,12 +3,14 @@
 use std::collections::HashSet;
 
 use super::backup::{DiskReport, Report};
-use super::list::{Line, PointKind};
-use super::{Env, Repository, select, show};
+use super::list::Line;
+use super::select::{self, PointRef};
+use super::{Env, Repository, show};
 use crate::error::{Error, Kind, Result};
 use crate::platform::{KnownPoint, SnapshotDisk};
 use crate::repo::{
-    Manifest, ManifestArtifact, ManifestDisk, ManifestDraft, PointName, Run, StoredDisk, WriteStats,
+    Manifest, ManifestArtifact, ManifestDisk, ManifestDraft, PointName, PointsOf, Run, StoredDisk,
+    Summary, WriteStats,
 };
 use crate::vm::{Artifact, ArtifactKind, PointId, ReadMode, Uuid};
 
@@ -109,41 +111,72 @@ async fn checkpoint_xml(repository: &Repository, manifest: &Manifest) -> Result<
     })
 }
 
-/// Every point as a list shows it: by VM, each VM's in the repository's order.
-pub(super) async fn lines(repository: &Repository) -> Result<Vec<Line>> {
-    let mut manifests = repository.manifests(None).await?;
-    // Stable: within a VM the order stays that of the repository, whatever its clock did.
-    manifests.sort_by(|a, b| {
-        let key = |manifest: &Manifest| manifest.body.vm.uuid;
-        key(a).cmp(&key(b)).then(a.sequence.cmp(&b.sequence))
-    });
-    Ok(manifests.iter().map(line).collect())
+/// Points as a list shows them: by VM, each VM's in the repository's order, whatever its clock did.
+/// Those of one VM if `vm` names it.
+pub(super) async fn lines(repository: &Repository, vm: Option<&str>) -> Result<Vec<Line>> {
+    let Some(vm) = vm else {
+        let all = repository.summaries(PointsOf::All).await?;
+        return Ok(all.into_iter().map(Line::from).collect());
+    };
+    let choose = |points: &[PointRef]| select::vm(points, vm).map(|(uuid, _)| uuid);
+    let (points, uuid) = choose_among(repository, vm, choose).await?;
+    Ok(points.into_iter().filter(|point| point.vm.uuid == uuid).map(Line::from).collect())
 }
 
-fn line(point: &Manifest) -> Line {
-    let disks = &point.body.disks;
-    let incremental =
-        disks.iter().filter(|disk| matches!(disk.read, ReadMode::Incremental { .. })).count();
-    Line {
-        id: point.point,
-        vm: point.body.vm.clone(),
-        time: point.body.taken,
-        kind: PointKind::of(disks.len(), incremental),
-        quiescence: point.body.quiescence.clone(),
-        disks: disks.len(),
-        size_bytes: disks.iter().map(|disk| disk.description.size_bytes).sum(),
-        read_bytes: disks.iter().map(|disk| disk.read_bytes).sum(),
-        stored_bytes: disks.iter().map(|disk| disk.stats.stored_bytes).sum(),
-    }
+/// The point that `name` names. Only the points that can be meant are looked at, unless none is.
+pub(super) async fn find(repository: &Repository, name: &str, env: &Env) -> Result<Summary> {
+    let choose = |points: &[PointRef]| select::point(points, name, &env.zone).map(|point| point.id);
+    let (points, id) = match name.rsplit_once('@') {
+        Some((vm, _)) => choose_among(repository, vm, choose).await?,
+        None => match only_with_prefix(repository, name).await? {
+            Some(name) => return Ok(Summary::of(&repository.manifest(&name).await?)),
+            None => choose_among_all(repository, choose).await?,
+        },
+    };
+    let found = points.into_iter().find(|point| point.point == id);
+    Ok(found.expect("the point was chosen among these"))
 }
 
 /// The manifest of the point that `name` names.
 pub(super) async fn manifest(repository: &Repository, name: &str, env: &Env) -> Result<Manifest> {
-    let manifests = repository.manifests(None).await?;
-    let refs: Vec<_> = manifests.iter().map(|manifest| line(manifest).reference()).collect();
-    let id = select::point(&refs, name, &env.zone)?.id;
-    let found = manifests.into_iter().find(|manifest| manifest.point == id);
-    Ok(found.expect("the point was chosen among these"))
+    repository.manifest(&find(repository, name, env).await?.name()).await
+}
+
+/// The one point whose id begins with `prefix`; its name tells, no manifest is read.
+async fn only_with_prefix(repository: &Repository, prefix: &str) -> Result<Option<PointName>> {
+    let prefix = prefix.to_ascii_lowercase();
+    let names = repository.point_names(None).await?;
+    let mut found = names.into_iter().filter(|name| name.point.to_string().starts_with(&prefix));
+    Ok(found.next().filter(|_| found.next().is_none() && !prefix.is_empty()))
+}
+
+/// What `choose` takes of the points of VMs called `vm`, and these. Where it finds nothing it sees
+/// all points: its error says what there is.
+async fn choose_among<T>(
+    repository: &Repository,
+    vm: &str,
+    choose: impl Fn(&[PointRef]) -> Result<T>,
+) -> Result<(Vec<Summary>, T)> {
+    let points = repository.summaries(PointsOf::Called(vm)).await?;
+    let references: Vec<_> = points.iter().map(reference).collect();
+    match choose(&references) {
+        Err(error) if error.kind() == Kind::NotFound => choose_among_all(repository, choose).await,
+        chosen => Ok((points, chosen?)),
+    }
+}
+
+async fn choose_among_all<T>(
+    repository: &Repository,
+    choose: impl Fn(&[PointRef]) -> Result<T>,
+) -> Result<(Vec<Summary>, T)> {
+    let points = repository.summaries(PointsOf::All).await?;
+    let references: Vec<_> = points.iter().map(reference).collect();
+    let chosen = choose(&references)?;
+    Ok((points, chosen))
+}
+
+fn reference(point: &Summary) -> PointRef {
+    PointRef { id: point.point, vm: point.vm.uuid, name: point.vm.name.clone(), time: point.taken }
 }
 
 /// The disks of a point that `names` name; all when it is empty.

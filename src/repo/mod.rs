@@ -16,6 +16,7 @@
 //! Called by `job`; knows nothing of platforms.
 
 pub mod blobs;
+pub mod catalog;
 pub mod condemned;
 pub mod config;
 mod failure;
@@ -41,8 +42,10 @@ mod tests;
 
 use std::sync::Arc;
 
+pub use catalog::{PointsOf, Summary};
 pub use gc::{CollectOptions, CollectReport};
 pub use manifest::{Manifest, ManifestArtifact, ManifestDisk, ManifestDraft};
+use points::Domains;
 pub use points::PointName;
 pub use reader::DiskReader;
 pub use session::{ARTIFACT_BYTES_MAX, Run, RunOptions};
@@ -126,7 +129,9 @@ impl Repository {
 
     /// The names of the points of `domain`, or of all, in their order.
     pub async fn point_names(&self, domain: Option<Uuid>) -> Result<Vec<PointName>> {
-        points::names(&*self.blobs.store, domain).await
+        let of = domain.as_slice();
+        let domains = if domain.is_some() { Domains::Of(of) } else { Domains::All };
+        points::names(&*self.blobs.store, domains).await
     }
 
     /// The manifest of a point.
@@ -139,6 +144,12 @@ impl Repository {
     pub async fn manifests(&self, domain: Option<Uuid>) -> Result<Vec<Manifest>> {
         let names = self.point_names(domain).await?;
         points::readable(&self.blobs.store, &self.blobs.keys, &names).await
+    }
+
+    /// What lists and choices need of points, in their order. Those whose manifests have to be read
+    /// for it and are damaged are left out with a warning.
+    pub async fn summaries(&self, of: PointsOf<'_>) -> Result<Vec<Summary>> {
+        catalog::summaries(&self.blobs, of).await
     }
 
     /// Begins a backup. Everything it relies on is looked at after its lease is visible, so choose

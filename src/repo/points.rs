@@ -9,9 +9,10 @@ use std::sync::Arc;
 use tokio::task::JoinSet;
 
 use super::blobs::Blobs;
+use super::catalog::{self, Summary};
 use super::manifest::{Manifest, ManifestDraft};
 use super::seal::{Keys, ObjectType};
-use super::store::{Folder, ObjectName, ObjectStore, ReadRange, for_each};
+use super::store::{Folder, ObjectName, ObjectStore, ReadRange, for_each_name};
 use crate::error::{Error, Kind, Result};
 use crate::vm::{PointId, Uuid};
 
@@ -22,7 +23,9 @@ const MANIFEST_BYTES_MAX: u64 = 16 << 20;
 const READS_IN_FLIGHT: usize = 16;
 
 /// A point as its name tells it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize,
+)]
 pub struct PointName {
     /// The domain.
     pub domain: Uuid,
@@ -51,16 +54,30 @@ impl PointName {
     }
 }
 
-/// The names of all points that are not forgotten, by domain and sequence.
-pub async fn names(store: &dyn ObjectStore, domain: Option<Uuid>) -> Result<Vec<PointName>> {
+/// Whose points.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Domains<'a> {
+    /// Everybody's.
+    All,
+    /// Those of these domains.
+    Of(&'a [Uuid]),
+}
+
+/// The names of the points that are not forgotten, by domain and sequence.
+pub async fn names(store: &dyn ObjectStore, domains: Domains<'_>) -> Result<Vec<PointName>> {
     let mut forgotten = HashSet::new();
-    for_each(store, Folder::Tombstones.prefix(), |object| {
-        forgotten.extend(object.name.last().parse::<PointId>().ok());
+    for_each_name(store, Folder::Tombstones.prefix(), |name| {
+        forgotten.extend(name.last().parse::<PointId>().ok());
     })
     .await?;
-    let prefix = domain.map_or_else(|| Folder::Points.prefix().to_owned(), ObjectName::points_of);
+    let prefixes: Vec<String> = match domains {
+        Domains::All => vec![Folder::Points.prefix().to_owned()],
+        Domains::Of(domains) => domains.iter().map(|d| ObjectName::points_of(*d)).collect(),
+    };
     let mut names = Vec::new();
-    for_each(store, &prefix, |object| names.extend(PointName::parse(&object.name))).await?;
+    for prefix in prefixes {
+        for_each_name(store, &prefix, |name| names.extend(PointName::parse(&name))).await?;
+    }
     names.retain(|name| !forgotten.contains(&name.point));
     names.sort_unstable();
     Ok(names)
@@ -76,7 +93,10 @@ pub async fn manifest(store: &dyn ObjectStore, keys: &Keys, name: &PointName) ->
             .hint("it may be of a newer version of this program")
             .source(error)
     })?;
-    if manifest.point != name.point || manifest.sequence != name.sequence {
+    let is_its_own = manifest.point == name.point
+        && manifest.sequence == name.sequence
+        && manifest.body.vm.uuid == name.domain;
+    if !is_its_own {
         return Err(Error::new(Kind::Corrupt, format!("manifest {object} is of another point")));
     }
     Ok(manifest)
@@ -159,11 +179,13 @@ pub async fn store_manifest(
     let domain = draft.vm.uuid;
     // Forgotten points count too: a number is not used again while its manifest is there.
     let mut last = 0;
-    for_each(&*blobs.store, &ObjectName::points_of(domain), |object| {
-        last = PointName::parse(&object.name).map_or(last, |name| last.max(name.sequence));
+    for_each_name(&*blobs.store, &ObjectName::points_of(domain), |name| {
+        last = PointName::parse(&name).map_or(last, |name| last.max(name.sequence));
     })
     .await?;
     let manifest = Manifest { point, sequence: last + 1, body: draft };
+    // Before the manifest: so whatever point there is, the catalog knows its VM's names.
+    catalog::add(blobs, &Summary::of(&manifest)).await?;
     let name = PointName { domain, sequence: manifest.sequence, point }.object();
     let json = serde_json::to_vec(&manifest)
         .map_err(|e| Error::new(Kind::Internal, "a manifest cannot be written").source(e))?;

@@ -17,13 +17,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use async_trait::async_trait;
 
 use super::blobs::{self, Blobs};
+use super::catalog;
 use super::condemned::PackId;
 use super::failure::Failure;
 use super::forget;
 use super::index::{Index, IndexEntry};
 use super::manifest::{Manifest, ManifestDraft};
 use super::packer::{DurableSink, EncodedBlob, Packer, Sealed, Target};
-use super::points;
+use super::points::{self, Domains};
 use super::run::{LEASE_OF_WRITER, Lease};
 use super::seal::{BlobId, BlobKind, ObjectType};
 use super::trust::Trust;
@@ -304,10 +305,13 @@ impl Run {
     /// builds on was forgotten meanwhile; then there is no point.
     pub async fn commit(self, point: PointId, draft: ManifestDraft) -> Result<Manifest> {
         let result = self.commit_under_lease(point, draft).await;
-        if result.is_ok()
-            && let Err(error) = self.merge_index().await
-        {
-            tracing::warn!(%error, "cannot merge small index segments");
+        if result.is_ok() {
+            if let Err(error) = self.merge_index().await {
+                tracing::warn!(%error, "cannot merge small index segments");
+            }
+            if let Err(error) = catalog::merge_tier(&self.shared.blobs, point).await {
+                tracing::warn!(%error, "cannot merge small catalog segments");
+            }
         }
         // Committed or not: a run that cannot say that it is over lapses.
         if let Err(error) = self.lease.end().await {
@@ -359,7 +363,7 @@ impl Run {
         if bases.is_empty() {
             return Ok(());
         }
-        let names = points::names(&*self.shared.blobs.store, Some(draft.vm.uuid)).await?;
+        let names = points::names(&*self.shared.blobs.store, Domains::Of(&[draft.vm.uuid])).await?;
         for base in bases {
             if !names.iter().any(|name| name.point == base) {
                 let message = format!("point {} was forgotten during the backup", base.short());

@@ -30,6 +30,7 @@ use std::sync::Arc;
 use serde::Serialize;
 
 use super::blobs::Blobs;
+use super::catalog;
 use super::condemned::{self, CondemnedList, LIST_PACKS_MAX, PackId};
 use super::forget::tombstone;
 use super::index::merge::Keep;
@@ -38,7 +39,7 @@ use super::pack::PACK_BYTES;
 use super::points::{self, PointName};
 use super::run::{LEASE, LEASE_OF_WRITER, Lease, RunKind, Survey};
 use super::seal::ObjectType;
-use super::store::{Folder, ObjectName, StoreError, for_each, from_hex};
+use super::store::{Folder, ObjectName, StoreError, for_each, for_each_name, from_hex};
 use crate::clock::Timestamp;
 use crate::control::Control;
 use crate::error::{Error, Kind, Result};
@@ -162,13 +163,20 @@ impl Collector<'_> {
 
         let survey = Survey::take(&**store).await?;
         ripe.extend(self.ripe(&new, &survey));
-        let (names, _) = self.points().await?;
+        let (mut names, _) = self.points().await?;
+        names.sort_unstable();
         self.mark(&mut state, &names).await?;
 
         self.control.set_phase("deleting");
         self.lease.check().await?;
         self.carry_out(&mut state, &lists, &ripe).await?;
         self.clean_up(&survey, cutoff).await?;
+        match catalog::tidy(self.blobs, &names, (cutoff, self.control)).await {
+            Err(error) if error.kind() != Kind::Cancelled => {
+                tracing::warn!(%error, "cannot put the catalog right: listing may be slow");
+            }
+            tidied => tidied?,
+        }
         state.report.waiting_for = self.waited_for(&lists, &ripe, &survey);
         Ok(state.report)
     }
@@ -243,13 +251,13 @@ impl Collector<'_> {
     async fn points(&self) -> Result<(Vec<PointName>, Vec<(PointId, Option<PointName>)>)> {
         let store = &*self.blobs.store;
         let mut forgotten: HashMap<PointId, Option<PointName>> = HashMap::new();
-        for_each(store, Folder::Tombstones.prefix(), |object| {
-            forgotten.extend(object.name.last().parse::<PointId>().ok().map(|id| (id, None)));
+        for_each_name(store, Folder::Tombstones.prefix(), |name| {
+            forgotten.extend(name.last().parse::<PointId>().ok().map(|id| (id, None)));
         })
         .await?;
         let mut names = Vec::new();
-        for_each(store, Folder::Points.prefix(), |object| {
-            let Some(name) = PointName::parse(&object.name) else { return };
+        for_each_name(store, Folder::Points.prefix(), |name| {
+            let Some(name) = PointName::parse(&name) else { return };
             match forgotten.get_mut(&name.point) {
                 Some(hidden) => *hidden = Some(name),
                 None => names.push(name),

@@ -142,6 +142,21 @@ async fn listing_is_sorted_paged_and_complete(store: &dyn ObjectStore) {
         }
         assert_eq!(found, expected, "pages of {page_max} hold every object once, in order");
     }
+    for page_max in [1, 7, 1000] {
+        let mut found = Vec::new();
+        loop {
+            let page = store.names("packs/", found.last(), page_max).await.expect("names");
+            assert!(page.len() <= page_max, "a page is at most what was asked for");
+            if page.is_empty() {
+                break;
+            }
+            found.extend(page);
+        }
+        assert_eq!(found, expected, "pages of {page_max} names are those of a listing");
+    }
+    let mut parts: Vec<_> = expected.iter().map(|name| name.as_str()[6..8].to_owned()).collect();
+    parts.dedup();
+    assert_eq!(store.parts(Folder::Packs).await.expect("parts"), parts, "each part once");
     let part = expected[3].as_str().rsplit_once('/').expect("has a folder").0.to_owned() + "/";
     let page = store.list(&part, None, 1000).await.expect("lists");
     assert!(page.iter().all(|info| info.name.as_str().starts_with(&part)) && !page.is_empty());

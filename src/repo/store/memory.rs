@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
+use std::ops::Bound;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
@@ -156,10 +157,11 @@ impl ObjectStore for MemoryStore {
         max: usize,
     ) -> StoreResult<Vec<ObjectInfo>> {
         self.call(&Operation::List(prefix.to_owned()), |s| {
-            let beyond = |name: &ObjectName| after.is_none_or(|after| name > after);
-            Ok(s.objects
-                .iter()
-                .filter(|(name, _)| name.as_str().starts_with(prefix) && beyond(name))
+            let from = after.map_or(Bound::Unbounded, Bound::Excluded);
+            let objects = s.objects.range::<ObjectName, _>((from, Bound::Unbounded));
+            Ok(objects
+                .skip_while(|(name, _)| name.as_str() < prefix)
+                .take_while(|(name, _)| name.as_str().starts_with(prefix))
                 .take(max.min(PAGE_MAX))
                 .map(|(name, object)| info(name, object))
                 .collect())

@@ -32,6 +32,9 @@ pub use name::{Folder, NAME_BYTES_MAX, ObjectName, from_hex, hex};
 /// Most entries one page of a listing holds, whatever was asked for.
 pub const PAGE_MAX: usize = 10_000;
 
+/// Most entries one page of names holds: they are asked for where there may be a million.
+pub const NAMES_MAX: usize = 100_000;
+
 /// A place for immutable objects.
 #[async_trait]
 pub trait ObjectStore: Send + Sync + std::fmt::Debug {
@@ -58,6 +61,38 @@ pub trait ObjectStore: Send + Sync + std::fmt::Debug {
         after: Option<&ObjectName>,
         max: usize,
     ) -> StoreResult<Vec<ObjectInfo>>;
+
+    /// Like [`ObjectStore::list`], the names alone: at most [`NAMES_MAX`]. Stores that must ask for
+    /// size and time of each object one by one do better than this.
+    async fn names(
+        &self,
+        prefix: &str,
+        after: Option<&ObjectName>,
+        max: usize,
+    ) -> StoreResult<Vec<ObjectName>> {
+        let page = self.list(prefix, after, max).await?;
+        Ok(page.into_iter().map(|object| object.name).collect())
+    }
+
+    /// The parts that follow `folder` in the names of its objects, each once, in order: the domains
+    /// of `points/`. One that is empty may be among them. Stores that can tell without listing all
+    /// objects do better than this.
+    async fn parts(&self, folder: Folder) -> StoreResult<Vec<String>> {
+        let mut parts: Vec<String> = Vec::new();
+        let mut after = None;
+        loop {
+            let page = self.names(folder.prefix(), after.as_ref(), NAMES_MAX).await?;
+            for name in &page {
+                let rest = name.as_str().strip_prefix(folder.prefix()).unwrap_or_default();
+                let part = rest.split('/').next().unwrap_or_default();
+                if parts.last().is_none_or(|last| last != part) {
+                    parts.push(part.to_owned());
+                }
+            }
+            let Some(last) = page.into_iter().last() else { return Ok(parts) };
+            after = Some(last);
+        }
+    }
 
     /// Deletes an object; one that is not there is [`StoreError::NotFound`].
     async fn delete(&self, name: &ObjectName) -> StoreResult<()>;
@@ -169,6 +204,21 @@ pub async fn for_each(
         let page = store.list(prefix, after.as_ref(), PAGE_MAX).await?;
         let Some(last) = page.last() else { return Ok(()) };
         after = Some(last.name.clone());
+        page.into_iter().for_each(&mut visit);
+    }
+}
+
+/// Every name under `prefix`, page by page, through `visit`: cheaper than [`for_each`].
+pub async fn for_each_name(
+    store: &dyn ObjectStore,
+    prefix: &str,
+    mut visit: impl FnMut(ObjectName) + Send,
+) -> StoreResult<()> {
+    let mut after = None;
+    loop {
+        let page = store.names(prefix, after.as_ref(), NAMES_MAX).await?;
+        let Some(last) = page.last() else { return Ok(()) };
+        after = Some(last.clone());
         page.into_iter().for_each(&mut visit);
     }
 }

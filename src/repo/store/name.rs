@@ -31,11 +31,14 @@ pub enum Folder {
     Tombstones,
     /// `condemned/<id>`: lists of what the collector is about to delete.
     Condemned,
+    /// `catalog/<segment id>`: summaries of points.
+    Catalog,
 }
 
 impl Folder {
     /// Every folder, in the order of their names.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
+        Self::Catalog,
         Self::Condemned,
         Self::Index,
         Self::Keys,
@@ -55,6 +58,7 @@ impl Folder {
             Self::Runs => "runs/",
             Self::Tombstones => "tombstones/",
             Self::Condemned => "condemned/",
+            Self::Catalog => "catalog/",
         }
     }
 }

@@ -27,8 +27,8 @@ use async_trait::async_trait;
 use rustix::fs::{AtFlags, Mode, OFlags};
 
 use super::{
-    Folder, ObjectInfo, ObjectName, ObjectStore, ObjectWriter, PAGE_MAX, ReadRange, StoreError,
-    StoreResult,
+    Folder, NAMES_MAX, ObjectInfo, ObjectName, ObjectStore, ObjectWriter, PAGE_MAX, ReadRange,
+    StoreError, StoreResult,
 };
 use crate::clock::Timestamp;
 use crate::error::{Error, Kind, Result};
@@ -139,6 +139,22 @@ impl ObjectStore for DirectoryStore {
         self.run(move |root| list(root, &prefix, after.as_ref(), max.min(PAGE_MAX))).await
     }
 
+    async fn names(
+        &self,
+        prefix: &str,
+        after: Option<&ObjectName>,
+        max: usize,
+    ) -> StoreResult<Vec<ObjectName>> {
+        let (prefix, after) = (prefix.to_owned(), after.cloned());
+        self.run(move |root| names(root, &prefix, after.as_ref(), max.min(NAMES_MAX))).await
+    }
+
+    async fn parts(&self, folder: Folder) -> StoreResult<Vec<String>> {
+        let mut parts = self.run(move |root| root.names_in(folder.prefix())).await?;
+        parts.sort_unstable();
+        Ok(parts)
+    }
+
     async fn delete(&self, name: &ObjectName) -> StoreResult<()> {
         let name = name.clone();
         self.run(move |root| {
@@ -180,36 +196,10 @@ fn list(
     after: Option<&ObjectName>,
     max: usize,
 ) -> StoreResult<Vec<ObjectInfo>> {
-    let Some(folder) = Folder::ALL.into_iter().find(|f| prefix.starts_with(f.prefix())) else {
-        return Ok(Vec::new());
-    };
-    // Directories first: those of the folder itself, or the one the prefix names.
-    let nested = matches!(folder, Folder::Packs | Folder::Points | Folder::Runs);
-    let mut directories = vec![folder.prefix().to_owned()];
-    if nested {
-        directories = root
-            .names_in(folder.prefix())?
-            .into_iter()
-            .map(|name| format!("{}{name}/", folder.prefix()))
-            .filter(|dir| dir.starts_with(prefix) || prefix.starts_with(dir.as_str()))
-            .collect();
-        directories.sort();
-    }
     let mut page = Vec::new();
-    for directory in directories {
-        // All names of a directory share its prefix: one before `after`'s own can hold none.
-        let after = after.map(ObjectName::as_str);
-        if after.is_some_and(|after| !after.starts_with(&directory) && directory.as_str() < after) {
-            continue;
-        }
-        let mut names: Vec<ObjectName> = root
-            .names_in(&directory)?
-            .into_iter()
-            .filter_map(|name| ObjectName::parse(&format!("{directory}{name}")))
-            .filter(|name| name.as_str().starts_with(prefix))
-            .filter(|name| after.is_none_or(|after| name.as_str() > after))
-            .collect();
-        names.sort();
+    for directory in directories(root, prefix, after)? {
+        let mut names = names_in(root, &directory, prefix, after)?;
+        names.sort_unstable();
         for name in names {
             if page.len() == max {
                 return Ok(page);
@@ -223,6 +213,74 @@ fn list(
         }
     }
     Ok(page)
+}
+
+/// The same without looking at the files, of which there may be a million.
+fn names(
+    root: &Root,
+    prefix: &str,
+    after: Option<&ObjectName>,
+    max: usize,
+) -> StoreResult<Vec<ObjectName>> {
+    let mut page = Vec::new();
+    for directory in directories(root, prefix, after)? {
+        let left = max - page.len();
+        if left == 0 {
+            break;
+        }
+        let mut names = names_in(root, &directory, prefix, after)?;
+        if names.len() > left {
+            // What the next pages are read for again need not be sorted.
+            names.select_nth_unstable(left);
+            names.truncate(left);
+        }
+        names.sort_unstable();
+        page.append(&mut names);
+    }
+    Ok(page)
+}
+
+/// The directories that can hold names under `prefix` after `after`, in order.
+fn directories(root: &Root, prefix: &str, after: Option<&ObjectName>) -> StoreResult<Vec<String>> {
+    let Some(folder) = Folder::ALL.into_iter().find(|f| prefix.starts_with(f.prefix())) else {
+        return Ok(Vec::new());
+    };
+    // Those of the folder itself, or the one the prefix names.
+    let nested = matches!(folder, Folder::Packs | Folder::Points | Folder::Runs);
+    if !nested {
+        return Ok(vec![folder.prefix().to_owned()]);
+    }
+    let named = prefix.strip_prefix(folder.prefix()).and_then(|rest| rest.split_once('/'));
+    if let Some((name, _)) = named {
+        return Ok(vec![format!("{}{name}/", folder.prefix())]);
+    }
+    let after = after.map(ObjectName::as_str);
+    let mut directories: Vec<String> = root
+        .names_in(folder.prefix())?
+        .into_iter()
+        .map(|name| format!("{}{name}/", folder.prefix()))
+        .filter(|dir| dir.starts_with(prefix))
+        // All names of a directory share its prefix: one before `after`'s own can hold none.
+        .filter(|dir| after.is_none_or(|after| after.starts_with(dir) || dir.as_str() > after))
+        .collect();
+    directories.sort_unstable();
+    Ok(directories)
+}
+
+/// The names in `directory`, in no order.
+fn names_in(
+    root: &Root,
+    directory: &str,
+    prefix: &str,
+    after: Option<&ObjectName>,
+) -> StoreResult<Vec<ObjectName>> {
+    let names = root.names_in(directory)?;
+    Ok(names
+        .into_iter()
+        .filter_map(|name| ObjectName::parse(&format!("{directory}{name}")))
+        .filter(|name| name.as_str().starts_with(prefix))
+        .filter(|name| after.is_none_or(|after| name > after))
+        .collect())
 }
 
 /// Permissions of objects: the owner's alone, they hold what the guests hold.
