@@ -24,7 +24,7 @@ use crate::clock::Timestamp;
 use crate::content::ContentRoot;
 use crate::control::{Control, NoticeLevel};
 use crate::copy;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::platform::{BackupMode, Platform, SnapshotRequest, VmSnapshot};
 use crate::repo::seal::random;
 use crate::repo::{ManifestDisk, ManifestDraft, Repository, Run, RunOptions};
@@ -150,11 +150,27 @@ impl Backup<'_> {
         match self.copy(snapshot.as_mut()).await {
             Ok((draft, report)) => self.commit(snapshot, draft, report).await,
             Err(error) => {
+                let error = self.cause(snapshot.as_mut(), error).await;
                 // The snapshot first: it is the guest that must not wait for the repository.
                 self.abort_snapshot(snapshot).await;
                 self.abort_run().await;
                 Err(error)
             }
+        }
+    }
+
+    /// Why the copy failed: reads of a snapshot that was given up fail with whatever the platform's
+    /// transport says, and the platform knows better.
+    async fn cause(&self, snapshot: &mut dyn VmSnapshot, error: Error) -> Error {
+        if self.control.is_cancelled() {
+            return error;
+        }
+        match snapshot.still_valid().await {
+            Err(lost) if lost.kind() != error.kind() => {
+                tracing::info!(?error, "the copy failed because the snapshot was lost");
+                lost
+            }
+            _ => error,
         }
     }
 

@@ -15,4 +15,5 @@ mod quiesce;
 mod remote;
 mod restore;
 mod running;
+mod scratch;
 mod stopped;

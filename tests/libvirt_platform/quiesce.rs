@@ -10,7 +10,7 @@ use vmbackup::vm::Consistency;
 use crate::bare::{point, request};
 use crate::support::{DiskFormat, Domain, DomainSpec, TestEnv};
 
-fn options(env: &TestEnv, domain: &Domain<'_>) -> LibvirtOptions {
+pub(crate) fn options(env: &TestEnv, domain: &Domain<'_>) -> LibvirtOptions {
     LibvirtOptions {
         uri: None,
         domain: domain.name().to_owned(),

@@ -82,6 +82,12 @@ impl Host {
         &self.uri
     }
 
+    /// Whether the connection has not ended. Asks nobody: a dead network is noticed by keep-alive.
+    pub(super) fn is_alive(&self) -> bool {
+        // An error means that there is no socket to ask.
+        self.connection.is_alive().unwrap_or(false)
+    }
+
     /// The host the daemon runs on.
     pub(super) fn hostname(&self) -> &str {
         &self.hostname
@@ -237,6 +243,16 @@ impl DomainHandle {
             Err(_) => task.await,
         };
         Some(joined.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic())))
+    }
+
+    /// This handle, or one on a new connection where that of this one has ended: libvirt never
+    /// mends a connection.
+    pub(super) async fn revived(&self) -> Result<Self> {
+        if self.host.is_alive() {
+            return Ok(self.clone());
+        }
+        let host = Host::open(Some(self.host.uri())).await?;
+        host.domain(&self.uuid.to_string()).await
     }
 
     /// Subscribes to the domain's events.

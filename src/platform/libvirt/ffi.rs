@@ -13,7 +13,7 @@
 #![allow(unsafe_code)] // Calls into libvirt.so; each block says why it is sound.
 
 use std::ffi::{CStr, CString};
-use std::os::raw::{c_char, c_int, c_uint, c_void};
+use std::os::raw::{c_char, c_int, c_uint, c_ulonglong, c_void};
 use std::ptr;
 use std::sync::OnceLock;
 
@@ -342,18 +342,22 @@ impl Checkpoint {
 pub(super) enum DomainEvent {
     /// A job ended (`VIR_DOMAIN_EVENT_ID_JOB_COMPLETED`).
     JobCompleted(JobStatus),
+    /// An image was written to beyond its threshold (`VIR_DOMAIN_EVENT_ID_BLOCK_THRESHOLD`), which
+    /// is gone by that.
+    BeyondThreshold,
 }
 
-/// A subscription to the events of one domain; ends when dropped.
+/// A subscription to the events of one domain; ends when dropped. The end of the connection does
+/// *not* end it: libvirt keeps the callbacks of a connection that is dead.
 pub(super) struct Events {
     connection: Connect,
-    callback: c_int,
+    callbacks: Vec<c_int>,
     /// The events, oldest first.
     pub(super) receiver: mpsc::Receiver<DomainEvent>,
 }
 
 impl Events {
-    /// Subscribes to the job ends of `domain`.
+    /// Subscribes to the job ends and thresholds of `domain`.
     pub(super) fn subscribe(connection: &Connect, domain: &Domain) -> VirtResult<Self> {
         let (sender, receiver) = mpsc::channel(EVENTS_MAX);
         let completed: unsafe extern "C" fn(
@@ -363,39 +367,58 @@ impl Events {
             c_int,
             *mut c_void,
         ) = on_job_completed;
-        // SAFETY: libvirt's registration takes every callback cast to the generic type and calls
-        // it with the signature the event id stands for, which is the one above.
-        let callback = unsafe { std::mem::transmute::<*const (), Generic>(completed as *const ()) };
-        let opaque = Box::into_raw(Box::new(sender)).cast::<c_void>();
-        let event = c_int::try_from(sys::VIR_DOMAIN_EVENT_ID_JOB_COMPLETED).expect("a small id");
-        // SAFETY: connection and domain live through the call; `opaque` is freed by `free_sender`
-        // when libvirt drops the callback, or below when it did not take it.
-        let id = unsafe {
-            sys::virConnectDomainEventRegisterAny(
-                connection.as_ptr(),
-                domain.as_ptr(),
-                event,
-                Some(callback),
-                opaque,
-                Some(free_sender),
-            )
-        };
-        match check(id) {
-            Ok(callback) => Ok(Self { connection: connection.clone(), callback, receiver }),
-            Err(error) => {
-                // SAFETY: libvirt took no ownership on failure.
-                unsafe { free_sender(opaque) };
-                Err(error)
+        let beyond: unsafe extern "C" fn(
+            sys::virConnectPtr,
+            sys::virDomainPtr,
+            *const c_char,
+            *const c_char,
+            c_ulonglong,
+            c_ulonglong,
+            *mut c_void,
+        ) = on_beyond_threshold;
+        let wanted = [
+            (sys::VIR_DOMAIN_EVENT_ID_JOB_COMPLETED, completed as *const ()),
+            (sys::VIR_DOMAIN_EVENT_ID_BLOCK_THRESHOLD, beyond as *const ()),
+        ];
+        let mut events = Self { connection: connection.clone(), callbacks: Vec::new(), receiver };
+        for (event, function) in wanted {
+            // SAFETY: libvirt's registration takes every callback cast to the generic type and
+            // calls it with the signature the event id stands for, which is the one above.
+            let callback = unsafe { std::mem::transmute::<*const (), Generic>(function) };
+            let opaque = Box::into_raw(Box::new(sender.clone())).cast::<c_void>();
+            let event = c_int::try_from(event).expect("a small id");
+            // SAFETY: connection and domain live through the call; `opaque` is freed by
+            // `free_sender` when libvirt drops the callback, or below when it did not take it.
+            let id = unsafe {
+                sys::virConnectDomainEventRegisterAny(
+                    connection.as_ptr(),
+                    domain.as_ptr(),
+                    event,
+                    Some(callback),
+                    opaque,
+                    Some(free_sender),
+                )
+            };
+            match check(id) {
+                Ok(callback) => events.callbacks.push(callback),
+                Err(error) => {
+                    // SAFETY: libvirt took no ownership on failure.
+                    unsafe { free_sender(opaque) };
+                    return Err(error);
+                }
             }
         }
+        Ok(events)
     }
 }
 
 impl Drop for Events {
     fn drop(&mut self) {
-        // SAFETY: an id registered on this connection, removed once. A failure means that the
-        // connection is gone, and the callback with it.
-        unsafe { sys::virConnectDomainEventDeregisterAny(self.connection.as_ptr(), self.callback) };
+        for callback in &self.callbacks {
+            // SAFETY: an id registered on this connection, removed once. A failure means that the
+            // connection is gone, and the callback with it.
+            unsafe { sys::virConnectDomainEventDeregisterAny(self.connection.as_ptr(), *callback) };
+        }
     }
 }
 
@@ -425,4 +448,17 @@ unsafe extern "C" fn on_job_completed(
 ) {
     // SAFETY: libvirt passes a list of `count` parameters and the opaque pointer we registered.
     unsafe { send(opaque, DomainEvent::JobCompleted(job_parameters(parameters, count))) };
+}
+
+unsafe extern "C" fn on_beyond_threshold(
+    _: sys::virConnectPtr,
+    _: sys::virDomainPtr,
+    _: *const c_char,
+    _: *const c_char,
+    _: c_ulonglong,
+    _: c_ulonglong,
+    opaque: *mut c_void,
+) {
+    // SAFETY: libvirt passes the opaque pointer we registered.
+    unsafe { send(opaque, DomainEvent::BeyondThreshold) };
 }

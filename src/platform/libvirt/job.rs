@@ -100,6 +100,9 @@ pub(super) struct ActiveJob {
     pub(super) point: Option<PointId>,
     /// Whose it looks like, for people.
     pub(super) owner: String,
+    /// Its disks, with the number of the scratch image where libvirt tells: `vda[7]` is what
+    /// thresholds call it.
+    pub(super) scratch: Vec<(String, Option<u32>)>,
 }
 
 /// The active backup job, if there is one.
@@ -127,7 +130,14 @@ fn parse(xml: &str) -> Result<ActiveJob> {
     };
     let point = socket.and_then(socket_point).or_else(|| scratch.and_then(by_scratch));
     let owner = socket.or(scratch).unwrap_or("an unknown program").to_owned();
-    Ok(ActiveJob { point, owner })
+    let disks = root.child("disks").map(|disks| {
+        let disk = |disk: &Element| {
+            let index = disk.attr("index").and_then(|index| index.parse().ok());
+            Some((disk.attr("name")?.to_owned(), index))
+        };
+        disks.all("disk").filter_map(disk).collect()
+    });
+    Ok(ActiveJob { point, owner, scratch: disks.unwrap_or_default() })
 }
 
 /// Ends the job and waits until it is gone. No job is success.

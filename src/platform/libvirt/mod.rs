@@ -14,7 +14,7 @@
 //!
 //! Files: `ffi` (the C calls), `connection` (deadlines, look-up), `survey`, `disks`, `xml` (what a
 //! domain is), `names`, `lock` (ownership), `checkpoint` (bases), `job`, `quiesce`, `agent`,
-//! `scratch`, `reach`, `restore` (the way back), `open`, `snapshot` (the transaction), `stopped`
+//! `scratch`, `watch`, `reach`, `restore` (the way back), `open`, `snapshot` (the transaction), `stopped`
 //! (the same for images), `plan`, `artifacts`.
 //!
 //! Deliberately not done: monitor commands (they taint the domain), push-mode jobs (QEMU would
@@ -39,6 +39,7 @@ mod scratch;
 mod snapshot;
 mod stopped;
 mod survey;
+mod watch;
 pub mod xml;
 
 use std::path::PathBuf;

@@ -17,9 +17,10 @@ use super::job::{self, JobDisk, Server};
 use super::lock::{DomainLock, EARLIER_MAX, Record};
 use super::names::scratch_path;
 use super::quiesce::{self, Frost, Frozen, Wish};
-use super::scratch::{Places, Space, Watch, no_room};
+use super::scratch::{Places, Space, no_room};
 use super::snapshot::RunningSnapshot;
 use super::survey::{Description, Survey};
+use super::watch::{Watch, Watched};
 use super::{LibvirtOptions, artifacts, reach, stopped};
 use crate::clock::Timestamp;
 use crate::control::{Control, NoticeLevel};
@@ -152,8 +153,9 @@ impl Opening {
         let events = self.domain.subscribe("watch the jobs of").await?;
         control.set_phase("taking the snapshot");
         let Instant { taken, quiescence, job_disks } = self.take_instant(&server, control).await?;
-        let scratch = local.then(|| self.places.scratch.clone());
-        let watch = Watch::start(self.domain.clone(), events, self.request.point, scratch);
+        let scratch = local.then(|| (self.places.scratch.clone(), job_disks.clone()));
+        let (domain, point) = (self.domain.clone(), self.request.point);
+        let watch = Watch::start(Watched { domain, point, scratch }, events);
         let Description { raw, set, .. } = Description::read(&self.domain, &self.request).await?;
         // What was found out about the bases was found out about these images.
         set.check_continues(&self.survey.set, &self.domain.name)?;

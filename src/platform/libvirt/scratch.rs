@@ -1,25 +1,12 @@
-//! Where scratch and sockets go, and the watch that gives the backup up before the guest suffers.
-//!
-//! While a pull job runs, QEMU copies what the guest is about to overwrite into scratch files. A
-//! full scratch file system does not break the snapshot: it fails the *guest's* write, and the
-//! default `werror=enospc` stops the guest (seen on libvirt 11.3, QEMU 10.0). libvirt has no way to
-//! break the snapshot instead, so the watch ends the job while there is room left.
+//! Where scratch and sockets go, and how much room there is: [`super::watch`] looks after it.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
 
-use super::connection::{DomainHandle, Host};
-use super::ffi::{DomainEvent, Events};
-use super::job;
+use super::connection::Host;
 use super::names::domain_dir;
 use super::survey::Survey;
 use crate::error::{Error, Kind, Result};
 use crate::platform::SnapshotRequest;
-use crate::vm::PointId;
-
-/// How often free space is looked at: a disk written at 1 GB/s fills the reserve in a second.
-const POLL: Duration = Duration::from_millis(250);
 
 /// Space that must stay free: a tenth of the file system, within these bounds.
 const RESERVE_BYTES_MIN: u64 = 1 << 20;
@@ -76,9 +63,15 @@ impl Space {
         })
     }
 
+    /// What may be used before the reserve is touched; none when it is.
+    pub(super) fn usable_bytes(self) -> Option<u64> {
+        let reserve = (self.size_bytes / 10).clamp(RESERVE_BYTES_MIN, RESERVE_BYTES_MAX);
+        self.free_bytes.checked_sub(reserve)
+    }
+
     /// Whether the reserve is touched.
     pub(super) fn is_low(self) -> bool {
-        self.free_bytes < (self.size_bytes / 10).clamp(RESERVE_BYTES_MIN, RESERVE_BYTES_MAX)
+        self.usable_bytes().is_none()
     }
 }
 
@@ -96,76 +89,4 @@ pub(super) fn no_room(directory: &Path) -> Error {
 pub(super) fn is_remote(directory: &Path) -> bool {
     const REMOTE: [i64; 4] = [0x6969, 0xfe53_4d42, 0xff53_4d42, 0x00c3_6400];
     rustix::fs::statfs(directory).is_ok_and(|stat| REMOTE.contains(&stat.f_type))
-}
-
-/// Looks after a job until dropped.
-pub(super) struct Watch {
-    lost: Arc<Mutex<Option<Error>>>,
-    task: tokio::task::JoinHandle<()>,
-}
-
-impl Drop for Watch {
-    fn drop(&mut self) {
-        self.task.abort();
-    }
-}
-
-impl Watch {
-    /// Watches the job of `point`; `local_scratch` is the directory when it is on this machine.
-    pub(super) fn start(
-        domain: DomainHandle,
-        events: Events,
-        point: PointId,
-        local_scratch: Option<PathBuf>,
-    ) -> Self {
-        let lost = Arc::new(Mutex::new(None));
-        let task = tokio::spawn(watch(domain, events, point, local_scratch, Arc::clone(&lost)));
-        Self { lost, task }
-    }
-
-    /// Why the job was lost, if it was; said once.
-    pub(super) fn take_lost(&self) -> Option<Error> {
-        self.lost.lock().unwrap_or_else(PoisonError::into_inner).take()
-    }
-}
-
-async fn watch(
-    domain: DomainHandle,
-    mut events: Events,
-    point: PointId,
-    local_scratch: Option<PathBuf>,
-    lost: Arc<Mutex<Option<Error>>>,
-) {
-    let mut tick = tokio::time::interval(POLL);
-    let error = loop {
-        tokio::select! {
-            event = events.receiver.recv() => match event {
-                None => return,
-                Some(DomainEvent::JobCompleted(status)) => {
-                    // It may be the end of a job before ours.
-                    let ours = job::active(&domain).await;
-                    if !matches!(&ours, Ok(Some(active)) if active.point == Some(point)) {
-                        break ended(&domain, status.error);
-                    }
-                }
-            },
-            _ = tick.tick() => if let Some(directory) = &local_scratch
-                && Space::of(directory).is_ok_and(Space::is_low)
-            {
-                if let Err(error) = job::end(&domain).await {
-                    tracing::error!(?error, "scratch is almost full and the job does not end");
-                }
-                break no_room(directory);
-            },
-        }
-    };
-    *lost.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
-}
-
-/// The error of a job that ended before we ended it.
-pub(super) fn ended(domain: &DomainHandle, reason: Option<String>) -> Error {
-    let name = &domain.name;
-    let why = reason.unwrap_or_else(|| "the domain stopped, or somebody ended the job".into());
-    Error::new(Kind::SnapshotLost, format!("the backup job of domain '{name}' ended early: {why}"))
-        .hint("nothing of it is kept; start the backup again")
 }

@@ -19,7 +19,7 @@ use super::lock::{DomainLock, Record};
 use super::open::drop_stale;
 use super::quiesce::Frost;
 use super::reach::Reach;
-use super::scratch::{Watch, ended};
+use super::watch::{Watch, ended};
 use crate::block::BlockSource;
 use crate::clock::Timestamp;
 use crate::error::{Error, Kind, Result};
@@ -82,6 +82,15 @@ impl RunningSnapshot {
         if all { Ok(()) } else { Err(ended(&self.domain, None)) }
     }
 
+    /// `Ok` if the job was whole a moment ago.
+    async fn check_whole(&self) -> Result<()> {
+        // A job that is being ended is gone in QEMU before libvirt has noticed, and disk by disk:
+        // what passes twice, with the time of that notice in between, was whole at the first.
+        self.check_active().await?;
+        tokio::time::sleep(SETTLE).await;
+        self.check_active().await
+    }
+
     /// Takes the record back, unless the guest may still be frozen: then the next run thaws.
     async fn clear_record(&mut self) -> Result<()> {
         if !self.frost.is_there().await {
@@ -97,6 +106,7 @@ impl RunningSnapshot {
         // From here on the end of the job is our own doing.
         self.watch = None;
         self.reach = None;
+        self.domain = self.domain.revived().await?;
         job::end(&self.domain).await?;
         if self.domain.host.is_local() {
             if let Server::Unix(socket) = &self.server {
@@ -168,14 +178,13 @@ impl VmSnapshot for RunningSnapshot {
     }
 
     async fn still_valid(&mut self) -> Result<()> {
-        if let Some(error) = self.watch.as_ref().and_then(Watch::take_lost) {
-            return Err(error);
+        self.domain = self.domain.revived().await?;
+        let active = self.check_whole().await;
+        // The watch says why before it ends a job: what it says is there when the job is not.
+        match self.watch.as_ref().and_then(Watch::take_lost) {
+            Some(lost) => Err(lost),
+            None => active,
         }
-        // A job that is being ended is gone in QEMU before libvirt has noticed, and disk by disk:
-        // what passes twice, with the time of that notice in between, was whole at the first.
-        self.check_active().await?;
-        tokio::time::sleep(SETTLE).await;
-        self.check_active().await
     }
 
     async fn commit(mut self: Box<Self>) -> Result<()> {

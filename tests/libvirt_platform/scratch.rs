@@ -1,0 +1,178 @@
+//! Scratch that runs short, and a watch that loses sight: the guest comes first.
+
+use std::io::Read;
+use std::net::Shutdown;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use vmbackup::control::Control;
+use vmbackup::error::{Error, Kind};
+use vmbackup::platform::libvirt::Libvirt;
+use vmbackup::platform::{Platform, Quiesce, VmSnapshot};
+
+use crate::bare::{Bare, known, point, qcow2, request, take};
+use crate::quiesce::options;
+use crate::support::{DiskFormat, Domain, DomainSpec, Outcome, TestEnv};
+
+/// A small file system, unmounted with its guard.
+struct Small<'env> {
+    env: &'env TestEnv,
+    path: PathBuf,
+}
+
+impl<'env> Small<'env> {
+    fn mount(env: &'env TestEnv) -> Self {
+        let path = env.path("small");
+        std::fs::create_dir(&path).expect("own directory");
+        let small = Self { env, path };
+        let mount = ["-t", "tmpfs", "-o", "size=48m,mode=777", "vmbtest"];
+        Outcome::of(env.command("mount").args(mount).arg(&small.path)).ok();
+        small
+    }
+
+    fn files(&self) -> Vec<PathBuf> {
+        let entries = std::fs::read_dir(&self.path).expect("mounted");
+        entries.map(|entry| entry.expect("readable").path()).collect()
+    }
+}
+
+impl Drop for Small<'_> {
+    fn drop(&mut self) {
+        Outcome::of(self.env.command("umount").arg("-l").arg(&self.path));
+    }
+}
+
+/// Waits until the snapshot says that it was lost.
+async fn loss(snapshot: &mut dyn VmSnapshot) -> Error {
+    for _ in 0..100 {
+        if let Err(error) = snapshot.still_valid().await {
+            return error;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    panic!("the snapshot was not given up");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_fills_scratch_writes_on_and_the_backup_is_given_up() {
+    let env = TestEnv::new();
+    // Before the domain starts: its QEMU lives in a mount namespace of its own.
+    let small = Small::mount(&env);
+    let (domain, mut guest) = Domain::boot(&env, &DomainSpec::with_disks(&[DiskFormat::Qcow2]));
+    guest.run("dd if=/dev/zero of=/dev/vda bs=1M count=64 conv=notrunc,fsync 2>/dev/null");
+    let platform = Libvirt::open(options(&env, &domain)).await.expect("connects");
+    let mut wanted = request(1);
+    wanted.quiesce = Quiesce::Never;
+    wanted.scratch_dir = Some(small.path.clone());
+    let mut snapshot = platform.open_snapshot(&wanted, &Control::new()).await.expect("opens");
+    assert_eq!(small.files().len(), 1);
+    // Nobody reads; the guest overwrites more than fits. Fails if one of its writes fails.
+    guest.run("dd if=/dev/zero of=/dev/vda bs=1M count=64 conv=notrunc,fsync 2>/dev/null");
+    let error = loss(&mut *snapshot).await;
+    assert_eq!(error.kind(), Kind::NoSpace, "{error:?}");
+    assert!(error.to_string().contains("the guest comes first"), "{error}");
+    assert_eq!(domain.state(), "running");
+    assert!(!domain.has_backup_job());
+    snapshot.abort().await.expect("aborts");
+    assert_eq!(small.files(), Vec::<PathBuf>::new());
+    assert_eq!(domain.checkpoints(), Vec::<String>::new());
+    guest.run("rnd vda 100 100");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn scratch_that_cannot_be_looked_at_gives_the_backup_up() {
+    let env = TestEnv::new();
+    let scratch = env.path("scratch");
+    std::fs::create_dir(&scratch).expect("own directory");
+    Outcome::of(env.command("chmod").arg("777").arg(&scratch)).ok();
+    let bare = Bare::start(&env, &qcow2(&env, 'a', "8M"));
+    let mut wanted = request(1);
+    wanted.scratch_dir = Some(scratch.clone());
+    let platform = bare.platform().await;
+    let mut snapshot = platform.open_snapshot(&wanted, &Control::new()).await.expect("opens");
+    std::fs::rename(&scratch, env.path("moved")).expect("own directory");
+    let error = loss(&mut *snapshot).await;
+    let text = format!("{error:?}");
+    assert!(text.contains("space for scratch is not known"), "{text}");
+    snapshot.abort().await.expect("aborts");
+    assert_eq!(bare.bitmaps(), Vec::<String>::new());
+}
+
+/// A way to the daemon that can be cut, as a restart of the daemon cuts it.
+#[derive(Clone)]
+struct Proxy {
+    path: PathBuf,
+    open: Arc<Mutex<Vec<UnixStream>>>,
+}
+
+impl Proxy {
+    fn start(env: &TestEnv) -> Self {
+        let proxy = Self { path: env.path("libvirt.sock"), open: Arc::default() };
+        let listener = UnixListener::bind(&proxy.path).expect("own directory");
+        let open = Arc::clone(&proxy.open);
+        // Ends with the test's process.
+        std::thread::spawn(move || {
+            for client in listener.incoming().map_while(Result::ok) {
+                let daemon = UnixStream::connect("/run/libvirt/libvirt-sock").expect("libvirtd");
+                let clone = |stream: &UnixStream| stream.try_clone().expect("own socket");
+                open.lock().expect("whole").extend([clone(&client), clone(&daemon)]);
+                let pairs = [(clone(&client), clone(&daemon)), (daemon, client)];
+                for (mut from, mut to) in pairs {
+                    std::thread::spawn(move || {
+                        let _ = std::io::copy(&mut from.by_ref(), &mut to);
+                        let _ = to.shutdown(Shutdown::Both);
+                    });
+                }
+            }
+        });
+        proxy
+    }
+
+    fn cut(&self) {
+        for stream in self.open.lock().expect("whole").drain(..) {
+            let _ = stream.shutdown(Shutdown::Both);
+        }
+    }
+
+    fn uri(&self) -> String {
+        format!("qemu+unix:///system?socket={}", self.path.display())
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cut_connection_is_replaced_and_the_point_is_whole() {
+    let env = TestEnv::new();
+    let bare = Bare::start(&env, &qcow2(&env, 'a', "8M"));
+    bare.io(0, "write -P 1 0 8M");
+    let proxy = Proxy::start(&env);
+    let mut options = bare.options();
+    options.uri = Some(proxy.uri());
+    let platform = Libvirt::open(options).await.expect("connects");
+    let mut snapshot = platform.open_snapshot(&request(1), &Control::new()).await.expect("opens");
+    proxy.cut();
+    bare.io(0, "write -P 2 0 8M");
+    let taken = take(&mut *snapshot).await;
+    assert!(taken[0].bytes.iter().all(|byte| *byte == 1));
+    snapshot.still_valid().await.expect("the job is still there");
+    drop(known(point(1), &*snapshot));
+    snapshot.commit().await.expect("commits");
+    assert_eq!(bare.bitmaps(), [bare.checkpoint(point(1))]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_that_ends_while_the_connection_is_cut_is_noticed() {
+    let env = TestEnv::new();
+    let bare = Bare::start(&env, &qcow2(&env, 'a', "8M"));
+    let proxy = Proxy::start(&env);
+    let mut options = bare.options();
+    options.uri = Some(proxy.uri());
+    let platform = Libvirt::open(options).await.expect("connects");
+    let mut snapshot = platform.open_snapshot(&request(1), &Control::new()).await.expect("opens");
+    proxy.cut();
+    bare.virsh(&["domjobabort", &bare.name]).ok();
+    assert_eq!(loss(&mut *snapshot).await.kind(), Kind::SnapshotLost);
+    snapshot.abort().await.expect("aborts");
+    assert_eq!(bare.bitmaps(), Vec::<String>::new());
+}
