@@ -2,8 +2,11 @@
 //!
 //! Trees are walked from the manifests down; a node whose bit is set is not walked again, so the
 //! work follows the distinct nodes, not the points. Chunk ids are gathered in batches, sorted, and
-//! joined with the index segment by segment: each block is read once per batch. Memory: a bit per
-//! entry, the batch, a few bytes per pack.
+//! joined with the index segment by segment: each block is read once per batch.
+//!
+//! Memory: a bit per index entry (25 MB for 50 TiB of chunks of 256 KiB), the batch with its places
+//! (72 MiB), some 100 bytes per pack of 64 MiB (here and in the collector's own lists) and 20 per
+//! point. Of a tree no more than 16 nodes and their children per level are open.
 //!
 //! Of several copies of a blob exactly one is marked: one in a pack that is not condemned if there
 //! is one. A blob that no pack has stops the marking: what the points need is not known then, and

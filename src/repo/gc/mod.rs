@@ -153,6 +153,7 @@ impl Collector<'_> {
         self.control.set_phase("marking what the points need");
         self.mark(&mut state, &names).await?;
         state.report.points = names.len();
+        drop(names);
         state.report.forgotten = self.drop_forgotten(&tombstones).await?;
 
         let oldest = survey.live().map(|run| run.started).min();

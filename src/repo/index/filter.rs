@@ -23,25 +23,22 @@ impl Filter {
 
     /// Adds `id`.
     pub fn insert(&mut self, id: &BlobId) {
-        for bit in self.probes(id) {
-            self.words[bit / 64] |= 1 << (bit % 64);
+        for bit in probes(id, self.bits()) {
+            let (word, bit) = place(bit);
+            self.words[word] |= bit;
         }
     }
 
     /// Whether `id` may be in the set.
     pub fn may_contain(&self, id: &BlobId) -> bool {
-        self.probes(id).all(|bit| self.words[bit / 64] >> (bit % 64) & 1 == 1)
+        probes(id, self.bits()).all(|bit| {
+            let (word, bit) = place(bit);
+            self.words[word] & bit != 0
+        })
     }
 
-    /// Ids are keyed hashes, so two of their words serve for double hashing as they are.
-    fn probes(&self, id: &BlobId) -> impl Iterator<Item = usize> + use<> {
-        let word = |at: usize| u64::from_le_bytes(id.0[at..at + 8].try_into().expect("8 bytes"));
-        let (first, step) = (word(8), word(16) | 1);
-        let bits = self.words.len() as u64 * 64;
-        (0..PROBES).map(move |n| {
-            let hash = first.wrapping_add(n.wrapping_mul(step));
-            usize::try_from(hash % bits).expect("a filter fits memory")
-        })
+    fn bits(&self) -> u64 {
+        self.words.len() as u64 * 64
     }
 
     /// Stored form: the words, little-endian.
@@ -60,6 +57,19 @@ impl Filter {
     pub fn bytes(&self) -> usize {
         self.words.len() * 8
     }
+}
+
+/// The bits of `id` in a filter of so many. Ids are keyed hashes, so two of their words serve for
+/// double hashing as they are.
+pub(super) fn probes(id: &BlobId, bits: u64) -> impl Iterator<Item = u64> + use<> {
+    let word = |at: usize| u64::from_le_bytes(id.0[at..at + 8].try_into().expect("8 bytes"));
+    let (first, step) = (word(8), word(16) | 1);
+    (0..PROBES).map(move |n| first.wrapping_add(n.wrapping_mul(step)) % bits)
+}
+
+/// Number and mask of a bit's word.
+fn place(bit: u64) -> (usize, u64) {
+    (usize::try_from(bit / 64).expect("a filter fits memory"), 1 << (bit % 64))
 }
 
 #[cfg(test)]

@@ -1,8 +1,9 @@
 //! The index: where each blob lies, without ever holding all of it.
 //!
 //! It is a set of immutable sorted [`segment`]s in the store, one or more per run, merged as they
-//! pile up. In memory are only their directories (a filter of ten bits and an eighth of a byte of
-//! first id per entry) and a bounded cache of blocks. A look-up for a new chunk ends at the filters;
+//! pile up. In memory are only their directories (an eighth of a byte of first id per entry), their
+//! filters (ten bits per entry, past a bound in a file: [`filter_space`]) and a bounded cache of blocks.
+//! A look-up for a new chunk ends at the filters;
 //! one for a known chunk reads one block of 13 KiB, usually cached.
 //!
 //! The set is a snapshot: [`Index::refresh`] takes in what other writers and the collector did. A
@@ -10,6 +11,7 @@
 //! `check --rebuild-index` puts back what it knew, and until then the collector deletes nothing.
 
 pub mod filter;
+pub mod filter_space;
 pub mod merge;
 pub mod segment;
 mod tier;
@@ -17,6 +19,7 @@ mod tier;
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
+use filter_space::{FILTER_BYTES_MAX, FilterSpace};
 pub use segment::{IndexEntry, Location, PackRef, Segment, SegmentWriter};
 
 use super::seal::{BlobId, Keys, random};
@@ -54,11 +57,21 @@ pub struct Index {
     /// Segments that are still stored but replaced by others.
     superseded: Mutex<Vec<SegmentId>>,
     blocks: Mutex<BlockCache>,
+    filters: Arc<FilterSpace>,
 }
 
 impl Index {
     /// Opens every segment of the store.
     pub async fn open(store: Arc<dyn ObjectStore>, keys: Arc<Keys>) -> Result<Self> {
+        Self::open_within(store, keys, FILTER_BYTES_MAX).await
+    }
+
+    /// The same with another bound for the filters in memory.
+    async fn open_within(
+        store: Arc<dyn ObjectStore>,
+        keys: Arc<Keys>,
+        filter_bytes_max: usize,
+    ) -> Result<Self> {
         let index = Self {
             store,
             keys,
@@ -66,6 +79,7 @@ impl Index {
             damaged: Mutex::default(),
             superseded: Mutex::default(),
             blocks: Mutex::default(),
+            filters: Arc::new(FilterSpace::new(filter_bytes_max)),
         };
         index.refresh().await?;
         Ok(index)
@@ -102,7 +116,7 @@ impl Index {
         for id in listed.iter().copied() {
             match known.get(&id) {
                 Some(segment) => segments.push(Arc::clone(segment)),
-                None => match Segment::open(&*self.store, &self.keys, id).await {
+                None => match Segment::open(&*self.store, &self.keys, &self.filters, id).await {
                     Ok(segment) => segments.push(Arc::new(segment)),
                     // Merged away between the listing and now: what superseded it was listed too,
                     // or will be by the next refresh.
@@ -210,7 +224,7 @@ impl Index {
             writer.push(entry).await?;
         }
         writer.finish(&[]).await?;
-        let segment = Arc::new(Segment::open(&*self.store, &self.keys, id).await?);
+        let segment = Arc::new(Segment::open(&*self.store, &self.keys, &self.filters, id).await?);
         let mut segments = self.segments.write().unwrap_or_else(PoisonError::into_inner);
         let mut list = segments.as_ref().clone();
         list.push(Arc::clone(&segment));

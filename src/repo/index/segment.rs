@@ -20,7 +20,8 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::filter::Filter;
-use crate::error::Result;
+use super::filter_space::{FilterSpace, PlacedFilter};
+use crate::error::{Error, Kind, Result};
 use crate::repo::pack::Encoding;
 use crate::repo::seal::{
     BlobId, HEADER_BYTES, Keys, ObjectType, Opener, SealError, Sealer, TAG_BYTES,
@@ -189,7 +190,8 @@ impl SegmentWriter {
     }
 }
 
-/// A segment opened for look-ups: its directory is in memory, its blocks are read as needed.
+/// A segment opened for look-ups: its directory is in memory (its filter as far as there is room), its
+/// blocks are read as needed.
 #[derive(Debug)]
 pub struct Segment {
     /// Its id.
@@ -200,13 +202,18 @@ pub struct Segment {
     entries: u64,
     packs: Vec<Arc<PackRef>>,
     firsts: Vec<BlobId>,
-    filter: Filter,
+    filter: PlacedFilter,
     opener: Opener,
 }
 
 impl Segment {
     /// Reads the directory of segment `id`.
-    pub async fn open(store: &dyn ObjectStore, keys: &Keys, id: [u8; 16]) -> Result<Self> {
+    pub async fn open(
+        store: &dyn ObjectStore,
+        keys: &Keys,
+        space: &Arc<FilterSpace>,
+        id: [u8; 16],
+    ) -> Result<Self> {
         let name = segment_name(&id);
         let corrupt = |what| SealError::Corrupt { name: name.clone(), what };
         let header = store.read(&name, ReadRange::Exact { offset: 0, len: HEADER_BYTES as u64 });
@@ -226,6 +233,11 @@ impl Segment {
         let parsed = Directory::parse(&directory);
         let parsed = parsed.ok_or_else(|| corrupt("its directory is malformed"))?;
         let Directory { entries, packs, supersedes, firsts, filter } = parsed;
+        drop(directory);
+        let space = Arc::clone(space);
+        let filter = tokio::task::spawn_blocking(move || space.place(filter)).await;
+        let filter =
+            filter.map_err(|e| Error::new(Kind::Internal, "placing a filter died").source(e))?;
         Ok(Self { id, supersedes, name, entries, packs, firsts, filter, opener })
     }
 

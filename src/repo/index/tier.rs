@@ -65,7 +65,7 @@ impl Index {
         let count = chosen.iter().map(|at| entries[*at]).sum();
         let writer = SegmentWriter::create(&*self.store, &self.keys, &id, count).await?;
         merge_into(writer, &*self.store, &sources).await?;
-        let merged = Arc::new(Segment::open(&*self.store, &self.keys, id).await?);
+        let merged = Arc::new(Segment::open(&*self.store, &self.keys, &self.filters, id).await?);
         let replaced: HashSet<_> = sources.iter().map(|segment| segment.id).collect();
         let mut segments = self.segments.write().unwrap_or_else(PoisonError::into_inner);
         let mut list = segments.as_ref().clone();
@@ -214,8 +214,11 @@ mod tests {
                 let merged = index.merge_tier(&accept).await.unwrap();
                 prop_assert_eq!(merged, expected >= FAN_IN);
                 let after = if merged { before.len() - expected + 1 } else { before.len() };
-                let reopened = Index::open(store, keys).await.unwrap();
-                for index in [&index, &reopened] {
+                let reopened = Index::open(Arc::clone(&store), Arc::clone(&keys)).await.unwrap();
+                // Filters of which none fits memory.
+                let spilled = Index::open_within(store, keys, 0).await.unwrap();
+                prop_assert_eq!(spilled.filters.used_bytes(), 0);
+                for index in [&index, &reopened, &spilled] {
                     prop_assert_eq!(index.segments().len(), after);
                     for id in 0..3000 {
                         for pack in 0..6_u8 {
