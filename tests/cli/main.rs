@@ -12,4 +12,5 @@ mod errors;
 mod fixture;
 mod help;
 mod journey;
+mod memory;
 mod repository;

@@ -24,10 +24,15 @@ pub(crate) struct TestEnv {
 impl TestEnv {
     /// A new, empty environment.
     pub(crate) fn new() -> Self {
+        Self::new_in(&std::env::temp_dir())
+    }
+
+    /// A new, empty environment in a directory below `parent`.
+    pub(crate) fn new_in(parent: &Path) -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let mut dir = tempfile::Builder::new()
             .prefix("vmbackup-test-")
-            .tempdir()
+            .tempdir_in(parent)
             .expect("a temporary directory can be made");
         if std::env::var_os("VMBACKUP_TEST_KEEP").is_some() {
             dir.disable_cleanup(true);

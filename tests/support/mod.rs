@@ -12,11 +12,13 @@
 mod domain;
 mod env;
 mod guest;
+mod memory;
 mod outcome;
 mod tools;
 
 pub(crate) use domain::{DiskFormat, DiskSpec, Domain, DomainSpec};
 pub(crate) use env::TestEnv;
 pub(crate) use guest::{Guest, GuestFiles};
+pub(crate) use memory::with_peak_mib;
 pub(crate) use outcome::Outcome;
 pub(crate) use tools::{NbdServer, Process, assert_same_content, wait_for, wait_until};
