@@ -50,7 +50,17 @@ pub(crate) fn snapshot(args: SnapshotArgs) -> Result<SnapshotOptions> {
 
 /// Where a restore goes.
 pub(crate) fn restore(args: RestoreArgs) -> Result<(RepositoryArgs, restore::Request)> {
-    let define = args.define.then(|| Define {
+    if let Some(name) = args.as_name.as_deref().filter(|name| {
+        // It becomes part of file names; libvirt itself refuses the slash.
+        name.is_empty() || name.starts_with('.') || name.contains('/')
+    }) {
+        return Err(Error::new(
+            Kind::Usage,
+            format!("--as: '{name}' cannot be the name of a domain"),
+        )
+        .hint("choose a name without '/' that does not begin with a dot"));
+    }
+    let define = (args.define || args.as_name.is_some()).then(|| Define {
         uri: libvirt_uri(&args.connect),
         as_name: args.as_name,
         power: if args.start { Power::On } else { Power::Off },

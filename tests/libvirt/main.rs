@@ -10,6 +10,7 @@ mod frozen;
 mod lifecycle;
 mod online;
 mod refusals;
+mod restore;
 mod rig;
 mod space;
 mod stopped;

@@ -49,6 +49,8 @@ pub(crate) struct DomainSpec {
     pub(crate) disks: Vec<DiskSpec>,
     /// Whether it has UEFI firmware with an NVRAM file.
     pub(crate) uefi: bool,
+    /// Whether it has an emulated TPM.
+    pub(crate) tpm: bool,
     /// Distinguishes several domains of one test; part of name and file names.
     pub(crate) suffix: &'static str,
 }
@@ -57,7 +59,7 @@ impl DomainSpec {
     /// A domain with BIOS firmware and disks of the given formats, 64 MiB each.
     pub(crate) fn with_disks(formats: &[DiskFormat]) -> Self {
         let disks = formats.iter().map(|&format| DiskSpec { format, size_mib: 64 }).collect();
-        Self { disks, uefi: false, suffix: "" }
+        Self { disks, uefi: false, tpm: false, suffix: "" }
     }
 }
 
@@ -255,7 +257,12 @@ impl<'env> Domain<'env> {
              <serial type='unix'><source mode='bind' path='{control}'/></serial>\
              <channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>\
              <interface type='user'><model type='virtio'/></interface>\
-             <memballoon model='none'/></devices></domain>",
+             {tpm}<memballoon model='none'/></devices></domain>",
+            tpm = if spec.tpm {
+                "<tpm model='tpm-crb'><backend type='emulator' version='2.0'/></tpm>"
+            } else {
+                ""
+            },
             name = self.name,
             kernel = guest.kernel.display(),
             initrd = guest.initrd.display(),

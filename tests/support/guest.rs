@@ -47,7 +47,7 @@ impl Guest {
         let stream = wait_for("the guest's serial port", 20, || UnixStream::connect(socket).ok());
         stream.set_read_timeout(Some(Duration::from_secs(1))).expect("own socket");
         let mut guest = Self { stream: BufReader::new(stream), last_id: 0 };
-        let deadline = Instant::now() + Duration::from_secs(60);
+        let deadline = Instant::now() + Duration::from_secs(180);
         // A guest that was up before we connected has said `@ready` to nobody: ask again.
         loop {
             guest.send("hello -");
@@ -57,7 +57,7 @@ impl Guest {
                     return guest;
                 }
             }
-            assert!(Instant::now() < deadline, "the guest is not up after 60 s");
+            assert!(Instant::now() < deadline, "the guest is not up after 180 s");
         }
     }
 

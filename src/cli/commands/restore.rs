@@ -18,7 +18,8 @@ use crate::units::ByteSize;
 /// Images are written under a temporary name and take their own name when they are complete and
 /// durable. A running domain's disks are never overwritten.
 #[derive(clap::Args, Debug)]
-#[group(id = "target", required = true, multiple = true, args = ["to", "to_device", "define"])]
+#[group(id = "target", required = true, multiple = true, args = ["to", "to_device", "define", "as_name"])]
+#[group(id = "defining", multiple = true, args = ["define", "as_name"])]
 pub(crate) struct Args {
     /// The point: digits of its id, VM@latest, or VM@TIME
     #[arg(value_name = "POINT")]
@@ -33,16 +34,20 @@ pub(crate) struct Args {
     #[arg(long, value_name = "DISK")]
     pub(crate) disk: Vec<String>,
     /// Write a disk to a block device, all of it, zeroes included; may be given more than once
-    #[arg(long, value_name = "DISK=DEVICE", conflicts_with = "define")]
+    #[arg(long, value_name = "DISK=DEVICE")]
     pub(crate) to_device: Vec<String>,
     /// Define the domain in libvirt, under its own name, UUID and MAC addresses
+    ///
+    /// Without --to its images go where they were.
     #[arg(long)]
     pub(crate) define: bool,
     /// Start the domain once it is defined
-    #[arg(long, requires = "define")]
+    #[arg(long, requires = "defining")]
     pub(crate) start: bool,
     /// Define it as a new domain of this name: new UUID, MAC addresses, disk and NVRAM paths
-    #[arg(long = "as", value_name = "NAME", requires = "define")]
+    ///
+    /// Without --to its images go beside the original's, as NAME-DISK.FORMAT.
+    #[arg(long = "as", value_name = "NAME")]
     pub(crate) as_name: Option<String>,
     /// Replace images and domain definitions that exist, once the new are complete
     #[arg(long)]

@@ -56,7 +56,13 @@ pub(super) fn check_free(manifest: &Manifest, request: &Request) -> Result<()> {
     Ok(())
 }
 
-fn write_file(directory: &Path, path: &Path, bytes: &[u8], existing: Existing) -> Result<()> {
+/// Writes a file whole and durable, readable by its owner only.
+pub(super) fn write_file(
+    directory: &Path,
+    path: &Path,
+    bytes: &[u8],
+    existing: Existing,
+) -> Result<()> {
     let fail = |e| Error::io(format!("cannot write {}", path.display()), e);
     let mut file = tempfile::Builder::new()
         .permissions(std::fs::Permissions::from_mode(0o600))
@@ -75,7 +81,8 @@ fn write_file(directory: &Path, path: &Path, bytes: &[u8], existing: Existing) -
     std::fs::File::open(directory).and_then(|d| d.sync_all()).map_err(fail)
 }
 
-fn exists(path: &Path) -> Error {
+/// The error about a file that is in the way.
+pub(super) fn exists(path: &Path) -> Error {
     Error::new(Kind::AlreadyExists, format!("{} exists", path.display()))
         .hint("choose another directory, or --force to replace it")
 }

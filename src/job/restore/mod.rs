@@ -10,6 +10,11 @@
 //! in place, all of it, zeroes included: what a discarded block reads as is the device's whim.
 
 mod artifacts;
+#[cfg(feature = "libvirt")]
+mod domain;
+#[cfg(not(feature = "libvirt"))]
+#[path = "no_domain.rs"]
+mod domain;
 mod target;
 
 use std::path::PathBuf;
@@ -21,7 +26,7 @@ use super::{Repository, Surroundings, points};
 use crate::block::BlockSource;
 use crate::block::file::Existing;
 use crate::copy;
-use crate::error::{Error, Kind, Result};
+use crate::error::Result;
 use crate::repo::{Manifest, ManifestDisk};
 use crate::vm::{PointId, Uuid, VmIdentity};
 
@@ -123,30 +128,46 @@ pub async fn run(
 ) -> Result<Report> {
     let (env, _) = surroundings;
     let started = env.clock.now();
-    if request.define.is_some() {
-        return Err(Error::new(Kind::Unsupported, "this program does not define domains yet")
-            .hint("restore the images with --to and define the domain from DIR/domain.xml"));
-    }
     let manifest = points::manifest(repository, &request.point, env).await?;
     let chosen = points::choose_disks(&manifest, &request.disks)?;
     let places = target::places(&chosen, &request)?;
+    target::check_free(&places, request.existing)?;
     artifacts::check_free(&manifest, &request)?;
+    let definition = match &request.define {
+        None => None,
+        Some(define) => {
+            let names = chosen.iter().map(|disk| disk.description.name.clone());
+            let disks: Vec<_> = names.zip(places.iter().cloned()).collect();
+            let asked = (&request, define);
+            Some(domain::prepare(repository, &manifest, &disks, asked).await?)
+        }
+    };
     let made = target::make_directory(request.directory.as_deref())?;
     let result = restore_all(repository, (&manifest, &chosen, &places), &request, surroundings);
-    match result.await {
-        Ok((disks, files)) => Ok(Report {
-            point: manifest.point,
-            vm: manifest.body.vm.clone(),
-            disks,
-            files,
-            domain: None,
-            elapsed_ms: env.elapsed_ms(started),
-        }),
-        Err(error) => {
-            target::remove_directory(made);
-            Err(error)
+    let (disks, mut files) = result.await.inspect_err(|_| target::remove_directory(made))?;
+    let domain = match definition {
+        None => None,
+        Some(definition) => {
+            surroundings.1.set_phase("defining the domain");
+            let (domain, written) = definition.finish().await.map_err(|error| {
+                let paths: Vec<_> = places.iter().map(|p| p.path().display().to_string()).collect();
+                error.context(format!(
+                    "the disks are restored ({}), the domain is not ready",
+                    paths.join(", ")
+                ))
+            })?;
+            files.extend(written);
+            Some(domain)
         }
-    }
+    };
+    Ok(Report {
+        point: manifest.point,
+        vm: manifest.body.vm.clone(),
+        disks,
+        files,
+        domain,
+        elapsed_ms: env.elapsed_ms(started),
+    })
 }
 
 /// Copies all disks, and puts everything in place once all are complete.

@@ -1,9 +1,12 @@
 //! Where restored disks go: which place each gets, whether there is room, the file in the making.
 
+use std::collections::BTreeMap;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::Request;
+use super::artifacts::exists;
+use super::{Define, Request};
 use crate::block::file::{Existing, FileSink};
 use crate::block::{BlockSink, BlockSource, ByteRange, ExtentKind};
 use crate::control::{Control, NoticeLevel};
@@ -84,7 +87,10 @@ pub(super) fn places(disks: &[&ManifestDisk], request: &Request) -> Result<Vec<P
             .hint(format!("disks of this point: {}", names.join(", "))));
     }
     check_devices(&request.devices)?;
-    names.iter().map(|name| place(name, request)).collect()
+    let places: Vec<Place> =
+        disks.iter().map(|disk| place(disk, request)).collect::<Result<_>>()?;
+    check_images(&places)?;
+    Ok(places)
 }
 
 /// Fails when a disk is sent to two devices, or two disks to one, by whatever path: the second
@@ -107,24 +113,81 @@ fn check_devices(devices: &[(String, PathBuf)]) -> Result<()> {
     Ok(())
 }
 
-fn place(name: &str, request: &Request) -> Result<Place> {
+fn place(disk: &ManifestDisk, request: &Request) -> Result<Place> {
+    let name = disk.description.name.as_str();
     if let Some((_, device)) = request.devices.iter().find(|(disk, _)| disk == name) {
         return Ok(Place::Device(device.clone()));
     }
-    let Some(directory) = &request.directory else {
-        let message = format!("it is not said where {name} goes");
+    // A domain gets what it had; what QEMU cannot write in place becomes raw.
+    let had = match (&request.define, disk.description.format.as_str()) {
+        (Some(_), "qcow2") => ImageFormat::Qcow2,
+        _ => ImageFormat::Raw,
+    };
+    let format = request.format.unwrap_or(had);
+    let path = match (&request.directory, &request.define) {
+        (Some(directory), _) => {
+            // Names come from the VM's description, which somebody else may have written.
+            if name.is_empty() || name.starts_with('.') || name.contains('/') {
+                let message = format!("'{name}' cannot be a file name");
+                return Err(Error::new(Kind::Unsupported, message)
+                    .hint("restore this disk with --to-device"));
+            }
+            directory.join(format!("{name}.{}", format.name()))
+        }
+        (None, Some(define)) => where_it_was(disk, define, format)?,
+        (None, None) => {
+            let message = format!("it is not said where {name} goes");
+            return Err(Error::new(Kind::Usage, message).hint(format!(
+                "add --to-device {name}=DEVICE or --to DIR, or leave it out with --disk"
+            )));
+        }
+    };
+    Ok(Place::Image { path, format })
+}
+
+/// The image of a domain to be defined: the file the disk was in, or one beside it for a new
+/// domain.
+fn where_it_was(disk: &ManifestDisk, define: &Define, format: ImageFormat) -> Result<PathBuf> {
+    let (name, origin) = (&disk.description.name, Path::new(&disk.description.origin));
+    let directory = origin.parent().filter(|_| origin.is_absolute() && !origin.starts_with("/dev"));
+    let Some(directory) = directory else {
+        let message = format!("{name} was no image file, but {}", origin.display());
         return Err(Error::new(Kind::Usage, message).hint(format!(
-            "add --to-device {name}=DEVICE or --to DIR, or leave it out with --disk"
+            "say where it goes: --to-device {name}=DEVICE, or --to DIR for all disks"
         )));
     };
-    // Names come from the VM's description, which somebody else may have written.
-    if name.is_empty() || name.starts_with('.') || name.contains('/') {
-        return Err(Error::new(Kind::Unsupported, format!("'{name}' cannot be a file name"))
-            .hint("restore this disk with --to-device"));
+    if !directory.is_dir() {
+        let message = format!("{}, where {name} was, does not exist", directory.display());
+        return Err(Error::new(Kind::NotFound, message)
+            .hint("make it (or mount it), or restore somewhere else with --to DIR"));
     }
-    let format = request.format.unwrap_or(ImageFormat::Raw);
-    let path = directory.join(format!("{name}.{}", format.name()));
-    Ok(Place::Image { path, format })
+    Ok(match &define.as_name {
+        Some(new) => directory.join(format!("{new}-{name}.{}", format.name())),
+        None if disk.description.format == format.name() => origin.to_owned(),
+        // Another format under the old name would lie.
+        None => origin.with_extension(format.name()),
+    })
+}
+
+/// Fails when two images would be one file.
+fn check_images(places: &[Place]) -> Result<()> {
+    for (at, place) in places.iter().enumerate() {
+        if places[..at].iter().any(|other| other.path() == place.path()) {
+            let message = format!("two disks would both go to {}", place.path().display());
+            return Err(Error::new(Kind::Usage, message).hint("restore them with --to DIR"));
+        }
+    }
+    Ok(())
+}
+
+/// Fails when an image to be made is there and must not be replaced. Asked again, race-free, when
+/// each gets its name; here so that nobody learns it after hours of copying.
+pub(super) fn check_free(places: &[Place], existing: Existing) -> Result<()> {
+    let images = places.iter().filter(|place| matches!(place, Place::Image { .. }));
+    match images.map(Place::path).find(|path| path.symlink_metadata().is_ok()) {
+        Some(path) if existing == Existing::Refuse => Err(exists(path)),
+        _ => Ok(()),
+    }
 }
 
 /// Makes the directory if it is missing, but not the one it is in: a mistyped mount point must not
@@ -149,27 +212,30 @@ pub(super) fn remove_directory(made: Option<PathBuf>) {
 /// Fails when the data of the disks will not fit where their images go. Only the free space of
 /// now is known: a target may still fill up while it is written.
 pub(super) async fn check_space(sources: &[Arc<dyn BlockSource>], places: &[Place]) -> Result<()> {
-    let mut needed_bytes = 0_u64;
-    let mut directory = None;
+    let mut needed: BTreeMap<u64, (&Path, u64)> = BTreeMap::new();
     for (source, place) in sources.iter().zip(places) {
-        if let Place::Image { path, .. } = place {
-            needed_bytes = needed_bytes.saturating_add(data_bytes(source.as_ref()).await?);
-            directory = path.parent();
-        }
+        let Place::Image { path, .. } = place else { continue };
+        let directory = path.parent().expect("an image is in a directory");
+        let failed = |e| Error::io(format!("cannot examine {}", directory.display()), e);
+        let file_system = directory.metadata().map_err(failed)?.dev();
+        let bytes = data_bytes(source.as_ref()).await?;
+        let (_, sum) = needed.entry(file_system).or_insert((directory, 0));
+        *sum = sum.saturating_add(bytes);
     }
-    let Some(directory) = directory else { return Ok(()) };
-    let space = rustix::fs::statvfs(directory)
-        .map_err(|e| Error::io(format!("cannot examine {}", directory.display()), e.into()))?;
-    let free_bytes = space.f_bavail.saturating_mul(space.f_frsize);
-    if needed_bytes > free_bytes {
-        let message = format!(
-            "{} has {} free and the disks hold {}",
-            directory.display(),
-            ByteSize(free_bytes),
-            ByteSize(needed_bytes)
-        );
-        return Err(Error::new(Kind::NoSpace, message)
-            .hint("restore to another directory, or single disks with --disk"));
+    for (directory, needed_bytes) in needed.into_values() {
+        let space = rustix::fs::statvfs(directory)
+            .map_err(|e| Error::io(format!("cannot examine {}", directory.display()), e.into()))?;
+        let free_bytes = space.f_bavail.saturating_mul(space.f_frsize);
+        if needed_bytes > free_bytes {
+            let message = format!(
+                "{} has {} free and the disks hold {}",
+                directory.display(),
+                ByteSize(free_bytes),
+                ByteSize(needed_bytes)
+            );
+            return Err(Error::new(Kind::NoSpace, message)
+                .hint("restore to another directory, or single disks with --disk"));
+        }
     }
     Ok(())
 }

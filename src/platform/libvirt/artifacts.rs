@@ -174,7 +174,7 @@ fn read_file(path: &Path) -> Result<Vec<u8>, String> {
 }
 
 /// The regular files of a directory as a POSIX ustar archive, sorted by name.
-fn tar_directory(path: &Path) -> Result<Vec<u8>, String> {
+pub(super) fn tar_directory(path: &Path) -> Result<Vec<u8>, String> {
     let mut names = Vec::new();
     for entry in std::fs::read_dir(path).map_err(|error| error.to_string())? {
         let entry = entry.map_err(|error| error.to_string())?;
@@ -197,6 +197,41 @@ fn tar_directory(path: &Path) -> Result<Vec<u8>, String> {
     }
     tar.resize(tar.len() + 1024, 0);
     Ok(tar)
+}
+
+/// The files of an archive that [`tar_directory`] made, with their names: plain names only, whatever
+/// the archive says.
+pub(super) fn untar(mut archive: &[u8]) -> Result<Vec<(&str, &[u8])>, String> {
+    let mut files = Vec::new();
+    loop {
+        let Some((header, rest)) = archive.split_at_checked(512) else {
+            return Err("it ends before its end mark".to_owned());
+        };
+        if header.iter().all(|byte| *byte == 0) {
+            return Ok(files);
+        }
+        let text = |range: std::ops::Range<usize>| {
+            let field = &header[range];
+            let len = field.iter().position(|byte| *byte == 0).unwrap_or(field.len());
+            std::str::from_utf8(&field[..len]).map_err(|_| "a header is damaged".to_owned())
+        };
+        let name = text(0..100)?;
+        let sizes = u64::from_str_radix(text(124..136)?, 8).ok();
+        let size = sizes.filter(|size| *size <= ARTIFACT_BYTES_MAX);
+        let size = size.and_then(|size| usize::try_from(size).ok());
+        let plain = !name.is_empty() && !name.starts_with('.') && !name.contains('/');
+        let (Some(size), b"ustar", b'0', true) = (size, &header[257..262], header[156], plain)
+        else {
+            return Err(format!("the header of '{name}' is damaged"));
+        };
+        if files.len() >= TPM_FILES_MAX {
+            return Err(format!("it has more than {TPM_FILES_MAX} files"));
+        }
+        let padded = size.next_multiple_of(512);
+        let cut = || format!("file '{name}' is cut short");
+        files.push((name, rest.get(..size).ok_or_else(cut)?));
+        archive = rest.get(padded..).ok_or_else(cut)?;
+    }
 }
 
 /// Header of a regular file, mode 0600, owner 0 (POSIX.1-1988 ustar: fields at 0 name, 100 mode,

@@ -114,8 +114,8 @@ impl Target {
             .await?;
         let domain = defined.map_err(|error| {
             wrap(format!("cannot define domain '{name}'"), error).hint(
-                "the images are restored; 'vmbackup show POINT' gives the description to edit and \
-                 define by hand",
+                "what was restored stays; mend the cause (machine type, network, …) and run it \
+                 again with --force",
             )
         })?;
         if start == Start::No {

@@ -16,12 +16,13 @@
 //! | sockets, log files, fixed ports | kept | own ones |
 //! | runtime leftovers | removed | removed |
 //!
-//! Writing images, NVRAM and TPM state is the job's business; [`Rewritten`] says where they belong.
-//! [`define`] holds the calls that hand the result to libvirt.
+//! Writing images and NVRAM is the job's business; [`Rewritten`] says where they belong. [`tpm`]
+//! unpacks TPM state; [`define`] holds the calls that hand the result to libvirt.
 
 pub mod define;
 mod devices;
 mod disks;
+pub mod tpm;
 
 use std::path::PathBuf;
 

@@ -1,0 +1,285 @@
+//! The domain of a restore: everything that can be known beforehand is, so that a restore of hours
+//! does not end in a refusal.
+//!
+//! ```text
+//!  prepare: description ► places of NVRAM, kernel, TPM ► rewritten XML ► may it be defined?
+//!                                   (images are copied and get their names)
+//!  finish:  write NVRAM, kernel, initrd ► TPM state ► define ► start
+//! ```
+//!
+//! A file that is there already with the right content is not in the way. A kernel or initrd that
+//! differs from the stored one is never replaced, not even with `--force`: other domains may boot
+//! from it. The stored one then gets a name of its own.
+
+use std::path::{Path, PathBuf};
+
+use super::artifacts::{exists, write_file};
+use super::{Define, Domain, Place, Power, Request};
+use crate::block::file::Existing;
+use crate::error::{Error, Kind, Result};
+use crate::job::points;
+use crate::platform::libvirt::restore::define::{self, Start, Target};
+use crate::platform::libvirt::restore::{
+    DiskPlace, Emulator, Identity, RestoredDisk, RewriteOptions, Rewritten, choose, rewrite, tpm,
+};
+use crate::platform::libvirt::xml::Element;
+use crate::repo::{Manifest, Repository};
+use crate::vm::{ArtifactKind, Uuid};
+
+/// A domain that can be defined once its images are in place.
+pub(super) struct Prepared {
+    target: Target,
+    rewritten: Rewritten,
+    files: Vec<NewFile>,
+    tpm_state: Option<Vec<u8>>,
+    existing: Existing,
+    power: Power,
+}
+
+/// A file the domain needs besides its disks.
+struct NewFile {
+    path: PathBuf,
+    bytes: Vec<u8>,
+}
+
+/// Everything but copying: fails for whatever would make the definition fail, as far as it can be
+/// known. Changes nothing.
+pub(super) async fn prepare(
+    repository: &Repository,
+    manifest: &Manifest,
+    disks: &[(String, Place)],
+    (request, define): (&Request, &Define),
+) -> Result<Prepared> {
+    let target = Target::open(Some(&define.uri)).await?;
+    if !target.is_local() {
+        let message = format!("{} is another host: it cannot use images of this one", define.uri);
+        return Err(Error::new(Kind::Unsupported, message)
+            .hint("run vmbackup there, with the repository mounted or copied"));
+    }
+    let mut changes = Vec::new();
+    let mut files = Vec::new();
+    let mut boot = Boot { repository, manifest, request, define, files: &mut files };
+    let nvram = boot.nvram(&mut changes).await?;
+    let kernel = boot.shared(ArtifactKind::Kernel, "kernel").await?;
+    let initrd = boot.shared(ArtifactKind::Initrd, "initrd").await?;
+    let xml = description(repository, manifest).await?;
+    let options = RewriteOptions {
+        identity: match &define.as_name {
+            None => Identity::Original,
+            Some(name) => Identity::New { name: name.clone(), uuid: Uuid::new_v4() },
+        },
+        disks: disks.iter().map(|(name, place)| restored(name, place)).collect::<Result<_>>()?,
+        nvram,
+        kernel,
+        initrd,
+        emulator: emulator(&xml)?,
+    };
+    let mut rewritten = rewrite(&xml, &options)?;
+    rewritten.changes.append(&mut changes);
+    target.check(&rewritten.name, rewritten.uuid, in_the_way(request.existing)).await?;
+    let tpm_state = tpm_state(repository, manifest, request, &mut rewritten).await?;
+    let (existing, power) = (request.existing, define.power);
+    Ok(Prepared { target, rewritten, files, tpm_state, existing, power })
+}
+
+impl Prepared {
+    /// Writes what is left to write, defines the domain and starts it if that was asked for. What
+    /// was written stays when a later step fails: the images are worth more than a clean
+    /// directory. Not cancel-safe.
+    pub(super) async fn finish(self) -> Result<(Domain, Vec<PathBuf>)> {
+        let mut written = Vec::new();
+        for file in &self.files {
+            let directory = file.path.parent().expect("a file is in a directory");
+            write_file(directory, &file.path, &file.bytes, self.existing)?;
+            written.push(file.path.clone());
+        }
+        if let (Some(directory), Some(state)) = (&self.rewritten.tpm_dir, &self.tpm_state) {
+            tpm::put(directory, state)?;
+            written.push(directory.clone());
+        }
+        let start = if self.power == Power::On { Start::Yes } else { Start::No };
+        let existing = in_the_way(self.existing);
+        self.target.define(&self.rewritten, existing, start).await?;
+        let Rewritten { name, uuid, changes, .. } = self.rewritten;
+        Ok((Domain { name, uuid, started: self.power == Power::On, changes }, written))
+    }
+}
+
+fn in_the_way(existing: Existing) -> define::Existing {
+    match existing {
+        Existing::Refuse => define::Existing::Refuse,
+        Existing::Replace => define::Existing::Replace,
+    }
+}
+
+/// The description to begin with.
+async fn description(repository: &Repository, manifest: &Manifest) -> Result<String> {
+    let live = text(repository, manifest, ArtifactKind::DomainXmlLive).await?;
+    let inactive = text(repository, manifest, ArtifactKind::DomainXmlInactive).await?;
+    match (live, inactive) {
+        (Some(live), inactive) => choose(&live, inactive.as_deref()).map(str::to_owned),
+        (None, Some(inactive)) => Ok(inactive),
+        (None, None) => {
+            let message = format!(
+                "point {} of {} holds no domain description: it was taken without libvirt",
+                manifest.point.short(),
+                manifest.body.vm.name
+            );
+            Err(Error::new(Kind::Unsupported, message)
+                .hint("restore the images with --to DIR and define the domain by hand"))
+        }
+    }
+}
+
+async fn text(
+    repository: &Repository,
+    manifest: &Manifest,
+    kind: ArtifactKind,
+) -> Result<Option<String>> {
+    let Some(artifact) = points::artifact(manifest, kind) else { return Ok(None) };
+    let bytes = repository.read_bytes(&artifact.stored).await?;
+    // The text is not quoted: it may hold passwords.
+    let error = Error::new(Kind::Corrupt, "the stored domain description is no text");
+    String::from_utf8(bytes).map(Some).map_err(|_| error)
+}
+
+fn restored(name: &str, place: &Place) -> Result<RestoredDisk> {
+    let path = absolute(place.path())?;
+    let place = match place {
+        Place::Image { format, .. } => DiskPlace::File { path, format: format.name().to_owned() },
+        Place::Device(_) if path.is_file() => DiskPlace::File { path, format: "raw".to_owned() },
+        Place::Device(_) => DiskPlace::Device { path },
+    };
+    Ok(RestoredDisk { name: name.to_owned(), place })
+}
+
+fn absolute(path: &Path) -> Result<PathBuf> {
+    std::path::absolute(path)
+        .map_err(|e| Error::io(format!("cannot make {} absolute", path.display()), e))
+}
+
+/// The emulator that was named, if this host has it.
+fn emulator(xml: &str) -> Result<Emulator> {
+    let root = Element::parse("the captured domain XML", xml)?;
+    let named = root.text_at(&["devices", "emulator"]);
+    Ok(match named {
+        Some(path) if !Path::new(path).exists() => Emulator::HostDefault,
+        _ => Emulator::Keep,
+    })
+}
+
+/// The TPM state, if it is to be restored; what becomes of the TPM otherwise is said.
+async fn tpm_state(
+    repository: &Repository,
+    manifest: &Manifest,
+    request: &Request,
+    rewritten: &mut Rewritten,
+) -> Result<Option<Vec<u8>>> {
+    let Some(directory) = &rewritten.tpm_dir else { return Ok(None) };
+    let Some(artifact) = points::artifact(manifest, ArtifactKind::TpmState) else {
+        let text = format!(
+            "TPM state was not captured: {} must exist, or the TPM begins fresh",
+            directory.display()
+        );
+        rewritten.changes.push(text);
+        return Ok(None);
+    };
+    if request.existing == Existing::Refuse && directory.symlink_metadata().is_ok() {
+        return Err(exists(directory));
+    }
+    repository.read_bytes(&artifact.stored).await.map(Some)
+}
+
+/// Where NVRAM and boot files go.
+struct Boot<'a> {
+    repository: &'a Repository,
+    manifest: &'a Manifest,
+    request: &'a Request,
+    define: &'a Define,
+    files: &'a mut Vec<NewFile>,
+}
+
+impl Boot<'_> {
+    /// The NVRAM: where it was, beside it for a new domain, or in the directory of the request,
+    /// where it is written with everything else.
+    async fn nvram(&mut self, changes: &mut Vec<String>) -> Result<Option<PathBuf>> {
+        let Some((origin, bytes)) = self.stored(ArtifactKind::Nvram).await? else {
+            return Ok(None);
+        };
+        if let Some(directory) = &self.request.directory {
+            return absolute(&directory.join("nvram.fd")).map(Some);
+        }
+        let path = match &self.define.as_name {
+            None => origin,
+            // As libvirt itself would name it.
+            Some(name) => origin.with_file_name(format!("{name}_VARS.fd")),
+        };
+        parent_of("NVRAM", &path)?;
+        if is_same(&path, &bytes)? {
+            return Ok(Some(path));
+        }
+        if path.symlink_metadata().is_ok() {
+            if self.request.existing == Existing::Refuse {
+                return Err(exists(&path));
+            }
+            changes.push(format!("NVRAM {} is replaced", path.display()));
+        }
+        self.files.push(NewFile { path: path.clone(), bytes });
+        Ok(Some(path))
+    }
+
+    /// A file several domains may boot from: used where it is if it is still the same, else written
+    /// under a free name.
+    async fn shared(&mut self, kind: ArtifactKind, name: &str) -> Result<Option<PathBuf>> {
+        let Some((origin, bytes)) = self.stored(kind).await? else { return Ok(None) };
+        if let Some(directory) = &self.request.directory {
+            return absolute(&directory.join(name)).map(Some);
+        }
+        parent_of(name, &origin)?;
+        let mut beside = origin.clone().into_os_string();
+        beside.push(format!("-{}", self.manifest.point.short()));
+        for path in [origin, beside.into()] {
+            if is_same(&path, &bytes)? {
+                return Ok(Some(path));
+            }
+            if path.symlink_metadata().is_err() {
+                self.files.push(NewFile { path: path.clone(), bytes });
+                return Ok(Some(path));
+            }
+        }
+        let message = format!("there is no free name for the {name} of this point");
+        Err(Error::new(Kind::AlreadyExists, message).hint("restore to a directory with --to DIR"))
+    }
+
+    async fn stored(&self, kind: ArtifactKind) -> Result<Option<(PathBuf, Vec<u8>)>> {
+        let Some(artifact) = points::artifact(self.manifest, kind) else { return Ok(None) };
+        let Some(origin) = &artifact.origin else { return Ok(None) };
+        let bytes = self.repository.read_bytes(&artifact.stored).await?;
+        Ok(Some((origin.into(), bytes)))
+    }
+}
+
+/// Fails when there is no place for a file.
+fn parent_of(what: &str, path: &Path) -> Result<()> {
+    if path.parent().is_some_and(|directory| directory.is_absolute() && directory.is_dir()) {
+        return Ok(());
+    }
+    let message = format!("the directory of {what} {} does not exist", path.display());
+    Err(Error::new(Kind::NotFound, message)
+        .hint("make it, or restore everything to a directory with --to DIR"))
+}
+
+/// Whether a file holds just these bytes; not when there is none.
+fn is_same(path: &Path, bytes: &[u8]) -> Result<bool> {
+    match path.metadata() {
+        Ok(data) if data.is_file() && data.len() == bytes.len() as u64 => {
+            let there = std::fs::read(path);
+            let there =
+                there.map_err(|e| Error::io(format!("cannot read {}", path.display()), e))?;
+            Ok(there == bytes)
+        }
+        Ok(_) => Ok(false),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(Error::io(format!("cannot examine {}", path.display()), error)),
+    }
+}

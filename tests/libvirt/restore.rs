@@ -1,0 +1,170 @@
+//! A point as a domain again: the lost VM, and a new one beside the original. Both boot, and their
+//! guests read what was on the disks at the instant.
+
+use std::fs;
+use std::path::Path;
+
+use serde_json::Value;
+
+use crate::rig::{assert_no_trace, prove, take};
+use crate::support::{DiskFormat, Domain, DomainSpec, Guest, TestEnv};
+
+/// What the guest reads on its disks, but for the part it kept writing while the backup ran.
+fn sums(guest: &mut Guest, disks: &[&str]) -> Vec<String> {
+    disks
+        .iter()
+        .map(|disk| {
+            guest.run(&format!("dd if=/dev/{disk} bs=1k skip=61440 2>/dev/null | sha256sum"))
+        })
+        .collect()
+}
+
+fn changes(report: &Value) -> String {
+    let list = report["domain"]["changes"].as_array().expect("changes");
+    list.iter().map(|line| line.as_str().expect("text")).collect::<Vec<_>>().join("\n")
+}
+
+#[test]
+fn the_lost_vm_boots_with_its_own_identity_and_the_data_of_the_instant() {
+    let env = TestEnv::new();
+    env.init_repo();
+    let spec = DomainSpec::with_disks(&[DiskFormat::Qcow2, DiskFormat::Raw]);
+    let (domain, mut guest) = Domain::boot(&env, &spec);
+    guest.run("fill vda 0 8; rnd vda 61440 999; rnd vdb 61500 500");
+    take(&env, &domain, &mut guest, &["full"]);
+    guest.run("pat vda 63000000 7777; zero vdb 61600 64");
+    let before = sums(&mut guest, &["vda", "vdb"]);
+    let taken = take(&env, &domain, &mut guest, &["incremental"]);
+    guest.run("rnd vda 61440 4096; rnd vdb 61440 4096");
+    let (uuid, xml) = (domain.uuid(), domain.dump());
+    let mac = |xml: &str| xml.split_once("<mac address='").expect("a card").1[..17].to_owned();
+    domain.lose();
+
+    let report = env.vmbackup(&["restore", &taken.id, "--define", "--start", "--json"]).json();
+    assert_eq!(report["domain"]["name"], domain.name(), "{report}");
+    assert_eq!(report["domain"]["started"], true, "{report}");
+    assert_eq!((domain.uuid(), mac(&domain.dump())), (uuid, mac(&xml)));
+    let mut guest = domain.guest();
+    assert_eq!(sums(&mut guest, &["vda", "vdb"]), before);
+    assert_eq!(fs::metadata(domain.disk(1)).expect("the raw image").len(), 64 << 20);
+
+    // The images are new ones: their bitmaps are gone, and the next backup says so and is right.
+    guest.run("pat vda 62000000 4000");
+    let next = take(&env, &domain, &mut guest, &["backup"]);
+    assert_eq!((next.mode(0), next.mode(1)), ("full", "full"), "{}", next.report);
+    prove(&env, &next);
+    guest.run("pat vda 62100000 4000");
+    let next = take(&env, &domain, &mut guest, &["incremental"]);
+    assert_eq!(next.mode(0), "incremental", "{}", next.report);
+    prove(&env, &next);
+    assert_no_trace(&domain);
+}
+
+#[test]
+fn a_new_domain_boots_beside_the_running_original() {
+    let env = TestEnv::new();
+    env.init_repo();
+    let (domain, mut guest) = Domain::boot(&env, &DomainSpec::with_disks(&[DiskFormat::Qcow2]));
+    guest.run("fill vda 0 8; rnd vda 61440 999");
+    let before = sums(&mut guest, &["vda"]);
+    let taken = take(&env, &domain, &mut guest, &["full"]);
+    guest.run("rnd vda 61440 2000");
+    let after = sums(&mut guest, &["vda"]);
+
+    let copy = Domain::adopt(&env, &env.name("copy"));
+    let report =
+        env.vmbackup(&["restore", &taken.id, "--as", copy.name(), "--start", "--json"]).json();
+    let listed = changes(&report);
+    for part in ["name: ", "UUID: ", "disk vda: ", "new MAC address"] {
+        assert!(listed.contains(part), "{part} in\n{listed}");
+    }
+    assert_eq!((domain.state(), copy.state()), ("running".into(), "running".into()));
+    assert_ne!(domain.uuid(), copy.uuid());
+    let image = domain.disk(0).with_file_name(format!("{}-vda.qcow2", copy.name()));
+    assert!(image.exists() && copy.dump().contains(&*image.to_string_lossy()));
+    assert_eq!(sums(&mut copy.guest(), &["vda"]), before);
+    assert_eq!(sums(&mut guest, &["vda"]), after, "the original is as it was");
+
+    // The same name again: refused before anything is copied; never while it runs.
+    let again = env.vmbackup(&["restore", &taken.id, "--as", copy.name(), "--force"]).fails();
+    assert_eq!(again.code, Some(5), "{again:?}");
+    assert_eq!(copy.state(), "running");
+}
+
+#[test]
+fn firmware_variables_come_back_and_the_domain_boots() {
+    let env = TestEnv::new();
+    env.init_repo();
+    let spec = DomainSpec { uefi: true, ..DomainSpec::with_disks(&[DiskFormat::Qcow2]) };
+    let (domain, mut guest) = Domain::boot(&env, &spec);
+    guest.run("rnd vda 61440 100");
+    let before = sums(&mut guest, &["vda"]);
+    let nvram = env.path("nvram.fd");
+    let variables = fs::read(&nvram).expect("made at the first start");
+    let taken = take(&env, &domain, &mut guest, &["full"]);
+
+    let copy = Domain::adopt(&env, &env.name("copy"));
+    env.vmbackup(&["restore", &taken.id, "--as", copy.name()]).ok();
+    let copied = env.path(&format!("{}_VARS.fd", copy.name()));
+    assert_eq!(fs::read(&copied).expect("its own NVRAM"), variables);
+    assert!(copy.dump().contains(&*copied.to_string_lossy()));
+
+    domain.lose();
+    let _ = fs::remove_file(&nvram);
+    env.vmbackup(&["restore", &taken.id, "--define"]).ok();
+    assert_eq!(fs::read(&nvram).expect("restored"), variables);
+    let mut guest = domain.start();
+    assert_eq!(sums(&mut guest, &["vda"]), before);
+}
+
+#[test]
+fn a_tpm_keeps_its_state_if_the_repository_has_a_key() {
+    let env = TestEnv::new();
+    let password = env.path("password");
+    fs::write(&password, "correct horse\n").expect("own directory");
+    let key = ["--password-file", &*password.to_string_lossy()];
+    env.vmbackup(&[&["repo", "init"], &key[..]].concat()).ok();
+    let spec = DomainSpec { tpm: true, ..DomainSpec::with_disks(&[DiskFormat::Qcow2]) };
+    let (domain, mut guest) = Domain::boot(&env, &spec);
+    let taken = take(&env, &domain, &mut guest, &[&["full"], &key[..]].concat());
+    let state = |uuid: &str| {
+        let directory = Path::new("/var/lib/libvirt/swtpm").join(uuid).join("tpm2");
+        fs::read(directory.join("tpm2-00.permall")).expect("TPM state")
+    };
+    let original = state(&domain.uuid());
+
+    let copy = Domain::adopt(&env, &env.name("copy"));
+    let restore = ["restore", &taken.id, "--as", copy.name()];
+    env.vmbackup(&[&restore[..], &key[..]].concat()).ok();
+    assert_eq!(state(&copy.uuid()), original);
+    let mut guest = copy.start();
+    guest.run("true");
+
+    // Without a key the state stays out, and the point says so.
+    let open = env.path("open");
+    let open = open.to_string_lossy();
+    env.vmbackup(&["repo", "init", "--no-key", "--repo", &open]).ok();
+    let report =
+        env.vmbackup(&["full", "--domain", domain.name(), "--repo", &open, "--json"]).json();
+    let missing = report["not_captured"].to_string();
+    assert!(missing.contains("TPM") && missing.contains("key"), "{report}");
+}
+
+#[test]
+fn an_existing_domain_is_replaced_only_by_force_and_only_when_stopped() {
+    let env = TestEnv::new();
+    env.init_repo();
+    let (domain, mut guest) = Domain::boot(&env, &DomainSpec::with_disks(&[DiskFormat::Qcow2]));
+    guest.run("rnd vda 61440 100");
+    let before = sums(&mut guest, &["vda"]);
+    let taken = take(&env, &domain, &mut guest, &["full"]);
+    guest.run("rnd vda 61440 1000");
+    domain.shut_down(&mut guest);
+    let image = fs::read(domain.disk(0)).expect("own disk");
+    let refused = env.vmbackup(&["restore", &taken.id, "--define"]).fails();
+    assert_eq!(refused.code, Some(5), "{refused:?}");
+    assert!(fs::read(domain.disk(0)).expect("own disk") == image, "the image was touched");
+    env.vmbackup(&["restore", &taken.id, "--define", "--force"]).ok();
+    let mut guest = domain.start();
+    assert_eq!(sums(&mut guest, &["vda"]), before);
+}
