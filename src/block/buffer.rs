@@ -172,7 +172,7 @@ mod tests {
         drop(budget.take(1 << 20).await);
         assert!(budget.take(4096).await.bytes.capacity() <= 8192);
         drop(budget.take(4 << 20).await);
-        assert_eq!(budget.shared.spare().capacity_bytes, 4096, "more than the budget is not kept");
+        assert!(budget.shared.spare().capacity_bytes <= 1 << 20, "no more than the budget is kept");
     }
 
     #[tokio::test]

@@ -21,6 +21,7 @@ pub mod file;
 pub mod layer;
 pub mod memory;
 pub mod null;
+pub mod overlay;
 mod range;
 
 pub use buffer::{Budget, Buffer};

@@ -10,6 +10,7 @@
 //! one JSON document. Everything that touches the process (environment, terminal, signals, exit
 //! code) is in this folder and nowhere below.
 
+mod activation;
 mod args;
 mod commands;
 mod context;
@@ -63,6 +64,7 @@ enum Command {
     Show(commands::show::Args),
     Restore(commands::restore::Args),
     Verify(commands::verify::Args),
+    Serve(commands::serve::Args),
     Hash(commands::hash::Args),
     Copy(commands::copy::Args),
     Forget(commands::forget::Args),
@@ -83,6 +85,7 @@ impl Command {
             Self::List(args) => commands::list::run(args, context).await,
             Self::Show(args) => commands::show::run(args, context).await,
             Self::Restore(args) => commands::restore::run(args, context).await,
+            Self::Serve(args) => commands::serve::run(args, context).await,
             Self::Verify(args) => commands::verify::run(args, context).await,
             Self::Hash(args) => commands::hash::run(args, context).await,
             Self::Copy(args) => commands::copy::run(args, context).await,

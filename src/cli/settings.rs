@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use super::args::RepositoryArgs;
 use crate::error::{Error, Kind, Result};
 use crate::job::RepositoryChoice;
+use crate::job::serve::Served;
 use crate::job::source::{DiskSpec, ImageSpec};
 
 /// Directories of this user (FHS for root, XDG base directories otherwise). `VMBACKUP_STATE_DIR`,
@@ -131,6 +132,19 @@ pub(crate) fn disk(text: &str) -> Result<DiskSpec> {
         Some((scheme, _)) if scheme.starts_with("nbd") => text.parse().map(DiskSpec::Nbd),
         _ => image(text).map(DiskSpec::Image),
     }
+}
+
+/// What `serve` is to serve: an image or a URI if it looks like one, else a point.
+pub(crate) fn served(text: &str) -> Result<Served> {
+    if let Some(point) = text.strip_prefix("point:") {
+        return Ok(Served::Point(point.to_owned()));
+    }
+    // A path has a slash, or an extension or option that says which format it is; names of points
+    // have neither.
+    if text.contains('/') || image(text).is_ok() {
+        return disk(text).map(Served::Disk);
+    }
+    Ok(Served::Point(text.to_owned()))
 }
 
 /// Formats that may stand before a path, as in `qcow2:disk.img`: those of QEMU's block drivers.
@@ -269,6 +283,18 @@ mod tests {
         assert_eq!(disk(uri).unwrap(), DiskSpec::Nbd(uri.parse().unwrap()));
         assert_eq!(disk("nbds://h/").unwrap_err().kind(), Kind::Unsupported);
         assert!(matches!(disk("nbd.raw").unwrap(), DiskSpec::Image(_)));
+    }
+
+    #[test]
+    fn what_is_served_is_a_point_unless_it_looks_like_an_image() {
+        for text in ["web1@latest", "web1.example.com@latest", "3f9a", "web1.raw@latest"] {
+            assert_eq!(served(text).unwrap(), Served::Point(text.into()));
+        }
+        assert_eq!(served("point:a/b@latest").unwrap(), Served::Point("a/b@latest".into()));
+        for text in ["a.raw", "./3f9a,format=raw", "/dev/vda", "nbd://host/x"] {
+            assert!(matches!(served(text).unwrap(), Served::Disk(_)), "{text}");
+        }
+        assert_eq!(served("./3f9a").unwrap_err().kind(), Kind::Usage, "a format is never guessed");
     }
 
     #[test]

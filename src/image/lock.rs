@@ -54,15 +54,25 @@ impl ImageLock {
 
     /// Locks the image. [`Kind::Busy`] if someone writes it or denies reading it.
     pub fn acquire(path: &Path) -> Result<Self> {
+        let announced = [USED_BASE + CONSISTENT_READ, DENIED_BASE + WRITE, DENIED_BASE + RESIZE];
         let file = open(path)?;
-        // Announce first, then look: whoever does the same at this moment sees us or is seen.
-        for byte in [USED_BASE + CONSISTENT_READ, DENIED_BASE + WRITE, DENIED_BASE + RESIZE] {
-            set(&file, byte).map_err(|e| {
-                Error::io(format!("cannot lock {}", path.display()), e)
-                    .hint("the file system must support locks; start the VM and back it up running")
-            })?;
-        }
+        announce(&file, path, &announced)?;
         refuse_if_used(&file, path)?;
+        Self::locked(file, path)
+    }
+
+    /// Locks the image to write it in place. [`Kind::Busy`] if someone writes it, or relies on its
+    /// not being written.
+    pub fn acquire_to_write(path: &Path) -> Result<Self> {
+        let file = open(path)?;
+        let used = [USED_BASE + CONSISTENT_READ, USED_BASE + WRITE];
+        announce(&file, path, &[used, [DENIED_BASE + WRITE, DENIED_BASE + RESIZE]].concat())?;
+        refuse_if_used(&file, path)?;
+        refuse_if_taken(&file, path, DENIED_BASE + WRITE)?;
+        Self::locked(file, path)
+    }
+
+    fn locked(file: File, path: &Path) -> Result<Self> {
         let failed = |e| Error::io(format!("cannot examine {}", path.display()), e);
         let stamp = Stamp::of(path).map_err(failed)?;
         Ok(Self { file, path: path.to_owned(), stamp })
@@ -114,16 +124,28 @@ fn open(path: &Path) -> Result<File> {
 
 /// [`Kind::Busy`] if someone writes the image or denies reading it.
 fn refuse_if_used(file: &File, path: &Path) -> Result<()> {
-    for byte in [DENIED_BASE + CONSISTENT_READ, USED_BASE + WRITE, USED_BASE + RESIZE] {
-        let taken = is_taken(file, byte)
-            .map_err(|e| Error::io(format!("cannot look at the locks of {}", path.display()), e))?;
-        if taken {
-            return Err(Error::new(Kind::Busy, format!("{} is in use", path.display())).hint(
-                "another program (a running VM?) writes it; stop it, or back up the VM running",
-            ));
-        }
+    [DENIED_BASE + CONSISTENT_READ, USED_BASE + WRITE, USED_BASE + RESIZE]
+        .into_iter()
+        .try_for_each(|byte| refuse_if_taken(file, path, byte))
+}
+
+fn refuse_if_taken(file: &File, path: &Path, byte: i64) -> Result<()> {
+    let taken = is_taken(file, byte)
+        .map_err(|e| Error::io(format!("cannot look at the locks of {}", path.display()), e))?;
+    if taken {
+        return Err(Error::new(Kind::Busy, format!("{} is in use", path.display()))
+            .hint("another program (a running VM?) uses it; stop it, or back up the VM running"));
     }
     Ok(())
+}
+
+/// Takes the locks. Before looking at those of others: whoever does the same at this moment sees us
+/// or is seen.
+fn announce(file: &File, path: &Path, bytes: &[i64]) -> Result<()> {
+    bytes.iter().try_for_each(|byte| set(file, *byte)).map_err(|e| {
+        Error::io(format!("cannot lock {}", path.display()), e)
+            .hint("the file system must support locks; start the VM and back it up running")
+    })
 }
 
 fn byte_lock(kind: i32, byte: i64) -> libc::flock {

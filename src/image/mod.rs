@@ -19,6 +19,7 @@ mod lock;
 mod new;
 mod process;
 mod tool;
+mod writable;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -36,6 +37,7 @@ pub use identity::file_id;
 pub use info::{BitmapInfo, ImageInfo, Layer, inspect, layers};
 pub use lock::ImageLock;
 pub use new::{NewImage, NewImageOptions};
+pub use writable::WritableImage;
 
 /// An image and everything below it, locked.
 pub struct LockedImage {

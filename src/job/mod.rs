@@ -30,6 +30,7 @@ pub mod plan;
 mod points;
 pub mod restore;
 pub mod select;
+pub mod serve;
 pub mod show;
 pub mod source;
 pub mod verify;

@@ -48,13 +48,14 @@ pub use manifest::{Manifest, ManifestArtifact, ManifestDisk, ManifestDraft};
 use points::Domains;
 pub use points::PointName;
 pub use reader::DiskReader;
+pub use run::Lease;
 pub use session::{ARTIFACT_BYTES_MAX, Run, RunOptions};
 pub use writer::{DiskWriter, StoredDisk, WriteStats};
 
 use blobs::Blobs;
 use index::Index;
 use keys::{Credentials, InitOptions, Unlocked};
-use run::{Lease, RunKind};
+use run::RunKind;
 use store::ObjectStore;
 
 use crate::block;
@@ -160,6 +161,16 @@ impl Repository {
         let condemned = condemned::packs(&**store, keys).await?;
         index.refresh().await?;
         Ok(Run::new(Arc::clone(&self.blobs), self.chunk_bytes(), lease, condemned, options))
+    }
+
+    /// Keeps every point that is there now readable until the hold ends, also those that are
+    /// forgotten meanwhile: the collector deletes nothing that it condemns while this lives. Look the
+    /// points up after it.
+    pub async fn hold(&self) -> Result<Lease> {
+        let Blobs { store, keys, index, .. } = &*self.blobs;
+        let lease = Lease::begin(store, keys, RunKind::Read).await?;
+        index.refresh().await?;
+        Ok(lease)
     }
 
     /// Forgets a point: it is not listed any more, and the next collection frees its space.

@@ -40,6 +40,8 @@ const RENEW_EVERY: Duration = Duration::from_secs(5 * 60);
 pub enum RunKind {
     /// It adds a point.
     Backup,
+    /// It reads points for a long time (serves them).
+    Read,
     /// It collects garbage: one at a time.
     Collect,
 }
@@ -48,6 +50,7 @@ impl RunKind {
     fn prefix(self) -> &'static str {
         match self {
             Self::Backup => "backup-",
+            Self::Read => "read-",
             Self::Collect => "gc-",
         }
     }
@@ -207,6 +210,7 @@ impl Survey {
             // What is not a collector is waited for, also kinds of newer versions.
             let kind = match run.strip_prefix(RunKind::Collect.prefix()) {
                 Some(_) => RunKind::Collect,
+                None if run.starts_with(RunKind::Read.prefix()) => RunKind::Read,
                 None => RunKind::Backup,
             };
             let record = runs.entry(run.to_owned()).or_insert_with(|| RunRecord {

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use crate::support::TestEnv;
 
-const COMMANDS: [&str; 18] = [
+const COMMANDS: [&str; 19] = [
     "",
     "full",
     "incremental",
@@ -15,6 +15,7 @@ const COMMANDS: [&str; 18] = [
     "list",
     "show",
     "restore",
+    "serve",
     "verify",
     "hash",
     "copy",

@@ -4,6 +4,7 @@
 //! |---|---|---|
 //! | [`FileSource`] | a raw file or device, read-only | image platform, `hash`, `verify --against` |
 //! | [`FileSink`] | an existing file or device of exactly the right size | `restore --to-device` |
+//! | [`FileDisk`] | both, for a disk in use | `serve --writable` |
 //! | [`NewFile`] | a sparse file under a temporary name, renamed when durable | `restore --to`, `copy` |
 //! | [`PipeSink`] | standard output or any other pipe, in order | `copy` |
 //!
@@ -17,6 +18,7 @@
 //! Neither format nor partition tables are looked at: bytes are bytes. Locking an image against
 //! other users is the business of the platform that knows who they are.
 
+mod disk;
 mod new;
 mod pipe;
 mod sink;
@@ -24,6 +26,7 @@ mod source;
 #[cfg(test)]
 mod tests;
 
+pub use disk::FileDisk;
 pub use new::{Durability, Existing, NewFile};
 pub use pipe::{PipeReader, PipeSink};
 pub use sink::FileSink;

@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use async_trait::async_trait;
 use rustix::fs::{Advice, FallocateFlags, fadvise, fallocate, fdatasync};
 
-use super::{Access, FileSource, Medium, blocking, failed, is_unsupported, open};
+use super::{Access, FileSource, Medium, blocking, examine, failed, is_unsupported, open};
 use crate::block::{BlockSink, BlockSource, Buffer, ByteRange, ExtentMap, Geometry, ZeroMode};
 use crate::error::{Error, Kind, Result};
 use crate::units::{ByteSize, MIB};
@@ -51,6 +51,7 @@ const ZEROES_BYTES: usize = 1 << 20;
 pub struct FileSink {
     inner: Arc<Inner>,
     starts_zero: bool,
+    access: Access,
     threads: Workers,
     /// The window being written; those behind it are on their way to the disk.
     frontier: AtomicU64,
@@ -120,6 +121,13 @@ impl FileSink {
         Self::new(file, path, (Medium::File, size_bytes.unwrap_or(SIZE_BYTES_MAX)), true)
     }
 
+    /// A sink on a file that is open for writing and will be written and read again and again: what
+    /// is written stays cached.
+    pub(super) fn repeated(file: File, path: &Path) -> Result<Self> {
+        let examined = examine(&file, path)?;
+        Ok(Self { access: Access::Repeated, ..Self::new(file, path, examined, false)? })
+    }
+
     fn new(
         file: File,
         path: &Path,
@@ -128,7 +136,9 @@ impl FileSink {
     ) -> Result<Self> {
         let inner = Inner { file, name: path.display().to_string(), size_bytes, medium };
         let threads = Workers::new(THREADS)?;
-        Ok(Self { inner: Arc::new(inner), starts_zero, threads, frontier: AtomicU64::new(0) })
+        let inner = Arc::new(inner);
+        let access = Access::Once;
+        Ok(Self { inner, starts_zero, access, threads, frontier: AtomicU64::new(0) })
     }
 
     /// Starts the write-back of what lies well behind the write at `offset`.
@@ -178,7 +188,9 @@ impl BlockSink for FileSink {
     async fn write(&self, offset: u64, buffer: Buffer) -> Result<()> {
         let inner = Arc::clone(&self.inner);
         self.threads.run(move || inner.write(offset, &buffer)).await??;
-        self.begin_writeback(offset);
+        if self.access == Access::Once {
+            self.begin_writeback(offset);
+        }
         Ok(())
     }
 

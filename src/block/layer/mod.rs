@@ -1,4 +1,5 @@
 //! Layers: a disk around a disk, with one thing added.
 
+pub mod cache;
 pub mod faulty;
 pub mod throttle;

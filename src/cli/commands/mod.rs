@@ -12,5 +12,6 @@ pub(crate) mod list;
 pub(crate) mod plan;
 pub(crate) mod repo;
 pub(crate) mod restore;
+pub(crate) mod serve;
 pub(crate) mod show;
 pub(crate) mod verify;

@@ -1,0 +1,263 @@
+//! A writable disk on top of one that cannot be written: what is written goes to a scratch file, the
+//! base stays as it is.
+//!
+//! ```text
+//!  read  ─► block written? ─ yes ─► scratch file, at the same offset
+//!                          └ no ──► base
+//!  write ─► scratch file ─► mark the blocks        (part of a block: the rest is copied up first)
+//! ```
+//!
+//! The scratch file is sparse and as long as the disk. Which blocks were written is a bitmap in
+//! memory; a kept overlay ([`Overlay::kept`]) has it in the file, too, behind the disk:
+//!
+//! ```text
+//!  0 ............ size, up to 4 KiB | header, 4 KiB | bitmap: a bit per 4 KiB, lowest first
+//! ```
+//!
+//! Order of a flush (*a block that the file calls written holds what was written*): the changed parts
+//! of the bitmap are remembered, data made durable, the remembered parts written, made durable. After
+//! a crash the overlay is what it was at the last flush, plus perhaps later writes to blocks that were
+//! written before, which is what any disk with a write cache is.
+//!
+//! A block is marked after its data is in the file, and copying up takes turns with all other writes,
+//! so a read that comes in between gets the old or the new bytes and never others'.
+
+mod bitmap;
+mod file;
+#[cfg(test)]
+mod tests;
+
+use std::path::Path;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use tokio::sync::{Mutex, RwLock};
+
+use super::file::FileDisk;
+use super::{BlockSink, BlockSource, Buffer, ByteRange, ExtentKind, ExtentMap, Geometry, ZeroMode};
+use crate::error::{Error, Kind, Result};
+use bitmap::{BLOCK_BYTES, Bitmap};
+use file::Kept;
+
+/// Most bytes of one request.
+const REQUEST_BYTES_MAX: u64 = 4 << 20;
+
+/// A base with a writable layer.
+pub struct Overlay {
+    base: Arc<dyn BlockSource>,
+    scratch: FileDisk,
+    written: Bitmap,
+    /// Copying up excludes all writes; whole blocks are written side by side.
+    copy_up: RwLock<()>,
+    /// Where the bitmap is kept; the lock makes flushes take turns.
+    kept: Option<Mutex<Kept>>,
+}
+
+impl Overlay {
+    /// A layer that is thrown away: its file has no name and goes with it.
+    pub fn temporary(base: Arc<dyn BlockSource>, directory: &Path) -> Result<Self> {
+        let failed = |e| Error::io(format!("cannot make a file in {}", directory.display()), e);
+        let file = tempfile::tempfile_in(directory).map_err(failed)?;
+        let size_bytes = base.geometry().size_bytes;
+        file.set_len(size_bytes).map_err(failed)?;
+        let scratch = FileDisk::from_file(file, &directory.join("(scratch)"))?;
+        Ok(Self::new(base, scratch, Bitmap::new(size_bytes), None))
+    }
+
+    /// A layer kept in the file `path`, which is made if it is not there. `identity` says what the
+    /// base is; a file that belongs to another base is refused, as is one that is in use.
+    pub fn kept(base: Arc<dyn BlockSource>, path: &Path, identity: &[u8; 32]) -> Result<Self> {
+        let size_bytes = base.geometry().size_bytes;
+        let (kept, written) = Kept::open(path, size_bytes, identity)?;
+        let scratch = FileDisk::from_file(kept.file()?, path)?;
+        Ok(Self::new(base, scratch, written, Some(Mutex::new(kept))))
+    }
+
+    fn new(
+        base: Arc<dyn BlockSource>,
+        scratch: FileDisk,
+        written: Bitmap,
+        kept: Option<Mutex<Kept>>,
+    ) -> Self {
+        Self { base, scratch, written, copy_up: RwLock::new(()), kept }
+    }
+
+    /// Bytes that were written, in whole blocks.
+    pub fn written_bytes(&self) -> u64 {
+        self.written.count() * BLOCK_BYTES
+    }
+
+    fn range(&self) -> ByteRange {
+        self.base.geometry().range()
+    }
+
+    /// The block around `at`.
+    fn block(&self, at: u64) -> ByteRange {
+        ByteRange::new(at / BLOCK_BYTES * BLOCK_BYTES, BLOCK_BYTES).intersect(self.range())
+    }
+
+    /// The blocks that `range` covers in part and that nobody wrote yet: at most its ends.
+    fn torn(&self, range: ByteRange) -> Vec<ByteRange> {
+        let mut torn = Vec::new();
+        for at in [range.offset(), range.end() - 1] {
+            let block = self.block(at);
+            let covered = range.contains(block) || self.written.has(block.offset());
+            if !covered && !torn.contains(&block) {
+                torn.push(block);
+            }
+        }
+        torn
+    }
+
+    /// Does a change of `range` by `change`, which writes to the scratch file, and marks it.
+    async fn change<T>(
+        &self,
+        range: ByteRange,
+        change: impl Future<Output = Result<T>>,
+    ) -> Result<T> {
+        assert!(
+            !range.is_empty() && self.range().contains(range),
+            "a write past the end: {range:?}"
+        );
+        let shared = self.copy_up.read().await;
+        if self.torn(range).is_empty() {
+            let done = change.await?;
+            self.written.mark(range);
+            return Ok(done);
+        }
+        drop(shared);
+        let _alone = self.copy_up.write().await;
+        // Looked at again: another may have written the block meanwhile.
+        for block in self.torn(range) {
+            let len = usize::try_from(block.len()).expect("4 KiB");
+            let buffer = self.base_read(block.offset(), Buffer::unbudgeted(vec![0; len])).await?;
+            self.scratch.write(block.offset(), buffer).await?;
+            self.written.mark(block);
+        }
+        let done = change.await?;
+        self.written.mark(range);
+        Ok(done)
+    }
+
+    /// Reads the base, whatever its alignment.
+    async fn base_read(&self, offset: u64, buffer: Buffer) -> Result<Buffer> {
+        let align_bytes = self.base.geometry().align_bytes;
+        let range = ByteRange::new(offset, buffer.len() as u64);
+        let wide = range.widen(align_bytes, self.range().end());
+        if wide == range {
+            return self.base.read(offset, buffer).await;
+        }
+        let index = |n: u64| usize::try_from(n).expect("a request is a few MiB");
+        let all = Buffer::unbudgeted(vec![0; index(wide.len())]);
+        let all = self.base.read(wide.offset(), all).await?;
+        let from = index(offset - wide.offset());
+        let mut buffer = buffer;
+        let len = buffer.len();
+        buffer.copy_from_slice(&all[from..from + len]);
+        Ok(buffer)
+    }
+}
+
+#[async_trait]
+impl BlockSource for Overlay {
+    fn geometry(&self) -> Geometry {
+        let base = self.base.geometry();
+        Geometry {
+            align_bytes: 1,
+            preferred_bytes: BLOCK_BYTES,
+            request_bytes_max: REQUEST_BYTES_MAX.min(base.request_bytes_max),
+            ..base
+        }
+    }
+
+    async fn extents(&self, range: ByteRange) -> Result<ExtentMap> {
+        let mut map = ExtentMap::starting_at(range.offset());
+        let (run, written) = self.written.run(range);
+        if written {
+            let told = self.scratch.extents(run).await?;
+            told.iter().for_each(|extent| map.push(extent.range.len(), extent.kind));
+        } else {
+            for extent in self.base.extents(run).await?.iter() {
+                // Unchanged since a base of the base: no answer about this disk.
+                let zero = extent.kind == ExtentKind::Zero;
+                let kind = if zero { ExtentKind::Zero } else { ExtentKind::Data };
+                map.push(extent.range.len(), kind);
+            }
+        }
+        Ok(map)
+    }
+
+    async fn read(&self, offset: u64, mut buffer: Buffer) -> Result<Buffer> {
+        let mut rest = ByteRange::new(offset, buffer.len() as u64);
+        if rest.is_empty() {
+            return Ok(buffer);
+        }
+        let (run, written) = self.written.run(rest);
+        if run == rest {
+            return self.read_run(offset, buffer, written).await;
+        }
+        // Several runs: each into a buffer of its own, because a window is of the whole buffer.
+        let mut done = 0;
+        while !rest.is_empty() {
+            let (run, written) = self.written.run(rest);
+            let len = usize::try_from(run.len()).expect("a request is a few MiB");
+            let part = Buffer::unbudgeted(vec![0; len]);
+            let part = self.read_run(run.offset(), part, written).await?;
+            buffer[done..done + len].copy_from_slice(&part);
+            done += len;
+            rest = ByteRange::between(run.end(), rest.end());
+        }
+        Ok(buffer)
+    }
+}
+
+impl Overlay {
+    async fn read_run(&self, offset: u64, buffer: Buffer, written: bool) -> Result<Buffer> {
+        if written {
+            self.scratch.read(offset, buffer).await
+        } else {
+            self.base_read(offset, buffer).await
+        }
+    }
+}
+
+#[async_trait]
+impl BlockSink for Overlay {
+    fn geometry(&self) -> Geometry {
+        BlockSource::geometry(self)
+    }
+
+    async fn write(&self, offset: u64, buffer: Buffer) -> Result<()> {
+        let range = ByteRange::new(offset, buffer.len() as u64);
+        self.change(range, self.scratch.write(offset, buffer)).await
+    }
+
+    async fn zero(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
+        self.change(range, self.scratch.zero(range, mode)).await
+    }
+
+    async fn keep(&self, _range: ByteRange) -> Result<()> {
+        // What is not written is kept; but who copies onto a layer wants all of a disk in it.
+        Err(Error::new(Kind::Unsupported, "a served disk is no base to keep anything from"))
+    }
+
+    async fn flush(&self) -> Result<()> {
+        let Some(kept) = &self.kept else { return self.scratch.flush().await };
+        let kept = kept.lock().await;
+        let changed = self.written.take_changed();
+        let result = async {
+            self.scratch.flush().await?;
+            if changed.is_empty() {
+                return Ok(());
+            }
+            kept.store(&changed).await?;
+            self.scratch.flush().await
+        };
+        let result = result.await;
+        if result.is_err() {
+            // The next flush must not believe that these are stored.
+            self.written.give_back_changed(&changed);
+        }
+        result
+    }
+}

@@ -1,0 +1,58 @@
+//! Sockets and streams this process was started with: systemd's socket activation, and a client on
+//! standard input and output.
+#![allow(unsafe_code)] // An inherited descriptor is a number; each block says why it is ours.
+
+use std::fs::File;
+use std::os::fd::{AsFd, FromRawFd, OwnedFd, RawFd};
+
+use tokio::net::UnixStream;
+use tokio::net::unix::pipe;
+
+use crate::error::{Error, Kind, Result};
+use crate::nbd::Stream;
+
+/// The first descriptor that is passed (sd_listen_fds(3)).
+const FIRST_FD: RawFd = 3;
+/// More are not expected of anybody.
+const FDS_MAX: RawFd = 64;
+
+/// The listening sockets that were passed to this process, by `LISTEN_PID` and `LISTEN_FDS`. To be
+/// called once, before anything else opens a descriptor by chance in their place.
+pub(crate) fn sockets() -> Result<Vec<OwnedFd>> {
+    let variable = |name: &str| std::env::var(name).ok();
+    let pid = std::process::id().to_string();
+    if variable("LISTEN_PID") != Some(pid) {
+        return Ok(Vec::new());
+    }
+    let count = variable("LISTEN_FDS").and_then(|count| count.parse::<RawFd>().ok());
+    let Some(count) = count.filter(|count| (1..=FDS_MAX).contains(count)) else {
+        return Err(Error::new(Kind::Usage, "LISTEN_FDS is not a number of sockets"));
+    };
+    let socket = |fd| {
+        // SAFETY: whoever set LISTEN_PID to our id gave us these descriptors (sd_listen_fds(3)); they
+        // were open before this program began, and nothing else here takes them.
+        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        // Children of ours must not inherit them.
+        rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::CLOEXEC)
+            .map_err(|e| Error::io("a socket of LISTEN_FDS is not open", e.into()))?;
+        Ok(fd)
+    };
+    (FIRST_FD..FIRST_FD + count).map(socket).collect()
+}
+
+/// Standard input and output as one stream: a socket that is both, or two pipes.
+pub(crate) fn standard_streams() -> Result<Box<dyn Stream>> {
+    let failed = |e: std::io::Error| Error::io("cannot serve on standard input and output", e);
+    let copy = |fd: std::os::fd::BorrowedFd<'_>| fd.try_clone_to_owned().map_err(failed);
+    let (input, output) = (std::io::stdin(), std::io::stdout());
+    let input = copy(input.as_fd())?;
+    if rustix::net::sockopt::socket_type(&input).is_ok() {
+        let stream = std::os::unix::net::UnixStream::from(input);
+        stream.set_nonblocking(true).map_err(failed)?;
+        return Ok(Box::new(UnixStream::from_std(stream).map_err(failed)?));
+    }
+    let reader = pipe::Receiver::from_file(File::from(input)).map_err(failed)?;
+    let output = copy(output.as_fd())?;
+    let writer = pipe::Sender::from_file(File::from(output)).map_err(failed)?;
+    Ok(Box::new(tokio::io::join(reader, writer)))
+}

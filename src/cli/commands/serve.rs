@@ -1,0 +1,122 @@
+//! `vmbackup serve POINT|FILE…`: disks for any NBD client.
+
+use std::fmt::Write;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use crate::cli::activation;
+use crate::cli::args::RepositoryArgs;
+use crate::cli::context::Context;
+use crate::cli::settings;
+use crate::error::{Error, Kind, Result};
+use crate::job::serve::{self, Access, Endpoint, Limits, Report, Request, Served};
+use crate::units::ByteSize;
+
+/// Serve the disks of points, straight from the repository, or images, to any NBD client
+///
+/// Prints a URI for each disk and serves until it is stopped (Ctrl-C, SIGTERM). A point is never
+/// changed, and stays readable while it is served, also when it is forgotten.
+#[derive(clap::Args, Debug)]
+pub(crate) struct Args {
+    /// Points (digits of an id, VM@latest, VM@TIME), images (a format is never guessed), NBD URIs
+    #[arg(value_name = "POINT|FILE[,format=F]|NBD-URI", required = true)]
+    what: Vec<String>,
+    /// Only this disk of a point (vda); may be given more than once
+    #[arg(long, value_name = "DISK")]
+    disk: Vec<String>,
+    /// Let clients write: to an overlay that is thrown away for a point, in place for a raw image
+    #[arg(long)]
+    writable: bool,
+    /// Keep the overlay in this file, and go on with it if it is there
+    #[arg(long, value_name = "FILE", requires = "writable")]
+    overlay: Option<PathBuf>,
+    /// Where overlays that are thrown away are made [default: below the cache directory]
+    #[arg(long, value_name = "DIR", requires = "writable", conflicts_with = "overlay")]
+    scratch_dir: Option<PathBuf>,
+    /// Listen on this unix socket, for this user only [default: one below the runtime directory]
+    #[arg(long, value_name = "PATH", group = "endpoint")]
+    socket: Option<PathBuf>,
+    /// Listen on this TCP address, in plain text; port 0 lets the system choose
+    #[arg(long, value_name = "ADDR:PORT", group = "endpoint")]
+    listen: Option<SocketAddr>,
+    /// Serve one client on standard input and output
+    #[arg(long, group = "endpoint")]
+    stdio: bool,
+    /// Allow --listen on an address that other hosts reach: anybody there can read the disks
+    #[arg(long, requires = "listen")]
+    insecure_tcp: bool,
+    /// Memory for chunks of the repository
+    #[arg(long, value_name = "SIZE", default_value = "256M")]
+    cache: ByteSize,
+    /// Most clients at once
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..))]
+    max_connections: u16,
+    #[command(flatten)]
+    repository: RepositoryArgs,
+}
+
+pub(crate) async fn run(args: Args, context: &Context) -> Result<()> {
+    let what = args.what.iter().map(|text| settings::served(text)).collect::<Result<Vec<_>>>()?;
+    let endpoints = endpoints(&args, context)?;
+    let from_repository = what.iter().any(|served| matches!(served, Served::Point(_)));
+    let repository =
+        if from_repository { Some(context.open(&args.repository).await?) } else { None };
+    let scratch = args.scratch_dir.unwrap_or_else(|| context.paths.cache.join("overlays"));
+    let request = Request {
+        what,
+        disks: args.disk,
+        access: if args.writable {
+            Access::Writable { overlay: args.overlay, scratch }
+        } else {
+            Access::ReadOnly
+        },
+        cache_bytes: args.cache.0,
+        limits: Limits { connections: args.max_connections.into(), ..Limits::default() },
+    };
+    let serving =
+        Box::pin(serve::open(repository.as_ref(), request, endpoints, &context.env)).await?;
+    if args.stdio {
+        // Standard output is the client's.
+        return serving.run_single(activation::standard_streams()?, &context.control).await;
+    }
+    context.output.document("serve", serving.report(), describe)?;
+    serving.run(&context.control).await
+}
+
+/// Where clients come from: as told, else the sockets this process was started with, else a new one.
+fn endpoints(args: &Args, context: &Context) -> Result<Vec<Endpoint>> {
+    if args.stdio {
+        return Ok(Vec::new());
+    }
+    if let Some(path) = &args.socket {
+        return Ok(vec![Endpoint::Unix(path.clone())]);
+    }
+    if let Some(address) = args.listen {
+        if !address.ip().is_loopback() && !args.insecure_tcp {
+            let message =
+                format!("{address} can be reached by other hosts, and there is no TLS yet");
+            return Err(Error::new(Kind::Usage, message)
+                .hint("use --socket and ssh, or say --insecure-tcp if the network is trusted"));
+        }
+        return Ok(vec![Endpoint::Tcp(address)]);
+    }
+    let inherited = activation::sockets()?;
+    if !inherited.is_empty() {
+        return Ok(inherited.into_iter().map(Endpoint::Inherited).collect());
+    }
+    let directory = &context.paths.runtime;
+    std::fs::create_dir_all(directory)
+        .map_err(|e| Error::io(format!("cannot make {}", directory.display()), e))?;
+    Ok(vec![Endpoint::Unix(directory.join(format!("serve-{}.sock", std::process::id())))])
+}
+
+fn describe(report: &Report) -> String {
+    let mut out = String::new();
+    for export in &report.exports {
+        match &export.uri {
+            Some(uri) => drop(writeln!(out, "{uri}")),
+            None => drop(writeln!(out, "{}", export.name)),
+        }
+    }
+    out
+}

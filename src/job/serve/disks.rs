@@ -1,0 +1,161 @@
+//! From what was named to disks that can be served.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use super::{Access, ExportReport, Request, Served, no_repository};
+use crate::block::layer::cache::CachedSource;
+use crate::block::overlay::Overlay;
+use crate::block::{BlockSink, BlockSource};
+use crate::error::{Error, Kind, Result};
+use crate::image::WritableImage;
+use crate::job::source::{DiskSpec, ImageSpec, open_disk};
+use crate::job::{Env, Repository, points};
+use crate::nbd::server::Export;
+use crate::repo::{Manifest, ManifestDisk};
+
+/// A disk to be served.
+pub(super) struct Disk {
+    pub(super) name: String,
+    description: String,
+    source: Arc<dyn BlockSource>,
+    pub(super) sink: Option<Arc<dyn BlockSink>>,
+}
+
+impl Disk {
+    pub(super) fn report(&self) -> ExportReport {
+        ExportReport {
+            name: self.name.clone(),
+            description: self.description.clone(),
+            uri: None,
+            size_bytes: self.source.geometry().size_bytes,
+            writable: self.sink.is_some(),
+        }
+    }
+
+    pub(super) fn into_export(self) -> Export {
+        let export = match self.sink {
+            Some(sink) => Export::writable(self.name, self.source, sink),
+            None => Export::read_only(self.name, self.source),
+        };
+        export.described(self.description)
+    }
+}
+
+/// A disk of a point before it is opened.
+struct Stored<'a> {
+    name: String,
+    description: String,
+    disk: &'a ManifestDisk,
+}
+
+/// Opens everything that was named.
+pub(super) async fn open(
+    repository: Option<&Repository>,
+    request: &Request,
+    env: &Env,
+) -> Result<Vec<Disk>> {
+    let mut manifests = Vec::new();
+    let mut images = Vec::new();
+    for served in &request.what {
+        match served {
+            Served::Point(name) => {
+                let repository = repository.ok_or_else(|| no_repository(name))?;
+                manifests.push(points::manifest(repository, name, env).await?);
+            }
+            Served::Disk(spec) => images.push(spec),
+        }
+    }
+    let stored = stored_disks(&manifests, &request.disks)?;
+    if let Access::Writable { overlay: Some(file), .. } = &request.access
+        && stored.len() != 1
+    {
+        let message =
+            format!("one overlay file, {}, for {} disks of points", file.display(), stored.len());
+        return Err(Error::new(Kind::Usage, message).hint("choose the disk with --disk"));
+    }
+    let cache_bytes = request.cache_bytes / stored.len().max(1) as u64;
+    let mut disks = Vec::new();
+    for stored in stored {
+        let repository = repository.ok_or_else(|| no_repository(&stored.name))?;
+        disks.push(open_stored(repository, stored, &request.access, cache_bytes).await?);
+    }
+    for spec in images {
+        disks.push(open_image(spec, &request.access).await?);
+    }
+    Ok(disks)
+}
+
+/// The disks of the points. One point's are named as in its VM; those of several carry VM and point
+/// in their names.
+fn stored_disks<'a>(manifests: &'a [Manifest], names: &[String]) -> Result<Vec<Stored<'a>>> {
+    let mut stored = Vec::new();
+    for manifest in manifests {
+        let (vm, point) = (&manifest.body.vm.name, manifest.point.short());
+        for disk in points::choose_disks(manifest, names)? {
+            let name = &disk.description.name;
+            stored.push(Stored {
+                name: if manifests.len() == 1 {
+                    name.clone()
+                } else {
+                    format!("{vm}@{point}/{name}")
+                },
+                description: format!("{name} of {vm}, point {point}, {}", manifest.body.taken),
+                disk,
+            });
+        }
+    }
+    Ok(stored)
+}
+
+async fn open_stored(
+    repository: &Repository,
+    stored: Stored<'_>,
+    access: &Access,
+    cache_bytes: u64,
+) -> Result<Disk> {
+    let Stored { name, description, disk } = stored;
+    let reader = Arc::new(repository.open_disk(&disk.stored).await?);
+    let source: Arc<dyn BlockSource> = Arc::new(CachedSource::new(reader, cache_bytes));
+    let overlay = match access {
+        Access::ReadOnly => return Ok(Disk { name, description, source, sink: None }),
+        Access::Writable { overlay: Some(file), .. } => {
+            // The content root says what the disk is, whichever point or repository it comes from.
+            Overlay::kept(source, file, &disk.stored.root.0)?
+        }
+        Access::Writable { scratch, .. } => {
+            std::fs::create_dir_all(scratch)
+                .map_err(|e| Error::io(format!("cannot make {}", scratch.display()), e))?;
+            Overlay::temporary(source, scratch)?
+        }
+    };
+    let overlay = Arc::new(overlay);
+    Ok(Disk { name, description, source: Arc::clone(&overlay) as _, sink: Some(overlay) })
+}
+
+async fn open_image(spec: &DiskSpec, access: &Access) -> Result<Disk> {
+    let description = spec.to_string();
+    let name = match spec {
+        DiskSpec::Image(image) => file_name(&image.path),
+        DiskSpec::Nbd(uri) => uri.export.clone(),
+    };
+    if *access == Access::ReadOnly {
+        let source = open_disk(spec).await?;
+        return Ok(Disk { name, description, source, sink: None });
+    }
+    let DiskSpec::Image(ImageSpec { path, format }) = spec else {
+        let message = format!("cannot serve {spec} writable: it is served by another already");
+        return Err(Error::new(Kind::Unsupported, message).hint("connect to it directly"));
+    };
+    if format != "raw" {
+        let message = format!("cannot serve {spec} writable: its format is {format}");
+        return Err(Error::new(Kind::Unsupported, message)
+            .hint("only raw images are written in place; use qemu-nbd for others"));
+    }
+    let disk = Arc::new(WritableImage::open(path)?);
+    Ok(Disk { name, description, source: Arc::clone(&disk) as _, sink: Some(disk) })
+}
+
+fn file_name(path: &Path) -> String {
+    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+}

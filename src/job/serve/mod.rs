@@ -1,0 +1,251 @@
+//! Serving disks over NBD: those of points straight from the repository, images, other exports.
+//!
+//! ```text
+//!  hold ► points ► disks: DiskReader ─► cache ─► (overlay) ─┐
+//!                  image, URI ──────────────────► (in place) ┴► exports ► listen … stop ► flush ► end the hold
+//! ```
+//!
+//! The hold on the repository begins before the points are looked up, so that what is served stays
+//! readable, also when the point is forgotten and garbage collected meanwhile.
+//!
+//! A point is never changed: writes go to an overlay that is thrown away or kept. An image is written
+//! in place, raw ones only: a program that is killed while it writes another format may leave an image
+//! that nobody can open.
+
+mod disks;
+
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use serde::Serialize;
+
+use super::source::DiskSpec;
+use super::{Env, Repository};
+use crate::block::BlockSink;
+use crate::control::{Control, NoticeLevel};
+use crate::error::{Error, Kind, Result};
+use crate::nbd::server::{Exports, Listener, Server};
+use crate::nbd::{Address, NbdUri, Stream};
+use crate::repo::Lease;
+
+pub use crate::nbd::server::Limits;
+
+/// What to serve, and how.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// The disks.
+    pub what: Vec<Served>,
+    /// Only these disks of points; all when empty.
+    pub disks: Vec<String>,
+    /// What clients may do.
+    pub access: Access,
+    /// Memory for chunks of the repository, shared by all disks.
+    pub cache_bytes: u64,
+    /// What clients may make us hold.
+    pub limits: Limits,
+}
+
+/// Something with disks.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Served {
+    /// A point, as it was named.
+    Point(String),
+    /// An image or an export.
+    Disk(DiskSpec),
+}
+
+/// What clients may do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Read.
+    ReadOnly,
+    /// Write: to an overlay of a point, to an image itself.
+    Writable {
+        /// The file in which the overlay is kept; without one it is thrown away.
+        overlay: Option<PathBuf>,
+        /// Where overlays that are thrown away are made.
+        scratch: PathBuf,
+    },
+}
+
+/// Where clients come from.
+#[derive(Debug)]
+pub enum Endpoint {
+    /// A unix socket to be made.
+    Unix(PathBuf),
+    /// A TCP address. The disks go over it in plain text.
+    Tcp(SocketAddr),
+    /// A socket that listens already.
+    Inherited(OwnedFd),
+}
+
+/// What is served, and where.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    /// The exports.
+    pub exports: Vec<ExportReport>,
+}
+
+/// A served disk.
+#[derive(Clone, Debug, Serialize)]
+pub struct ExportReport {
+    /// Its name.
+    pub name: String,
+    /// What it is.
+    pub description: String,
+    /// Where clients find it; `null` where only who handed us the socket knows.
+    pub uri: Option<String>,
+    /// Its size.
+    pub size_bytes: u64,
+    /// Whether clients may write.
+    pub writable: bool,
+}
+
+/// An open server.
+pub struct Serving {
+    server: Server,
+    listeners: Vec<Listener>,
+    report: Report,
+    /// Flushed at the end.
+    sinks: Vec<(String, Arc<dyn BlockSink>)>,
+    hold: Option<Lease>,
+}
+
+/// Opens everything; clients can connect when this returns, and are served by [`Serving::run`].
+/// `repository` is needed if a point is named.
+pub async fn open(
+    repository: Option<&Repository>,
+    request: Request,
+    endpoints: Vec<Endpoint>,
+    env: &Env,
+) -> Result<Serving> {
+    let hold = match repository {
+        Some(repository) => Some(repository.hold().await?),
+        None => None,
+    };
+    let opened = open_disks(repository, &request, endpoints, env).await;
+    match opened {
+        Ok(serving) => Ok(Serving { hold, ..serving }),
+        Err(error) => {
+            end(hold).await;
+            Err(error)
+        }
+    }
+}
+
+async fn open_disks(
+    repository: Option<&Repository>,
+    request: &Request,
+    endpoints: Vec<Endpoint>,
+    env: &Env,
+) -> Result<Serving> {
+    let disks = disks::open(repository, request, env).await?;
+    let mut sinks = Vec::new();
+    let mut exports = Vec::new();
+    let mut report = Report { exports: Vec::new() };
+    for disk in disks {
+        report.exports.push(disk.report());
+        if let Some(sink) = &disk.sink {
+            sinks.push((disk.name.clone(), Arc::clone(sink)));
+        }
+        exports.push(disk.into_export());
+    }
+    let server = Server::new(Exports::new(exports)?, request.limits);
+    let mut listeners = Vec::new();
+    for endpoint in endpoints {
+        let (listener, address) = listen(endpoint).await?;
+        for export in &mut report.exports {
+            let uri = |address| NbdUri { address, export: export.name.clone() }.to_string();
+            export.uri = export.uri.take().or_else(|| address.clone().map(uri));
+        }
+        listeners.push(listener);
+    }
+    Ok(Serving { server, listeners, report, sinks, hold: None })
+}
+
+async fn listen(endpoint: Endpoint) -> Result<(Listener, Option<Address>)> {
+    match endpoint {
+        Endpoint::Unix(path) => {
+            let path = std::path::absolute(&path)
+                .map_err(|e| Error::io(format!("cannot resolve {}", path.display()), e))?;
+            Ok((Listener::unix(&path)?, Some(Address::Unix(path))))
+        }
+        Endpoint::Tcp(address) => {
+            let listener = Listener::tcp(address).await?;
+            let address = listener.tcp_address().unwrap_or(address);
+            let (host, port) = (address.ip().to_string(), address.port());
+            Ok((listener, Some(Address::Tcp { host, port })))
+        }
+        Endpoint::Inherited(socket) => Ok((Listener::inherited(socket)?, None)),
+    }
+}
+
+impl Serving {
+    /// What is served, and where.
+    pub fn report(&self) -> &Report {
+        &self.report
+    }
+
+    /// Serves until `control` is cancelled, which is how a server is meant to end: in progress
+    /// requests are finished, then everything is flushed.
+    pub async fn run(self, control: &Control) -> Result<()> {
+        let Self { server, listeners, sinks, hold, .. } = self;
+        control.set_phase("serving");
+        let mut listening = tokio::task::JoinSet::new();
+        for listener in listeners {
+            let server = server.clone();
+            listening.spawn(async move { server.listen(listener).await });
+        }
+        control.cancelled().await;
+        control.set_phase("stopping");
+        server.stop();
+        while listening.join_next().await.is_some() {}
+        finish(sinks, hold).await
+    }
+
+    /// Serves one client on a stream (standard input and output, say), until it leaves.
+    pub async fn run_single(self, stream: Box<dyn Stream>, control: &Control) -> Result<()> {
+        let Self { server, sinks, hold, .. } = self;
+        control.set_phase("serving");
+        let stop = async {
+            control.cancelled().await;
+            server.stop();
+            std::future::pending::<()>().await;
+        };
+        let served = tokio::select! {
+            served = server.session(stream, "(standard input)") => served,
+            () = stop => Ok(()),
+        };
+        if let Err(error) = &served {
+            control.notice(NoticeLevel::Warning, error.to_string());
+        }
+        served.and(finish(sinks, hold).await)
+    }
+}
+
+/// Makes what clients wrote durable, and lets go of the repository.
+async fn finish(sinks: Vec<(String, Arc<dyn BlockSink>)>, hold: Option<Lease>) -> Result<()> {
+    let mut result = Ok(());
+    for (name, sink) in sinks {
+        let flushed = sink.flush().await;
+        result = result
+            .and(flushed.map_err(|e| e.context(format!("what was written to {name} may be lost"))));
+    }
+    end(hold).await;
+    result
+}
+
+async fn end(hold: Option<Lease>) {
+    if let Some(hold) = hold
+        && let Err(error) = hold.end().await
+    {
+        tracing::warn!(%error, "cannot end the hold on the repository; it lapses by itself");
+    }
+}
+
+/// A point was named without a repository: the face sees to it that this does not happen.
+fn no_repository(point: &str) -> Error {
+    Error::new(Kind::Internal, format!("no repository was opened for point {point}"))
+}

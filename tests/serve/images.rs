@@ -1,0 +1,75 @@
+//! Images, and the ways in which clients start the server themselves.
+
+use crate::rig::{DISK_BYTES, Serve, content, qemu_io, read};
+use crate::support::TestEnv;
+
+fn env() -> TestEnv {
+    let env = TestEnv::new();
+    std::fs::write(env.path("disk.raw"), content(1)).unwrap();
+    env
+}
+
+#[test]
+fn a_raw_image_is_written_in_place_by_one_server_at_a_time() {
+    let env = env();
+    let serve = Serve::start(&env, &["disk.raw", "--writable"]);
+    let uri = serve.uri(0);
+    qemu_io(&env, &uri, &["write -f -P 7 1000 5000", "write -z -u 3M 64k"]).ok();
+    for second in [&["serve", "disk.raw", "--writable"][..], &["serve", "disk.raw"]] {
+        assert_eq!(env.vmbackup(second).code, Some(7), "{second:?}");
+    }
+    let locked = qemu_io(&env, "disk.raw", &["write -P 9 0 512"]);
+    assert_ne!(locked.code, Some(0), "QEMU sees that it is written: {locked:?}");
+    serve.stop();
+    let mut expected = content(1);
+    expected[1000..6000].fill(7);
+    expected[3 << 20..(3 << 20) + 65536].fill(0);
+    assert!(std::fs::read(env.path("disk.raw")).unwrap() == expected);
+}
+
+#[test]
+fn other_formats_are_read_and_not_written() {
+    let env = env();
+    env.run("qemu-img", &["convert", "-f", "raw", "-O", "qcow2", "disk.raw", "d.qcow2"]).ok();
+    assert_eq!(env.vmbackup(&["serve", "d.qcow2", "--writable"]).code, Some(8));
+    let serve = Serve::start(&env, &["d.qcow2"]);
+    assert!(read(&env, &serve.uri(0)) == content(1));
+    // And through another server of ours.
+    let second = Serve::start(&env, &[&serve.uri(0), "--socket", "second"]);
+    assert!(read(&env, &second.uri(0)) == content(1));
+}
+
+#[test]
+fn clients_start_it_by_socket_activation() {
+    let env = env();
+    let program = env!("CARGO_BIN_EXE_vmbackup");
+    let mut command = env.vmbackup_command::<&str>(&[]);
+    let variables: Vec<_> =
+        command.get_envs().map(|(k, v)| (k.to_owned(), v.map(ToOwned::to_owned))).collect();
+    command = env.command("nbdcopy");
+    command.envs(variables.into_iter().filter_map(|(key, value)| Some((key, value?))));
+    command.args(["--", "[", program, "serve", "disk.raw", "]", "out"]);
+    crate::support::Outcome::of(&mut command).ok();
+    assert!(std::fs::read(env.path("out")).unwrap() == content(1));
+}
+
+#[test]
+fn clients_start_it_on_standard_input_and_output() {
+    let env = env();
+    let program = env!("CARGO_BIN_EXE_vmbackup");
+    // A socket pair, as libnbd makes it, and two pipes.
+    let script = format!(
+        "import nbd\nh = nbd.NBD()\n\
+         h.connect_command(['{program}', 'serve', '--stdio', 'disk.raw'])\n\
+         assert h.get_size() == {DISK_BYTES}\n\
+         open('out', 'wb').write(h.pread(65536, 0))\nh.shutdown()\n"
+    );
+    env.run("/usr/bin/python3", &["-c", &script]).ok();
+    assert!(std::fs::read(env.path("out")).unwrap() == content(1)[..65536]);
+    let mut command = env.command("bash");
+    // Client flags, then ABORT: the greeting and an ACK come back.
+    let abort = "\\x00\\x00\\x00\\x03IHAVEOPT\\x00\\x00\\x00\\x02\\x00\\x00\\x00\\x00";
+    let line = format!("printf '{abort}' | {program} serve --stdio disk.raw | wc -c");
+    let outcome = crate::support::Outcome::of(command.args(["-c", &line])).ok();
+    assert_eq!(outcome.stdout.trim(), "38");
+}

@@ -1,0 +1,11 @@
+//! `vmbackup serve`: points and images for real NBD clients, and a guest that boots from a point.
+
+#![allow(clippy::unwrap_used)]
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod guest;
+mod images;
+mod points;
+mod rig;

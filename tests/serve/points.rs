@@ -1,0 +1,113 @@
+//! Points, straight from the repository.
+
+use crate::rig::{Serve, back_up, content, env_with_point, qemu_io, read};
+
+#[test]
+fn a_served_point_is_the_disk_that_was_backed_up() {
+    let (env, point) = env_with_point();
+    let serve = Serve::start(&env, &[&point]);
+    assert_eq!(serve.report["document"], "serve");
+    assert_eq!(serve.report["exports"][0]["writable"], false);
+    let uri = serve.uri(0);
+    assert!(read(&env, &uri) == content(1));
+    env.run("qemu-img", &["compare", "-f", "raw", "-F", "raw", &uri, "disk.raw"]).ok();
+    assert_ne!(qemu_io(&env, &uri, &["write 0 512"]).code, Some(0), "it is read-only");
+    // A hole is told, not sent.
+    let map = env.run("nbdinfo", &["--map", "--totals", &uri]).ok().stdout;
+    assert!(map.contains("hole,zero"), "{map}");
+    let socket = serve.socket();
+    serve.stop();
+    assert!(!socket.exists());
+}
+
+#[test]
+fn a_point_is_named_as_everywhere_and_one_without_the_disk_is_refused() {
+    let (env, _) = env_with_point();
+    let serve = Serve::start(&env, &["web@latest", "--socket", "s"]);
+    assert!(serve.uri(0).ends_with(&format!("socket={}", env.path("s").display())));
+    assert_eq!(env.vmbackup(&["serve", "web@latest", "--disk", "vdz"]).code, Some(3));
+    assert_eq!(env.vmbackup(&["serve", "nobody@latest"]).code, Some(3));
+    assert_eq!(env.vmbackup(&["serve", "web@latest", "--socket", "s"]).code, Some(7));
+}
+
+#[test]
+fn several_points_are_exports_named_by_vm_and_point() {
+    let (env, first) = env_with_point();
+    std::fs::write(env.path("disk.raw"), content(2)).unwrap();
+    let second = back_up(&env);
+    let serve = Serve::start(&env, &[&first, &second]);
+    let name = serve.report["exports"][1]["name"].as_str().unwrap();
+    assert!(name.starts_with(&format!("web@{}/", &second[..8])), "{name}");
+    assert!(read(&env, &serve.uri(0)) == content(1));
+    assert!(read(&env, &serve.uri(1)) == content(2));
+    let list = env.run("nbdinfo", &["--list", &serve.uri(0)]).ok().stdout;
+    assert!(list.contains(name), "{list}");
+}
+
+#[test]
+fn writes_go_to_an_overlay_that_is_thrown_away() {
+    let (env, point) = env_with_point();
+    let serve = Serve::start(&env, &[&point, "--writable"]);
+    let uri = serve.uri(0);
+    let commands = ["write -P 7 1000 5000", "write -z 3M 64k", "discard 4M 64k", "flush"];
+    qemu_io(&env, &uri, &commands).ok();
+    let mut expected = content(1);
+    expected[1000..6000].fill(7);
+    expected[3 << 20..(3 << 20) + 65536].fill(0);
+    expected[4 << 20..(4 << 20) + 65536].fill(0);
+    assert!(read(&env, &uri) == expected);
+    serve.stop();
+    env.vmbackup(&["verify", &point, "--against", "disk.raw"]).ok();
+    let serve = Serve::start(&env, &[&point, "--writable"]);
+    assert!(read(&env, &serve.uri(0)) == content(1), "nothing is left of it");
+}
+
+#[test]
+fn a_kept_overlay_goes_on_where_it_was_and_fits_its_own_disk_only() {
+    let (env, point) = env_with_point();
+    let args = [&point, "--writable", "--overlay", "o"];
+    let serve = Serve::start(&env, &args);
+    qemu_io(&env, &serve.uri(0), &["write -P 7 1000 5000"]).ok();
+    serve.stop();
+    let mut expected = content(1);
+    expected[1000..6000].fill(7);
+    let serve = Serve::start(&env, &args);
+    assert!(read(&env, &serve.uri(0)) == expected);
+    assert_eq!(env.vmbackup(&["serve", &point, "--writable", "--overlay", "o"]).code, Some(7));
+    drop(serve);
+    std::fs::write(env.path("disk.raw"), content(2)).unwrap();
+    let other = back_up(&env);
+    assert_eq!(env.vmbackup(&["serve", &other, "--writable", "--overlay", "o"]).code, Some(2));
+}
+
+#[test]
+fn a_point_stays_readable_while_it_is_served_whatever_gc_does() {
+    let (env, point) = env_with_point();
+    std::fs::write(env.path("disk.raw"), content(2)).unwrap();
+    back_up(&env);
+    let serve = Serve::start(&env, &[&point, "--cache", "0"]);
+    env.vmbackup(&["forget", &point]).ok();
+    for _ in 0..2 {
+        let report = env.vmbackup(&["gc", "--json"]).json();
+        let waiting = report["waiting_for"].as_array().unwrap();
+        assert!(waiting[0].as_str().unwrap().starts_with("read-"), "{report}");
+        assert_eq!(report["freed_bytes"], 0, "{report}");
+    }
+    assert!(read(&env, &serve.uri(0)) == content(1));
+    serve.stop();
+    env.vmbackup(&["gc"]).ok();
+    let report = env.vmbackup(&["gc", "--json"]).json();
+    assert_eq!(report["waiting_for"].as_array().unwrap().len(), 0, "{report}");
+}
+
+#[test]
+fn plain_text_is_served_to_other_hosts_only_on_request() {
+    let (env, point) = env_with_point();
+    let refused = env.vmbackup(&["serve", &point, "--listen", "0.0.0.0:0"]);
+    assert_eq!(refused.code, Some(2), "{refused:?}");
+    let serve = Serve::start(&env, &[&point, "--listen", "127.0.0.1:0"]);
+    assert!(serve.uri(0).starts_with("nbd://127.0.0.1:"));
+    assert!(read(&env, &serve.uri(0)) == content(1));
+    let serve = Serve::start(&env, &[&point, "--listen", "[::]:0", "--insecure-tcp"]);
+    assert!(serve.uri(0).starts_with("nbd://[::]:"), "{}", serve.uri(0));
+}
