@@ -69,6 +69,7 @@ enum Command {
     Copy(commands::copy::Args),
     Forget(commands::forget::Args),
     Gc(commands::gc::Args),
+    Nbd(commands::nbd::Args),
     Repo(commands::repo::Args),
     /// Thaws a guest when the backup that froze it is gone; started by backups, not by people
     #[command(hide = true, name = crate::job::guardian::COMMAND)]
@@ -91,6 +92,7 @@ impl Command {
             Self::Copy(args) => commands::copy::run(args, context).await,
             Self::Forget(args) => commands::forget::run(args, context).await,
             Self::Gc(args) => commands::gc::run(args, context).await,
+            Self::Nbd(args) => commands::nbd::run(args, context).await,
             Self::Repo(args) => commands::repo::run(args, context).await,
             Self::Guardian => unreachable!("runs before there is a context"),
         }

@@ -19,6 +19,7 @@
 
 pub mod backup;
 pub mod copy;
+pub mod export;
 pub mod forget;
 pub mod gc;
 pub mod guardian;

@@ -368,7 +368,7 @@ pub async fn list(connector: &dyn Connector, timeouts: Timeouts) -> Result<Vec<L
 }
 
 /// One connection up to transmission, within `limit`.
-async fn negotiate(
+pub(super) async fn negotiate(
     connector: &dyn Connector,
     export: &str,
     contexts: &[String],

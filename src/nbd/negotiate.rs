@@ -183,6 +183,35 @@ impl Handshake {
         Err(self.violation("more meta contexts than were asked for"))
     }
 
+    /// The names of the meta contexts of `export`; none where the server cannot tell.
+    pub async fn list_contexts(&mut self, export: &str) -> Result<Vec<String>> {
+        let option = option::LIST_META_CONTEXT;
+        if self.style == HeaderStyle::Simple {
+            return Ok(Vec::new());
+        }
+        let mut payload = Vec::new();
+        put_string(&mut payload, export);
+        put_len(&mut payload, 0);
+        self.send_option(option, &payload).await?;
+        let mut names = Vec::new();
+        while names.len() < REPLIES_MAX {
+            let answer = self.read_reply(option).await?;
+            match answer.kind {
+                reply::ACK => return Ok(names),
+                reply::META_CONTEXT => {
+                    let Some((_, name)) = answer.payload.split_at_checked(4) else {
+                        return Err(self.violation("a meta context reply without an id"));
+                    };
+                    names.push(wire::peer_text(name));
+                }
+                reply::UNSUP | reply::POLICY | reply::INVALID => return Ok(Vec::new()),
+                _ if answer.is_error() => return Err(self.refused(option, export, &answer)),
+                kind => return Err(self.unexpected(option, kind)),
+            }
+        }
+        Err(self.violation(format!("more than {REPLIES_MAX} meta contexts")))
+    }
+
     fn add_context(&mut self, payload: &[u8], wanted: &[String]) -> Result<()> {
         let Some((id, name)) = payload.split_at_checked(4) else {
             return Err(self.violation("a meta context reply without an id"));

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use crate::support::TestEnv;
 
-const COMMANDS: [&str; 19] = [
+const COMMANDS: [&str; 24] = [
     "",
     "full",
     "incremental",
@@ -21,6 +21,11 @@ const COMMANDS: [&str; 19] = [
     "copy",
     "forget",
     "gc",
+    "nbd",
+    "nbd info",
+    "nbd list",
+    "nbd map",
+    "nbd read",
     "repo",
     "repo init",
     "repo info",

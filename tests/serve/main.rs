@@ -7,5 +7,6 @@ mod support;
 
 mod guest;
 mod images;
+mod inspect;
 mod points;
 mod rig;

@@ -9,6 +9,7 @@ pub(crate) mod guardian;
 pub(crate) mod hash;
 pub(crate) mod incremental;
 pub(crate) mod list;
+pub(crate) mod nbd;
 pub(crate) mod plan;
 pub(crate) mod repo;
 pub(crate) mod restore;

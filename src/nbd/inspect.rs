@@ -1,0 +1,164 @@
+//! Looking at exports: everything a server says, and what each of its contexts says of a range.
+//!
+//! For people and scripts who ask "what is this". A disk to copy is a [`Client`](super::Client).
+
+use std::sync::Arc;
+
+use super::client::{Timeouts, negotiate};
+use super::connection::Connection;
+use super::export::ExportInfo;
+use super::negotiate::{Context, Greeted, Handshake, greet};
+use super::stream::{Connector, within};
+use super::wire::HeaderStyle;
+use crate::block::ByteRange;
+use crate::error::{Error, Kind, Result};
+
+/// Exports looked at in one go.
+const EXPORTS_MAX: usize = 1000;
+
+/// Longest range asked for at once: what the 32-bit lengths of simple headers take, in whole MiB.
+const STATUS_BYTES_MAX: u64 = 2 << 30;
+
+/// What a server says.
+#[derive(Clone, Debug)]
+pub struct Description {
+    /// How requests would look.
+    pub style: HeaderStyle,
+    /// Its exports, or the one that was asked for.
+    pub exports: Vec<Described>,
+}
+
+/// What a server says of an export.
+#[derive(Clone, Debug)]
+pub struct Described {
+    /// The name it was asked for.
+    pub name: String,
+    /// Size, abilities, limits, description.
+    pub info: ExportInfo,
+    /// The names of its meta contexts.
+    pub contexts: Vec<String>,
+}
+
+/// Which exports.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Which<'a> {
+    /// This one.
+    One(&'a str),
+    /// All that are listed.
+    All,
+}
+
+/// Asks a server all it tells before data flows. Cancel-safe.
+pub async fn describe(
+    connector: &dyn Connector,
+    which: Which<'_>,
+    timeouts: Timeouts,
+) -> Result<Description> {
+    let peer = connector.peer();
+    let asking = || format!("asking NBD server {peer}");
+    within(timeouts.handshake, asking, async {
+        let mut handshake = match greet(connector.connect().await?, Arc::clone(&peer)).await? {
+            Greeted::Oldstyle(negotiated) => {
+                let info = negotiated.export;
+                let only = Described { name: String::new(), info, contexts: Vec::new() };
+                return Ok(Description { style: HeaderStyle::Simple, exports: vec![only] });
+            }
+            Greeted::Newstyle(handshake) => handshake,
+        };
+        let style = handshake.agree_on_headers().await?;
+        let names = match which {
+            Which::One(name) => vec![name.to_owned()],
+            Which::All => handshake.list().await?.into_iter().map(|listed| listed.name).collect(),
+        };
+        if names.len() > EXPORTS_MAX {
+            let message = format!("NBD server {peer} has {} exports", names.len());
+            return Err(Error::new(Kind::Unsupported, message).hint("name the one to look at"));
+        }
+        let mut exports = Vec::new();
+        for name in names {
+            exports.push(described(&mut handshake, connector, name, timeouts).await?);
+        }
+        handshake.abort().await;
+        Ok(Description { style, exports })
+    })
+    .await
+}
+
+async fn described(
+    handshake: &mut Handshake,
+    connector: &dyn Connector,
+    name: String,
+    timeouts: Timeouts,
+) -> Result<Described> {
+    let info = match handshake.info(&name).await? {
+        Some(info) => info,
+        // Old servers tell only those who enter transmission.
+        None => negotiate(connector, &name, &[], timeouts.handshake).await?.export,
+    };
+    let contexts = handshake.list_contexts(&name).await?;
+    Ok(Described { name, info, contexts })
+}
+
+/// A connection that asks for the status of ranges and nothing else.
+pub struct Inspector {
+    connection: Connection,
+    info: ExportInfo,
+    peer: Arc<str>,
+}
+
+/// What one context says from some offset on: lengths and flags.
+pub type Runs = Vec<(u64, u64)>;
+
+impl Inspector {
+    /// Opens `export` with these contexts; one that the server lacks is [`Kind::NotFound`].
+    pub async fn open(
+        connector: &dyn Connector,
+        export: &str,
+        contexts: &[String],
+        timeouts: Timeouts,
+    ) -> Result<Self> {
+        let peer = connector.peer();
+        let negotiated = negotiate(connector, export, contexts, timeouts.handshake).await?;
+        let has = |name: &&String| negotiated.contexts.iter().any(|found| found.name == **name);
+        if let Some(missing) = contexts.iter().find(|name| !has(name)) {
+            let message = format!("NBD server {peer} does not offer the context {missing}");
+            return Err(Error::new(Kind::NotFound, message)
+                .hint("'vmbackup nbd info' shows the contexts of an export"));
+        }
+        let info = negotiated.export.clone();
+        Ok(Self { connection: Connection::start(negotiated, 1, timeouts.stall), info, peer })
+    }
+
+    /// What the server says about the export.
+    pub fn info(&self) -> &ExportInfo {
+        &self.info
+    }
+
+    /// The contexts, in the order of [`Inspector::status`].
+    pub fn contexts(&self) -> &[Context] {
+        self.connection.contexts()
+    }
+
+    /// What each context says of a prefix of `range`, which is not empty: at least one run each, none
+    /// past the range's end. Prefixes differ in length. Cancel-safe.
+    pub async fn status(&self, range: ByteRange) -> Result<Vec<Runs>> {
+        let align_bytes = self.info.block_sizes.min_bytes;
+        if !range.offset().is_multiple_of(align_bytes) {
+            let message = format!("{} has blocks of {align_bytes} bytes", self.peer);
+            return Err(Error::new(Kind::Usage, message));
+        }
+        let range = ByteRange::new(range.offset(), range.len().min(STATUS_BYTES_MAX));
+        let told = self.connection.status(range).await?;
+        let runs = |context: &Context| {
+            let told = told.iter().find(|status| status.id == context.id);
+            let mut runs = told.expect("a complete reply tells of every context").runs.clone();
+            // Only the last run may overshoot: the request parser has seen to it.
+            let sum: u64 = runs.iter().map(|run| run.0).sum();
+            if let Some(last) = runs.last_mut() {
+                last.0 -= sum.saturating_sub(range.len());
+            }
+            runs
+        };
+        Ok(self.contexts().iter().map(runs).collect())
+    }
+}

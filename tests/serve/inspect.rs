@@ -1,0 +1,80 @@
+//! `vmbackup nbd …` against our own server and qemu-nbd.
+
+use crate::rig::{DISK_BYTES, Serve, content, env_with_point};
+use crate::support::{NbdServer, TestEnv};
+
+#[test]
+fn info_and_list_tell_what_a_server_of_ours_offers() {
+    let (env, point) = env_with_point();
+    let serve = Serve::start(&env, &[&point, "disk.raw"]);
+    let report = env.vmbackup(&["nbd", "list", &serve.uri(0), "--json"]).json();
+    assert_eq!(report["headers"], "extended");
+    let exports = report["exports"].as_array().unwrap();
+    assert_eq!(exports.len(), 2, "{report}");
+    assert_eq!(exports[1]["name"], "disk.raw");
+    assert_eq!(exports[0]["size_bytes"], DISK_BYTES);
+    let report = env.vmbackup(&["nbd", "info", &serve.uri(0), "--json"]).json();
+    let export = &report["exports"][0];
+    assert_eq!(export["contexts"], serde_json::json!(["base:allocation"]));
+    let flags: Vec<_> = export["flags"].as_array().unwrap().iter().collect();
+    assert!(flags.contains(&&"read-only".into()) && flags.contains(&&"multi-conn".into()));
+    let text = env.vmbackup(&["nbd", "info", &serve.uri(0), "--all"]).ok().stdout;
+    assert!(text.contains("'disk.raw'") && text.contains("base:allocation"), "{text}");
+    assert_eq!(env.vmbackup(&["nbd", "info", "nbd+unix:///x?socket=nowhere"]).code, Some(3));
+}
+
+#[test]
+fn a_map_shows_every_context_and_its_totals() {
+    let env = TestEnv::new();
+    env.run("qemu-img", &["create", "-f", "qcow2", "d.qcow2", "64M"]).ok();
+    env.run("qemu-img", &["bitmap", "--add", "d.qcow2", "b0"]).ok();
+    env.run("qemu-io", &["-f", "qcow2", "-c", "write 1M 64k", "d.qcow2"]).ok();
+    let server =
+        NbdServer::qemu_nbd(&env, &env.path("d.qcow2"), &["-f", "qcow2", "-B", "b0", "-A"]);
+    let uri = server.uri("");
+    let report = env.vmbackup(&["nbd", "map", &uri, "--json"]).json();
+    let context = |name: &str| {
+        let all = report["contexts"].as_array().unwrap();
+        all.iter().find(|context| context["name"] == name).unwrap_or_else(|| panic!("{report}"))
+    };
+    for (name, there, elsewhere) in [
+        ("base:allocation", "data", "hole,zero"),
+        ("qemu:dirty-bitmap:b0", "dirty", "clean"),
+        ("qemu:allocation-depth", "local", "unallocated"),
+    ] {
+        let extents = context(name)["extents"].as_array().unwrap();
+        assert_eq!(extents.len(), 3, "{name}: {extents:?}");
+        assert_eq!(extents[1]["state"], there);
+        assert_eq!(
+            (&extents[1]["offset"], &extents[1]["bytes"]),
+            (&(1 << 20).into(), &65536.into())
+        );
+        let totals = context(name)["totals"].as_array().unwrap();
+        let rest = totals.iter().find(|total| total["state"] == elsewhere).unwrap();
+        assert_eq!(rest["bytes"], (64 << 20) - 65536);
+    }
+    let args = ["nbd", "map", &uri, "--totals", "--context", "qemu:dirty-bitmap:b0"];
+    let text = env.vmbackup(&args).ok().stdout;
+    assert!(text.contains("dirty") && text.contains("0.0 %") && text.contains("99.9 %"), "{text}");
+    let args = ["nbd", "map", &uri, "--context", "qemu:dirty-bitmap:none"];
+    assert_eq!(env.vmbackup(&args).code, Some(3));
+}
+
+#[test]
+fn read_shows_the_bytes_that_are_there() {
+    let env = TestEnv::new();
+    std::fs::write(env.path("disk.raw"), content(1)).unwrap();
+    let serve = Serve::start(&env, &["disk.raw"]);
+    let args = ["nbd", "read", &serve.uri(0), "--offset", "1000", "--length", "40", "--json"];
+    let report = env.vmbackup(&args).json();
+    let hex = report["data"].as_str().unwrap();
+    assert_eq!(hex.len(), 80);
+    for (digits, byte) in hex.as_bytes().chunks(2).zip(&content(1)[1000..1040]) {
+        assert_eq!(digits, format!("{byte:02x}").as_bytes());
+    }
+    let text = env.vmbackup(&["nbd", "read", &serve.uri(0), "--offset", "1M"]).ok().stdout;
+    let lines: Vec<&str> = text.lines().collect();
+    assert_eq!(lines.len(), 3, "repeated lines are left out: {text}");
+    assert!(lines[0].starts_with("0000100000  00 00 ") && lines[1] == "*", "{text}");
+    assert_eq!(lines[2], "0000100200");
+}
