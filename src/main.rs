@@ -1,7 +1,6 @@
 //! The program: hands the arguments to the command line and its status to the system.
 
-use std::process::ExitCode;
-
-fn main() -> ExitCode {
-    vmbackup::cli::main(std::env::args_os())
+fn main() {
+    let status = vmbackup::cli::main(std::env::args_os());
+    vmbackup::cli::leave(status)
 }

@@ -3,8 +3,6 @@
 //! The table is part of the interface: scripts decide on it, `vmbackup help` prints it and
 //! `docs/troubleshooting.md` explains each. A number is never given a new meaning.
 
-use std::process::ExitCode;
-
 use crate::error::Kind;
 
 /// What `vmbackup --help` says about exit codes. A test holds it against [`code`].
@@ -31,6 +29,9 @@ Exit codes:
    20  input or output failed
    70  internal error (a bug: please report it)
   130  stopped by Ctrl-C or SIGTERM";
+
+/// The exit code of success.
+pub(crate) const SUCCESS: u8 = 0;
 
 /// The exit code of a failure of `kind`.
 pub(crate) fn code(kind: Kind) -> u8 {
@@ -82,11 +83,6 @@ pub(crate) fn name(kind: Kind) -> &'static str {
         Kind::Internal => "internal",
         Kind::Cancelled => "cancelled",
     }
-}
-
-/// The process's exit status for a failure of `kind`.
-pub(crate) fn status(kind: Kind) -> ExitCode {
-    ExitCode::from(code(kind))
 }
 
 #[cfg(test)]

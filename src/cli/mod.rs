@@ -16,6 +16,7 @@ mod commands;
 mod context;
 mod copy_settings;
 mod exit;
+mod leave;
 mod open;
 mod output;
 mod progress;
@@ -27,7 +28,6 @@ mod vm_args;
 mod vm_settings;
 
 use std::ffi::OsString;
-use std::process::ExitCode;
 
 use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
@@ -37,6 +37,8 @@ use crate::error::{Error, Kind, Result};
 use args::CommonArgs;
 use context::Context;
 use output::Output;
+
+pub use leave::leave;
 
 /// Backs up and restores virtual machines of libvirt and plain QEMU
 ///
@@ -99,8 +101,9 @@ impl Command {
     }
 }
 
-/// Runs the program with these arguments (the first is its name) and yields its exit status.
-pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+/// Runs the program with these arguments (the first is its name) and yields its exit status, for
+/// [`leave`].
+pub fn main(args: impl IntoIterator<Item = OsString>) -> u8 {
     let args: Vec<OsString> = args.into_iter().collect();
     let json = args.iter().any(|arg| arg == "--json");
     let cli = match Cli::try_parse_from(args) {
@@ -109,16 +112,16 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     };
     let output = Output { json: cli.common.json, quiet: cli.common.quiet };
     match start(cli, output) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(()) => exit::SUCCESS,
         Err(error) => {
             output.error(&error);
-            exit::status(error.kind())
+            exit::code(error.kind())
         }
     }
 }
 
 /// What the parser could not take, or the help and version it printed instead.
-fn refuse(error: &clap::Error, json: bool) -> ExitCode {
+fn refuse(error: &clap::Error, json: bool) -> u8 {
     let asked_for = matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion);
     if json && !asked_for {
         let text = error.render().to_string();
@@ -130,7 +133,7 @@ fn refuse(error: &clap::Error, json: bool) -> ExitCode {
         // Help goes to stdout, everything else to stderr; a closed pipe needs no answer.
         let _ = error.print();
     }
-    if asked_for { ExitCode::SUCCESS } else { exit::status(Kind::Usage) }
+    if asked_for { exit::SUCCESS } else { exit::code(Kind::Usage) }
 }
 
 fn start(cli: Cli, output: Output) -> Result<()> {
