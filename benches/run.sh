@@ -3,6 +3,7 @@
 #
 #   benches/run.sh                        everything, 5 pairs, about 30 minutes on 2 cores
 #   benches/run.sh --pairs 7 full tmpfs   some cases only; --list names them
+#   benches/run.sh copy --pairs 7 file    'vmbackup copy' against nbdcopy and qemu-img convert
 #   benches/run.sh --dir DIR              where images, repositories and copies go (30 GiB)
 #
 # Root, Debian 12. Installs what the tests need (tests/setup.sh) and, for the comparison, Debian's
@@ -23,4 +24,8 @@ if [ "${1:-}" != --inner ]; then
   exec tests/support/libvirtd.sh with "$0" --inner "$@"
 fi
 shift
+if [ "${1:-}" = copy ]; then
+  shift
+  exec python3 benches/copy.py --vmbackup target/release/vmbackup "$@"
+fi
 exec python3 benches/bench.py --vmbackup target/release/vmbackup "$@"

@@ -27,6 +27,10 @@ struct Shared {
     spare: Mutex<Spare>,
 }
 
+/// Where buffers begin: the kernel copies to and from a cache line's beginning twice as fast as to
+/// the 16th byte after it, where an allocator puts large blocks (`rep movsb`, measured on AMD Zen).
+const ALIGN_BYTES: usize = 64;
+
 /// Memory that was given back. Its capacity never exceeds the budget, and none of it is handed out
 /// for much less than it is: otherwise a few large buffers among many small ones would leave every
 /// small one with the memory of a large one.
@@ -45,7 +49,8 @@ impl Spare {
     }
 
     fn give(&mut self, bytes: Vec<u8>, budget_bytes: usize) {
-        if self.capacity_bytes + bytes.capacity() <= budget_bytes {
+        // An eighth more: what alignment and the allocator add.
+        if self.capacity_bytes + bytes.capacity() <= budget_bytes / 8 * 9 {
             self.capacity_bytes += bytes.capacity();
             self.buffers.push(bytes);
         }
@@ -87,8 +92,11 @@ impl Budget {
             .await
             .expect("the semaphore of a budget is never closed");
         let mut bytes = self.shared.spare().take(len);
-        bytes.resize(len, 0);
-        Buffer { window: 0..len, bytes, home: Some((Arc::clone(&self.shared), permit)) }
+        bytes.resize(len + ALIGN_BYTES, 0);
+        let start = bytes.as_ptr().align_offset(ALIGN_BYTES).min(ALIGN_BYTES);
+        let whole = start..start + len;
+        let home = Some((Arc::clone(&self.shared), permit));
+        Buffer { window: whole.clone(), whole, bytes, home }
     }
 }
 
@@ -96,6 +104,9 @@ impl Budget {
 #[derive(Debug)]
 pub struct Buffer {
     bytes: Vec<u8>,
+    /// The buffer within its memory.
+    whole: Range<usize>,
+    /// The window within the memory.
     window: Range<usize>,
     home: Option<(Arc<Shared>, OwnedSemaphorePermit)>,
 }
@@ -103,7 +114,8 @@ pub struct Buffer {
 impl Buffer {
     /// A buffer outside any budget: for small or test data.
     pub fn unbudgeted(bytes: Vec<u8>) -> Self {
-        Self { window: 0..bytes.len(), bytes, home: None }
+        let whole = 0..bytes.len();
+        Self { window: whole.clone(), whole, bytes, home: None }
     }
 
     /// Restricts the buffer to `window` of the *whole* buffer: a read fills the window only.
@@ -113,17 +125,17 @@ impl Buffer {
     #[must_use]
     pub fn with_window(mut self, window: Range<usize>) -> Self {
         assert!(
-            window.start <= window.end && window.end <= self.bytes.len(),
+            window.start <= window.end && window.end <= self.whole.len(),
             "window outside buffer"
         );
-        self.window = window;
+        self.window = self.whole.start + window.start..self.whole.start + window.end;
         self
     }
 
     /// The whole buffer again.
     #[must_use]
     pub fn whole(mut self) -> Self {
-        self.window = 0..self.bytes.len();
+        self.window = self.whole.clone();
         self
     }
 }

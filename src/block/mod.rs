@@ -28,6 +28,8 @@ pub use buffer::{Budget, Buffer};
 pub use extent::{Extent, ExtentKind, ExtentMap};
 pub use range::ByteRange;
 
+use std::sync::Arc;
+
 use async_trait::async_trait;
 
 use crate::error::Result;
@@ -55,6 +57,30 @@ impl Geometry {
     }
 }
 
+/// Reading on the caller's own thread, for sources whose bytes are a system call away.
+pub trait BlockingRead: Send + Sync {
+    /// Fills `bytes` from `offset` on, and says whether that had to wait for a disk.
+    fn read_at(&self, offset: u64, bytes: &mut [u8]) -> Result<Waited>;
+}
+
+/// Whether a read had to wait.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Waited {
+    /// No: the bytes were in memory.
+    No,
+    /// For a disk: more reads at a time would be faster.
+    ForDisk,
+}
+
+/// Writing on the caller's own thread.
+pub trait BlockingWrite: Send + Sync {
+    /// Stores `bytes` at `offset`.
+    fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<()>;
+
+    /// Makes `range` read as zeroes.
+    fn zero_at(&self, range: ByteRange, mode: ZeroMode) -> Result<()>;
+}
+
 /// A disk that can be read and does not change meanwhile.
 #[async_trait]
 pub trait BlockSource: Send + Sync {
@@ -70,6 +96,11 @@ pub trait BlockSource: Send + Sync {
     /// Fills the buffer's window with the bytes from `offset` on. The whole window is filled when
     /// it returns `Ok`. Cancel-safe: nothing of the request survives but traffic.
     async fn read(&self, offset: u64, buffer: Buffer) -> Result<Buffer>;
+
+    /// The same disk for threads that may wait, if it needs no reactor.
+    fn blocking(&self) -> Option<Arc<dyn BlockingRead>> {
+        None
+    }
 }
 
 /// How a sink may make zeroes.
@@ -125,6 +156,11 @@ pub trait BlockSink: Send + Sync {
 
     /// Makes every completed write durable; an error means that data is lost.
     async fn flush(&self) -> Result<()>;
+
+    /// The same disk for threads that may wait, if it needs no reactor.
+    fn blocking_sink(&self) -> Option<Arc<dyn BlockingWrite>> {
+        None
+    }
 }
 
 /// Reads all of `source` (for small disks, artefacts and tests; at most `bytes_max`).

@@ -1,8 +1,10 @@
 //! A sink that keeps nothing: how fast is a source, can all of it be read?
 
+use std::sync::Arc;
+
 use async_trait::async_trait;
 
-use super::{BlockSink, Buffer, ByteRange, Geometry, ZeroMode};
+use super::{BlockSink, BlockingWrite, Buffer, ByteRange, Geometry, ZeroMode};
 use crate::error::{Error, Kind, Result};
 
 /// Takes everything and drops it.
@@ -47,6 +49,20 @@ impl BlockSink for NullSink {
     }
 
     async fn flush(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn blocking_sink(&self) -> Option<Arc<dyn BlockingWrite>> {
+        Some(Arc::new(*self))
+    }
+}
+
+impl BlockingWrite for NullSink {
+    fn write_at(&self, _offset: u64, _bytes: &[u8]) -> Result<()> {
+        Ok(())
+    }
+
+    fn zero_at(&self, _range: ByteRange, _mode: ZeroMode) -> Result<()> {
         Ok(())
     }
 }

@@ -17,14 +17,14 @@ pub(super) struct Copying {
     pub(super) sink: Arc<dyn BlockSink>,
     pub(super) shape: Shape,
     pub(super) unchanged: Unchanged,
-    source_name: String,
+    pub(super) source_name: String,
     sink_name: String,
-    zeroes: ZeroPolicy,
+    pub(super) zeroes: ZeroPolicy,
     /// Block size in which data is searched for zeroes.
-    detect_bytes: Option<u64>,
+    pub(super) detect_bytes: Option<u64>,
     /// Largest read of the source, a multiple of its alignment.
     read_bytes_max: u64,
-    source_align_bytes: u64,
+    pub(super) source_align_bytes: u64,
     /// Sees everything that is read, in whole leaves.
     hash: Option<Arc<HashSink>>,
 }
@@ -158,16 +158,12 @@ impl Copying {
         Ok(Report { zero_bytes: range.len(), ..Report::default() })
     }
 
-    fn sink_failed(&self, what: &str, range: ByteRange, error: Error) -> Error {
+    pub(super) fn sink_failed(&self, what: &str, range: ByteRange, error: Error) -> Error {
         error.context(format!("cannot {what} {range} of {}", self.sink_name))
     }
 
     pub(super) async fn flush(&self) -> Result<()> {
         let flushed = self.sink.flush().await;
         flushed.map_err(|e| e.context(format!("cannot make {} durable", self.sink_name)))
-    }
-
-    pub(super) fn source_name(&self) -> String {
-        self.source_name.clone()
     }
 }

@@ -5,15 +5,21 @@
 //! headers that name other places (data files, network protocols) are refused.
 
 use std::ffi::OsStr;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
 use super::tool::{absolute, qemu_img};
+use crate::block::BlockSource;
+use crate::block::file::{Access, FileSource};
 use crate::error::{Error, Kind, Result};
 
 /// Longest backing chain followed; libvirt stops at 200, too.
 const CHAIN_MAX: usize = 200;
+
+/// What QEMU cuts disks into, and stat(2) counts in.
+const SECTOR_BYTES: u64 = 512;
 
 /// What `qemu-img info` tells, as far as it matters here.
 #[derive(Clone, Debug)]
@@ -78,6 +84,9 @@ pub async fn layers(path: &Path, format: &str) -> Result<Vec<Layer>> {
 /// image are not in it yet, and those it has open are marked inconsistent.
 pub async fn inspect(path: &Path, format: &str) -> Result<ImageInfo> {
     check_format(format)?;
+    if format == "raw" {
+        return inspect_raw(path);
+    }
     let what = format!("read the header of {} as {format}", path.display());
     // -U: looking at an image a VM uses is harmless; reading its disk is what needs the lock.
     let mut args: Vec<&OsStr> =
@@ -87,6 +96,22 @@ pub async fn inspect(path: &Path, format: &str) -> Result<ImageInfo> {
     parse(&output).map_err(|e| {
         Error::new(Kind::Unsupported, format!("cannot {what}: qemu-img's answer is not understood"))
             .source(e)
+    })
+}
+
+/// A raw image has no header: what qemu-img says of it is its length, which a process of its own
+/// would take longer to tell than a small copy takes.
+fn inspect_raw(path: &Path) -> Result<ImageInfo> {
+    let size_bytes = FileSource::open(path, Access::Repeated)?.geometry().size_bytes;
+    Ok(ImageInfo {
+        // Disks are made of sectors: QEMU rounds up (block/file-posix.c).
+        size_bytes: size_bytes.next_multiple_of(SECTOR_BYTES),
+        allocated_bytes: path.metadata().ok().map(|data| data.blocks() * SECTOR_BYTES),
+        bitmaps: None,
+        backing: None,
+        encrypted: false,
+        corrupt: false,
+        data_file: None,
     })
 }
 

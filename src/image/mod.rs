@@ -27,7 +27,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 
 use crate::block::file::{Access, FileSource};
-use crate::block::{BlockSource, Buffer, ByteRange, ExtentMap, Geometry};
+use crate::block::{BlockSource, BlockingRead, Buffer, ByteRange, ExtentMap, Geometry};
 use crate::error::{Error, Kind, Result};
 use crate::nbd::ClientOptions;
 
@@ -154,5 +154,9 @@ impl BlockSource for OpenImage {
 
     async fn read(&self, offset: u64, buffer: Buffer) -> Result<Buffer> {
         self.source.read(offset, buffer).await
+    }
+
+    fn blocking(&self) -> Option<Arc<dyn BlockingRead>> {
+        self.source.blocking()
     }
 }

@@ -18,7 +18,9 @@ use async_trait::async_trait;
 use rustix::fs::{Advice, FallocateFlags, fadvise, fallocate, fdatasync};
 
 use super::{Access, FileSource, Medium, blocking, examine, failed, is_unsupported, open};
-use crate::block::{BlockSink, BlockSource, Buffer, ByteRange, ExtentMap, Geometry, ZeroMode};
+use crate::block::{
+    BlockSink, BlockSource, BlockingWrite, Buffer, ByteRange, ExtentMap, Geometry, ZeroMode,
+};
 use crate::error::{Error, Kind, Result};
 use crate::units::{ByteSize, MIB};
 use crate::workers::Workers;
@@ -51,10 +53,7 @@ const ZEROES_BYTES: usize = 1 << 20;
 pub struct FileSink {
     inner: Arc<Inner>,
     starts_zero: bool,
-    access: Access,
     threads: Workers,
-    /// The window being written; those behind it are on their way to the disk.
-    frontier: AtomicU64,
 }
 
 #[derive(Debug)]
@@ -63,6 +62,9 @@ struct Inner {
     name: String,
     size_bytes: u64,
     medium: Medium,
+    access: Access,
+    /// The window being written; those behind it are on their way to the disk.
+    frontier: AtomicU64,
 }
 
 impl FileSink {
@@ -97,7 +99,7 @@ impl FileSink {
             options.custom_flags(rustix::fs::OFlags::EXCL.bits().cast_signed());
         }
         let (file, medium, size_bytes) = open(path, &mut options)?;
-        Self::new(file, path, (medium, size_bytes), false)
+        Self::new((file, path), (medium, size_bytes), false, Access::Once)
     }
 
     pub(super) fn set_len(&self, size_bytes: u64) -> Result<()> {
@@ -118,50 +120,27 @@ impl FileSink {
             let failed = |e| Error::io(format!("cannot size {}", path.display()), e);
             file.set_len(size_bytes).map_err(failed)?;
         }
-        Self::new(file, path, (Medium::File, size_bytes.unwrap_or(SIZE_BYTES_MAX)), true)
+        let size_bytes = size_bytes.unwrap_or(SIZE_BYTES_MAX);
+        Self::new((file, path), (Medium::File, size_bytes), true, Access::Once)
     }
 
     /// A sink on a file that is open for writing and will be written and read again and again: what
     /// is written stays cached.
     pub(super) fn repeated(file: File, path: &Path) -> Result<Self> {
         let examined = examine(&file, path)?;
-        Ok(Self { access: Access::Repeated, ..Self::new(file, path, examined, false)? })
+        Self::new((file, path), examined, false, Access::Repeated)
     }
 
     fn new(
-        file: File,
-        path: &Path,
+        (file, path): (File, &Path),
         (medium, size_bytes): (Medium, u64),
         starts_zero: bool,
+        access: Access,
     ) -> Result<Self> {
-        let inner = Inner { file, name: path.display().to_string(), size_bytes, medium };
+        let (name, frontier) = (path.display().to_string(), AtomicU64::new(0));
+        let inner = Inner { file, name, size_bytes, medium, access, frontier };
         let threads = Workers::new(THREADS)?;
-        let inner = Arc::new(inner);
-        let access = Access::Once;
-        Ok(Self { inner, starts_zero, access, threads, frontier: AtomicU64::new(0) })
-    }
-
-    /// Starts the write-back of what lies well behind the write at `offset`.
-    fn begin_writeback(&self, offset: u64) {
-        let window = offset / WRITEBACK_BYTES;
-        let before = self.frontier.fetch_max(window, Ordering::Relaxed);
-        // The window just left may have writes in flight: it goes with the next step.
-        let (from, to) = (before.saturating_sub(1), window.saturating_sub(1));
-        if from >= to {
-            return;
-        }
-        let inner = Arc::clone(&self.inner);
-        // Detached on purpose: advice, whose failure the final sync makes good.
-        drop(tokio::task::spawn_blocking(move || {
-            for (from, to) in
-                [(from, to), (from.saturating_sub(DROP_WINDOWS), to.saturating_sub(DROP_WINDOWS))]
-            {
-                if let Some(len) = NonZeroU64::new((to - from) * WRITEBACK_BYTES) {
-                    let start = from * WRITEBACK_BYTES;
-                    let _ = fadvise(&inner.file, start, Some(len), Advice::DontNeed);
-                }
-            }
-        }));
+        Ok(Self { inner: Arc::new(inner), starts_zero, threads })
     }
 }
 
@@ -188,8 +167,10 @@ impl BlockSink for FileSink {
     async fn write(&self, offset: u64, buffer: Buffer) -> Result<()> {
         let inner = Arc::clone(&self.inner);
         self.threads.run(move || inner.write(offset, &buffer)).await??;
-        if self.access == Access::Once {
-            self.begin_writeback(offset);
+        if let Some((from, to)) = self.inner.left_behind(offset) {
+            let inner = Arc::clone(&self.inner);
+            // Detached on purpose: advice, whose failure the final sync makes good.
+            drop(tokio::task::spawn_blocking(move || inner.write_back(from, to)));
         }
         Ok(())
     }
@@ -209,9 +190,49 @@ impl BlockSink for FileSink {
         blocking(move || fdatasync(&inner.file).map_err(|e| failed("sync data", &inner.name, e)))
             .await
     }
+
+    fn blocking_sink(&self) -> Option<Arc<dyn BlockingWrite>> {
+        Some(self.inner.clone())
+    }
+}
+
+impl BlockingWrite for Inner {
+    fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+        self.write(offset, bytes)?;
+        if let Some((from, to)) = self.left_behind(offset) {
+            self.write_back(from, to);
+        }
+        Ok(())
+    }
+
+    fn zero_at(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
+        self.zero(range, mode)
+    }
 }
 
 impl Inner {
+    /// The windows well behind the write at `offset` that are to be written back now, if any.
+    fn left_behind(&self, offset: u64) -> Option<(u64, u64)> {
+        if self.access == Access::Repeated {
+            return None;
+        }
+        let window = offset / WRITEBACK_BYTES;
+        let before = self.frontier.fetch_max(window, Ordering::Relaxed);
+        // The window just left may have writes in flight: it goes with the next step.
+        let (from, to) = (before.saturating_sub(1), window.saturating_sub(1));
+        (from < to).then_some((from, to))
+    }
+
+    /// Starts the write-back of these windows, and drops those that are clean by now.
+    fn write_back(&self, from: u64, to: u64) {
+        let dropped = (from.saturating_sub(DROP_WINDOWS), to.saturating_sub(DROP_WINDOWS));
+        for (from, to) in [(from, to), dropped] {
+            if let Some(len) = NonZeroU64::new((to - from) * WRITEBACK_BYTES) {
+                let _ = fadvise(&self.file, from * WRITEBACK_BYTES, Some(len), Advice::DontNeed);
+            }
+        }
+    }
+
     fn write(&self, offset: u64, bytes: &[u8]) -> Result<()> {
         let range = ByteRange::new(offset, bytes.len() as u64);
         assert!(range.end() <= self.size_bytes, "a write past the end of the disk: {range:?}");

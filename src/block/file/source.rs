@@ -19,7 +19,9 @@ use rustix::fs::{Advice, fadvise};
 use rustix::io::{Errno, ReadWriteFlags};
 
 use super::{Medium, blocking, examine, failed, is_unsupported, open};
-use crate::block::{BlockSource, Buffer, ByteRange, ExtentKind, ExtentMap, Geometry};
+use crate::block::{
+    BlockSource, BlockingRead, Buffer, ByteRange, ExtentKind, ExtentMap, Geometry, Waited,
+};
 use crate::error::Result;
 
 /// Requests worth having in flight: what keeps an NVMe device busy.
@@ -41,8 +43,6 @@ pub enum Access {
 #[derive(Debug)]
 pub struct FileSource {
     inner: Arc<Inner>,
-    /// Cleared when the file system does not know `RWF_NOWAIT`.
-    try_cache: AtomicBool,
 }
 
 #[derive(Debug)]
@@ -52,6 +52,8 @@ struct Inner {
     size_bytes: u64,
     medium: Medium,
     access: Access,
+    /// Cleared when the file system does not know `RWF_NOWAIT`.
+    try_cache: AtomicBool,
 }
 
 impl FileSource {
@@ -73,31 +75,8 @@ impl FileSource {
             let _ = fadvise(&file, 0, None, Advice::Random);
         }
         let name = path.display().to_string();
-        let inner = Inner { file, name, size_bytes, medium, access };
-        Self { inner: Arc::new(inner), try_cache: AtomicBool::new(true) }
-    }
-
-    /// Fills as much of `bytes` as the page cache holds, from the front.
-    fn read_cached(&self, offset: u64, bytes: &mut [u8]) -> usize {
-        let mut done = 0;
-        while done < bytes.len() && self.try_cache.load(Ordering::Relaxed) {
-            let mut rest = [IoSliceMut::new(&mut bytes[done..])];
-            let at = offset + done as u64;
-            match rustix::io::preadv2(&self.inner.file, &mut rest, at, ReadWriteFlags::NOWAIT) {
-                // The end of the file is for the blocking read to report.
-                Ok(0) | Err(Errno::AGAIN) => break,
-                Ok(count) => done += count,
-                Err(Errno::INTR) => {}
-                Err(error) => {
-                    if is_unsupported(error) {
-                        self.try_cache.store(false, Ordering::Relaxed);
-                    }
-                    // A real error comes back in the blocking read, with nothing lost.
-                    break;
-                }
-            }
-        }
-        done
+        let try_cache = AtomicBool::new(true);
+        Self { inner: Arc::new(Inner { file, name, size_bytes, medium, access, try_cache }) }
     }
 }
 
@@ -123,7 +102,7 @@ impl BlockSource for FileSource {
     }
 
     async fn read(&self, offset: u64, mut buffer: Buffer) -> Result<Buffer> {
-        let done = self.read_cached(offset, &mut buffer);
+        let done = self.inner.read_cached(offset, &mut buffer);
         if done == buffer.len() {
             return Ok(buffer);
         }
@@ -134,9 +113,47 @@ impl BlockSource for FileSource {
         })
         .await
     }
+
+    fn blocking(&self) -> Option<Arc<dyn BlockingRead>> {
+        Some(self.inner.clone())
+    }
+}
+
+impl BlockingRead for Inner {
+    fn read_at(&self, offset: u64, bytes: &mut [u8]) -> Result<Waited> {
+        let done = self.read_cached(offset, bytes);
+        if done == bytes.len() {
+            return Ok(Waited::No);
+        }
+        self.read(offset + done as u64, &mut bytes[done..])?;
+        Ok(Waited::ForDisk)
+    }
 }
 
 impl Inner {
+    /// Fills as much of `bytes` as the page cache holds, from the front.
+    fn read_cached(&self, offset: u64, bytes: &mut [u8]) -> usize {
+        let mut done = 0;
+        while done < bytes.len() && self.try_cache.load(Ordering::Relaxed) {
+            let mut rest = [IoSliceMut::new(&mut bytes[done..])];
+            let at = offset + done as u64;
+            match rustix::io::preadv2(&self.file, &mut rest, at, ReadWriteFlags::NOWAIT) {
+                // The end of the file is for the blocking read to report.
+                Ok(0) | Err(Errno::AGAIN) => break,
+                Ok(count) => done += count,
+                Err(Errno::INTR) => {}
+                Err(error) => {
+                    if is_unsupported(error) {
+                        self.try_cache.store(false, Ordering::Relaxed);
+                    }
+                    // A real error comes back in the blocking read, with nothing lost.
+                    break;
+                }
+            }
+        }
+        done
+    }
+
     fn read(&self, offset: u64, bytes: &mut [u8]) -> Result<()> {
         let len = bytes.len() as u64;
         self.file.read_exact_at(bytes, offset).map_err(|e| {

@@ -32,6 +32,10 @@ use target::Opened;
 pub use crate::image::Compression;
 pub use engine::{REQUEST_BYTES_MAX, Zeroes};
 
+/// Bytes in flight where nothing is said: room for requests that latency made large. Without
+/// latency the usual number of usual requests is 8 MiB, which stays in the processor's cache.
+const QUEUE_BYTES: usize = 64 << 20;
+
 /// What to copy, where to, how.
 #[derive(Debug)]
 pub struct Request {
@@ -365,8 +369,16 @@ impl Copying<'_> {
         Ok(engine::Options {
             requests,
             request_bytes: options.request_bytes.unwrap_or(default.request_bytes),
-            budget: options.queue_bytes.map_or(default.budget, Budget::new),
-            zeroes: options.zeroes,
+            latency: match (options.request_bytes, options.queue_bytes) {
+                (None, None) => engine::Latency::Adapt,
+                _ => engine::Latency::Ignore,
+            },
+            budget: Budget::new(options.queue_bytes.unwrap_or(QUEUE_BYTES)),
+            zeroes: match target {
+                // Nobody reads what is not kept.
+                Opened::Null(_) => Zeroes::Sparse { detect_bytes: None },
+                _ => options.zeroes,
+            },
             destination: match options.before {
                 Before::Zero => engine::Destination::Zero,
                 Before::Unknown => destination,
