@@ -14,9 +14,9 @@ trap 'echo "set-up: error: line $LINENO failed: $BASH_COMMAND" >&2' ERR
 
 # What comes from the distribution's own suite.
 base_packages=(
-  b3sum build-essential busybox-static cpio fio jq kmod libnbd-bin nbdkit openssh-client openssh-server
-  ovmf pkg-config python3 python3-argon2 python3-cryptography python3-libnbd swtpm swtpm-tools xz-utils
-  zstd
+  b3sum build-essential busybox-static cpio fio jq kmod libnbd-bin libssl-dev nbdkit
+  openssh-client openssh-server openssl ovmf pkg-config python3 python3-argon2 python3-cryptography
+  python3-libnbd swtpm swtpm-tools xz-utils zstd
 )
 # One suite each, see above.
 qemu_packages=(qemu-system-x86 qemu-utils)

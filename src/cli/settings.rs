@@ -12,6 +12,8 @@ use crate::error::{Error, Kind, Result};
 use crate::job::RepositoryChoice;
 use crate::job::serve::Served;
 use crate::job::source::{DiskSpec, ImageSpec};
+use crate::nbd::tls::Credentials;
+use crate::nbd::{NbdUri, Origin};
 
 /// Directories of this user (FHS for root, XDG base directories otherwise). `VMBACKUP_STATE_DIR`,
 /// `VMBACKUP_RUNTIME_DIR` and `VMBACKUP_CACHE_DIR` replace the last three. Two programs that are
@@ -129,7 +131,7 @@ pub(crate) fn repository(args: &RepositoryArgs, paths: &Paths) -> Result<Reposit
 pub(crate) fn disk(text: &str) -> Result<DiskSpec> {
     // Schemes that are not supported are refused as URIs, not looked for as files.
     match text.split_once("://") {
-        Some((scheme, _)) if scheme.starts_with("nbd") => text.parse().map(DiskSpec::Nbd),
+        Some((scheme, _)) if scheme.starts_with("nbd") => nbd_uri(text).map(DiskSpec::Nbd),
         _ => image(text).map(DiskSpec::Image),
     }
 }
@@ -145,6 +147,17 @@ pub(crate) fn served(text: &str) -> Result<Served> {
         return disk(text).map(Served::Disk);
     }
     Ok(Served::Point(text.to_owned()))
+}
+
+/// An NBD URI of the command line; without credentials in it, they are those libnbd's tools use.
+pub(crate) fn nbd_uri(text: &str) -> Result<NbdUri> {
+    let mut uri = NbdUri::parse(text, Origin::CommandLine)?;
+    if let Some(tls) = uri.tls.as_mut().filter(|t| t.credentials == Credentials::SystemAuthorities)
+    {
+        let home = std::env::var_os("HOME").map(PathBuf::from).filter(|home| home.is_absolute());
+        tls.credentials = Credentials::search(home.as_deref());
+    }
+    Ok(uri)
 }
 
 /// Formats that may stand before a path, as in `qcow2:disk.img`: those of QEMU's block drivers.
@@ -281,7 +294,9 @@ mod tests {
     fn a_disk_is_a_file_or_an_nbd_uri() {
         let uri = "nbd+unix:///vda?socket=/run/s";
         assert_eq!(disk(uri).unwrap(), DiskSpec::Nbd(uri.parse().unwrap()));
-        assert_eq!(disk("nbds://h/").unwrap_err().kind(), Kind::Unsupported);
+        let DiskSpec::Nbd(uri) = disk("nbds://h/?tls-psk-file=/k").unwrap() else { panic!() };
+        assert_eq!(uri.tls.unwrap().credentials, Credentials::Psk("/k".into()));
+        assert_eq!(disk("nbds+ssh://h/").unwrap_err().kind(), Kind::Unsupported);
         assert!(matches!(disk("nbd.raw").unwrap(), DiskSpec::Image(_)));
     }
 

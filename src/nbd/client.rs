@@ -14,8 +14,9 @@ use super::connection::Connection;
 use super::error::NbdError;
 use super::export::ExportInfo;
 use super::extents::Contexts;
-use super::negotiate::{Greeted, Listed, Negotiated, greet};
+use super::negotiate::{Greeted, Listed, Negotiated, greet, without_tls};
 use super::stream::{Connector, within};
+use super::tls::{Mode, TlsSession};
 use super::uri::NbdUri;
 use super::wire::{HeaderStyle, command, command_flag, errno, export};
 use crate::block::{BlockSink, BlockSource, Buffer, ByteRange, ExtentMap, Geometry, ZeroMode};
@@ -104,6 +105,7 @@ pub struct Client {
     peer: Arc<str>,
     connections: Vec<Connection>,
     export: ExportInfo,
+    tls: Option<TlsSession>,
     options: ClientOptions,
     geometry: Geometry,
 }
@@ -130,6 +132,7 @@ impl Client {
             ));
         }
         let info = first.export.clone();
+        let tls = first.tls.clone();
         let start = |negotiated| {
             Connection::start(negotiated, options.in_flight.max(1), options.timeouts.stall)
         };
@@ -144,7 +147,7 @@ impl Client {
                 };
                 match negotiate(connector, export, &contexts, limit.min(EXTRA_CONNECTION)).await {
                     Ok(next) => {
-                        check_same(&peer, &info, &next.export)?;
+                        check_same(&peer, (&info, &tls), &next)?;
                         connections.push(start(next));
                     }
                     Err(error) if error.kind() == Kind::Protocol => return Err(error),
@@ -156,7 +159,7 @@ impl Client {
             }
         }
         let geometry = geometry(&info, connections.len() * usize::from(options.in_flight.max(1)));
-        Ok(Self { peer, connections, export: info, options, geometry })
+        Ok(Self { peer, connections, export: info, tls, options, geometry })
     }
 
     /// Opens the export a URI names.
@@ -172,6 +175,11 @@ impl Client {
     /// How many connections are open.
     pub fn connection_count(&self) -> usize {
         self.connections.len()
+    }
+
+    /// The TLS of the connections, if they are inside it: all are or none is.
+    pub fn tls(&self) -> Option<&TlsSession> {
+        self.tls.as_ref()
     }
 
     /// How requests look.
@@ -352,7 +360,7 @@ impl BlockSink for Client {
 pub async fn list(connector: &dyn Connector, timeouts: Timeouts) -> Result<Vec<Listed>> {
     let peer = connector.peer();
     within(timeouts.handshake, || format!("listing the exports of {peer}"), async {
-        match greet(connector.connect().await?, Arc::clone(&peer)).await? {
+        match meet(connector).await? {
             // An oldstyle server has one export, without a name.
             Greeted::Oldstyle(_) => {
                 Ok(vec![Listed { name: String::new(), description: String::new() }])
@@ -367,6 +375,24 @@ pub async fn list(connector: &dyn Connector, timeouts: Timeouts) -> Result<Vec<L
     .await
 }
 
+/// A new session up to the first option that is not about TLS. The only way to begin one here: a
+/// session begun with [`greet`] would go on without the TLS it is to have.
+pub(super) async fn meet(connector: &dyn Connector) -> Result<Greeted> {
+    let peer = connector.peer();
+    let greeted = greet(connector.connect().await?, Arc::clone(&peer)).await?;
+    let Some(tls) = connector.tls() else { return Ok(greeted) };
+    match greeted {
+        Greeted::Newstyle(handshake) => {
+            handshake.start_tls(tls, connector.host()).await.map(Greeted::Newstyle)
+        }
+        Greeted::Oldstyle(_) if tls.mode == Mode::Required => Err(without_tls(&peer)),
+        Greeted::Oldstyle(_) => {
+            tracing::warn!(peer = &*peer, "the server has no TLS: going on without");
+            Ok(greeted)
+        }
+    }
+}
+
 /// One connection up to transmission, within `limit`.
 pub(super) async fn negotiate(
     connector: &dyn Connector,
@@ -376,7 +402,7 @@ pub(super) async fn negotiate(
 ) -> Result<Negotiated> {
     let peer = connector.peer();
     within(limit, || format!("the handshake with NBD server {peer}"), async {
-        match greet(connector.connect().await?, Arc::clone(&peer)).await? {
+        match meet(connector).await? {
             Greeted::Oldstyle(negotiated) => Ok(negotiated),
             Greeted::Newstyle(mut handshake) => {
                 handshake.agree_on_headers().await?;
@@ -400,10 +426,18 @@ fn check_access(peer: &Arc<str>, info: &ExportInfo, access: Access) -> Result<()
     Ok(())
 }
 
-/// All connections must show one export.
-fn check_same(peer: &Arc<str>, first: &ExportInfo, next: &ExportInfo) -> Result<()> {
+/// All connections must show one export, and be inside TLS if the first one is.
+fn check_same(
+    peer: &Arc<str>,
+    (first, tls): (&ExportInfo, &Option<TlsSession>),
+    next: &Negotiated,
+) -> Result<()> {
     let key = |info: &ExportInfo| (info.size_bytes, info.transmission_flags, info.block_sizes);
-    if key(first) == key(next) {
+    if tls.is_some() != next.tls.is_some() {
+        let message = format!("NBD server {peer} offers TLS on one of two connections");
+        return Err(Error::new(Kind::Protocol, message));
+    }
+    if key(first) == key(&next.export) {
         return Ok(());
     }
     let message = format!("NBD server {peer} describes one export differently on two connections");

@@ -4,10 +4,10 @@
 
 use std::sync::Arc;
 
-use super::client::{Timeouts, negotiate};
+use super::client::{Timeouts, meet, negotiate};
 use super::connection::Connection;
 use super::export::ExportInfo;
-use super::negotiate::{Context, Greeted, Handshake, greet};
+use super::negotiate::{Context, Greeted, Handshake};
 use super::stream::{Connector, within};
 use super::wire::HeaderStyle;
 use crate::block::ByteRange;
@@ -57,7 +57,7 @@ pub async fn describe(
     let peer = connector.peer();
     let asking = || format!("asking NBD server {peer}");
     within(timeouts.handshake, asking, async {
-        let mut handshake = match greet(connector.connect().await?, Arc::clone(&peer)).await? {
+        let mut handshake = match meet(connector).await? {
             Greeted::Oldstyle(negotiated) => {
                 let info = negotiated.export;
                 let only = Described { name: String::new(), info, contexts: Vec::new() };

@@ -13,6 +13,8 @@
 //!
 //! [`server`] is the other end.
 //!
+//! TLS ([`tls`]) is asked for first of all; what was said before it is forgotten.
+//!
 //! Layers inside: [`wire`] (numbers), `negotiate` (the handshake), `request` (rules of replies,
 //! no I/O), `connection` with `reader` and `writer` (one socket), `client` (the disk).
 //!
@@ -30,7 +32,9 @@ mod reader;
 mod request;
 pub mod server;
 mod stream;
+pub mod tls;
 mod uri;
+mod vsock;
 pub mod wire;
 mod writer;
 
@@ -40,4 +44,4 @@ pub use export::{BlockSizes, ExportInfo};
 pub use inspect::{Described, Description, Inspector, Runs, Which, describe};
 pub use negotiate::{Context, Greeted, Handshake, Listed, Negotiated, greet};
 pub use stream::{Connector, ReadHalf, Stream, WriteHalf};
-pub use uri::{Address, NbdUri, PORT_DEFAULT};
+pub use uri::{Address, NbdUri, Origin, PORT_DEFAULT};

@@ -3,7 +3,7 @@
 //! ```text
 //!  greet ──► oldstyle ────────────────────────────────────────────► Negotiated
 //!    └─────► newstyle, not fixed ──► EXPORT_NAME ─────────────────► Negotiated
-//!    └─────► fixed: EXTENDED_HEADERS, else STRUCTURED_REPLY
+//!    └─────► fixed: STARTTLS ─► EXTENDED_HEADERS, else STRUCTURED_REPLY
 //!              └─► SET_META_CONTEXT ──► GO ───────────────────────► Negotiated
 //!                                        └─ not known: EXPORT_NAME ► Negotiated
 //!              └─► LIST, INFO … ABORT
@@ -13,7 +13,7 @@
 //! cannot: the step between them consumes the former. One option is in flight at a time and each
 //! multi-part reply is drained. Every length is checked before memory is taken for it; a broken
 //! rule ends the session. Deadlines are the caller's. Nothing is read past what the handshake
-//! needs, so TLS can start in the middle.
+//! needs: what a third party writes behind the answer to STARTTLS reaches TLS, which ends the session.
 
 use std::sync::Arc;
 
@@ -22,6 +22,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use super::error::{NbdError, lost, violation};
 use super::export::{BlockSizes, ExportInfo};
 use super::stream::Stream;
+use super::tls::{ClientTls, Mode, TlsSession};
 use super::wire::{self, HeaderStyle, be16, be32, be64, handshake, info, option, reply};
 use crate::error::{Error, Kind, Result};
 
@@ -48,6 +49,7 @@ pub struct Handshake {
     no_zeroes: bool,
     style: HeaderStyle,
     contexts: Vec<Context>,
+    tls: Option<TlsSession>,
 }
 
 /// A meta context the server agreed to.
@@ -69,6 +71,8 @@ pub struct Negotiated {
     pub export: ExportInfo,
     /// What BLOCK_STATUS will tell.
     pub contexts: Vec<Context>,
+    /// TLS, if the session is inside it.
+    pub tls: Option<TlsSession>,
 }
 
 /// An export of a list.
@@ -111,6 +115,7 @@ pub async fn greet(mut stream: Box<dyn Stream>, peer: Arc<str>) -> Result<Greete
                 no_zeroes: flags & handshake::NO_ZEROES != 0,
                 style: HeaderStyle::Simple,
                 contexts: Vec::new(),
+                tls: None,
             }))
         }
         magic => Err(violation(&peer, format!("magic {magic:#018x} is of no NBD style")).into()),
@@ -121,10 +126,47 @@ async fn oldstyle(mut stream: Box<dyn Stream>, peer: Arc<str>) -> Result<Negotia
     let data = read_array::<{ 12 + wire::PADDING_BYTES }>(&mut stream, &peer).await?;
     // The upper half of the flags were global flags once; only the lower half is defined.
     let export = ExportInfo::new(&peer, be64(&data[..8]), be16(&data[10..12]))?;
-    Ok(Negotiated { stream, peer, style: HeaderStyle::Simple, export, contexts: Vec::new() })
+    let style = HeaderStyle::Simple;
+    Ok(Negotiated { stream, peer, style, export, contexts: Vec::new(), tls: None })
 }
 
 impl Handshake {
+    /// Puts the session into TLS, before anything else is said. `host` is the name by which the
+    /// server was reached.
+    ///
+    /// Only a server that answers STARTTLS with a refusal, and only with [`Mode::Allowed`], is
+    /// spoken to without. Whatever was agreed on before is forgotten.
+    pub async fn start_tls(mut self, tls: &ClientTls, host: Option<&str>) -> Result<Self> {
+        let option = option::STARTTLS;
+        let refusal = if self.fixed {
+            self.send_option(option, &[]).await?;
+            let answer = self.read_reply(option).await?;
+            match answer.kind {
+                reply::ACK if answer.payload.is_empty() => {
+                    let secured = tls.connect(self.stream, &self.peer, host).await?;
+                    return Ok(Self {
+                        stream: secured.stream,
+                        style: HeaderStyle::Simple,
+                        contexts: Vec::new(),
+                        tls: Some(secured.session),
+                        ..self
+                    });
+                }
+                reply::ACK => return Err(self.violation("an ACK of STARTTLS with a payload")),
+                _ if answer.is_error() => Some(self.refused(option, "", &answer)),
+                kind => return Err(self.unexpected(option, kind)),
+            }
+        } else {
+            None
+        };
+        if tls.mode == Mode::Allowed {
+            tracing::warn!(peer = &*self.peer, ?refusal, "the server has no TLS: going on without");
+            return Ok(self);
+        }
+        let error = without_tls(&self.peer);
+        Err(if let Some(refusal) = refusal { error.source(refusal) } else { error })
+    }
+
     /// Asks for extended headers, else for structured replies, and takes what it gets.
     pub async fn agree_on_headers(&mut self) -> Result<HeaderStyle> {
         if !self.fixed {
@@ -355,8 +397,8 @@ impl Handshake {
     }
 
     fn into_negotiated(self, export: ExportInfo) -> Negotiated {
-        let Self { stream, peer, style, contexts, .. } = self;
-        Negotiated { stream, peer, style, export, contexts }
+        let Self { stream, peer, style, contexts, tls, .. } = self;
+        Negotiated { stream, peer, style, export, contexts, tls }
     }
 
     async fn send_option(&mut self, option: u32, payload: &[u8]) -> Result<()> {
@@ -405,7 +447,7 @@ impl Handshake {
         match answer.kind {
             reply::TLS_REQD => {
                 Error::new(Kind::Unsupported, format!("NBD server {peer} requires TLS{said}"))
-                    .hint("TLS is not supported yet; use a unix socket")
+                    .hint("write nbds:// or nbds+unix:// instead of nbd:// or nbd+unix://")
             }
             reply::UNKNOWN => Error::new(
                 Kind::NotFound,
@@ -427,6 +469,15 @@ impl Handshake {
             ),
         }
     }
+}
+
+/// The error where TLS is required and the server has none.
+pub(super) fn without_tls(peer: &str) -> Error {
+    Error::new(
+        Kind::Unsupported,
+        format!("NBD server {peer} does not offer TLS, which is required"),
+    )
+    .hint("set TLS up on the server; if it was there before, somebody may be in between")
 }
 
 async fn read_array<const N: usize>(

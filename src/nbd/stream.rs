@@ -2,8 +2,8 @@
 //!
 //! A session needs a reader and a writer that work independently once requests fly; before that
 //! it is one stream, so that TLS can be wrapped around it in the middle of the negotiation. A new
-//! transport (TLS, vsock, ssh) is one more implementation of [`Stream`] and, if it has an address
-//! of its own, of [`Connector`].
+//! transport is one more implementation of [`Stream`] and, if it has an address of its own, of
+//! [`Connector`].
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,7 +12,9 @@ use async_trait::async_trait;
 use tokio::io::{AsyncRead, AsyncWrite, DuplexStream, Join};
 use tokio::net::{TcpStream, UnixStream};
 
+use super::tls::ClientTls;
 use super::uri::{Address, NbdUri};
+use super::vsock;
 use crate::error::{Error, Kind, Result};
 
 /// The reading half of a [`Stream`].
@@ -68,6 +70,16 @@ pub trait Connector: Send + Sync {
 
     /// A new stream. The caller bounds the wait; cancel-safe.
     async fn connect(&self) -> Result<Box<dyn Stream>>;
+
+    /// The TLS a session is to have; none by default.
+    fn tls(&self) -> Option<&ClientTls> {
+        None
+    }
+
+    /// The host name or address that the server's certificate must be for.
+    fn host(&self) -> Option<&str> {
+        None
+    }
 }
 
 #[async_trait]
@@ -80,12 +92,26 @@ impl Connector for NbdUri {
         let failed = |e| Error::io(format!("cannot connect to NBD server {self}"), e);
         match &self.address {
             Address::Unix(path) => Ok(Box::new(UnixStream::connect(path).await.map_err(failed)?)),
+            Address::Vsock { cid, port } => {
+                Ok(Box::new(vsock::connect(*cid, *port).await.map_err(failed)?))
+            }
             Address::Tcp { host, port } => {
                 let stream = TcpStream::connect((host.as_str(), *port)).await.map_err(failed)?;
                 // Requests are small and wanted at once (proto.md asks for it of both sides).
                 stream.set_nodelay(true).map_err(failed)?;
                 Ok(Box::new(stream))
             }
+        }
+    }
+
+    fn tls(&self) -> Option<&ClientTls> {
+        self.tls.as_ref()
+    }
+
+    fn host(&self) -> Option<&str> {
+        match &self.address {
+            Address::Tcp { host, .. } => Some(host),
+            Address::Unix(_) | Address::Vsock { .. } => None,
         }
     }
 }

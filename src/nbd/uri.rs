@@ -1,14 +1,20 @@
 //! NBD URIs (`doc/uri.md` of the NBD project, with what libnbd adds).
 //!
-//! `nbd://host[:port]/export` and `nbd+unix:///export?socket=PATH`. The export is the path without
-//! its first slash, percent-decoded: `nbd://h//disk` names `/disk`. Schemes with TLS, vsock or ssh
-//! are recognised and refused; an unknown parameter is an error, never ignored, because it may be
-//! one that was meant to make the connection safer.
+//! `nbd://host[:port]/export`, `nbd+unix:///export?socket=PATH`, `nbd+vsock://CID[:PORT]/export`, and
+//! with TLS `nbds://[user@]host…`, `nbds+unix:`, `nbds+vsock:`. The export is the path without its
+//! first slash, percent-decoded: `nbd://h//disk` names `/disk`. An unknown parameter is an error,
+//! never ignored, because it may be one that was meant to make the connection safer.
+//!
+//! The parameters of TLS (`tls-certificates=DIR`, `tls-psk-file=FILE`, `tls-username=USER` or a user
+//! before the host, `tls-hostname=NAME`, `tls-verify-peer=BOOL`) name files of this machine or make
+//! checks weaker: they are taken from the command line only, see [`Origin`]. ssh is recognised and
+//! refused.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+use super::tls::{ClientTls, Credentials, PeerCheck};
 use super::wire::STRING_BYTES_MAX;
 use crate::error::{Error, Kind, Result};
 
@@ -22,6 +28,8 @@ pub struct NbdUri {
     pub address: Address,
     /// Name of the export; empty for the default one.
     pub export: String,
+    /// TLS; `None` means without.
+    pub tls: Option<ClientTls>,
 }
 
 /// How to reach a server.
@@ -36,35 +44,62 @@ pub enum Address {
     },
     /// A unix socket.
     Unix(PathBuf),
+    /// A socket between a virtual machine and its host.
+    Vsock {
+        /// Which machine; 2 is the host.
+        cid: u32,
+        /// Port.
+        port: u32,
+    },
+}
+
+/// Who wrote a URI.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// The person who runs this program.
+    CommandLine,
+    /// Somebody who must not choose files of this machine or weaken checks: a catalog, a network
+    /// message, a VM's description.
+    Elsewhere,
 }
 
 impl NbdUri {
+    /// The export `export` at `address`, without TLS.
+    pub fn at(address: Address, export: impl Into<String>) -> Self {
+        Self { address, export: export.into(), tls: None }
+    }
+
     /// The export `export` at a unix socket.
     pub fn unix(socket: impl Into<PathBuf>, export: impl Into<String>) -> Self {
-        Self { address: Address::Unix(socket.into()), export: export.into() }
+        Self::at(Address::Unix(socket.into()), export)
     }
-}
 
-impl FromStr for NbdUri {
-    type Err = Error;
-
-    fn from_str(text: &str) -> Result<Self> {
+    /// Reads a URI; with TLS but without credentials in it, the system's authorities are trusted.
+    pub fn parse(text: &str, origin: Origin) -> Result<Self> {
         let bad = |why: &str| {
             Error::new(Kind::Usage, format!("'{text}' is not an NBD URI: {why}"))
                 .hint("write nbd://host:port/export or nbd+unix:///export?socket=/path")
         };
         let (scheme, rest) = text.split_once("://").ok_or_else(|| bad("it has no '://'"))?;
-        let unix = match scheme.to_ascii_lowercase().as_str() {
-            "nbd" => false,
-            "nbd+unix" => true,
-            "nbds" | "nbds+unix" | "nbd+vsock" | "nbds+vsock" | "nbd+ssh" | "nbds+ssh" => {
+        let (tls, transport) = match scheme.to_ascii_lowercase().as_str() {
+            "nbd" => (false, Transport::Tcp),
+            "nbds" => (true, Transport::Tcp),
+            "nbd+unix" => (false, Transport::Unix),
+            "nbds+unix" => (true, Transport::Unix),
+            "nbd+vsock" => (false, Transport::Vsock),
+            "nbds+vsock" => (true, Transport::Vsock),
+            "nbd+ssh" | "nbds+ssh" => {
                 return Err(Error::new(
                     Kind::Unsupported,
-                    format!("cannot open '{text}': {scheme} is not supported yet"),
+                    format!("cannot open '{text}': {scheme} is not supported"),
                 )
-                .hint("use nbd:// or nbd+unix://"));
+                .hint("forward the server's socket with ssh -L and name it with nbd+unix://"));
             }
-            _ => return Err(bad("its scheme is not nbd or nbd+unix")),
+            _ => {
+                return Err(bad(
+                    "its scheme is not nbd, nbds, or one of them with +unix or +vsock",
+                ));
+            }
         };
         if rest.contains('#') {
             return Err(bad("it has a fragment"));
@@ -75,36 +110,128 @@ impl FromStr for NbdUri {
         if export.len() > STRING_BYTES_MAX {
             return Err(bad("the export name is longer than 4096 bytes"));
         }
-        if authority.contains('@') {
-            return Err(bad("a user name has a meaning with TLS only"));
-        }
-        let socket = socket_of(query).map_err(|why| bad(&why))?;
-        let address = match (unix, socket) {
-            (true, Some(socket)) if authority.is_empty() => Address::Unix(socket),
-            (true, Some(_)) => return Err(bad("a unix socket has no host")),
-            (true, None) => return Err(bad("socket=PATH is missing")),
-            (false, Some(_)) => return Err(bad("socket= needs the scheme nbd+unix")),
-            (false, None) => tcp(authority).ok_or_else(|| bad("host or port is not valid"))?,
+        let (user, host) = match authority.split_once('@') {
+            Some((user, host)) => (Some(user), host),
+            None => (None, authority),
         };
-        Ok(Self { address, export })
+        let mut parameters = Parameters::of(query).map_err(|why| bad(&why))?;
+        if let Some(user) = user {
+            parameters.set("tls-username", user).map_err(|why| bad(&why))?;
+        }
+        let address = match (transport, parameters.socket.take()) {
+            (Transport::Unix, Some(socket)) if host.is_empty() => Address::Unix(socket.into()),
+            (Transport::Unix, Some(_)) => return Err(bad("a unix socket has no host")),
+            (Transport::Unix, None) => return Err(bad("socket=PATH is missing")),
+            (_, Some(_)) => return Err(bad("socket= needs the scheme nbd+unix")),
+            (Transport::Tcp, None) => tcp(host).ok_or_else(|| bad("host or port is not valid"))?,
+            (Transport::Vsock, None) => {
+                vsock(host).ok_or_else(|| bad("CID or port is not valid"))?
+            }
+        };
+        if origin == Origin::Elsewhere && parameters != Parameters::default() {
+            return Err(Error::new(
+                Kind::Permission,
+                format!(
+                    "'{text}' has parameters of TLS, which are taken from the command line only"
+                ),
+            ));
+        }
+        let tls = if tls {
+            Some(parameters.tls().map_err(bad)?)
+        } else if parameters == Parameters::default() {
+            None
+        } else {
+            return Err(bad("a user or parameters of TLS need a scheme with TLS, nbds"));
+        };
+        Ok(Self { address, export, tls })
     }
 }
 
-/// The `socket` parameter; any other is refused.
-fn socket_of(query: &str) -> std::result::Result<Option<PathBuf>, String> {
-    let mut socket = None;
-    for parameter in query.split(['&', ';']).filter(|p| !p.is_empty()) {
-        let (name, value) = parameter.split_once('=').unwrap_or((parameter, ""));
-        if name != "socket" {
-            return Err(format!("the parameter '{name}' is not supported"));
+#[derive(Clone, Copy)]
+enum Transport {
+    Tcp,
+    Unix,
+    Vsock,
+}
+
+impl FromStr for NbdUri {
+    type Err = Error;
+
+    /// Reads a URI of [`Origin::Elsewhere`].
+    fn from_str(text: &str) -> Result<Self> {
+        Self::parse(text, Origin::Elsewhere)
+    }
+}
+
+/// What may follow the question mark; those of TLS stay together to be refused together.
+#[derive(Default, PartialEq, Eq)]
+struct Parameters {
+    socket: Option<String>,
+    certificates: Option<String>,
+    psk_file: Option<String>,
+    username: Option<String>,
+    hostname: Option<String>,
+    verify_peer: Option<String>,
+}
+
+impl Parameters {
+    fn of(query: &str) -> std::result::Result<Self, String> {
+        let mut parameters = Self::default();
+        for parameter in query.split(['&', ';']).filter(|p| !p.is_empty()) {
+            let (name, value) = parameter.split_once('=').unwrap_or((parameter, ""));
+            parameters.set(name, value)?;
         }
+        Ok(parameters)
+    }
+
+    fn set(&mut self, name: &str, value: &str) -> std::result::Result<(), String> {
+        let place = match name {
+            "socket" => &mut self.socket,
+            "tls-certificates" => &mut self.certificates,
+            "tls-psk-file" => &mut self.psk_file,
+            "tls-username" => &mut self.username,
+            "tls-hostname" => &mut self.hostname,
+            "tls-verify-peer" => &mut self.verify_peer,
+            _ => return Err(format!("the parameter '{name}' is not supported")),
+        };
         let value = decode(value).filter(|v| !v.is_empty() && !v.contains('\0'));
-        let value = value.ok_or("the socket path is not valid")?;
-        if socket.replace(PathBuf::from(value)).is_some() {
-            return Err("socket= is given twice".to_owned());
+        let value = value.ok_or_else(|| format!("the value of {name} is not valid"))?;
+        match place.replace(value) {
+            None => Ok(()),
+            Some(_) => Err(format!("{name} is given twice")),
         }
     }
-    Ok(socket)
+
+    fn tls(self) -> std::result::Result<ClientTls, &'static str> {
+        let credentials = match (self.certificates, self.psk_file) {
+            (Some(_), Some(_)) => return Err("it has both certificates and keys"),
+            (Some(dir), None) => Credentials::Certificates(dir.into()),
+            (None, Some(file)) => Credentials::Psk(file.into()),
+            (None, None) => Credentials::SystemAuthorities,
+        };
+        let psk = matches!(credentials, Credentials::Psk(_));
+        if !psk && self.username.is_some() {
+            return Err("a user needs tls-psk-file");
+        }
+        if psk && (self.hostname.is_some() || self.verify_peer.is_some()) {
+            return Err("tls-hostname and tls-verify-peer are about certificates, not keys");
+        }
+        let peer_check = match self.verify_peer.as_deref() {
+            None | Some("true" | "1" | "yes" | "on") => PeerCheck::Verify,
+            Some("false" | "0" | "no" | "off") => PeerCheck::Ignore,
+            Some(_) => return Err("tls-verify-peer is neither true nor false"),
+        };
+        let (username, hostname) = (self.username, self.hostname);
+        Ok(ClientTls { username, hostname, peer_check, ..ClientTls::required(credentials) })
+    }
+}
+
+fn vsock(authority: &str) -> Option<Address> {
+    let (cid, port) = match authority.split_once(':') {
+        None | Some((_, "")) => (authority.trim_end_matches(':'), u32::from(PORT_DEFAULT)),
+        Some((cid, port)) => (cid, port.parse().ok()?),
+    };
+    Some(Address::Vsock { cid: cid.parse().ok()?, port })
 }
 
 fn tcp(authority: &str) -> Option<Address> {
@@ -152,10 +279,13 @@ fn encode(text: &str, f: &mut fmt::Formatter<'_>) -> fmt::Result {
 }
 
 impl fmt::Display for NbdUri {
+    /// The URI in full: what it has of TLS are places and names, no secrets.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let s = if self.tls.is_some() { "s" } else { "" };
+        let mut parameters = Vec::new();
         match &self.address {
             Address::Tcp { host, port } => {
-                write!(f, "nbd://")?;
+                write!(f, "nbd{s}://")?;
                 if host.contains(':') {
                     write!(f, "[{host}]")?;
                 } else {
@@ -164,17 +294,39 @@ impl fmt::Display for NbdUri {
                 if *port != PORT_DEFAULT {
                     write!(f, ":{port}")?;
                 }
-                write!(f, "/")?;
-                encode(&self.export, f)
             }
             Address::Unix(socket) => {
-                write!(f, "nbd+unix:///")?;
-                encode(&self.export, f)?;
-                write!(f, "?socket=")?;
-                encode(&display(socket), f)
+                write!(f, "nbd{s}+unix://")?;
+                parameters.push(("socket", display(socket)));
             }
+            Address::Vsock { cid, port } => write!(f, "nbd{s}+vsock://{cid}:{port}")?,
         }
+        write!(f, "/")?;
+        encode(&self.export, f)?;
+        parameters.extend(self.tls.iter().flat_map(tls_parameters));
+        for (separator, (name, value)) in
+            std::iter::once('?').chain(std::iter::repeat('&')).zip(parameters)
+        {
+            write!(f, "{separator}{name}=")?;
+            encode(&value, f)?;
+        }
+        Ok(())
     }
+}
+
+fn tls_parameters(tls: &ClientTls) -> Vec<(&'static str, String)> {
+    let mut parameters = Vec::new();
+    match &tls.credentials {
+        Credentials::Certificates(dir) => parameters.push(("tls-certificates", display(dir))),
+        Credentials::Psk(file) => parameters.push(("tls-psk-file", display(file))),
+        Credentials::SystemAuthorities => {}
+    }
+    parameters.extend(tls.username.iter().map(|user| ("tls-username", user.clone())));
+    parameters.extend(tls.hostname.iter().map(|name| ("tls-hostname", name.clone())));
+    if tls.peer_check == PeerCheck::Ignore {
+        parameters.push(("tls-verify-peer", "false".to_owned()));
+    }
+    parameters
 }
 
 fn display(path: &Path) -> String {
@@ -187,7 +339,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn tcp(host: &str, port: u16, export: &str) -> NbdUri {
-        NbdUri { address: Address::Tcp { host: host.to_owned(), port }, export: export.to_owned() }
+        NbdUri::at(Address::Tcp { host: host.to_owned(), port }, export)
     }
 
     #[test]
@@ -209,8 +361,6 @@ mod tests {
     #[test]
     fn what_is_not_understood_is_refused() {
         for (text, kind) in [
-            ("nbds://host", Kind::Unsupported),
-            ("nbd+vsock://2", Kind::Unsupported),
             ("nbd+ssh://host", Kind::Unsupported),
             ("http://host", Kind::Usage),
             ("host:10809", Kind::Usage),
@@ -226,8 +376,65 @@ mod tests {
             ("nbd://host/%zz", Kind::Usage),
             ("nbd://host/%ff", Kind::Usage),
             ("nbd://host/x#y", Kind::Usage),
+            ("nbd+vsock://", Kind::Usage),
+            ("nbd+vsock://host", Kind::Usage),
+            ("nbd+vsock://2:4294967296", Kind::Usage),
+            ("nbds://host?tls-certificates=", Kind::Usage),
+            ("nbds://host?tls-certificates=/c&tls-psk-file=/k", Kind::Usage),
+            ("nbds://host?tls-certificates=/c&tls-username=u", Kind::Usage),
+            ("nbds://u@host?tls-psk-file=/k&tls-username=u", Kind::Usage),
+            ("nbds://host?tls-psk-file=/k&tls-verify-peer=false", Kind::Usage),
+            ("nbds://host?tls-psk-file=/k&tls-hostname=h", Kind::Usage),
+            ("nbds://host?tls-verify-peer=maybe", Kind::Usage),
+            ("nbds://host?tls-type=anon", Kind::Usage),
+            ("nbd://host?tls-certificates=/c", Kind::Usage),
         ] {
-            assert_eq!(text.parse::<NbdUri>().unwrap_err().kind(), kind, "{text}");
+            let error = NbdUri::parse(text, Origin::CommandLine).unwrap_err();
+            assert_eq!(error.kind(), kind, "{text}");
+        }
+    }
+
+    #[test]
+    fn tls_is_a_scheme_and_its_parameters_are_those_of_libnbd() {
+        let at = |text: &str| NbdUri::parse(text, Origin::CommandLine).unwrap();
+        let psk = ClientTls {
+            username: Some("u@x".into()),
+            ..ClientTls::required(Credentials::Psk("/k".into()))
+        };
+        let uri = NbdUri { tls: Some(psk), ..tcp("h", 10809, "x") };
+        assert_eq!(at("nbds://u%40x@h/x?tls-psk-file=/k"), uri);
+        assert_eq!(at("nbds://h/x?tls-psk-file=/k;tls-username=u@x"), uri);
+        let x509 = ClientTls {
+            hostname: Some("n".into()),
+            peer_check: PeerCheck::Ignore,
+            ..ClientTls::required(Credentials::Certificates("/c d".into()))
+        };
+        let uri = NbdUri { tls: Some(x509), ..NbdUri::unix("/s", "") };
+        let text =
+            "nbds+unix:///?socket=/s&tls-certificates=/c%20d&tls-hostname=n&tls-verify-peer=";
+        assert_eq!(at(&format!("{text}false")), uri);
+        assert_eq!(uri.to_string(), format!("{text}false"));
+        let system = ClientTls::required(Credentials::SystemAuthorities);
+        let address = Address::Vsock { cid: 2, port: 10809 };
+        assert_eq!(at("NBDS+vsock://2/"), NbdUri { tls: Some(system), ..NbdUri::at(address, "") });
+        let address = Address::Vsock { cid: 3, port: 1 << 31 };
+        assert_eq!(at("nbd+vsock://3:2147483648/a"), NbdUri::at(address, "a"));
+    }
+
+    #[test]
+    fn who_is_not_trusted_chooses_no_files_and_weakens_no_checks() {
+        for text in [
+            "nbds://h?tls-certificates=/c",
+            "nbds://h?tls-psk-file=/k",
+            "nbds://h?tls-hostname=x",
+            "nbds://h?tls-verify-peer=false",
+            "nbds+unix:///?socket=/s&tls-verify-peer=0",
+            "nbds://u@h",
+        ] {
+            assert_eq!(text.parse::<NbdUri>().unwrap_err().kind(), Kind::Permission, "{text}");
+        }
+        for text in ["nbds://h/x", "nbd+unix:///?socket=/s"] {
+            text.parse::<NbdUri>().unwrap();
         }
     }
 
@@ -239,8 +446,10 @@ mod tests {
         }
 
         #[test]
-        fn no_text_makes_the_parser_panic(text in "(nbd(\\+unix)?://)?.{0,60}") {
-            let _ = text.parse::<NbdUri>();
+        fn no_text_makes_the_parser_panic(text in "(nbds?(\\+unix|\\+vsock)?://)?.{0,30}([?&](tls-[a-z]+|socket)=.{0,10})*") {
+            if let Ok(uri) = NbdUri::parse(&text, Origin::CommandLine) {
+                prop_assert_eq!(NbdUri::parse(&uri.to_string(), Origin::CommandLine).unwrap(), uri);
+            }
         }
     }
 }

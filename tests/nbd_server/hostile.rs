@@ -131,10 +131,8 @@ async fn cve_2019_14851_options_in_any_order_and_number_are_answered() {
     assert_eq!(raw.errno(EXTENDED).await, errno::EINVAL);
 }
 
-/// CVE-2021-3716 (nbdkit): what was agreed in plain text survived STARTTLS. There is no TLS yet, so
-/// it must be refused, and nothing may change by it.
 #[tokio::test]
-async fn cve_2021_3716_starttls_is_refused_and_changes_nothing() {
+async fn starttls_without_credentials_is_refused_and_changes_nothing() {
     let mut raw = Raw::haggling().await;
     assert_eq!(raw.refusal(option::STARTTLS, &[]).await, reply::POLICY);
     raw.enter(EXTENDED).await;

@@ -16,7 +16,7 @@ use crate::units::ByteSize;
 ///
 ///   FORMAT:FILE, FILE,format=F    an image, or FILE alone with a known extension (.raw, .qcow2, …)
 ///   /dev/NAME                     a block device
-///   nbd://…, nbd+unix://…         an NBD export
+///   nbd[s]://…, nbd[s]+unix://…   an NBD export (s: in TLS)
 ///   '[ nbdkit curl URL ]'         an NBD server started and ended by vmbackup
 ///   -                             a pipe
 ///   point:web1@latest/vda         a disk of a restore point (SRC only)

@@ -157,7 +157,7 @@ async fn open_disks(
     for endpoint in endpoints {
         let (listener, address) = listen(endpoint).await?;
         for export in &mut report.exports {
-            let uri = |address| NbdUri { address, export: export.name.clone() }.to_string();
+            let uri = |address| NbdUri::at(address, &*export.name).to_string();
             export.uri = export.uri.take().or_else(|| address.clone().map(uri));
         }
         listeners.push(listener);

@@ -19,6 +19,9 @@ pub(super) enum End {
     /// The connection broke.
     #[error("the connection broke")]
     Lost(#[from] io::Error),
+    /// The TLS handshake failed.
+    #[error("no TLS")]
+    Tls(Error),
     /// Nothing moved for too long.
     #[error("nothing moved for {0} s in the middle of {1}")]
     Stalled(u64, &'static str),
@@ -31,8 +34,12 @@ impl End {
             Self::Left | Self::Stopped => return Ok(()),
             Self::Violation(_) => Kind::Protocol,
             Self::Stalled(..) => Kind::Timeout,
-            Self::Lost(_) => Kind::Connection,
+            Self::Lost(_) | Self::Tls(_) => Kind::Connection,
         };
+        if let Self::Tls(error) = self {
+            // It names the client and says why.
+            return Err(error);
+        }
         let error = Error::new(kind, format!("NBD client {peer}: {self}"));
         Err(match self {
             Self::Lost(cause) => error.source(cause),

@@ -19,8 +19,9 @@
 //!   are offered.
 //! - [`Server::stop`] lets requests in progress end, refuses new ones with ESHUTDOWN, closes.
 //!
-//! Deliberately not here: TLS (it goes between a [`Listener`] and the handshake, or into STARTTLS;
-//! both see a boxed [`Stream`] only), formats, oldstyle (obsolete; no client needs it).
+//! - With a [`ServerTls`] that requires TLS, a client is told nothing before it is inside TLS.
+//!
+//! Deliberately not here: formats, oldstyle (obsolete; no client needs it).
 //!
 //! [`BlockSource`]: crate::block::BlockSource
 //! [`BlockSink`]: crate::block::BlockSink
@@ -46,6 +47,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::stream::Stream;
+use super::tls::ServerTls;
 use crate::error::Result;
 use end::End;
 
@@ -65,17 +67,23 @@ pub struct Server {
 #[derive(Debug)]
 struct Shared {
     exports: Exports,
+    tls: Option<ServerTls>,
     limits: Limits,
     stop: CancellationToken,
     connections: Arc<Semaphore>,
 }
 
 impl Server {
-    /// A server of these exports, to nobody yet.
+    /// A server of these exports, to nobody yet, in plain text.
     pub fn new(exports: Exports, limits: Limits) -> Self {
+        Self::with_tls(exports, limits, None)
+    }
+
+    /// A server that offers TLS, or requires it.
+    pub fn with_tls(exports: Exports, limits: Limits, tls: Option<ServerTls>) -> Self {
         let connections = Arc::new(Semaphore::new(limits.connections.max(1)));
         let stop = CancellationToken::new();
-        Self { shared: Arc::new(Shared { exports, limits, stop, connections }) }
+        Self { shared: Arc::new(Shared { exports, tls, limits, stop, connections }) }
     }
 
     /// Takes clients until [`Server::stop`], then waits until the last is gone (at most
@@ -116,8 +124,9 @@ impl Server {
     /// failed, not the server.
     pub async fn session(&self, stream: Box<dyn Stream>, peer: &str) -> Result<()> {
         tracing::debug!(peer, "a client came");
-        let Shared { exports, limits, stop, .. } = &*self.shared;
-        let negotiated = negotiate::negotiate(stream, exports, stop);
+        let Shared { exports, tls, limits, stop, .. } = &*self.shared;
+        let offer = negotiate::Offer { exports, tls: tls.as_ref(), peer };
+        let negotiated = negotiate::negotiate(stream, offer, stop);
         let negotiated = tokio::select! {
             biased;
             negotiated = tokio::time::timeout(limits.handshake, negotiated) => negotiated

@@ -2,14 +2,16 @@
 //!
 //! ```text
 //!  greeting ─► client flags ─► option ─► … ─► GO or EXPORT_NAME ─► Ready
+//!             ▲                  ├── STARTTLS ─► TLS handshake ─► option, from the start
+//!             └──────────────────┘
 //!                                └── ABORT, hang-up, time-out, a broken rule ─► End
 //! ```
 //!
 //! No option costs more than the reading of it: lengths are checked before memory is taken, the
 //! number of options is bounded, the caller bounds the time. An unknown or malformed option is read
 //! to its end and refused, so that both sides stay in step. Nothing is read past what the handshake
-//! needs, so that TLS can start in the middle; what was agreed before that must then be forgotten,
-//! which is why all of it is in [`Haggling`].
+//! needs: what somebody writes behind a STARTTLS goes to TLS, which ends the session. What was agreed
+//! before TLS is forgotten. Where TLS is required, nothing else is answered before it.
 
 use std::sync::Arc;
 
@@ -22,6 +24,7 @@ use super::exports::{Export, Exports};
 use super::limits::{OPTION_BYTES_MAX, OPTION_BYTES_SKIPPED_MAX, OPTIONS_MAX};
 use super::options::{self, Malformed};
 use crate::nbd::stream::Stream;
+use crate::nbd::tls::{Mode, ServerTls};
 use crate::nbd::wire::{self, HeaderStyle, be32, be64, handshake, info, option, reply};
 
 /// A session ready for requests.
@@ -35,16 +38,27 @@ pub(super) struct Ready {
 /// A session in which options are being answered.
 struct Haggling<'a> {
     stream: Box<dyn Stream>,
-    exports: &'a Exports,
+    offer: Offer<'a>,
+    /// Inside TLS.
+    secured: bool,
     no_zeroes: bool,
     style: HeaderStyle,
     /// The contexts that were chosen, and the export they were chosen for.
     chosen: Option<(Arc<Export>, Vec<Context>)>,
 }
 
+/// What a client is told of, and whom errors name.
+#[derive(Clone, Copy)]
+pub(super) struct Offer<'a> {
+    pub(super) exports: &'a Exports,
+    pub(super) tls: Option<&'a ServerTls>,
+    pub(super) peer: &'a str,
+}
+
 /// What follows an option.
 enum Next {
     Option,
+    Tls(ServerTls),
     Transmission(Arc<Export>),
 }
 
@@ -58,7 +72,7 @@ type Answer = Result<Items, Refused>;
 /// Greets the client and answers its options. Not cancel-safe: drop the stream with it.
 pub(super) async fn negotiate(
     mut stream: Box<dyn Stream>,
-    exports: &Exports,
+    offer: Offer<'_>,
     stop: &CancellationToken,
 ) -> Result<Ready, End> {
     let mut greeting = wire::GREETING.to_be_bytes().to_vec();
@@ -78,8 +92,14 @@ pub(super) async fn negotiate(
     }
     let fixed = flags & u32::from(handshake::FIXED_NEWSTYLE) != 0;
     let no_zeroes = flags & u32::from(handshake::NO_ZEROES) != 0;
-    let haggling =
-        Haggling { stream, exports, no_zeroes, style: HeaderStyle::Simple, chosen: None };
+    let haggling = Haggling {
+        stream,
+        offer,
+        secured: false,
+        no_zeroes,
+        style: HeaderStyle::Simple,
+        chosen: None,
+    };
     haggling.run(fixed, stop).await
 }
 
@@ -102,14 +122,32 @@ impl Haggling<'_> {
                 self.answer(option, answer).await?;
                 return Err(End::Stopped);
             }
-            if let Next::Transmission(export) = self.handle(option, &payload).await? {
-                // What was chosen for another export does not hold for this one.
-                let chosen = self.chosen.take().filter(|(of, _)| Arc::ptr_eq(of, &export));
-                let contexts = chosen.map(|(_, contexts)| contexts).unwrap_or_default();
-                return Ok(Ready { stream: self.stream, export, style: self.style, contexts });
+            match self.handle(option, &payload).await? {
+                Next::Option => {}
+                Next::Tls(tls) => self = self.into_tls(&tls).await?,
+                Next::Transmission(export) => {
+                    // What was chosen for another export does not hold for this one.
+                    let chosen = self.chosen.take().filter(|(of, _)| Arc::ptr_eq(of, &export));
+                    let contexts = chosen.map(|(_, contexts)| contexts).unwrap_or_default();
+                    return Ok(Ready { stream: self.stream, export, style: self.style, contexts });
+                }
             }
         }
         Err(violation(format!("more than {OPTIONS_MAX} options")))
+    }
+
+    /// The session inside TLS, with nothing agreed (CVE-2021-3716: nbdkit kept what somebody in
+    /// between had agreed on before it).
+    async fn into_tls(self, tls: &ServerTls) -> Result<Self, End> {
+        let secured = tls.accept(self.stream, self.offer.peer).await.map_err(End::Tls)?;
+        tracing::debug!(peer = self.offer.peer, session = ?secured.session, "inside TLS");
+        Ok(Self {
+            stream: secured.stream,
+            secured: true,
+            style: HeaderStyle::Simple,
+            chosen: None,
+            ..self
+        })
     }
 
     /// The next option's number and length.
@@ -144,7 +182,21 @@ impl Haggling<'_> {
     }
 
     async fn handle(&mut self, option: u32, payload: &[u8]) -> Result<Next, End> {
+        let locked = !self.secured && self.offer.tls.is_some_and(|t| t.mode() == Mode::Required);
         let answer = match option {
+            option::EXPORT_NAME if locked => {
+                return Err(violation("EXPORT_NAME before TLS, which is required"));
+            }
+            option::STARTTLS => match self.start_tls(payload) {
+                Ok(tls) => {
+                    self.answer(option, Ok(Vec::new())).await?;
+                    return Ok(Next::Tls(tls));
+                }
+                Err(error) => Err(error),
+            },
+            _ if locked && option != option::ABORT => {
+                Err((reply::TLS_REQD, "this server requires TLS".to_owned()))
+            }
             option::EXPORT_NAME => return self.export_name(payload).await.map(Next::Transmission),
             option::ABORT => {
                 // The client may be gone already: it need not wait for the answer.
@@ -164,11 +216,21 @@ impl Haggling<'_> {
             option::EXTENDED_HEADERS => self.agree(HeaderStyle::Extended, payload),
             option::LIST_META_CONTEXT => self.meta_contexts(Asked::List, payload),
             option::SET_META_CONTEXT => self.meta_contexts(Asked::Set, payload),
-            option::STARTTLS => Err((reply::POLICY, "TLS is not set up here".to_owned())),
             _ => Err((reply::UNSUP, format!("option {option} is not known"))),
         };
         self.answer(option, answer).await?;
         Ok(Next::Option)
+    }
+
+    /// The TLS to start, once.
+    fn start_tls(&self, payload: &[u8]) -> Result<ServerTls, Refused> {
+        let refuse = |kind, text: &str| Err((kind, text.to_owned()));
+        match self.offer.tls {
+            _ if !payload.is_empty() => refuse(reply::INVALID, "STARTTLS has no payload"),
+            _ if self.secured => refuse(reply::INVALID, "TLS has been started"),
+            None => refuse(reply::POLICY, "TLS is not set up here"),
+            Some(tls) => Ok(tls.clone()),
+        }
     }
 
     /// EXPORT_NAME has no way to refuse but to hang up.
@@ -176,7 +238,7 @@ impl Haggling<'_> {
         if self.style == HeaderStyle::Extended {
             return Err(violation("EXPORT_NAME after EXTENDED_HEADERS"));
         }
-        let export = self.exports.find(name).filter(|_| name.len() <= wire::STRING_BYTES_MAX);
+        let export = self.offer.exports.find(name).filter(|_| name.len() <= wire::STRING_BYTES_MAX);
         let Some(export) = export.cloned() else {
             return Err(violation(format!("no export '{}'", wire::peer_text(cut(name)))));
         };
@@ -197,7 +259,7 @@ impl Haggling<'_> {
     /// What INFO and GO tell of an export.
     fn info(&self, payload: &[u8]) -> Result<(Arc<Export>, Items), Refused> {
         let (name, wanted) = options::info(payload).map_err(invalid)?;
-        let export = Arc::clone(self.exports.find(name).ok_or_else(|| unknown(name))?);
+        let export = Arc::clone(self.offer.exports.find(name).ok_or_else(|| unknown(name))?);
         let asked = |item: u16| wanted.contains(&item);
         if export.geometry().align_bytes > 512 && !asked(info::BLOCK_SIZE) {
             let text = "its blocks are above 512 bytes: ask for block sizes".to_owned();
@@ -232,7 +294,7 @@ impl Haggling<'_> {
             out.extend(export.description.as_bytes());
             (reply::SERVER, out)
         };
-        Ok(self.exports.iter().map(server).collect())
+        Ok(self.offer.exports.iter().map(server).collect())
     }
 
     fn agree(&mut self, style: HeaderStyle, payload: &[u8]) -> Answer {
@@ -260,7 +322,7 @@ impl Haggling<'_> {
             return Err(invalid(Malformed("meta contexts need structured replies")));
         }
         let (name, queries) = options::meta_contexts(payload).map_err(invalid)?;
-        let export = Arc::clone(self.exports.find(name).ok_or_else(|| unknown(name))?);
+        let export = Arc::clone(self.offer.exports.find(name).ok_or_else(|| unknown(name))?);
         let found = contexts::matching(contexts::all(&export), &queries, asked);
         let told = |context: &Context| {
             // A list has no ids to give (proto.md: reserved, the client ignores them).

@@ -93,7 +93,7 @@ impl Reach {
 
     /// The URI of an export.
     pub(super) fn uri(&self, export: &str) -> NbdUri {
-        NbdUri { address: self.address.clone(), export: export.to_owned() }
+        NbdUri::at(self.address.clone(), export)
     }
 }
 

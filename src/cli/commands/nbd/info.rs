@@ -3,6 +3,7 @@
 use std::fmt::Write;
 
 use crate::cli::context::Context;
+use crate::cli::settings;
 use crate::error::Result;
 use crate::job::export::info::{self, Report, Scope};
 use crate::units::ByteSize;
@@ -20,7 +21,7 @@ pub(crate) struct Args {
 
 pub(crate) async fn run(args: Args, context: &Context) -> Result<()> {
     let scope = if args.all { Scope::All } else { Scope::One };
-    let report = info::run(&args.uri.parse()?, scope, &context.control).await?;
+    let report = info::run(&settings::nbd_uri(&args.uri)?, scope, &context.control).await?;
     context.output.document("nbd-info", &report, describe)
 }
 

@@ -1,6 +1,7 @@
 //! `vmbackup nbd list URI`: the exports of a server.
 
 use crate::cli::context::Context;
+use crate::cli::settings;
 use crate::cli::table::Table;
 use crate::error::Result;
 use crate::job::export::info::{self, Report, Scope};
@@ -15,7 +16,7 @@ pub(crate) struct Args {
 }
 
 pub(crate) async fn run(args: Args, context: &Context) -> Result<()> {
-    let report = info::run(&args.uri.parse()?, Scope::All, &context.control).await?;
+    let report = info::run(&settings::nbd_uri(&args.uri)?, Scope::All, &context.control).await?;
     context.output.document("nbd-list", &report, describe)
 }
 

@@ -3,6 +3,7 @@
 use std::fmt::Write;
 
 use crate::cli::context::Context;
+use crate::cli::settings;
 use crate::cli::table::Table;
 use crate::error::Result;
 use crate::job::export::map::{self, Detail, Report, Request};
@@ -24,7 +25,7 @@ pub(crate) struct Args {
 
 pub(crate) async fn run(args: Args, context: &Context) -> Result<()> {
     let detail = if args.totals { Detail::Totals } else { Detail::Extents };
-    let request = Request { uri: args.uri.parse()?, contexts: args.context, detail };
+    let request = Request { uri: settings::nbd_uri(&args.uri)?, contexts: args.context, detail };
     let report = map::run(&request, &context.control).await?;
     context.output.document("nbd-map", &report, describe)
 }

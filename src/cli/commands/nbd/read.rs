@@ -3,6 +3,7 @@
 use std::fmt::Write;
 
 use crate::cli::context::Context;
+use crate::cli::settings;
 use crate::error::Result;
 use crate::job::export::read::{self, Report};
 use crate::units::ByteSize;
@@ -25,7 +26,7 @@ pub(crate) struct Args {
 }
 
 pub(crate) async fn run(args: Args, context: &Context) -> Result<()> {
-    let uri = args.uri.parse()?;
+    let uri = settings::nbd_uri(&args.uri)?;
     let report = read::run(&uri, args.offset.0, args.length.0, &context.control).await?;
     context.output.document("nbd-read", &report, dump)
 }
