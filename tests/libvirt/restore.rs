@@ -168,3 +168,20 @@ fn an_existing_domain_is_replaced_only_by_force_and_only_when_stopped() {
     let mut guest = domain.start();
     assert_eq!(sums(&mut guest, &["vda"]), before);
 }
+
+#[test]
+fn saved_memory_is_not_resumed_on_other_disks() {
+    let env = TestEnv::new();
+    env.init_repo();
+    let (domain, mut guest) = Domain::boot(&env, &DomainSpec::with_disks(&[DiskFormat::Qcow2]));
+    guest.run("rnd vda 0 100");
+    let taken = take(&env, &domain, &mut guest, &["full"]);
+    domain.virsh(&["managedsave", domain.name()]).ok();
+    let image = fs::read(domain.disk(0)).expect("own disk");
+    let refused = env.vmbackup(&["restore", &taken.id, "--define", "--force"]).fails();
+    assert_eq!(refused.code, Some(5), "{refused:?}");
+    assert!(refused.stderr.contains("managedsave-remove"), "{refused:?}");
+    assert!(fs::read(domain.disk(0)).expect("own disk") == image, "the image was touched");
+    domain.virsh(&["managedsave-remove", domain.name()]).ok();
+    env.vmbackup(&["restore", &taken.id, "--define", "--force"]).ok();
+}

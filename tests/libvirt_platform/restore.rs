@@ -110,3 +110,27 @@ async fn the_lost_vm_is_defined_and_an_existing_one_only_by_force() {
     let uuid_taken = target.check("another", bare.uuid, Existing::Replace).await.unwrap_err();
     assert_eq!(uuid_taken.kind(), Kind::AlreadyExists);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_this_host_lacks_is_known_beforehand() {
+    let env = TestEnv::new();
+    let bare = domain(&env);
+    let (_, inactive) = captured(&bare).await;
+    let xml = inactive.unwrap();
+    let target = Target::open(None).await.unwrap();
+    let there = target.survey(&xml).await.unwrap();
+    assert_eq!((there.emulator, there.missing.len()), (Emulator::Keep, 0));
+
+    let network = "<interface type='network'><source network='no-such-net'/></interface></devices>";
+    let program = xml.split_once("<emulator>").unwrap().1.split_once('<').unwrap().0;
+    let other = xml.replace("</devices>", network).replace(program, "/no/such/qemu");
+    let lacks = target.survey(&other).await.unwrap();
+    assert_eq!(lacks.emulator, Emulator::HostDefault);
+    assert!(lacks.missing[0].contains("no-such-net"), "{lacks:?}");
+
+    let machine = xml.split_once("machine='").unwrap().1.split_once('\'').unwrap().0;
+    let old = xml.replace(&format!("machine='{machine}'"), "machine='pc-antique-0.1'");
+    let error = target.survey(&old).await.unwrap_err();
+    assert!(error.to_string().contains("pc-antique-0.1"), "{error:?}");
+    assert!(error.hint_text().unwrap().contains("domcapabilities"), "{error:?}");
+}

@@ -20,9 +20,8 @@ use crate::error::{Error, Kind, Result};
 use crate::job::points;
 use crate::platform::libvirt::restore::define::{self, Start, Target};
 use crate::platform::libvirt::restore::{
-    DiskPlace, Emulator, Identity, RestoredDisk, RewriteOptions, Rewritten, choose, rewrite, tpm,
+    DiskPlace, Identity, RestoredDisk, RewriteOptions, Rewritten, choose, rewrite, tpm,
 };
-use crate::platform::libvirt::xml::Element;
 use crate::repo::{Manifest, Repository};
 use crate::vm::{ArtifactKind, Uuid};
 
@@ -63,6 +62,8 @@ pub(super) async fn prepare(
     let kernel = boot.shared(ArtifactKind::Kernel, "kernel").await?;
     let initrd = boot.shared(ArtifactKind::Initrd, "initrd").await?;
     let xml = description(repository, manifest).await?;
+    let survey = target.survey(&xml).await?;
+    changes.extend(survey.missing);
     let options = RewriteOptions {
         identity: match &define.as_name {
             None => Identity::Original,
@@ -72,7 +73,7 @@ pub(super) async fn prepare(
         nvram,
         kernel,
         initrd,
-        emulator: emulator(&xml)?,
+        emulator: survey.emulator,
     };
     let mut rewritten = rewrite(&xml, &options)?;
     rewritten.changes.append(&mut changes);
@@ -156,16 +157,6 @@ fn restored(name: &str, place: &Place) -> Result<RestoredDisk> {
 fn absolute(path: &Path) -> Result<PathBuf> {
     std::path::absolute(path)
         .map_err(|e| Error::io(format!("cannot make {} absolute", path.display()), e))
-}
-
-/// The emulator that was named, if this host has it.
-fn emulator(xml: &str) -> Result<Emulator> {
-    let root = Element::parse("the captured domain XML", xml)?;
-    let named = root.text_at(&["devices", "emulator"]);
-    Ok(match named {
-        Some(path) if !Path::new(path).exists() => Emulator::HostDefault,
-        _ => Emulator::Keep,
-    })
 }
 
 /// The TPM state, if it is to be restored; what becomes of the TPM otherwise is said.

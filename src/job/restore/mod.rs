@@ -22,6 +22,7 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
+use super::lock::VmLock;
 use super::{Repository, Surroundings, points};
 use crate::block::BlockSource;
 use crate::block::file::Existing;
@@ -133,6 +134,11 @@ pub async fn run(
     let places = target::places(&chosen, &request)?;
     target::check_free(&places, request.existing)?;
     artifacts::check_free(&manifest, &request)?;
+    // Nobody backs up or restores it meanwhile.
+    let _lock = match &request.define {
+        Some(_) => Some(VmLock::acquire(&env.state_dir, &manifest.body.vm, "restore")?),
+        None => None,
+    };
     let definition = match &request.define {
         None => None,
         Some(define) => {

@@ -1,6 +1,8 @@
 //! Handing a rewritten description to libvirt. A running domain is never touched; an existing one
 //! only when that was asked for.
 
+use std::path::Path;
+
 use virt::connect::Connect;
 use virt::domain::Domain;
 use virt::error::ErrorNumber;
@@ -8,7 +10,8 @@ use virt::error::ErrorNumber;
 use super::super::connection::Host;
 use super::super::error::{code, wrap};
 use super::super::ffi::VirtResult;
-use super::Rewritten;
+use super::super::xml::Element;
+use super::{Emulator, Rewritten};
 use crate::error::{Error, Kind, Result};
 use crate::vm::Uuid;
 
@@ -40,6 +43,16 @@ struct Found {
     name: String,
     uuid: String,
     active: bool,
+    saved: bool,
+}
+
+/// How a host differs from what a description needs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Survey {
+    /// The QEMU program to name.
+    pub emulator: Emulator,
+    /// What is missing and does not keep the domain from being defined, one sentence each.
+    pub missing: Vec<String>,
 }
 
 impl Target {
@@ -84,6 +97,16 @@ impl Target {
                 )
                 .hint("restore beside it with --as NAME"));
             }
+            if found.saved {
+                // It would resume with memory that belongs to the disks that are replaced.
+                return Err(Error::new(
+                    Kind::AlreadyExists,
+                    format!("domain '{old}' has a saved state, which does not fit other disks"),
+                )
+                .hint(format!(
+                    "drop it with 'virsh managedsave-remove {old}', or restore with --as NAME"
+                )));
+            }
             if existing == Existing::Refuse {
                 return Err(Error::new(
                     Kind::AlreadyExists,
@@ -93,6 +116,61 @@ impl Target {
             }
         }
         Ok(())
+    }
+
+    /// What this host lacks for a captured description. An error when it has no such machine: then
+    /// libvirt would refuse the domain, and that is better known before anything is copied.
+    pub async fn survey(&self, xml: &str) -> Result<Survey> {
+        let root = Element::parse("the captured domain XML", xml)?;
+        let owned = |text: Option<&str>| text.map(str::to_owned);
+        let named = root.text_at(&["devices", "emulator"]).filter(|path| !path.is_empty());
+        let there = named.filter(|path| Path::new(path).exists());
+        let emulator = if named == there { Emulator::Keep } else { Emulator::HostDefault };
+        let machine = owned(root.attr_at(&["os", "type"], "machine"));
+        let arch = owned(root.attr_at(&["os", "type"], "arch"));
+        let (kind, program) = (owned(root.attr("type")), owned(there));
+        let mut networks: Vec<String> = Vec::new();
+        let devices = root.child("devices");
+        for card in devices.iter().flat_map(|devices| devices.all("interface")) {
+            networks.extend(owned(card.attr_at(&["source"], "network")));
+        }
+        let wanted = format!(
+            "machine {} of type {}",
+            machine.as_deref().unwrap_or("default"),
+            kind.as_deref().unwrap_or("default")
+        );
+        let (capable, missing) = self
+            .host
+            .raw_call("ask what this host can run", move |connection| {
+                let (program, arch) = (program.as_deref(), arch.as_deref());
+                let (machine, kind) = (machine.as_deref(), kind.as_deref());
+                let capable =
+                    connection.domain_capabilities(program, arch, machine, kind, 0).map(drop);
+                networks.retain(|name| connection.lookup_network_by_name(name).is_err());
+                Ok((capable, networks))
+            })
+            .await?
+            .map_err(|error| wrap("cannot ask what this host can run", error))?;
+        match capable {
+            Err(error)
+                if matches!(
+                    code(&error),
+                    Some(ErrorNumber::InvalidArg | ErrorNumber::ConfigUnsupported)
+                ) =>
+            {
+                let error = wrap(format!("this host has no {wanted}"), error);
+                return Err(error.hint(
+                    "restore the images with --to and define the domain by hand with a machine of \
+                     this host ('virsh domcapabilities' lists them)",
+                ));
+            }
+            // Defining it will tell.
+            Err(error) => tracing::debug!(%error, "the host does not tell its capabilities"),
+            Ok(()) => {}
+        }
+        let sentence =
+            |name| format!("network '{name}' does not exist here: make it before a start");
+        Ok(Survey { emulator, missing: missing.into_iter().map(sentence).collect() })
     }
 
     /// Defines the domain, and starts it if asked to. When only the start fails, the domain stays
@@ -139,6 +217,7 @@ fn found(lookup: VirtResult<Domain>) -> VirtResult<Option<Found>> {
             name: domain.name()?,
             uuid: domain.uuid_string()?,
             active: domain.is_active()?,
+            saved: domain.has_managed_save(0)?,
         })),
         Err(error) if code(&error) == Some(ErrorNumber::NoDomain) => Ok(None),
         Err(error) => Err(error),
