@@ -39,6 +39,7 @@ fn assert_thawed(guest: &mut Guest, seconds: u64) {
 fn mounted(env: &TestEnv) -> (Domain<'_>, Guest) {
     env.init_repo();
     let (domain, mut guest) = Domain::boot(env, &DomainSpec::with_disks(&[DiskFormat::Qcow2]));
+    domain.wait_for_agent();
     guest.run("mke2fs /dev/vda && mount /dev/vda /mnt && echo hello >/mnt/file && sync");
     (domain, guest)
 }
@@ -111,6 +112,7 @@ fn a_freeze_that_does_not_reach_every_file_system_is_crash_consistent() {
     env.init_repo();
     let spec = DomainSpec::with_disks(&[DiskFormat::Qcow2, DiskFormat::Qcow2]);
     let (domain, mut guest) = Domain::boot(&env, &spec);
+    domain.wait_for_agent();
     guest.run("mke2fs /dev/vda && mount /dev/vda /mnt && echo hello >/mnt/file && sync");
     guest.run("mkdir /mnt2 && mke2fs /dev/vdb && mount /dev/vdb /mnt2");
     let args = ["full", "--domain", domain.name(), "--quiesce", "auto", "--json"];

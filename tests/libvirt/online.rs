@@ -82,6 +82,7 @@ fn the_guest_agent_freezes_the_file_systems_for_the_instant() {
     let env = TestEnv::new();
     env.init_repo();
     let (domain, mut guest) = Domain::boot(&env, &DomainSpec::with_disks(&[DiskFormat::Qcow2]));
+    domain.wait_for_agent();
     guest.run("mke2fs /dev/vda && mount /dev/vda /mnt && echo hello >/mnt/file");
     let args = ["full", "--domain", domain.name(), "--quiesce", "require", "--json"];
     let report = env.vmbackup(&args).json();

@@ -42,6 +42,10 @@ fn a_foreign_backup_job_is_left_alone() {
     let refused = env.vmbackup(&["full", "--domain", domain.name()]).fails();
     assert_eq!(refused.code, Some(7), "{refused:?}");
     assert!(domain.has_backup_job(), "the foreign job was ended");
+    // Nobody waits for libvirt to forget it.
+    domain.virsh(&["domjobabort", domain.name()]).ok();
+    env.vmbackup(&["full", "--domain", domain.name()]).ok();
+    assert_no_trace(&domain);
 }
 
 #[test]

@@ -25,6 +25,7 @@ fn the_guest_writes_what_it_is_told_and_the_oracle_sees_it() {
 fn the_guest_agent_freezes_and_thaws() {
     let env = TestEnv::new();
     let (domain, mut guest) = Domain::boot(&env, &DomainSpec::with_disks(&[DiskFormat::Qcow2]));
+    domain.wait_for_agent();
     guest.run("mke2fs /dev/vda && mount /dev/vda /mnt && echo hello >/mnt/file");
     let frozen = domain.virsh(&["domfsfreeze", domain.name()]).ok();
     assert!(frozen.stdout.contains("Froze 1"), "{frozen:?}");

@@ -23,6 +23,7 @@ pub(crate) fn options(env: &TestEnv, domain: &Domain<'_>) -> LibvirtOptions {
 async fn the_guest_is_thawed_whatever_the_budget_and_the_level_is_honest() {
     let env = TestEnv::new();
     let (domain, mut guest) = Domain::boot(&env, &DomainSpec::with_disks(&[DiskFormat::Qcow2]));
+    domain.wait_for_agent();
     guest.run("mke2fs /dev/vda && mount /dev/vda /mnt && echo hello >/mnt/file");
     let platform = Libvirt::open(options(&env, &domain)).await.expect("connects");
     let mut budget = Duration::from_millis(1);
@@ -57,6 +58,7 @@ async fn the_guest_is_thawed_whatever_the_budget_and_the_level_is_honest() {
 async fn a_guest_that_a_killed_run_left_frozen_is_thawed_by_the_next() {
     let env = TestEnv::new();
     let (domain, mut guest) = Domain::boot(&env, &DomainSpec::with_disks(&[DiskFormat::Qcow2]));
+    domain.wait_for_agent();
     guest.run("mke2fs /dev/vda && mount /dev/vda /mnt");
     let platform = Libvirt::open(options(&env, &domain)).await.expect("connects");
     let uuid = platform.identify().await.expect("identified").uuid;

@@ -197,6 +197,14 @@ impl<'env> Domain<'env> {
         info.stdout.lines().any(|line| line.starts_with("Operation:") && line.contains("Backup"))
     }
 
+    /// Waits until the guest's agent answers: the guest says that it is up before its agent is.
+    pub(crate) fn wait_for_agent(&self) {
+        let ping = r#"{"execute":"guest-ping"}"#;
+        wait_until("the guest agent", 60, || {
+            self.virsh(&["qemu-agent-command", &self.name, ping]).code == Some(0)
+        });
+    }
+
     /// Waits until a backup job is active.
     pub(crate) fn wait_for_backup_job(&self) {
         wait_until("a backup job", 30, || self.has_backup_job());

@@ -12,7 +12,7 @@ use virt::error::ErrorNumber;
 
 use super::connection::DomainHandle;
 use super::error::code;
-use super::ffi;
+use super::ffi::{self, JobStatus};
 use super::names::socket_point;
 use super::xml::{Element, escaped};
 use crate::error::{Error, Kind, Result};
@@ -21,6 +21,9 @@ use crate::vm::PointId;
 /// Longest wait for a job to be gone after it was told to end: measured 20 ms, more when QEMU has
 /// requests of a slow disk in flight.
 const END_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How often a job that libvirt cannot describe is asked for again.
+const STATUS_POLL: Duration = Duration::from_millis(500);
 
 /// How often the end is looked for.
 const END_POLL: Duration = Duration::from_millis(20);
@@ -140,6 +143,36 @@ fn parse(xml: &str) -> Result<ActiveJob> {
     Ok(ActiveJob { point, owner, scratch: disks.unwrap_or_default() })
 }
 
+/// What job the domain is doing, once it is known.
+///
+/// libvirt 11.3 was seen to say "internal error: backup job data missing" for seconds after a job
+/// had been aborted: the backup is gone (`NoDomainBackup`) and the domain's job is not. It passes,
+/// or libvirt never lets another job begin; so it is waited for, and then the domain is busy.
+pub(super) async fn status(domain: &DomainHandle) -> Result<JobStatus> {
+    let what = "ask for the job of";
+    let deadline = tokio::time::Instant::now() + END_TIMEOUT;
+    loop {
+        let error = match domain.raw_call(what, ffi::job_status).await? {
+            Ok(status) => return Ok(status),
+            Err(error) => error,
+        };
+        if code(&error) != Some(ErrorNumber::InternalError) {
+            return Err(domain.wrap(what, error));
+        }
+        if tokio::time::Instant::now() >= deadline {
+            let name = &domain.name;
+            let message = format!("libvirt has not finished an earlier job of domain '{name}'");
+            return Err(Error::new(Kind::Busy, message)
+                .hint(format!(
+                    "try again later; if 'virsh domjobinfo {name}' goes on failing, restart the \
+                     libvirt daemon (domains run on)"
+                ))
+                .source(error));
+        }
+        tokio::time::sleep(STATUS_POLL).await;
+    }
+}
+
 /// Ends the job and waits until it is gone. No job is success.
 pub(super) async fn end(domain: &DomainHandle) -> Result<()> {
     let what = "end the backup job of";
@@ -162,6 +195,11 @@ pub(super) async fn end(domain: &DomainHandle) -> Result<()> {
             .hint(format!("'virsh domjobabort {}' ends it by hand", domain.name)));
         }
         tokio::time::sleep(END_POLL).await;
+    }
+    // The backup is gone a moment before the domain's job is, and whoever asks in between gets an
+    // internal error: leave the domain free. A domain that has stopped has nothing to tell.
+    if let Err(error) = status(domain).await {
+        tracing::debug!(?error, "the domain's job cannot be asked for");
     }
     Ok(())
 }

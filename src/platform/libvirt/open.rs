@@ -515,7 +515,7 @@ async fn reconcile_job(domain: &DomainHandle, lock: &DomainLock, control: &Contr
         control.notice(NoticeLevel::Info, text);
         job::end(domain).await?;
     }
-    let status = domain.call("ask for the job of", ffi::job_status).await?;
+    let status = job::status(domain).await?;
     if status.active {
         return Err(Error::new(
             Kind::Busy,
