@@ -18,6 +18,7 @@
 //! the types they need for it.
 
 pub mod backup;
+pub mod check;
 pub mod copy;
 pub mod export;
 pub mod forget;

@@ -17,6 +17,7 @@
 
 pub mod blobs;
 pub mod catalog;
+pub mod check;
 pub mod condemned;
 pub mod config;
 mod failure;
@@ -43,6 +44,7 @@ mod tests;
 use std::sync::Arc;
 
 pub use catalog::{PointsOf, Summary};
+pub use check::{CheckOptions, CheckReport, Depth, Repair};
 pub use gc::{CollectOptions, CollectReport};
 pub use manifest::{Manifest, ManifestArtifact, ManifestDisk, ManifestDraft};
 use points::Domains;
@@ -185,6 +187,11 @@ impl Repository {
         control: &Control,
     ) -> Result<CollectReport> {
         gc::collect(&self.blobs, self.unlocked.config.chunk.levels(), options, control).await
+    }
+
+    /// Looks for damage, and names what it affects.
+    pub async fn check(&self, options: CheckOptions, control: &Control) -> Result<CheckReport> {
+        check::check(&self.blobs, self.unlocked.config.chunk.levels(), options, control).await
     }
 
     /// Opens a stored disk for reading.

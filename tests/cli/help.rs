@@ -6,7 +6,7 @@ use std::path::Path;
 
 use crate::support::TestEnv;
 
-const COMMANDS: [&str; 24] = [
+const COMMANDS: [&str; 25] = [
     "",
     "full",
     "incremental",
@@ -19,6 +19,7 @@ const COMMANDS: [&str; 24] = [
     "verify",
     "hash",
     "copy",
+    "check",
     "forget",
     "gc",
     "nbd",

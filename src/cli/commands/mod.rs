@@ -1,6 +1,7 @@
 //! One command per file: its arguments, and `run`, which resolves them, calls a job, prints.
 
 pub(crate) mod backup;
+pub(crate) mod check;
 pub(crate) mod copy;
 pub(crate) mod forget;
 pub(crate) mod full;

@@ -112,13 +112,27 @@ pub async fn collect(
     options: CollectOptions,
     control: &Control,
 ) -> Result<CollectReport> {
-    let lease = Lease::begin(&blobs.store, &blobs.keys, RunKind::Collect).await?;
+    let lease = exclusive_lease(blobs).await?;
     let collector = Collector { blobs, chunk_levels, options, control, lease: &lease };
     let result = collector.run().await;
     if let Err(error) = lease.end().await {
         tracing::warn!(%error, "cannot end the collector's lease");
     }
     result
+}
+
+/// A lease that only one can hold: two at once would each write an index without the other's
+/// changes. Fails with [`Kind::Busy`] while another is held (of two that begin at the same moment,
+/// one or both).
+pub(super) async fn exclusive_lease(blobs: &Blobs) -> Result<Lease> {
+    let lease = Lease::begin(&blobs.store, &blobs.keys, RunKind::Collect).await?;
+    let survey = Survey::take(&*blobs.store).await?;
+    let other = survey.live().find(|run| run.kind == RunKind::Collect && run.run != lease.run());
+    let Some(other) = other else { return Ok(lease) };
+    let message = format!("a collection or an index rebuild is at work since {}", other.started);
+    lease.end().await?;
+    Err(Error::new(Kind::Busy, message)
+        .hint("wait for it; one that was killed counts for 30 minutes"))
 }
 
 struct Collector<'a> {
@@ -145,7 +159,6 @@ impl Collector<'_> {
         // after it.
         let mut lists = condemned::lists(&**store, keys).await?;
         let survey = Survey::take(&**store).await?;
-        self.refuse_another(&survey)?;
         let mut ripe: HashSet<ObjectName> = self.ripe(&lists, &survey);
 
         let mut state = self.load(&lists).await?;
@@ -180,19 +193,6 @@ impl Collector<'_> {
         }
         state.report.waiting_for = self.waited_for(&lists, &ripe, &survey);
         Ok(state.report)
-    }
-
-    /// Two collectors at once would each write an index without the other's deletions.
-    fn refuse_another(&self, survey: &Survey) -> Result<()> {
-        let mut others = survey.live().filter(|run| run.run != self.lease.run());
-        match others.find(|run| run.kind == RunKind::Collect) {
-            None => Ok(()),
-            Some(other) => {
-                let message = format!("a garbage collection is at work since {}", other.started);
-                Err(Error::new(Kind::Busy, message)
-                    .hint("wait for it; one that was killed counts for 30 minutes"))
-            }
-        }
     }
 
     /// The lists that no live run can have missed. The margin covers the time between a list's

@@ -211,25 +211,35 @@ impl Index {
     }
 
     /// Stores `entries` as a new segment, durable and in use when it returns.
-    pub async fn add(&self, mut entries: Vec<IndexEntry>) -> Result<Option<Arc<Segment>>> {
+    pub async fn add(&self, entries: Vec<IndexEntry>) -> Result<Option<Arc<Segment>>> {
         if entries.is_empty() {
             return Ok(None);
         }
-        entries.sort_unstable_by_key(|entry| entry.id);
-        entries.dedup_by_key(|entry| entry.id);
+        Ok(Some(self.add_superseding(entries, &[]).await?))
+    }
+
+    /// The same, in the place of other segments, which nobody asks once they have refreshed.
+    pub async fn add_superseding(
+        &self,
+        mut entries: Vec<IndexEntry>,
+        superseded: &[SegmentId],
+    ) -> Result<Arc<Segment>> {
+        let place = |entry: &IndexEntry| (entry.id, entry.location.pack.id);
+        entries.sort_unstable_by_key(place);
+        entries.dedup_by_key(|entry| place(entry));
         let id = random::<16>();
         let count = entries.len() as u64;
         let mut writer = SegmentWriter::create(&*self.store, &self.keys, &id, count).await?;
         for entry in &entries {
             writer.push(entry).await?;
         }
-        writer.finish(&[]).await?;
+        writer.finish(superseded).await?;
         let segment = Arc::new(Segment::open(&*self.store, &self.keys, &self.filters, id).await?);
         let mut segments = self.segments.write().unwrap_or_else(PoisonError::into_inner);
         let mut list = segments.as_ref().clone();
         list.push(Arc::clone(&segment));
         *segments = Arc::new(list);
-        Ok(Some(segment))
+        Ok(segment)
     }
 }
 

@@ -1,0 +1,133 @@
+//! `check`: damage is found, named as what it affects, and everything else restores.
+
+use std::fs;
+use std::path::PathBuf;
+
+use serde_json::Value;
+
+use crate::fixture::{DISK, Fixture};
+
+/// The files below a folder of the repository.
+fn files(fixture: &Fixture, folder: &str) -> Vec<PathBuf> {
+    let mut open = vec![fixture.env.repo().join(folder)];
+    let mut found = Vec::new();
+    while let Some(path) = open.pop() {
+        if path.is_dir() {
+            open.extend(fs::read_dir(path).unwrap().map(|entry| entry.unwrap().path()));
+        } else {
+            found.push(path);
+        }
+    }
+    found.sort();
+    found
+}
+
+/// The pack that holds the chunks of the disk: the largest.
+fn data_pack(fixture: &Fixture) -> PathBuf {
+    let packs = files(fixture, "packs");
+    packs.into_iter().max_by_key(|path| path.metadata().unwrap().len()).unwrap()
+}
+
+/// Flips a bit of the chunk that was stored first.
+fn rot(path: &PathBuf) {
+    let mut bytes = fs::read(path).unwrap();
+    bytes[100] ^= 1;
+    fs::remove_file(path).unwrap();
+    fs::write(path, bytes).unwrap();
+}
+
+fn damaged(fixture: &Fixture, args: &[&str]) -> Value {
+    let outcome = fixture.env.vmbackup(&[args, &["--json"]].concat());
+    assert_eq!(outcome.code, Some(10), "{outcome:?}");
+    serde_json::from_str(&outcome.stdout).unwrap()
+}
+
+#[test]
+fn a_sound_repository_passes() {
+    let fixture = Fixture::new();
+    fixture.point();
+    let text = fixture.env.vmbackup(&["check"]).text();
+    assert!(text.contains("no damage found"), "{text}");
+    let report = fixture.env.vmbackup(&["check", "--read-data", "--json"]).json();
+    assert!(report["bytes_read"].as_u64().unwrap() > 200_000, "{report}");
+    for wrong in ["0/3", "4/3", "x", "1"] {
+        let outcome = fixture.env.vmbackup(&["check", "--read-data-subset", wrong]);
+        assert_eq!(outcome.code, Some(2), "{wrong}: {outcome:?}");
+    }
+}
+
+#[test]
+fn a_rotten_chunk_is_named_with_its_points_and_ranges_and_the_rest_restores() {
+    let fixture = Fixture::new();
+    let env = &fixture.env;
+    let first = fixture.point();
+    rot(&data_pack(&fixture));
+    fixture.write(0, b"other", 300_000);
+    let second = fixture.point();
+    env.vmbackup(&["check"]).ok();
+    let report = damaged(&fixture, &["check", "--read-data"]);
+    let affected = report["affected"].as_array().unwrap();
+    assert_eq!(affected.len(), 1, "{report}");
+    assert_eq!(
+        (&affected[0]["point"], &affected[0]["disk"]),
+        (&first.as_str().into(), &DISK.into())
+    );
+    let ranges = affected[0]["ranges"].as_array().unwrap();
+    assert_eq!(ranges.len(), 1, "{report}");
+    assert_eq!(ranges[0]["bytes"].as_u64().unwrap() % 4096, 0, "{report}");
+    let outcome = env.vmbackup(&["check", "--read-data"]);
+    let point = &first[..8];
+    assert!(outcome.stdout.contains(point) && outcome.stdout.contains("foo"), "{outcome:?}");
+    assert_eq!(env.vmbackup(&["verify", &first]).code, Some(10));
+    env.vmbackup(&["verify", &second]).ok();
+}
+
+#[test]
+fn missing_and_cut_off_packs_are_found_without_reading_data() {
+    let fixture = Fixture::new();
+    let first = fixture.point();
+    let pack = data_pack(&fixture);
+    let whole = fs::read(&pack).unwrap();
+    for damage in ["cut off", "missing"] {
+        fs::remove_file(&pack).unwrap();
+        if damage == "cut off" {
+            fs::write(&pack, &whole[..200]).unwrap();
+        }
+        let report = damaged(&fixture, &["check"]);
+        assert_eq!(report["affected"][0]["point"], first.as_str(), "{damage}: {report}");
+        let reason = report["affected"][0]["reason"].as_str().unwrap();
+        assert!(reason.contains(damage), "{reason}");
+    }
+}
+
+#[test]
+fn a_lost_index_is_rebuilt_and_points_restore_byte_for_byte() {
+    let fixture = Fixture::new();
+    let env = &fixture.env;
+    let point = fixture.point();
+    for path in files(&fixture, "index") {
+        fs::remove_file(path).unwrap();
+    }
+    damaged(&fixture, &["check"]);
+    let report = env.vmbackup(&["check", "--rebuild-index", "--json"]).json();
+    assert!(report["entries_rebuilt"].as_u64().unwrap() > 2, "{report}");
+    let to = env.path("restored");
+    let restored =
+        env.vmbackup(&["restore", &point, "--to", to.to_str().unwrap(), "--json"]).json();
+    let path = restored["disks"][0]["path"].as_str().unwrap();
+    assert_eq!(fs::read(&fixture.image).unwrap(), fs::read(path).unwrap());
+}
+
+#[test]
+fn a_damaged_manifest_is_named_and_other_points_are_checked() {
+    let fixture = Fixture::new();
+    let first = fixture.point();
+    let manifest = files(&fixture, "points").remove(0);
+    fixture.write(0, b"other", 1000);
+    let second = fixture.point();
+    rot(&manifest);
+    let report = damaged(&fixture, &["check", "--read-data"]);
+    assert_eq!(report["unreadable_points"], serde_json::json!([first]), "{report}");
+    assert_eq!(report["affected"], serde_json::json!([]), "{report}");
+    fixture.env.vmbackup(&["verify", &second]).ok();
+}
