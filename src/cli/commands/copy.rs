@@ -18,7 +18,7 @@ use crate::units::ByteSize;
 ///   /dev/NAME                     a block device
 ///   nbd[s]://…, nbd[s]+unix://…   an NBD export (s: in TLS)
 ///   '[ nbdkit curl URL ]'         an NBD server started and ended by vmbackup
-///   -                             a pipe
+///   '-'                           a pipe
 ///   point:web1@latest/vda         a disk of a restore point (SRC only)
 ///   null:                         nowhere (DST only)
 ///
