@@ -65,4 +65,5 @@ fn no_command_takes_more_than_256_mib_on_a_disk_of_4_tib() {
     run(&["hash", image]);
     run(&["forget", "--keep-last", "1"]);
     run(&["gc"]);
+    run(&["check", "--read-data"]);
 }
