@@ -91,7 +91,11 @@ impl Guest {
                 assert!(status == "0", "guest: {command:?} failed ({status}): {printed}");
                 return printed.trim_end().to_owned();
             }
-            if line != "@ready" {
+            // A greeting that came while the port was being set up arrives in pieces, which the
+            // guest takes for a command (`lo -`): what it says to that is nobody's.
+            if line.starts_with("@done ") {
+                printed.clear();
+            } else if line != "@ready" {
                 printed.push_str(&line);
                 printed.push('\n');
             }
