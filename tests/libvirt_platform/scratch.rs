@@ -4,6 +4,7 @@ use std::io::Read;
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -105,16 +106,21 @@ async fn scratch_that_cannot_be_looked_at_gives_the_backup_up() {
 struct Proxy {
     path: PathBuf,
     open: Arc<Mutex<Vec<UnixStream>>>,
+    refuses: Arc<AtomicBool>,
 }
 
 impl Proxy {
     fn start(env: &TestEnv) -> Self {
-        let proxy = Self { path: env.path("libvirt.sock"), open: Arc::default() };
+        let path = env.path("libvirt.sock");
+        let proxy = Self { path, open: Arc::default(), refuses: Arc::default() };
         let listener = UnixListener::bind(&proxy.path).expect("own directory");
-        let open = Arc::clone(&proxy.open);
+        let (open, refuses) = (Arc::clone(&proxy.open), Arc::clone(&proxy.refuses));
         // Ends with the test's process.
         std::thread::spawn(move || {
             for client in listener.incoming().map_while(Result::ok) {
+                if refuses.load(Ordering::SeqCst) {
+                    continue;
+                }
                 let daemon = UnixStream::connect("/run/libvirt/libvirt-sock").expect("libvirtd");
                 let clone = |stream: &UnixStream| stream.try_clone().expect("own socket");
                 open.lock().expect("whole").extend([clone(&client), clone(&daemon)]);
@@ -134,6 +140,21 @@ impl Proxy {
         for stream in self.open.lock().expect("whole").drain(..) {
             let _ = stream.shutdown(Shutdown::Both);
         }
+    }
+
+    /// Cuts, and lets nobody through for a while, as a daemon that is stopped.
+    fn stop_for(&self, pause: Duration) {
+        self.stop();
+        let refuses = Arc::clone(&self.refuses);
+        std::thread::spawn(move || {
+            std::thread::sleep(pause);
+            refuses.store(false, Ordering::SeqCst);
+        });
+    }
+
+    fn stop(&self) {
+        self.refuses.store(true, Ordering::SeqCst);
+        self.cut();
     }
 
     fn uri(&self) -> String {
@@ -175,4 +196,47 @@ async fn a_job_that_ends_while_the_connection_is_cut_is_noticed() {
     assert_eq!(loss(&mut *snapshot).await.kind(), Kind::SnapshotLost);
     snapshot.abort().await.expect("aborts");
     assert_eq!(bare.bitmaps(), Vec::<String>::new());
+}
+
+fn has_backup_job(bare: &Bare<'_>) -> bool {
+    bare.virsh(&["domjobinfo", &bare.name]).stdout.contains("Backup")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_daemon_that_is_away_for_seconds_costs_no_backup() {
+    let env = TestEnv::new();
+    let bare = Bare::start(&env, &qcow2(&env, 'a', "8M"));
+    let proxy = Proxy::start(&env);
+    let mut options = bare.options();
+    options.uri = Some(proxy.uri());
+    let platform = Libvirt::open(options).await.expect("connects");
+    let mut snapshot = platform.open_snapshot(&request(1), &Control::new()).await.expect("opens");
+    proxy.stop_for(Duration::from_secs(3));
+    snapshot.still_valid().await.expect("the job is still there");
+    proxy.stop_for(Duration::from_secs(3));
+    snapshot.commit().await.expect("commits");
+    assert!(!has_backup_job(&bare));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_that_could_not_be_ended_stays_on_record_and_is_ended_by_the_next_run() {
+    let env = TestEnv::new();
+    let bare = Bare::start(&env, &qcow2(&env, 'a', "8M"));
+    let proxy = Proxy::start(&env);
+    let mut options = bare.options();
+    options.uri = Some(proxy.uri());
+    let platform = Libvirt::open(options).await.expect("connects");
+    let snapshot = platform.open_snapshot(&request(1), &Control::new()).await.expect("opens");
+    let known = known(point(1), &*snapshot);
+    proxy.stop();
+    snapshot.commit().await.expect_err("nobody could end the job");
+    assert!(has_backup_job(&bare));
+
+    let platform = bare.platform().await;
+    let mut wanted = request(2);
+    wanted.point_ids = [point(1)].into();
+    wanted.known_points = vec![known];
+    let next = platform.open_snapshot(&wanted, &Control::new()).await.expect("ends what is ours");
+    next.commit().await.expect("commits");
+    assert!(!has_backup_job(&bare));
 }

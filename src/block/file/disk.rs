@@ -4,6 +4,7 @@ use std::fs::File;
 use std::path::Path;
 
 use async_trait::async_trait;
+use rustix::fs::OFlags;
 
 use super::{Access, FileSink, FileSource};
 use crate::block::{BlockSink, BlockSource, Buffer, ByteRange, ExtentMap, Geometry, ZeroMode};
@@ -20,7 +21,8 @@ pub struct FileDisk {
 impl FileDisk {
     /// Opens an existing raw file or device in place. Keeping others out is the caller's business.
     pub fn open(path: &Path) -> Result<Self> {
-        let (file, ..) = super::open(path, File::options().read(true).write(true))?;
+        let (file, ..) =
+            super::open(path, File::options().read(true).write(true), OFlags::empty())?;
         Self::from_file(file, path)
     }
 

@@ -48,11 +48,22 @@ enum Medium {
 
 /// Opens a raw file or block device and finds its size. Anything else (a pipe, a directory) is
 /// refused: it has no size and cannot be read twice.
-fn open(path: &Path, options: &mut OpenOptions) -> Result<(File, Medium, u64)> {
-    // O_NONBLOCK keeps the open of a FIFO from hanging; it means nothing for files and disks.
-    let nonblock = rustix::fs::OFlags::NONBLOCK.bits().cast_signed();
-    let failed = |e| Error::io(format!("cannot open {}", path.display()), e);
-    let file = options.custom_flags(nonblock).open(path).map_err(failed)?;
+fn open(
+    path: &Path,
+    options: &mut OpenOptions,
+    flags: rustix::fs::OFlags,
+) -> Result<(File, Medium, u64)> {
+    // O_NONBLOCK keeps the open of a FIFO from hanging; it means nothing for files and disks. All
+    // flags in one call: a second one would replace those of the first.
+    let flags = (flags | rustix::fs::OFlags::NONBLOCK).bits().cast_signed();
+    let file = options.custom_flags(flags).open(path).map_err(|error| {
+        if error.kind() == std::io::ErrorKind::ResourceBusy {
+            return Error::new(Kind::Busy, format!("{} is in use", path.display()))
+                .hint("it is mounted, or part of a volume group, array or swap: release it first")
+                .source(error);
+        }
+        Error::io(format!("cannot open {}", path.display()), error)
+    })?;
     let (medium, size_bytes) = examine(&file, path)?;
     Ok((file, medium, size_bytes))
 }

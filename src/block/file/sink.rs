@@ -9,13 +9,13 @@
 
 use std::fs::{File, OpenOptions};
 use std::num::NonZeroU64;
-use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use async_trait::async_trait;
-use rustix::fs::{Advice, FallocateFlags, fadvise, fallocate, fdatasync};
+use rustix::fs::{Advice, FallocateFlags, OFlags, fadvise, fallocate, fdatasync};
 
 use super::{Access, FileSource, Medium, blocking, examine, failed, is_unsupported, open};
 use crate::block::{
@@ -95,10 +95,9 @@ impl FileSink {
             .map_err(|e| Error::io(format!("cannot open {}", path.display()), e))?
             .file_type()
             .is_block_device();
-        if is_device {
-            options.custom_flags(rustix::fs::OFlags::EXCL.bits().cast_signed());
-        }
-        let (file, medium, size_bytes) = open(path, &mut options)?;
+        // On a block device: fails while it is mounted or held by a volume group (open(2)).
+        let exclusive = if is_device { OFlags::EXCL } else { OFlags::empty() };
+        let (file, medium, size_bytes) = open(path, &mut options, exclusive)?;
         Self::new((file, path), (medium, size_bytes), false, Access::Once)
     }
 

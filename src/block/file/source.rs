@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use async_trait::async_trait;
-use rustix::fs::{Advice, fadvise};
+use rustix::fs::{Advice, OFlags, fadvise};
 use rustix::io::{Errno, ReadWriteFlags};
 
 use super::{Medium, blocking, examine, failed, is_unsupported, open};
@@ -59,7 +59,8 @@ struct Inner {
 impl FileSource {
     /// Opens `path` for reading.
     pub fn open(path: &Path, access: Access) -> Result<Self> {
-        let (file, medium, size_bytes) = open(path, OpenOptions::new().read(true))?;
+        let (file, medium, size_bytes) =
+            open(path, OpenOptions::new().read(true), OFlags::empty())?;
         Ok(Self::new(file, path, (medium, size_bytes), access))
     }
 

@@ -148,3 +148,25 @@ async fn a_block_device_is_source_and_sink() {
     let source = FileSource::open(Path::new(&device.0), Access::Once).unwrap();
     conformance::source(&source, &expected).await;
 }
+
+#[test]
+fn a_device_that_something_holds_is_not_overwritten() {
+    let dir = dir();
+    let path = dir.path().join("disk.raw");
+    File::create(&path).unwrap().set_len(1 << 20).unwrap();
+    let device = Loop::over(&path);
+    // A mount, a volume group, an array and swap hold a device just so.
+    let mut exclusive = File::options();
+    std::os::unix::fs::OpenOptionsExt::custom_flags(
+        exclusive.read(true),
+        rustix::fs::OFlags::EXCL.bits().cast_signed(),
+    );
+    let holder = exclusive.open(&device.0).unwrap();
+    let error = FileSink::open(Path::new(&device.0), 1 << 20).unwrap_err();
+    assert_eq!(error.kind(), Kind::Busy);
+    assert!(format!("{error:?}").contains("mounted"), "{error:?}");
+    let error = FileSink::open_any(Path::new(&device.0)).unwrap_err();
+    assert_eq!(error.kind(), Kind::Busy);
+    drop(holder);
+    FileSink::open(Path::new(&device.0), 1 << 20).unwrap();
+}

@@ -28,6 +28,9 @@ const CALL_TIMEOUT: Duration = Duration::from_secs(60);
 /// Longest wait for a connection: SSH may have to resolve and authenticate.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(60);
 
+/// How long a daemon whose connection ended may take to answer again: a restart takes a few seconds.
+const REVIVAL: Duration = Duration::from_secs(15);
+
 /// Keep-alive of connections, libvirt's own client defaults (5 s, 5 times): a dead daemon or network is noticed
 /// after half a minute.
 const KEEPALIVE_SECONDS: i32 = 5;
@@ -246,13 +249,20 @@ impl DomainHandle {
     }
 
     /// This handle, or one on a new connection where that of this one has ended: libvirt never
-    /// mends a connection.
+    /// mends a connection. A daemon that restarts gets [`REVIVAL`] to answer again.
     pub(super) async fn revived(&self) -> Result<Self> {
         if self.host.is_alive() {
             return Ok(self.clone());
         }
-        let host = Host::open(Some(self.host.uri())).await?;
-        host.domain(&self.uuid.to_string()).await
+        let deadline = tokio::time::Instant::now() + REVIVAL;
+        loop {
+            match Host::open(Some(self.host.uri())).await {
+                Ok(host) => return host.domain(&self.uuid.to_string()).await,
+                Err(error) if tokio::time::Instant::now() >= deadline => return Err(error),
+                Err(error) => tracing::debug!(%error, "libvirt does not answer yet"),
+            }
+            tokio::time::sleep(REVIVAL / 20).await;
+        }
     }
 
     /// Subscribes to the domain's events.

@@ -101,13 +101,27 @@ impl RunningSnapshot {
         self.lock.record(&Record { frozen: true, ..Record::of(self.point) })
     }
 
+    /// After a failed call: a new connection if the old one has ended. False when it stands, so
+    /// that the failure is the domain's.
+    async fn reconnect(&mut self) -> Result<bool> {
+        if self.domain.host.is_alive() {
+            return Ok(false);
+        }
+        self.domain = self.domain.revived().await?;
+        Ok(true)
+    }
+
     /// Ends the job and removes what QEMU leaves of it.
     async fn end_job(&mut self) -> Result<()> {
         // From here on the end of the job is our own doing.
         self.watch = None;
         self.reach = None;
         self.domain = self.domain.revived().await?;
-        job::end(&self.domain).await?;
+        let mut ended = job::end(&self.domain).await;
+        if ended.is_err() && self.reconnect().await? {
+            ended = job::end(&self.domain).await;
+        }
+        ended?;
         if self.domain.host.is_local() {
             if let Server::Unix(socket) = &self.server {
                 remove_left(socket);
@@ -179,7 +193,10 @@ impl VmSnapshot for RunningSnapshot {
 
     async fn still_valid(&mut self) -> Result<()> {
         self.domain = self.domain.revived().await?;
-        let active = self.check_whole().await;
+        let mut active = self.check_whole().await;
+        if active.is_err() && self.reconnect().await? {
+            active = self.check_whole().await;
+        }
         // The watch says why before it ends a job: what it says is there when the job is not.
         match self.watch.as_ref().and_then(Watch::take_lost) {
             Some(lost) => Err(lost),
@@ -189,6 +206,7 @@ impl VmSnapshot for RunningSnapshot {
 
     async fn commit(mut self: Box<Self>) -> Result<()> {
         let mut result = self.end_job().await;
+        let ended = result.is_ok();
         let checkpoints = self.checkpoints();
         for point in self.defined.iter().filter(|point| **point != self.point) {
             let dropped = checkpoints.discard(*point).await;
@@ -203,7 +221,10 @@ impl VmSnapshot for RunningSnapshot {
             let forgotten = checkpoints.delete(self.point, Delete::Metadata).await;
             result = result.and(forgotten);
         }
-        result = result.and(self.clear_record().await);
+        // A job that may still run stays on record: the next run knows it for ours and ends it.
+        if ended {
+            result = result.and(self.clear_record().await);
+        }
         result.map_err(|error| {
             error.context(format!(
                 "the backup of domain '{}' is complete, but something of it was not cleaned up",
