@@ -3,7 +3,7 @@
 #![allow(unsafe_code)] // An inherited descriptor is a number; each block says why it is ours.
 
 use std::fs::File;
-use std::os::fd::{AsFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use tokio::net::UnixStream;
 use tokio::net::unix::pipe;
@@ -28,14 +28,15 @@ pub(crate) fn sockets() -> Result<Vec<OwnedFd>> {
     let Some(count) = count.filter(|count| (1..=FDS_MAX).contains(count)) else {
         return Err(Error::new(Kind::Usage, "LISTEN_FDS is not a number of sockets"));
     };
-    let socket = |fd| {
+    let socket = |number| {
+        // SAFETY: it is not used but for the call that finds out whether it is open.
+        let fd = unsafe { BorrowedFd::borrow_raw(number) };
+        // Children of ours must not inherit them.
+        rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::CLOEXEC)
+            .map_err(|e| Error::io("a socket of LISTEN_FDS is not open", e.into()))?;
         // SAFETY: whoever set LISTEN_PID to our id gave us these descriptors (sd_listen_fds(3)); they
         // were open before this program began, and nothing else here takes them.
-        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-        // Children of ours must not inherit them.
-        rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::CLOEXEC)
-            .map_err(|e| Error::io("a socket of LISTEN_FDS is not open", e.into()))?;
-        Ok(fd)
+        Ok(unsafe { OwnedFd::from_raw_fd(number) })
     };
     (FIRST_FD..FIRST_FD + count).map(socket).collect()
 }

@@ -24,6 +24,7 @@ mod prompt;
 mod settings;
 mod table;
 mod text;
+mod tls_settings;
 mod vm_args;
 mod vm_settings;
 

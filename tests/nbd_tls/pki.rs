@@ -21,6 +21,8 @@ pub const SERVER_NAME: &str = "disks.example";
 pub const KEY: &str = "9c1dd3d0b2f6f4b4a51e28bdc0a7c1c93ab1a5c1a3b0ff3ac5bb7a7b6b2d6b10";
 /// Serial number of each server's certificate.
 const SERIAL_SERVER: u32 = 2;
+/// Serial number of each client's certificate.
+const SERIAL_CLIENT: u32 = 3;
 const DAY: i64 = 24 * 3600;
 
 /// An authority.
@@ -148,7 +150,7 @@ impl Pki {
         let pki = Self { dir, authority };
         pki.authority.issue(&pki.subdir("server"), "server", SERIAL_SERVER, days);
         pki.authority.trust_in(&pki.server());
-        pki.authority.issue(&pki.subdir("client"), "client", 3, (-1, 1));
+        pki.authority.issue(&pki.subdir("client"), "client", SERIAL_CLIENT, (-1, 1));
         pki.authority.trust_in(&pki.client());
         pki.authority.trust_in(&pki.subdir("bare"));
         std::fs::write(pki.psk(), format!("other:{}\nvmbackup:{KEY}\n", KEY.replace('9', "1")))
@@ -180,7 +182,7 @@ impl Pki {
     /// A client with a certificate of another authority, which trusts ours.
     pub fn foreign_client(&self) -> PathBuf {
         let dir = self.subdir("foreign");
-        Authority::new("another authority").issue(&dir, "client", 3, (-1, 1));
+        Authority::new("another authority").issue(&dir, "client", SERIAL_CLIENT, (-1, 1));
         self.authority.trust_in(&dir);
         dir
     }
@@ -188,7 +190,7 @@ impl Pki {
     /// A client with our certificate that trusts another authority of the same name.
     pub fn misled_client(&self) -> PathBuf {
         let dir = self.subdir("misled");
-        self.authority.issue(&dir, "client", 3, (-1, 1));
+        self.authority.issue(&dir, "client", SERIAL_CLIENT, (-1, 1));
         Authority::new("the authority").trust_in(&dir);
         dir
     }
@@ -197,6 +199,12 @@ impl Pki {
     pub fn revoke(&self, whose: Revoked) {
         let serial = if whose == Revoked::Server { SERIAL_SERVER } else { 99 };
         self.authority.revoke(&self.client(), &[serial]);
+    }
+
+    /// Puts a list that revokes the client's certificate, or another's, beside the server's.
+    pub fn revoke_client(&self, whose: Revoked) {
+        let serial = if whose == Revoked::Client { SERIAL_CLIENT } else { 99 };
+        self.authority.revoke(&self.server(), &[serial]);
     }
 
     /// The file of keys; its directory is what QEMU wants.
@@ -216,5 +224,6 @@ impl Pki {
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Revoked {
     Server,
+    Client,
     Another,
 }

@@ -12,7 +12,7 @@ use vmbackup::nbd::server::{Export, Exports, Limits, Listener, Server};
 use vmbackup::nbd::tls::{ClientCertificates, Credentials, Mode, ServerTls, ServerTlsOptions};
 
 use crate::peers::{Transport, Version, content, limit_version};
-use crate::pki::{KEY, Pki, SERVER_NAME};
+use crate::pki::{KEY, Pki, Revoked, SERVER_NAME};
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Tool {
@@ -277,5 +277,21 @@ async fn a_server_does_not_start_without_its_certificate() {
     ] {
         let options = options(Mode::Required, credentials, ClientCertificates::Required);
         ServerTls::load(&options).map(|_| ()).unwrap_err();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_whose_certificate_is_revoked_is_not_let_in() {
+    for (whose, expected) in [(Revoked::Client, false), (Revoked::Another, true)] {
+        let pki = Pki::new();
+        pki.revoke_client(whose);
+        let dir = format!("tls-certificates={}", pki.client().display());
+        for clients in [ClientCertificates::Required, ClientCertificates::Optional] {
+            let x509 = Credentials::Certificates(pki.server());
+            let rig = Rig::new(Transport::Tcp, &options(Mode::Required, x509, clients));
+            for version in [Version::Tls12, Version::Tls13] {
+                assert_eq!(rig.lets_in(&dir, version), expected, "{clients:?}");
+            }
+        }
     }
 }

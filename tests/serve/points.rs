@@ -110,4 +110,13 @@ fn plain_text_is_served_to_other_hosts_only_on_request() {
     assert!(read(&env, &serve.uri(0)) == content(1));
     let serve = Serve::start(&env, &[&point, "--listen", "[::]:0", "--insecure-tcp"]);
     assert!(serve.uri(0).starts_with("nbd://[::]:"), "{}", serve.uri(0));
+    // A socket that was handed over is looked at, too: 0.0.0.0 here.
+    let script = "import os, socket, sys\n\
+                  s = socket.create_server(('0.0.0.0', 0))\n\
+                  os.dup2(os.dup(s.fileno()), 3)\n\
+                  os.environ.update(LISTEN_FDS='1', LISTEN_PID=str(os.getpid()))\n\
+                  os.execvp(sys.argv[1], sys.argv[1:])";
+    let program = env!("CARGO_BIN_EXE_vmbackup");
+    let refused = env.run("python3", &["-c", script, program, "serve", "disk.raw"]);
+    assert_eq!(refused.code, Some(2), "{refused:?}");
 }

@@ -8,8 +8,9 @@ use crate::cli::activation;
 use crate::cli::args::RepositoryArgs;
 use crate::cli::context::Context;
 use crate::cli::settings;
-use crate::error::{Error, Kind, Result};
-use crate::job::serve::{self, Access, Endpoint, Limits, Report, Request, Served};
+use crate::cli::tls_settings::TlsArgs;
+use crate::error::{Error, Result};
+use crate::job::serve::{self, Access, Endpoint, Limits, PlainText, Report, Request, Served};
 use crate::units::ByteSize;
 
 /// Serve the disks of points, straight from the repository, or images, to any NBD client
@@ -36,14 +37,14 @@ pub(crate) struct Args {
     /// Listen on this unix socket, for this user only [default: one below the runtime directory]
     #[arg(long, value_name = "PATH", group = "endpoint")]
     socket: Option<PathBuf>,
-    /// Listen on this TCP address, in plain text; port 0 lets the system choose
+    /// Listen on this TCP address; port 0 lets the system choose
     #[arg(long, value_name = "ADDR:PORT", group = "endpoint")]
     listen: Option<SocketAddr>,
     /// Serve one client on standard input and output
     #[arg(long, group = "endpoint")]
     stdio: bool,
-    /// Allow --listen on an address that other hosts reach: anybody there can read the disks
-    #[arg(long, requires = "listen")]
+    /// Let other hosts connect without TLS: anybody there can read the disks
+    #[arg(long)]
     insecure_tcp: bool,
     /// Memory for chunks of the repository
     #[arg(long, value_name = "SIZE", default_value = "256M")]
@@ -51,6 +52,8 @@ pub(crate) struct Args {
     /// Most clients at once
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..))]
     max_connections: u16,
+    #[command(flatten)]
+    tls: TlsArgs,
     #[command(flatten)]
     repository: RepositoryArgs,
 }
@@ -72,6 +75,8 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<()> {
         },
         cache_bytes: args.cache.0,
         limits: Limits { connections: args.max_connections.into(), ..Limits::default() },
+        tls: args.tls.options()?,
+        plain_text: if args.insecure_tcp { PlainText::Anywhere } else { PlainText::ThisHost },
     };
     let serving =
         Box::pin(serve::open(repository.as_ref(), request, endpoints, &context.env)).await?;
@@ -92,12 +97,6 @@ fn endpoints(args: &Args, context: &Context) -> Result<Vec<Endpoint>> {
         return Ok(vec![Endpoint::Unix(path.clone())]);
     }
     if let Some(address) = args.listen {
-        if !address.ip().is_loopback() && !args.insecure_tcp {
-            let message =
-                format!("{address} can be reached by other hosts, and there is no TLS yet");
-            return Err(Error::new(Kind::Usage, message)
-                .hint("use --socket and ssh, or say --insecure-tcp if the network is trusted"));
-        }
         return Ok(vec![Endpoint::Tcp(address)]);
     }
     let inherited = activation::sockets()?;

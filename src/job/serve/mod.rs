@@ -11,6 +11,9 @@
 //! A point is never changed: writes go to an overlay that is thrown away or kept. An image is written
 //! in place, raw ones only: a program that is killed while it writes another format may leave an image
 //! that nobody can open.
+//!
+//! No disk leaves this host in plain text unless [`PlainText::Anywhere`] says so, whether the socket
+//! is ours or was handed to us.
 
 mod disks;
 
@@ -27,6 +30,7 @@ use crate::block::BlockSink;
 use crate::control::{Control, NoticeLevel};
 use crate::error::{Error, Kind, Result};
 use crate::nbd::server::{Exports, Listener, Server};
+use crate::nbd::tls::{ClientTls, Credentials, Mode, ServerTls, ServerTlsOptions};
 use crate::nbd::{Address, NbdUri, Stream};
 use crate::repo::Lease;
 
@@ -45,6 +49,19 @@ pub struct Request {
     pub cache_bytes: u64,
     /// What clients may make us hold.
     pub limits: Limits,
+    /// TLS, if there is to be any.
+    pub tls: Option<ServerTlsOptions>,
+    /// Where disks may go without it.
+    pub plain_text: PlainText,
+}
+
+/// Where disks may go in plain text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PlainText {
+    /// To programs on this host.
+    ThisHost,
+    /// To whoever reaches the socket.
+    Anywhere,
 }
 
 /// Something with disks.
@@ -75,7 +92,7 @@ pub enum Access {
 pub enum Endpoint {
     /// A unix socket to be made.
     Unix(PathBuf),
-    /// A TCP address. The disks go over it in plain text.
+    /// A TCP address.
     Tcp(SocketAddr),
     /// A socket that listens already.
     Inherited(OwnedFd),
@@ -121,11 +138,13 @@ pub async fn open(
     endpoints: Vec<Endpoint>,
     env: &Env,
 ) -> Result<Serving> {
+    // Before anything is locked or listens.
+    let tls = request.tls.as_ref().map(ServerTls::load).transpose()?;
     let hold = match repository {
         Some(repository) => Some(repository.hold().await?),
         None => None,
     };
-    let opened = open_disks(repository, &request, endpoints, env).await;
+    let opened = open_disks(repository, (&request, tls), endpoints, env).await;
     match opened {
         Ok(serving) => Ok(Serving { hold, ..serving }),
         Err(error) => {
@@ -137,7 +156,7 @@ pub async fn open(
 
 async fn open_disks(
     repository: Option<&Repository>,
-    request: &Request,
+    (request, tls): (&Request, Option<ServerTls>),
     endpoints: Vec<Endpoint>,
     env: &Env,
 ) -> Result<Serving> {
@@ -152,12 +171,12 @@ async fn open_disks(
         }
         exports.push(disk.into_export());
     }
-    let server = Server::new(Exports::new(exports)?, request.limits);
+    let server = Server::with_tls(Exports::new(exports)?, request.limits, tls);
     let mut listeners = Vec::new();
     for endpoint in endpoints {
-        let (listener, address) = listen(endpoint).await?;
+        let (listener, address) = listen(endpoint, request).await?;
         for export in &mut report.exports {
-            let uri = |address| NbdUri::at(address, &*export.name).to_string();
+            let uri = |address| request.uri(address, &export.name).to_string();
             export.uri = export.uri.take().or_else(|| address.clone().map(uri));
         }
         listeners.push(listener);
@@ -165,7 +184,7 @@ async fn open_disks(
     Ok(Serving { server, listeners, report, sinks, hold: None })
 }
 
-async fn listen(endpoint: Endpoint) -> Result<(Listener, Option<Address>)> {
+async fn listen(endpoint: Endpoint, request: &Request) -> Result<(Listener, Option<Address>)> {
     match endpoint {
         Endpoint::Unix(path) => {
             let path = std::path::absolute(&path)
@@ -173,12 +192,41 @@ async fn listen(endpoint: Endpoint) -> Result<(Listener, Option<Address>)> {
             Ok((Listener::unix(&path)?, Some(Address::Unix(path))))
         }
         Endpoint::Tcp(address) => {
+            request.check_exposure(address)?;
             let listener = Listener::tcp(address).await?;
             let address = listener.tcp_address().unwrap_or(address);
             let (host, port) = (address.ip().to_string(), address.port());
             Ok((listener, Some(Address::Tcp { host, port })))
         }
-        Endpoint::Inherited(socket) => Ok((Listener::inherited(socket)?, None)),
+        Endpoint::Inherited(socket) => {
+            let listener = Listener::inherited(socket)?;
+            if let Some(address) = listener.tcp_address() {
+                request.check_exposure(address)?;
+            }
+            Ok((listener, None))
+        }
+    }
+}
+
+impl Request {
+    /// Refuses to show disks to other hosts in plain text without having been told to.
+    fn check_exposure(&self, address: SocketAddr) -> Result<()> {
+        let required = self.tls.as_ref().is_some_and(|tls| tls.mode == Mode::Required);
+        if required || address.ip().is_loopback() || self.plain_text == PlainText::Anywhere {
+            return Ok(());
+        }
+        let message =
+            format!("{address} can be reached by other hosts, and clients may go without TLS");
+        Err(Error::new(Kind::Usage, message).hint(
+            "require TLS (--tls-certificates or --tls-psk-file), use a unix socket and ssh, or say \
+             --insecure-tcp if the network is trusted",
+        ))
+    }
+
+    /// How a client names an export. What it needs to have of its own for TLS is its business.
+    fn uri(&self, address: Address, export: &str) -> NbdUri {
+        let tls = self.tls.as_ref().map(|_| ClientTls::required(Credentials::SystemAuthorities));
+        NbdUri { tls, ..NbdUri::at(address, export) }
     }
 }
 
