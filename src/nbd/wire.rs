@@ -220,6 +220,8 @@ pub mod errno {
 pub const STATE_HOLE: u64 = 1;
 /// `base:allocation`: the range reads as zeroes; the only promise that licenses not reading it.
 pub const STATE_ZERO: u64 = 2;
+/// What QEMU puts before the name of a dirty bitmap (`docs/interop/nbd.rst`).
+pub const DIRTY_BITMAP_PREFIX: &str = "qemu:dirty-bitmap:";
 /// `qemu:dirty-bitmap:*`: the range was written (QEMU `docs/interop/nbd.rst`).
 pub const STATE_DIRTY: u64 = 1;
 

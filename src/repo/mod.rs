@@ -17,6 +17,7 @@
 
 pub mod blobs;
 pub mod catalog;
+pub mod changes;
 pub mod check;
 pub mod condemned;
 pub mod config;
@@ -44,6 +45,7 @@ mod tests;
 use std::sync::Arc;
 
 pub use catalog::{PointsOf, Summary};
+pub use changes::ChangedDisk;
 pub use check::{CheckOptions, CheckReport, Depth, Repair};
 pub use gc::{CollectOptions, CollectReport};
 pub use manifest::{Manifest, ManifestArtifact, ManifestDisk, ManifestDraft};

@@ -84,6 +84,32 @@ impl DiskReader {
         &self.stored
     }
 
+    /// How its tree is made.
+    pub(super) fn shape(&self) -> &Shape {
+        &self.shape
+    }
+
+    /// The hash of the subtree of `height`, at most the tree's, over `chunk`, which the disk has.
+    pub(super) async fn subtree(&self, height: u8, chunk: u64) -> Result<ContentHash> {
+        let mut hash = self.stored.top;
+        for above in (height + 1..=self.shape.height()).rev() {
+            hash = self.child(above, &hash, chunk).await?;
+        }
+        Ok(hash)
+    }
+
+    /// The hash of the child over `chunk` of the node `hash` of `height`.
+    pub(super) async fn child(
+        &self,
+        height: u8,
+        hash: &ContentHash,
+        chunk: u64,
+    ) -> Result<ContentHash> {
+        let node = self.blobs.node(height, hash).await.map_err(|e| self.at_chunk(chunk, e))?;
+        let slot = chunk / Shape::chunks_below(height - 1) % FANOUT as u64;
+        Ok(node.child(usize::try_from(slot).expect("below 256")))
+    }
+
     /// The node of height 1 over `chunk`, or the zero range around it: `(node, None)` or
     /// `(empty node, Some(first chunk past the zeroes))`.
     async fn node_over(&self, chunk: u64) -> Result<(Arc<Node>, Option<u64>)> {

@@ -170,6 +170,69 @@ async fn keeping_everything_is_the_base_itself() {
     assert_eq!(error.kind(), Kind::Unsupported);
 }
 
+/// Stores a disk that is zero but for some chunks.
+async fn write_chunks(run: &Run, size: u64, chunks: &[(u64, u8)]) -> StoredDisk {
+    let writer = run.disk_writer(size, None);
+    for piece in ByteRange::new(0, size).pieces(CHUNK) {
+        let byte = chunks.iter().find(|(n, _)| *n == piece.offset() / CHUNK).map(|(_, byte)| *byte);
+        match byte {
+            Some(byte) => {
+                let bytes = vec![byte; piece.len() as usize];
+                writer.write(piece.offset(), Buffer::unbudgeted(bytes)).await.unwrap();
+            }
+            None => writer.zero(piece, ZeroMode::Sparse).await.unwrap(),
+        }
+    }
+    writer.finish().await.unwrap().0
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn changes_between_disks_are_the_chunks_that_differ_whatever_their_sizes() {
+    use crate::block::ExtentKind::{Data, Unchanged, Zero};
+    let store = store();
+    let repository = open(&store, CHUNK).await;
+    let run = repository.begin_run(RunOptions::default()).await.unwrap();
+    // 300 chunks have a tree of two heights, 10 one of one.
+    let large = write_chunks(&run, 300 * CHUNK + 10, &[(1, 1), (2, 9), (299, 3), (300, 3)]).await;
+    let small = write_chunks(&run, 10 * CHUNK - 5, &[(1, 1), (2, 2), (4, 4)]).await;
+    run.commit(point(1), draft()).await.unwrap();
+    let open = async |stored| Arc::new(repository.open_disk(stored).await.unwrap());
+    let map = async |disk, base| {
+        let changed = ChangedDisk::new(open(disk).await, open(base).await).unwrap();
+        let mut found = Vec::new();
+        let whole = changed.geometry().range();
+        let mut at = 0;
+        while at < whole.end() {
+            let map = changed.extents(ByteRange::between(at, whole.end())).await.unwrap();
+            assert_eq!(map.start(), at);
+            found.extend(map.iter().map(|extent| (extent.range.end(), extent.kind)));
+            at = map.end();
+        }
+        found
+    };
+    let end = large.size_bytes;
+    assert_eq!(map(&large, &large).await, [(end, Unchanged)]);
+    let grown = [
+        (2 * CHUNK, Unchanged),
+        (3 * CHUNK, Data),
+        (4 * CHUNK, Unchanged),
+        (5 * CHUNK, Zero),
+        (10 * CHUNK - 5, Unchanged),
+        (299 * CHUNK, Zero),
+        (end, Data),
+    ];
+    assert_eq!(map(&large, &small).await, grown);
+    let end = small.size_bytes;
+    let shrunk = [
+        (2 * CHUNK, Unchanged),
+        (3 * CHUNK, Data),
+        (4 * CHUNK, Unchanged),
+        (5 * CHUNK, Data),
+        (end, Unchanged),
+    ];
+    assert_eq!(map(&small, &large).await, shrunk);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_disk_with_a_missing_chunk_does_not_finish() {
     let store = store();

@@ -15,7 +15,7 @@ fn info_and_list_tell_what_a_server_of_ours_offers() {
     assert_eq!(exports[0]["size_bytes"], DISK_BYTES);
     let report = env.vmbackup(&["nbd", "info", &serve.uri(0), "--json"]).json();
     let export = &report["exports"][0];
-    assert_eq!(export["contexts"], serde_json::json!(["base:allocation"]));
+    assert_eq!(export["contexts"], serde_json::json!(["base:allocation", "qemu:allocation-depth"]));
     let flags: Vec<_> = export["flags"].as_array().unwrap().iter().collect();
     assert!(flags.contains(&&"read-only".into()) && flags.contains(&&"multi-conn".into()));
     let text = env.vmbackup(&["nbd", "info", &serve.uri(0), "--all"]).ok().stdout;

@@ -5,6 +5,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod changes;
 mod guest;
 mod images;
 mod inspect;

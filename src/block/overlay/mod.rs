@@ -39,6 +39,9 @@ use crate::error::{Error, Kind, Result};
 use bitmap::{BLOCK_BYTES, Bitmap};
 use file::Kept;
 
+/// Runs that one answer about what was written has.
+const RUNS_MAX: usize = 1024;
+
 /// Most bytes of one request.
 const REQUEST_BYTES_MAX: u64 = 4 << 20;
 
@@ -218,6 +221,36 @@ impl Overlay {
         } else {
             self.base_read(offset, buffer).await
         }
+    }
+}
+
+/// What was written to an overlay, without its base: everything else is Unchanged.
+pub struct Written(Arc<Overlay>);
+
+impl Written {
+    /// The upper layer of `overlay`.
+    pub fn of(overlay: Arc<Overlay>) -> Self {
+        Self(overlay)
+    }
+}
+
+#[async_trait]
+impl BlockSource for Written {
+    fn geometry(&self) -> Geometry {
+        BlockSource::geometry(&*self.0)
+    }
+
+    async fn extents(&self, range: ByteRange) -> Result<ExtentMap> {
+        let mut map = ExtentMap::starting_at(range.offset());
+        while map.end() < range.end() && map.count() < RUNS_MAX {
+            let (run, written) = self.0.written.run(ByteRange::between(map.end(), range.end()));
+            map.push(run.len(), if written { ExtentKind::Data } else { ExtentKind::Unchanged });
+        }
+        Ok(map)
+    }
+
+    async fn read(&self, offset: u64, buffer: Buffer) -> Result<Buffer> {
+        self.0.read(offset, buffer).await
     }
 }
 

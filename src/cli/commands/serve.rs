@@ -28,6 +28,9 @@ pub(crate) struct Args {
     /// Let clients write: to an overlay that is thrown away for a point, in place for a raw image
     #[arg(long)]
     writable: bool,
+    /// Tell what changed since this point, as a dirty bitmap; may be given more than once
+    #[arg(long, value_name = "POINT", conflicts_with = "writable")]
+    changes_since: Vec<String>,
     /// Keep the overlay in this file, and go on with it if it is there
     #[arg(long, value_name = "FILE", requires = "writable")]
     overlay: Option<PathBuf>,
@@ -73,6 +76,7 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<()> {
         } else {
             Access::ReadOnly
         },
+        changes_since: args.changes_since,
         cache_bytes: args.cache.0,
         limits: Limits { connections: args.max_connections.into(), ..Limits::default() },
         tls: args.tls.options()?,

@@ -8,7 +8,7 @@ use super::info::{self, Scope};
 use crate::block::ByteRange;
 use crate::control::Control;
 use crate::error::{Error, Kind, Result};
-use crate::nbd::wire::{STATE_DIRTY, STATE_HOLE, STATE_ZERO};
+use crate::nbd::wire::{DIRTY_BITMAP_PREFIX, STATE_DIRTY, STATE_HOLE, STATE_ZERO};
 use crate::nbd::{ClientOptions, Inspector, NbdUri};
 
 /// Most extents that are listed: a list of more is for nobody to read.
@@ -154,7 +154,7 @@ fn state(context: &str, flags: u64) -> String {
             3 => "hole,zero",
             _ => "",
         }
-    } else if context.starts_with("qemu:dirty-bitmap:") {
+    } else if context.starts_with(DIRTY_BITMAP_PREFIX) {
         match flags {
             0 => "clean",
             STATE_DIRTY => "dirty",

@@ -3,16 +3,17 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use super::{Access, ExportReport, Request, Served, no_repository};
+use super::{Access, Changes, ExportReport, Request, Served, no_repository};
 use crate::block::layer::cache::CachedSource;
-use crate::block::overlay::Overlay;
+use crate::block::overlay::{Overlay, Written};
 use crate::block::{BlockSink, BlockSource};
 use crate::error::{Error, Kind, Result};
 use crate::image::WritableImage;
 use crate::job::source::{DiskSpec, ImageSpec, open_disk};
 use crate::job::{Env, Repository, points};
 use crate::nbd::server::Export;
-use crate::repo::{Manifest, ManifestDisk};
+use crate::nbd::wire::DIRTY_BITMAP_PREFIX;
+use crate::repo::{ChangedDisk, Manifest, ManifestDisk};
 
 /// A disk to be served.
 pub(super) struct Disk {
@@ -20,15 +21,27 @@ pub(super) struct Disk {
     description: String,
     source: Arc<dyn BlockSource>,
     pub(super) sink: Option<Arc<dyn BlockSink>>,
+    /// Where its bytes are, the topmost layer first; empty if unknown.
+    layers: Vec<Arc<dyn BlockSource>>,
+    changes: Vec<(Changes, Arc<dyn BlockSource>)>,
 }
 
 impl Disk {
+    fn image(
+        (name, description): (String, String),
+        source: Arc<dyn BlockSource>,
+        sink: Option<Arc<dyn BlockSink>>,
+    ) -> Self {
+        Self { name, description, source, sink, layers: Vec::new(), changes: Vec::new() }
+    }
+
     pub(super) fn report(&self) -> ExportReport {
         ExportReport {
             name: self.name.clone(),
             description: self.description.clone(),
             uri: None,
             size_bytes: self.source.geometry().size_bytes,
+            changes: self.changes.iter().map(|(changes, _)| changes.clone()).collect(),
             writable: self.sink.is_some(),
         }
     }
@@ -38,7 +51,10 @@ impl Disk {
             Some(sink) => Export::writable(self.name, self.source, sink),
             None => Export::read_only(self.name, self.source),
         };
-        export.described(self.description)
+        let export = export.described(self.description).with_layers(self.layers);
+        self.changes.into_iter().fold(export, |export, (Changes { since, .. }, map)| {
+            export.with_changes(since.short(), map)
+        })
     }
 }
 
@@ -67,6 +83,7 @@ pub(super) async fn open(
         }
     }
     let stored = stored_disks(&manifests, &request.disks)?;
+    let bases = bases(repository, request, env).await?;
     if let Access::Writable { overlay: Some(file), .. } = &request.access
         && stored.len() != 1
     {
@@ -78,7 +95,17 @@ pub(super) async fn open(
     let mut disks = Vec::new();
     for stored in stored {
         let repository = repository.ok_or_else(|| no_repository(&stored.name))?;
-        disks.push(open_stored(repository, stored, &request.access, cache_bytes).await?);
+        let changes = changes(repository, stored.disk, &bases).await?;
+        let disk = open_stored(repository, stored, &request.access, cache_bytes).await?;
+        disks.push(Disk { changes, ..disk });
+    }
+    let told = |base: &&Manifest| {
+        let since = |(changes, _): &(Changes, _)| changes.since == base.point;
+        disks.iter().any(|disk| disk.changes.iter().any(since))
+    };
+    if let Some(base) = bases.iter().find(|base| !told(base)) {
+        let message = format!("point {} has none of the disks to be served", base.point.short());
+        return Err(Error::new(Kind::NotFound, message));
     }
     for spec in images {
         disks.push(open_image(spec, &request.access).await?);
@@ -108,6 +135,49 @@ fn stored_disks<'a>(manifests: &'a [Manifest], names: &[String]) -> Result<Vec<S
     Ok(stored)
 }
 
+/// The points since which changes are to be told.
+async fn bases(
+    repository: Option<&Repository>,
+    request: &Request,
+    env: &Env,
+) -> Result<Vec<Manifest>> {
+    let Some(first) = request.changes_since.first() else { return Ok(Vec::new()) };
+    let refuse = |why: &str| {
+        Err(Error::new(Kind::Usage, format!("cannot tell the changes since {first}: {why}")))
+    };
+    let Some(repository) = repository else { return refuse("no point is served") };
+    if request.access != Access::ReadOnly {
+        return refuse("the disks are writable");
+    }
+    let mut bases: Vec<Manifest> = Vec::new();
+    for name in &request.changes_since {
+        let base = points::manifest(repository, name, env).await?;
+        if bases.iter().all(|other| other.point != base.point) {
+            bases.push(base);
+        }
+    }
+    Ok(bases)
+}
+
+/// What of `disk` is not as in `bases`. A base without such a disk has nothing to compare with.
+async fn changes(
+    repository: &Repository,
+    disk: &ManifestDisk,
+    bases: &[Manifest],
+) -> Result<Vec<(Changes, Arc<dyn BlockSource>)>> {
+    let mut changes = Vec::new();
+    for base in bases {
+        let named = |other: &&ManifestDisk| other.description.name == disk.description.name;
+        let Some(older) = base.body.disks.iter().find(named) else { continue };
+        let ours = Arc::new(repository.open_disk(&disk.stored).await?);
+        let theirs = Arc::new(repository.open_disk(&older.stored).await?);
+        let map: Arc<dyn BlockSource> = Arc::new(ChangedDisk::new(ours, theirs)?);
+        let context = format!("{DIRTY_BITMAP_PREFIX}{}", base.point.short());
+        changes.push((Changes { since: base.point, context }, map));
+    }
+    Ok(changes)
+}
+
 async fn open_stored(
     repository: &Repository,
     stored: Stored<'_>,
@@ -116,9 +186,13 @@ async fn open_stored(
 ) -> Result<Disk> {
     let Stored { name, description, disk } = stored;
     let reader = Arc::new(repository.open_disk(&disk.stored).await?);
+    let lowest = Arc::clone(&reader) as Arc<dyn BlockSource>;
     let source: Arc<dyn BlockSource> = Arc::new(CachedSource::new(reader, cache_bytes));
     let overlay = match access {
-        Access::ReadOnly => return Ok(Disk { name, description, source, sink: None }),
+        Access::ReadOnly => {
+            let (layers, changes) = (vec![lowest], Vec::new());
+            return Ok(Disk { name, description, source, sink: None, layers, changes });
+        }
         Access::Writable { overlay: Some(file), .. } => {
             // The content root says what the disk is, whichever point or repository it comes from.
             Overlay::kept(source, file, &disk.stored.root.0)?
@@ -130,7 +204,9 @@ async fn open_stored(
         }
     };
     let overlay = Arc::new(overlay);
-    Ok(Disk { name, description, source: Arc::clone(&overlay) as _, sink: Some(overlay) })
+    let layers = vec![Arc::new(Written::of(Arc::clone(&overlay))) as _, lowest];
+    let source = Arc::clone(&overlay) as _;
+    Ok(Disk { name, description, source, sink: Some(overlay), layers, changes: Vec::new() })
 }
 
 async fn open_image(spec: &DiskSpec, access: &Access) -> Result<Disk> {
@@ -141,7 +217,7 @@ async fn open_image(spec: &DiskSpec, access: &Access) -> Result<Disk> {
     };
     if *access == Access::ReadOnly {
         let source = open_disk(spec).await?;
-        return Ok(Disk { name, description, source, sink: None });
+        return Ok(Disk::image((name, description), source, None));
     }
     let DiskSpec::Image(ImageSpec { path, format }) = spec else {
         let message = format!("cannot serve {spec} writable: it is served by another already");
@@ -153,7 +229,7 @@ async fn open_image(spec: &DiskSpec, access: &Access) -> Result<Disk> {
             .hint("only raw images are written in place; use qemu-nbd for others"));
     }
     let disk = Arc::new(WritableImage::open(path)?);
-    Ok(Disk { name, description, source: Arc::clone(&disk) as _, sink: Some(disk) })
+    Ok(Disk::image((name, description), Arc::clone(&disk) as _, Some(disk)))
 }
 
 fn file_name(path: &Path) -> String {

@@ -5,6 +5,10 @@
 //!                  image, URI ──────────────────► (in place) ┴► exports ► listen … stop ► flush ► end the hold
 //! ```
 //!
+//! A point's disk tells which of its ranges differ from those of an earlier point, by content: the
+//! chunks of both are compared (meta context `qemu:dirty-bitmap:…`). Disks of points also tell where
+//! their bytes are (`qemu:allocation-depth`): in the overlay, in the point, or nowhere.
+//!
 //! The hold on the repository begins before the points are looked up, so that what is served stays
 //! readable, also when the point is forgotten and garbage collected meanwhile.
 //!
@@ -33,6 +37,7 @@ use crate::nbd::server::{Exports, Listener, Server};
 use crate::nbd::tls::{ClientTls, Credentials, Mode, ServerTls, ServerTlsOptions};
 use crate::nbd::{Address, NbdUri, Stream};
 use crate::repo::Lease;
+use crate::vm::PointId;
 
 pub use crate::nbd::server::Limits;
 
@@ -45,6 +50,10 @@ pub struct Request {
     pub disks: Vec<String>,
     /// What clients may do.
     pub access: Access,
+    /// Points since which changes are told, as `qemu:dirty-bitmap:` and the first digits of the
+    /// point's id, for each disk of the same name. Not for writable disks: what is written to them
+    /// would not be among the changes.
+    pub changes_since: Vec<String>,
     /// Memory for chunks of the repository, shared by all disks.
     pub cache_bytes: u64,
     /// What clients may make us hold.
@@ -116,8 +125,19 @@ pub struct ExportReport {
     pub uri: Option<String>,
     /// Its size.
     pub size_bytes: u64,
+    /// Since which points changes are told.
+    pub changes: Vec<Changes>,
     /// Whether clients may write.
     pub writable: bool,
+}
+
+/// A point since which changes are told.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Changes {
+    /// The point.
+    pub since: PointId,
+    /// The meta context that tells.
+    pub context: String,
 }
 
 /// An open server.

@@ -15,6 +15,8 @@ pub struct Export {
     pub(super) source: Arc<dyn BlockSource>,
     pub(super) sink: Option<Arc<dyn BlockSink>>,
     pub(super) changes: Vec<ChangeMap>,
+    /// For the context `qemu:allocation-depth`; empty if it is not offered.
+    pub(super) layers: Vec<Arc<dyn BlockSource>>,
     one_connection: bool,
 }
 
@@ -35,6 +37,7 @@ impl Export {
             source,
             sink: None,
             changes: Vec::new(),
+            layers: Vec::new(),
             one_connection: false,
         }
     }
@@ -61,6 +64,15 @@ impl Export {
     #[must_use]
     pub fn with_changes(mut self, name: impl Into<String>, map: Arc<dyn BlockSource>) -> Self {
         self.changes.push(ChangeMap { name: name.into(), map });
+        self
+    }
+
+    /// Offers the context `qemu:allocation-depth` for a disk that lies in these layers, the topmost
+    /// first: what a layer calls Unchanged is in one further down, what the lowest calls Zero is in
+    /// none. Only their extents are asked for.
+    #[must_use]
+    pub fn with_layers(mut self, layers: Vec<Arc<dyn BlockSource>>) -> Self {
+        self.layers = layers;
         self
     }
 
