@@ -3,8 +3,10 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use super::damaged::Damaged;
 use super::index::{Index, Location, PackRef, missing};
 use super::pack::Encoding;
+use super::salvage::may_have_another;
 use super::seal::{BlobId, BlobKind, Keys, Opener, TAG_BYTES};
 use super::store::{ObjectStore, ReadRange};
 use super::tree::{FANOUT, Node};
@@ -32,6 +34,8 @@ pub struct Blobs {
     pub index: Arc<Index>,
     /// Who decodes them.
     pub workers: Workers,
+    /// Packs in which damage was found.
+    pub damaged: Damaged,
     // Both locked for map operations only, never across an await.
     nodes: Mutex<HashMap<ContentHash, Arc<Node>>>,
     openers: Mutex<HashMap<[u8; 16], Arc<Opener>>>,
@@ -47,11 +51,13 @@ impl Blobs {
         index: Arc<Index>,
         workers: Workers,
     ) -> Self {
+        let damaged = Damaged::new(Arc::clone(&store), Arc::clone(&keys));
         Self {
             store,
             keys,
             index,
             workers,
+            damaged,
             nodes: Mutex::default(),
             openers: Mutex::default(),
             gone: Mutex::default(),
@@ -67,29 +73,32 @@ impl Blobs {
             return Ok(Arc::clone(node));
         }
         let id = self.keys.blob_id(BlobKind::Node { height }, hash);
-        let (location, sealed) = loop {
-            let location = self.locate(&id).await?;
-            let len = location.stored_bytes.into();
-            // Ends: a pack that is gone is not located again.
-            if let Some(sealed) = self.read_run(&location.pack, location.offset, len).await? {
-                break (location, sealed);
-            }
-        };
-        let opener = self.opener(&location.pack)?;
         let hash = *hash;
-        let work = move || {
-            let mut sealed = sealed;
-            let plain = open(&opener, &location, &mut sealed)?;
-            let node = Node::decode(&plain).filter(|node| node.hash() == hash);
-            node.ok_or_else(|| damaged(&location, "it is not the tree node it should be"))
+        let node = match self.usual_node(&id, hash).await {
+            Err(error) if may_have_another(&error) => {
+                self.salvage(&id, move |copy, plain| decode_node(copy, &plain, &hash)).await?
+            }
+            node => node?,
         };
-        let node = Arc::new(self.workers.run(work).await??);
+        let node = Arc::new(node);
         let mut nodes = lock(&self.nodes);
         if nodes.len() >= CACHED_NODES_MAX {
             nodes.clear();
         }
         nodes.insert(hash, Arc::clone(&node));
         Ok(node)
+    }
+
+    async fn usual_node(&self, id: &BlobId, hash: ContentHash) -> Result<Node> {
+        let location = self.locate(id).await?;
+        let sealed = self.read_run(&location.pack, location.offset, location.stored_bytes.into());
+        let mut sealed = sealed.await?.ok_or_else(|| pack_missing(&location.pack))?;
+        let opener = self.opener(&location.pack)?;
+        let work = move || {
+            let plain = open(&opener, &location, &mut sealed)?;
+            decode_node(&location, &plain, &hash)
+        };
+        self.workers.run(work).await?
     }
 
     /// The children of node `index` of `height` below the top node `top` of height `top_height`.
@@ -109,11 +118,19 @@ impl Blobs {
         Ok(node)
     }
 
-    /// Where a blob lies, in a pack that is there as far as we know. A stale index is refreshed once
-    /// before a blob counts as missing.
+    /// Where a blob lies, in a pack that is there and sound as far as we know; in a damaged one,
+    /// where it may yet open, if there is no other. A stale index is refreshed once before a blob
+    /// counts as missing.
     pub async fn locate(&self, id: &BlobId) -> Result<Location> {
-        let there = |pack: &[u8; 16]| !lock(&self.gone).contains(pack);
-        if let Some(location) = self.index.lookup(id, &there).await? {
+        let there = |location: &Location| !lock(&self.gone).contains(&location.pack.id);
+        let sound =
+            |location: &Location| there(location) && !self.damaged.contains(&location.pack.id);
+        if let Some(location) = self.index.lookup(id, &sound).await? {
+            return Ok(location);
+        }
+        if self.damaged.count() > 0
+            && let Some(location) = self.index.lookup(id, &there).await?
+        {
             return Ok(location);
         }
         self.index.refresh().await?;
@@ -203,7 +220,14 @@ pub fn open_into(
     Ok(())
 }
 
-fn pack_missing(pack: &PackRef) -> Error {
+/// The tree node that a blob holds, if it is the one it should be. CPU work.
+fn decode_node(location: &Location, plain: &[u8], hash: &ContentHash) -> Result<Node> {
+    let node = Node::decode(plain).filter(|node| node.hash() == *hash);
+    node.ok_or_else(|| damaged(location, "it is not the tree node it should be"))
+}
+
+/// The error for a pack that is not there.
+pub(super) fn pack_missing(pack: &PackRef) -> Error {
     Error::new(Kind::Corrupt, format!("pack {} is missing", pack.name()))
         .hint("run 'check' to see which points are affected")
 }
@@ -215,7 +239,7 @@ pub fn damaged(location: &Location, what: &str) -> Error {
         Kind::Corrupt,
         format!("blob {} of pack {pack} is damaged: {what}", location.counter),
     )
-    .hint("run 'check --read-data' to see which points are affected")
+    .hint("see which points 'check --read-data' names; 'full' stores again what the VM still has")
 }
 
 thread_local! {

@@ -21,6 +21,7 @@ pub mod changes;
 pub mod check;
 pub mod condemned;
 pub mod config;
+pub mod damaged;
 mod failure;
 pub mod forget;
 pub mod gc;
@@ -32,6 +33,7 @@ pub mod packer;
 pub mod points;
 pub mod reader;
 pub mod run;
+mod salvage;
 pub mod seal;
 pub mod session;
 pub mod store;
@@ -104,6 +106,7 @@ impl Repository {
         let keys = Arc::clone(&unlocked.keys);
         let index = Arc::new(Index::open(Arc::clone(&store), Arc::clone(&keys)).await?);
         let blobs = Arc::new(Blobs::new(store, keys, index, workers));
+        blobs.damaged.load().await?;
         Ok(Self { blobs, unlocked })
     }
 
@@ -164,6 +167,7 @@ impl Repository {
         let lease = Lease::begin(store, keys, RunKind::Backup).await?;
         let condemned = condemned::packs(&**store, keys).await?;
         index.refresh().await?;
+        self.blobs.damaged.load().await?;
         Ok(Run::new(Arc::clone(&self.blobs), self.chunk_bytes(), lease, condemned, options))
     }
 

@@ -11,6 +11,7 @@ use async_trait::async_trait;
 
 use super::blobs::{self, Blobs};
 use super::index::Location;
+use super::salvage::may_have_another;
 use super::seal::BlobKind;
 use super::tree::{FANOUT, Node, Shape};
 use super::writer::StoredDisk;
@@ -202,26 +203,40 @@ impl DiskReader {
         sealed.map_err(|e| self.at_piece(piece, e))
     }
 
-    /// Opens a batch and puts its plaintext where it belongs.
-    async fn fill(&self, batch: Batch, mut sealed: Vec<u8>, buffer: Buffer) -> Result<Buffer> {
+    /// Opens a batch and puts its plaintext where it belongs; also the pieces that do not open.
+    async fn fill(
+        &self,
+        batch: Batch,
+        mut sealed: Vec<u8>,
+        buffer: Buffer,
+    ) -> Result<(Buffer, Vec<Piece>)> {
         let (_, first) = &batch.pieces[0];
         let opener = self.blobs.opener(&first.pack)?;
-        let chunk_bytes = self.shape.chunk_bytes();
         let work = move || {
             let mut buffer = buffer;
             let mut rest = &mut sealed[..];
-            for (piece, location) in &batch.pieces {
+            let mut failed = Vec::new();
+            for (piece, location) in batch.pieces {
                 let (blob, after) = rest.split_at_mut(location.stored_bytes as usize);
                 rest = after;
                 let target = &mut buffer[piece.at..piece.at + piece.len];
-                decode_piece(&opener, location, piece, blob, target).map_err(|error| {
-                    let offset = piece.disk_offset / chunk_bytes * chunk_bytes;
-                    error.context(format!("cannot read the stored disk at offset {offset}"))
-                })?;
+                if decode_piece(&opener, &location, &piece, blob, target).is_err() {
+                    failed.push(piece);
+                }
             }
-            Ok(buffer)
+            (buffer, failed)
         };
-        self.blobs.workers.run(work).await?
+        self.blobs.workers.run(work).await
+    }
+
+    /// Reads a piece from whichever copy of its chunk proves itself.
+    async fn salvage(&self, piece: Piece, buffer: &mut Buffer) -> Result<()> {
+        let id = self.blobs.keys.blob_id(BlobKind::Chunk, &piece.hash);
+        let (hash, levels) = (piece.hash, piece.levels);
+        let prove = move |copy: &Location, plain: Vec<u8>| prove(copy, plain, &hash, levels);
+        let plain = self.blobs.salvage(&id, prove).await.map_err(|e| self.at_piece(&piece, e))?;
+        copy_part(&plain, &piece, &mut buffer[piece.at..piece.at + piece.len]);
+        Ok(())
     }
 }
 
@@ -233,24 +248,40 @@ fn decode_piece(
     sealed: &mut [u8],
     target: &mut [u8],
 ) -> Result<()> {
-    let wrong = || blobs::damaged(location, "its content is not what its tree says");
     let plain_bytes = blobs::plain_len(location)?;
     // The usual case decodes straight into place: the whole of what is stored is asked for.
     if piece.skip == 0 && plain_bytes == target.len() {
         blobs::open_into(opener, location, sealed, target)?;
         let proven = ContentHash::of_chunk(target, piece.levels) == piece.hash;
-        return proven.then_some(()).ok_or_else(wrong);
+        let wrong = "its content is not what its tree says";
+        return proven.then_some(()).ok_or_else(|| blobs::damaged(location, wrong));
     }
     let plain = blobs::open(opener, location, sealed)?;
-    if ContentHash::of_chunk(&plain, piece.levels) != piece.hash {
-        return Err(wrong());
+    let plain = prove(location, plain, &piece.hash, piece.levels)?;
+    copy_part(&plain, piece, target);
+    Ok(())
+}
+
+/// The content of a chunk, if it has this hash. CPU work.
+pub(super) fn prove(
+    location: &Location,
+    plain: Vec<u8>,
+    hash: &ContentHash,
+    levels: u32,
+) -> Result<Vec<u8>> {
+    if ContentHash::of_chunk(&plain, levels) == *hash {
+        return Ok(plain);
     }
+    Err(blobs::damaged(location, "its content is not what its tree says"))
+}
+
+/// Copies the part of a chunk that was asked for.
+fn copy_part(plain: &[u8], piece: &Piece, target: &mut [u8]) {
     // A stored chunk may lack trailing zeroes: the tail of a disk is kept short.
     let stored = plain.get(piece.skip..).unwrap_or_default();
     let len = stored.len().min(target.len());
     target[..len].copy_from_slice(&stored[..len]);
     target[len..].fill(0);
-    Ok(())
 }
 
 #[async_trait]
@@ -301,13 +332,26 @@ impl BlockSource for DiskReader {
         }
         let mut batches = VecDeque::from(self.batches(pieces).await?);
         while let Some(batch) = batches.pop_front() {
-            if let Some(sealed) = self.fetch(&batch).await? {
-                buffer = self.fill(batch, sealed, buffer).await?;
-                continue;
+            let failed = match self.fetch(&batch).await {
+                Ok(Some(sealed)) => {
+                    let failed;
+                    (buffer, failed) = self.fill(batch, sealed, buffer).await?;
+                    failed
+                }
+                // Ends: a pack that is gone is not located again.
+                Ok(None) => {
+                    let pieces = batch.pieces.into_iter().map(|(piece, _)| piece).collect();
+                    batches.extend(self.batches(pieces).await?);
+                    continue;
+                }
+                Err(error) if may_have_another(&error) => {
+                    batch.pieces.into_iter().map(|(piece, _)| piece).collect()
+                }
+                Err(error) => return Err(error),
+            };
+            for piece in failed {
+                self.salvage(piece, &mut buffer).await?;
             }
-            // Ends: a pack that is gone is not located again.
-            let pieces = batch.pieces.into_iter().map(|(piece, _)| piece).collect();
-            batches.extend(self.batches(pieces).await?);
         }
         Ok(buffer)
     }

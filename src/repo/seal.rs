@@ -74,6 +74,8 @@ pub enum ObjectType {
     Condemned = 9,
     /// A master key wrapped by a password or key file.
     KeySlot = 10,
+    /// A record that a pack is damaged.
+    Damaged = 11,
 }
 
 impl ObjectType {
@@ -90,6 +92,7 @@ impl ObjectType {
             T::Tombstone,
             T::Condemned,
             T::KeySlot,
+            T::Damaged,
         ]
         .into_iter()
         .find(|known| *known as u8 == byte)

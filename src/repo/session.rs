@@ -21,7 +21,7 @@ use super::catalog;
 use super::condemned::PackId;
 use super::failure::Failure;
 use super::forget;
-use super::index::{Index, IndexEntry};
+use super::index::{Index, IndexEntry, Location};
 use super::manifest::{Manifest, ManifestDraft};
 use super::packer::{DurableSink, EncodedBlob, Packer, Sealed, Target};
 use super::points::{self, Domains};
@@ -151,10 +151,10 @@ impl RunShared {
         if let Some(known) = self.known_at_once(id) {
             return Ok(known);
         }
-        let may_rely_on = |pack: &PackId| self.trust.may_rely_on(pack);
-        // Ends: a pack that is not there is not found again.
+        let may_rely_on = |location: &Location| self.trust.may_rely_on(&location.pack.id);
+        // Ends: a pack that is not there, or damaged, is not found again.
         while let Some(found) = self.blobs.index.lookup(id, &may_rely_on).await? {
-            if self.trust.is_there(&found.pack.id).await? {
+            if self.trust.is_there(&found).await? {
                 return Ok(Known::Yes);
             }
         }
@@ -261,7 +261,7 @@ impl Run {
             failure: failure.clone(),
         };
         let shared = RunShared {
-            trust: Trust::new(Arc::clone(&blobs.store), condemned),
+            trust: Trust::new(Arc::clone(&blobs), condemned),
             chunks: Packer::new(target.clone(), ObjectType::DataPack, chunk),
             nodes: Packer::new(target, ObjectType::TreePack, 16 << 10),
             chunk_levels: (chunk_bytes / content::LEAF_BYTES).trailing_zeros(),
@@ -345,7 +345,7 @@ impl Run {
     async fn merge_index(&self) -> Result<()> {
         let index = &self.shared.blobs.index;
         self.lease.check().await?;
-        index.merge_tier(&|pack| self.shared.trust.may_rely_on(pack)).await?;
+        index.merge_tier(&|pack| self.shared.trust.may_stay(pack)).await?;
         Ok(())
     }
 

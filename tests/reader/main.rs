@@ -18,7 +18,9 @@ use vmbackup::copy;
 use vmbackup::repo::config::ChunkSize;
 use vmbackup::repo::keys::{Credentials, InitOptions, Kdf, Secret};
 use vmbackup::repo::store::directory::{DirectoryStore, Parents};
-use vmbackup::repo::{ManifestDraft, Repository, RunOptions, StoredDisk};
+use vmbackup::repo::{
+    CheckOptions, Depth, ManifestDraft, Repair, Repository, RunOptions, StoredDisk,
+};
 use vmbackup::vm::PointId;
 use vmbackup::workers::Workers;
 
@@ -194,6 +196,37 @@ async fn a_stranger_reads_a_repository_with_a_key_file() {
     std::fs::write(&file, [7; 32]).expect("writes");
     let credentials = ["--key-file", file.to_str().expect("a plain path")];
     check_with_reader(&place, scratch.path(), &credentials, disk);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stranger_finds_the_sound_one_of_two_copies() {
+    let scratch = tempfile::tempdir().expect("a directory");
+    let place = new_place(scratch.path());
+    make(&place, &Credentials::None, LEAF_BYTES, golden_disk).await;
+    let folders = std::fs::read_dir(place.join("packs")).expect("lists").flatten();
+    let packs = folders.flat_map(|folder| std::fs::read_dir(folder.path()).expect("lists"));
+    let packs: Vec<PathBuf> = packs.map(|pack| pack.expect("lists").path()).collect();
+    for path in packs {
+        let mut pack = std::fs::read(&path).expect("reads");
+        pack[60] ^= 1;
+        std::fs::write(&path, pack).expect("writes");
+    }
+    let point = PointId([1; 16]).to_string();
+    let target = scratch.path().join("restored");
+    let target = target.to_str().expect("a plain path");
+    let (fine, said) = reader(&place, &[], &[&point, "vda", target]);
+    assert!(!fine && said.contains("InvalidTag"), "{said}");
+
+    let store_dir = Arc::new(DirectoryStore::open(&place).await.expect("opens"));
+    let workers = Workers::new(2).expect("starts");
+    let repository = Repository::open(store_dir, &Credentials::None, workers).await.expect("opens");
+    let options = CheckOptions { depth: Depth::Data, repair: Repair::Nothing };
+    let report = repository.check(options, &Control::new()).await.expect("checks");
+    assert!(!report.is_fine());
+    store(&repository, 3, golden_disk(1), &[]).await;
+    let (fine, said) = reader(&place, &[], &[&point, "vda", target]);
+    assert!(fine, "{said}");
+    assert!(std::fs::read(target).expect("restored") == golden_disk(1));
 }
 
 fn golden(version: &str) -> PathBuf {

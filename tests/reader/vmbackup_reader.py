@@ -14,6 +14,7 @@ import argparse, json, os, struct, subprocess, sys
 from pathlib import Path
 
 from argon2.low_level import Type, hash_secret_raw
+from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
@@ -103,12 +104,26 @@ class Repository:
                 block = self.open(header, name, number + 1, blocks[number * size:(number + 1) * size])
                 for *_, at in ((0, n) for n in range(0, len(block), 53)):
                     pack, *place, encoding = struct.unpack_from("<IIIIIB", block, at + 32)
-                    found[block[at:at + 32]] = (packs[pack], *place, encoding)
+                    found.setdefault(block[at:at + 32], []).append((packs[pack], *place, encoding))
             segments[file.name] = found
-        return {key: place for name, found in segments.items() if name not in superseded for key, place in found.items()}
+        index = {}
+        for name, found in segments.items():
+            for key, places in found.items() if name not in superseded else ():
+                index.setdefault(key, []).extend(places)
+        return index
 
     def blob(self, kind, content_hash):
-        (pack, header), counter, offset, stored, plain, encoding = self.index[blake3_keyed(self.id_key, bytes([kind]) + content_hash)]
+        """A blob from the first of its copies that opens: one pack may be damaged or gone."""
+        places = self.index[blake3_keyed(self.id_key, bytes([kind]) + content_hash)]
+        for number, place in enumerate(places, 1):
+            try:
+                return self.copy(*place)
+            except (InvalidTag, OSError):
+                if number == len(places):
+                    raise
+
+    def copy(self, pack_and_header, counter, offset, stored, plain, encoding):
+        pack, header = pack_and_header
         name = f"packs/{pack.hex()[:2]}/{pack.hex()}"
         with open(self.path / name, "rb") as file:
             file.seek(offset)

@@ -6,7 +6,7 @@ use crate::cli::args::RepositoryArgs;
 use crate::cli::context::Context;
 use crate::cli::table::Table;
 use crate::error::{Error, Kind, Result};
-use crate::job::check::{self, CheckOptions, CheckReport, Depth, Repair};
+use crate::job::check::{self, CheckOptions, CheckReport, Damage, Depth, Repair};
 use crate::units::ByteSize;
 
 /// Lines of a sort that a person gets; all are in the JSON document.
@@ -46,6 +46,10 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<()> {
     if report.is_fine() {
         return Ok(());
     }
+    if report.damages.is_empty() && report.unlisted == 0 && !report.unreadable.is_empty() {
+        return Err(Error::new(Kind::Io, "parts of the repository cannot be read")
+            .hint("look at the kernel log for the device of the repository, then check again"));
+    }
     Err(Error::new(Kind::Corrupt, "the repository is damaged")
         .hint("see 'Damaged data' in docs/troubleshooting.md: what is not listed restores"))
 }
@@ -77,16 +81,24 @@ fn describe(report: &CheckReport) -> String {
         out.push_str("no damage found\n");
         return out;
     }
-    out.push_str("\ndamaged:\n");
-    for damage in report.damages.iter().take(LINES_MAX) {
-        let _ = writeln!(out, "  {}: {}", damage.object, damage.what);
-    }
-    more(&mut out, report.damages.len());
+    describe_objects(&mut out, "damaged", &report.damages);
+    describe_objects(&mut out, "not readable now, an error of the storage", &report.unreadable);
     describe_affected(&mut out, report);
     if report.unlisted > 0 {
         let _ = writeln!(out, "{} further findings are not listed", report.unlisted);
     }
     out
+}
+
+fn describe_objects(out: &mut String, head: &str, objects: &[Damage]) {
+    if objects.is_empty() {
+        return;
+    }
+    let _ = writeln!(out, "\n{head}:");
+    for object in objects.iter().take(LINES_MAX) {
+        let _ = writeln!(out, "  {}: {}", object.object, object.what);
+    }
+    more(out, objects.len());
 }
 
 fn describe_affected(out: &mut String, report: &CheckReport) {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use tokio::task::JoinSet;
 
-use super::{CheckReport, FINDINGS_MAX, Findings, describe, is_damage};
+use super::{CheckReport, FINDINGS_MAX, Fault, Findings, is_finding};
 use crate::content::ContentHash;
 use crate::control::Control;
 use crate::error::{Error, Kind, Result};
@@ -33,10 +33,13 @@ struct Stretch {
 }
 
 /// What a stretch was found to be.
+#[derive(Default)]
 struct Seen {
     bytes: u64,
     blobs: u64,
     bad: Vec<(PackId, u32)>,
+    /// Blobs that the storage failed to read, and how.
+    unread: Vec<(PackId, u32, Fault)>,
 }
 
 /// What reading takes.
@@ -83,9 +86,11 @@ impl Reading<'_> {
             Ok(contents) => contents,
             // Collected since the packs were listed.
             Err(error) if error.kind() == Kind::NotFound => return Ok(()),
-            Err(error) if is_damage(&error) => {
-                report.damage(&name, describe(&error));
-                findings.unlisted.insert(id);
+            // A header that claims a newer version is a broken one: the repository is not newer.
+            Err(error) if is_finding(&error) || error.kind() == Kind::TooNew => {
+                blobs.damaged.report(&id, &error).await;
+                report.fault(&name, Fault::of(&error));
+                findings.doubtful.insert(id);
                 return Ok(());
             }
             Err(error) => return Err(error),
@@ -114,13 +119,15 @@ fn take(
     let seen = done.map_err(died)??;
     report.bytes_read += seen.bytes;
     report.blobs_read += seen.blobs;
-    for (pack, counter) in seen.bad {
-        report.damage(&ObjectName::pack(&pack), format!("blob {counter} is not what it should be"));
+    let rotten = |counter: u32| Fault::damage(format!("blob {counter} is not what it should be"));
+    let bad = seen.bad.into_iter().map(|(pack, counter)| (pack, counter, rotten(counter)));
+    for (pack, counter, fault) in bad.chain(seen.unread) {
+        report.fault(&ObjectName::pack(&pack), fault);
         if findings.bad.len() < 100 * FINDINGS_MAX {
             findings.bad.insert((pack, counter));
         } else {
             // Too many to remember one by one: read again where they are needed.
-            findings.unlisted.insert(pack);
+            findings.doubtful.insert(pack);
         }
     }
     Ok(())
@@ -147,29 +154,42 @@ impl Stretch {
         let sealed = match self.blobs.read_run(&self.pack, self.members[0].offset, len).await {
             Ok(Some(sealed)) => sealed,
             // Collected since its trailer was read.
-            Ok(None) => return Ok(Seen { bytes: 0, blobs: 0, bad: Vec::new() }),
-            Err(error) if is_damage(&error) => return self.read_one_by_one().await,
+            Ok(None) => return Ok(Seen::default()),
+            Err(error) if is_finding(&error) => return self.read_one_by_one().await,
             Err(error) => return Err(error),
         };
-        let workers = self.blobs.workers.clone();
-        workers.run(move || self.prove(sealed)).await
+        self.prove(sealed).await
+    }
+
+    /// Proves what was read, and records damage.
+    async fn prove(self, sealed: Vec<u8>) -> Result<Seen> {
+        let (blobs, pack) = (Arc::clone(&self.blobs), Arc::clone(&self.pack));
+        let seen = blobs.workers.run(move || self.prove_all(sealed)).await?;
+        if let Some((_, counter)) = seen.bad.first() {
+            let message = format!("blob {counter} of {} is not what it should be", pack.name());
+            blobs.damaged.report(&pack.id, &Error::new(Kind::Corrupt, message)).await;
+        }
+        Ok(seen)
     }
 
     /// A bad sector must not condemn its neighbours.
     async fn read_one_by_one(self) -> Result<Seen> {
-        let mut all = Seen { bytes: 0, blobs: 0, bad: Vec::new() };
+        let mut all = Seen::default();
         for blob in self.members.clone() {
             let len = blob.stored_bytes.into();
             match self.blobs.read_run(&self.pack, blob.offset, len).await {
                 Ok(Some(sealed)) => {
                     let one = Self { members: vec![blob], ..self.clone() };
-                    let seen = self.blobs.workers.run(move || one.prove(sealed)).await?;
+                    let seen = one.prove(sealed).await?;
                     all.bytes += seen.bytes;
                     all.blobs += seen.blobs;
                     all.bad.extend(seen.bad);
                 }
                 Ok(None) => return Ok(all),
-                Err(error) if is_damage(&error) => all.bad.push((self.pack.id, blob.counter)),
+                Err(error) if is_finding(&error) => {
+                    self.blobs.damaged.report(&self.pack.id, &error).await;
+                    all.unread.push((self.pack.id, blob.counter, Fault::of(&error)));
+                }
                 Err(error) => return Err(error),
             }
         }
@@ -177,7 +197,7 @@ impl Stretch {
     }
 
     /// CPU work.
-    fn prove(self, mut sealed: Vec<u8>) -> Seen {
+    fn prove_all(self, mut sealed: Vec<u8>) -> Seen {
         let bytes = sealed.len() as u64;
         let mut bad = Vec::new();
         let mut rest = &mut sealed[..];
@@ -188,7 +208,7 @@ impl Stretch {
                 bad.push((self.pack.id, blob.counter));
             }
         }
-        Seen { bytes, blobs: self.members.len() as u64, bad }
+        Seen { bytes, blobs: self.members.len() as u64, bad, unread: Vec::new() }
     }
 
     fn is_proven(&self, blob: &PackedBlob, sealed: &mut [u8]) -> bool {

@@ -145,6 +145,8 @@ pub struct CheckReport {
     pub damages: Vec<Damage>,
     /// Points whose manifests are damaged: nothing is known of their disks.
     pub unreadable_points: Vec<PointId>,
+    /// Objects that the storage failed to read: that may pass, so nothing is recorded.
+    pub unreadable: Vec<Damage>,
     /// What does not restore because of it.
     pub affected: Vec<AffectedDisk>,
     /// Findings that were not listed.
@@ -154,12 +156,16 @@ pub struct CheckReport {
 impl CheckReport {
     /// Whether everything is as it should be.
     pub fn is_fine(&self) -> bool {
-        self.damages.is_empty() && self.affected.is_empty() && self.unlisted == 0
+        self.damages.is_empty()
+            && self.unreadable.is_empty()
+            && self.affected.is_empty()
+            && self.unlisted == 0
     }
 
-    fn damage(&mut self, object: &ObjectName, what: impl Into<String>) {
-        if self.damages.len() < FINDINGS_MAX {
-            self.damages.push(Damage { object: object.to_string(), what: what.into() });
+    fn fault(&mut self, object: &ObjectName, fault: Fault) {
+        let list = if fault.is_passing { &mut self.unreadable } else { &mut self.damages };
+        if list.len() < FINDINGS_MAX {
+            list.push(Damage { object: object.to_string(), what: fault.what });
         } else {
             self.unlisted += 1;
         }
@@ -174,6 +180,24 @@ impl CheckReport {
     }
 }
 
+/// What is wrong with an object.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Fault {
+    what: String,
+    /// An error of the storage, which may pass, as opposed to proven damage.
+    is_passing: bool,
+}
+
+impl Fault {
+    fn of(error: &Error) -> Self {
+        Self { what: describe(error), is_passing: error.kind() == Kind::Io }
+    }
+
+    fn damage(what: impl Into<String>) -> Self {
+        Self { what: what.into(), is_passing: false }
+    }
+}
+
 /// What the data of the packs was found to be.
 #[derive(Debug, Default)]
 struct Findings {
@@ -181,8 +205,8 @@ struct Findings {
     packs: HashMap<PackId, u64>,
     /// Blobs that were read and are not what they should be, by pack and counter.
     bad: HashSet<(PackId, u32)>,
-    /// Packs whose blobs could not be listed.
-    unlisted: HashSet<PackId>,
+    /// Packs of which it is not known which blobs are bad: those are read where they are needed.
+    doubtful: HashSet<PackId>,
 }
 
 /// Checks the repository.
@@ -193,6 +217,7 @@ pub async fn check(
     control: &Control,
 ) -> Result<CheckReport> {
     let mut report = CheckReport::default();
+    blobs.damaged.load().await?;
     if options.repair == Repair::RebuildIndex {
         control.set_phase("rebuilding the index");
         rebuild::rebuild(blobs, &mut report, control).await?;
@@ -215,6 +240,8 @@ pub async fn check(
         let reading = data::Reading { blobs, chunk_levels, control };
         reading.check(chosen, &mut findings, &mut report).await?;
     }
+    let recorded = blobs.damaged.packs().into_iter().filter(|id| !options.depth.reads(id));
+    findings.doubtful.extend(recorded);
     control.set_phase("checking the points");
     check_points(blobs, chunk_levels, &findings, &mut report, control).await?;
     Ok(report)
@@ -228,8 +255,9 @@ fn unindexed(blobs: &Blobs, findings: &Findings) -> usize {
     findings.packs.keys().filter(|id| !named.contains(*id)).count()
 }
 
-/// Whether an error tells of damage, as opposed to something that keeps us from looking.
-fn is_damage(error: &Error) -> bool {
+/// Whether an error is a finding about the object, as opposed to something that keeps us from
+/// looking. An error of the storage is one ([`Fault::is_passing`]): other objects are looked at.
+fn is_finding(error: &Error) -> bool {
     matches!(error.kind(), Kind::Corrupt | Kind::Io | Kind::NotFound)
 }
 
@@ -251,11 +279,11 @@ async fn check_index(
 ) -> Result<()> {
     blobs.index.refresh().await?;
     for damaged in blobs.index.damaged() {
-        report.damage(&segment_name(&damaged.id), damaged.what);
+        report.fault(&segment_name(&damaged.id), Fault::damage(damaged.what));
     }
     for segment in blobs.index.segments().iter() {
         if let Err(error) = read_segment(blobs, segment, control).await {
-            report.damage(&segment_name(&segment.id), describe(&error));
+            report.fault(&segment_name(&segment.id), Fault::of(&error));
         }
     }
     Ok(())
@@ -297,9 +325,14 @@ async fn check_points(
         report.points += 1;
         let manifest = match points::manifest(&*blobs.store, &blobs.keys, &name).await {
             Ok(manifest) => manifest,
-            Err(error) if is_damage(&error) => {
+            // Forgotten and collected since the names were listed.
+            Err(error) if error.kind() == Kind::NotFound => {
+                report.points -= 1;
+                continue;
+            }
+            Err(error) if is_finding(&error) => {
                 report.unreadable_points.push(name.point);
-                report.damage(&name.object(), describe(&error));
+                report.fault(&name.object(), Fault::of(&error));
                 continue;
             }
             Err(error) => return Err(error),
@@ -314,6 +347,15 @@ async fn check_points(
             let ranges = ranges.iter().map(AffectedRange::from).collect();
             let vm = manifest.body.vm.name.clone();
             report.affected(AffectedDisk { point: manifest.point, vm, disk, ranges, reason });
+        }
+    }
+    let told: HashSet<String> = [&report.damages, &report.unreadable]
+        .into_iter()
+        .flat_map(|list| list.iter().map(|damage| damage.object.clone()))
+        .collect();
+    for (object, fault) in walker.into_faults() {
+        if !told.contains(object.as_str()) {
+            report.fault(&object, fault);
         }
     }
     Ok(())

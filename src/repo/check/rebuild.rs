@@ -10,7 +10,7 @@
 
 use std::sync::Arc;
 
-use super::{CheckReport, describe, is_damage, read_segment};
+use super::{CheckReport, Fault, is_finding, read_segment};
 use crate::control::Control;
 use crate::error::{Kind, Result};
 use crate::repo::blobs::Blobs;
@@ -66,8 +66,8 @@ async fn rebuild_under_lease(
         match pack::read_contents(&*blobs.store, &blobs.keys, &name).await {
             Ok(contents) => lost(blobs, &sound, id, &contents, &mut entries).await?,
             Err(error) if error.kind() == Kind::NotFound => {}
-            Err(error) if is_damage(&error) => {
-                report.damage(&name, describe(&error));
+            Err(error) if is_finding(&error) => {
+                report.fault(&name, Fault::of(&error));
                 partly.clear();
             }
             Err(error) => return Err(error),

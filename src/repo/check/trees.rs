@@ -2,17 +2,19 @@
 //!
 //! A subtree that was found whole is not walked again, so points that share content cost little.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 
-use super::{Findings, describe, is_damage};
+use super::{Fault, Findings, describe, is_finding};
 use crate::block::ByteRange;
 use crate::content::ContentHash;
 use crate::control::Control;
-use crate::error::{Error, Kind, Result};
-use crate::repo::blobs::{self, Blobs};
+use crate::error::Result;
+use crate::repo::blobs::Blobs;
 use crate::repo::index::{Location, missing};
+use crate::repo::reader;
 use crate::repo::seal::{BlobId, BlobKind};
+use crate::repo::store::ObjectName;
 use crate::repo::tree::Shape;
 use crate::repo::writer::StoredDisk;
 
@@ -32,6 +34,8 @@ pub(super) struct Walker<'a> {
     control: &'a Control,
     /// Nodes under which everything is there, by height.
     whole: HashSet<(u8, ContentHash)>,
+    /// What is wrong with the packs of which something is missed.
+    faults: BTreeMap<ObjectName, Fault>,
 }
 
 /// A node and where it is on the disk.
@@ -73,7 +77,19 @@ impl<'a> Walker<'a> {
         findings: &'a Findings,
         control: &'a Control,
     ) -> Self {
-        Self { blobs, chunk_levels, findings, control, whole: HashSet::new() }
+        Self {
+            blobs,
+            chunk_levels,
+            findings,
+            control,
+            whole: HashSet::new(),
+            faults: BTreeMap::new(),
+        }
+    }
+
+    /// The packs that something was missed of, and what is wrong with each.
+    pub(super) fn into_faults(self) -> BTreeMap<ObjectName, Fault> {
+        self.faults
     }
 
     /// What of the disk does not restore, and why; none if all of it does.
@@ -108,7 +124,8 @@ impl<'a> Walker<'a> {
         let chunks = Shape::chunks_below(height);
         let node = match self.blobs.node(height, &hash).await {
             Ok(node) => node,
-            Err(error) if is_damage(&error) => {
+            Err(error) if is_finding(&error) => {
+                self.blame_node(height, &hash, &Fault::of(&error)).await?;
                 disk.bad(first_chunk, chunks, || describe(&error));
                 return Ok(());
             }
@@ -140,75 +157,90 @@ impl<'a> Walker<'a> {
         Ok(())
     }
 
-    /// Why a chunk does not restore; none if it does.
-    async fn chunk_damage(&self, hash: &ContentHash) -> Result<Option<String>> {
+    /// Says which packs a node that cannot be read was looked for in.
+    async fn blame_node(&mut self, height: u8, hash: &ContentHash, fault: &Fault) -> Result<()> {
+        let id = self.blobs.keys.blob_id(BlobKind::Node { height }, hash);
+        let copies = match self.blobs.index.copies(&id).await {
+            Ok(copies) => copies,
+            // A segment of the index is a finding of its own.
+            Err(error) if is_finding(&error) => return Ok(()),
+            Err(error) => return Err(error),
+        };
+        for copy in copies {
+            let known = self.known_fault(&id, &copy).await?;
+            let fault = known.unwrap_or_else(|| fault.clone());
+            self.faults.entry(copy.pack.name()).or_insert(fault);
+        }
+        Ok(())
+    }
+
+    /// Why a chunk does not restore; none if one of its copies does.
+    async fn chunk_damage(&mut self, hash: &ContentHash) -> Result<Option<String>> {
         let id = self.blobs.keys.blob_id(BlobKind::Chunk, hash);
         let mut reason = None;
+        let mut faults = Vec::new();
         for segment in self.blobs.index.segments().iter().filter(|s| s.may_contain(&id)) {
             let entries = match self.blobs.index.entries_of(segment, &id).await {
                 Ok(entries) => entries,
-                Err(error) if is_damage(&error) => {
+                Err(error) if is_finding(&error) => {
                     reason = Some(describe(&error));
                     continue;
                 }
                 Err(error) => return Err(error),
             };
-            for (_, location) in entries {
-                match self.location_damage(&id, hash, &location).await? {
-                    None => return Ok(None),
-                    found => reason = found,
-                }
+            for (_, copy) in entries {
+                let Some(fault) = self.chunk_fault(&id, hash, &copy).await? else {
+                    return Ok(None);
+                };
+                reason = Some(fault.what.clone());
+                faults.push((copy.pack.name(), fault));
             }
+        }
+        for (object, fault) in faults {
+            self.faults.entry(object).or_insert(fault);
         }
         Ok(Some(reason.unwrap_or_else(|| missing(&id).to_string())))
     }
 
-    async fn location_damage(
+    /// What is wrong with a copy of a chunk.
+    async fn chunk_fault(
         &self,
         id: &BlobId,
         hash: &ContentHash,
-        location: &Location,
-    ) -> Result<Option<String>> {
-        let name = location.pack.name();
-        let Some(size_bytes) = self.findings.packs.get(&location.pack.id) else {
+        copy: &Location,
+    ) -> Result<Option<Fault>> {
+        let known = self.known_fault(id, copy).await?;
+        if known.is_some() || !self.findings.doubtful.contains(&copy.pack.id) {
+            return Ok(known);
+        }
+        let (hash, levels) = (*hash, self.chunk_levels);
+        let prove = move |copy: &Location, plain| reader::prove(copy, plain, &hash, levels);
+        match self.blobs.read_copy(copy.clone(), prove).await {
+            Ok(_) => Ok(None),
+            Err(error) if is_finding(&error) => Ok(Some(Fault::of(&error))),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// What is wrong with a copy of a blob as far as it is known without reading it.
+    async fn known_fault(&self, id: &BlobId, copy: &Location) -> Result<Option<Fault>> {
+        let name = copy.pack.name();
+        let Some(size_bytes) = self.findings.packs.get(&copy.pack.id) else {
             // It may be newer than our list.
             return match self.blobs.store.stat(&name).await {
                 Ok(_) => Ok(None),
-                Err(error) if error.is_not_found() => Ok(Some(format!("pack {name} is missing"))),
+                Err(error) if error.is_not_found() => {
+                    Ok(Some(Fault::damage(format!("pack {name} is missing"))))
+                }
                 Err(error) => Err(error.into()),
             };
         };
-        let end = u64::from(location.offset) + u64::from(location.stored_bytes);
+        let end = u64::from(copy.offset) + u64::from(copy.stored_bytes);
         if end > *size_bytes {
-            return Ok(Some(format!("pack {name} is cut off")));
+            let what = format!("pack {name} is cut off: {size_bytes} bytes, needed up to {end}");
+            return Ok(Some(Fault::damage(what)));
         }
-        if self.findings.bad.contains(&(location.pack.id, location.counter)) {
-            return Ok(Some(format!("blob {id} of pack {name} is damaged")));
-        }
-        if self.findings.unlisted.contains(&location.pack.id) {
-            return match self.read_chunk(hash, location).await {
-                Ok(()) => Ok(None),
-                Err(error) if is_damage(&error) => Ok(Some(describe(&error))),
-                Err(error) => Err(error),
-            };
-        }
-        Ok(None)
-    }
-
-    /// Reads and proves a chunk of a pack whose own list of blobs is damaged.
-    async fn read_chunk(&self, hash: &ContentHash, location: &Location) -> Result<()> {
-        let len = location.stored_bytes.into();
-        let sealed = self.blobs.read_run(&location.pack, location.offset, len).await?;
-        let mut sealed = sealed.ok_or_else(|| Error::new(Kind::Corrupt, "its pack is missing"))?;
-        let opener = self.blobs.opener(&location.pack)?;
-        let (hash, location, levels) = (*hash, location.clone(), self.chunk_levels);
-        let work = move || {
-            let plain = blobs::open(&opener, &location, &mut sealed)?;
-            if ContentHash::of_chunk(&plain, levels) == hash {
-                return Ok(());
-            }
-            Err(blobs::damaged(&location, "its content is not what its tree says"))
-        };
-        self.blobs.workers.run(work).await?
+        let bad = self.findings.bad.contains(&(copy.pack.id, copy.counter));
+        Ok(bad.then(|| Fault::damage(format!("blob {id} of pack {name} is damaged"))))
     }
 }

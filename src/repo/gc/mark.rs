@@ -8,8 +8,8 @@
 //! (72 MiB), some 100 bytes per pack of 64 MiB (here and in the collector's own lists) and 20 per
 //! point. Of a tree no more than 16 nodes and their children per level are open.
 //!
-//! Of several copies of a blob exactly one is marked: one in a pack that is not condemned if there
-//! is one. A blob that no pack has stops the marking: what the points need is not known then, and
+//! Of several copies of a blob exactly one is marked: one in a pack that is neither condemned nor
+//! damaged if there is one, one in a damaged pack only if there is no other. A blob that no pack has stops the marking: what the points need is not known then, and
 //! nothing may be deleted.
 
 use std::collections::HashMap;
@@ -39,6 +39,8 @@ const READS_IN_FLIGHT: usize = 16;
 pub(super) enum Standing {
     /// It is not in the store: its entries are void.
     Missing,
+    /// It is known to be damaged: what only it has may yet be readable in part.
+    Damaged,
     /// It is on a published list: only where there is no other copy.
     Condemned,
     /// It is there.
@@ -118,7 +120,9 @@ impl Marker {
             let known = self.segments.iter().any(|known| known.segment.id == segment.id);
             if !known {
                 for pack in segment.packs() {
-                    self.packs.entry(pack.id).or_insert(Standing::Fine);
+                    let damaged = self.blobs.damaged.contains(&pack.id);
+                    let standing = if damaged { Standing::Damaged } else { Standing::Fine };
+                    self.packs.entry(pack.id).or_insert(standing);
                 }
                 self.add_segment(segment);
             }
@@ -130,9 +134,16 @@ impl Marker {
         self.segments.iter().map(|marked| &marked.segment)
     }
 
-    /// Takes in that a pack was made or condemned.
-    pub(super) fn set_standing(&mut self, pack: PackId, standing: Standing) {
-        self.packs.insert(pack, standing);
+    /// Takes in that a pack was made.
+    pub(super) fn take_in(&mut self, pack: PackId) {
+        self.packs.insert(pack, Standing::Fine);
+    }
+
+    /// Takes in that a pack was condemned, or emptied.
+    pub(super) fn condemn(&mut self, pack: PackId) {
+        if self.standing(&pack) != Standing::Damaged {
+            self.packs.insert(pack, Standing::Condemned);
+        }
     }
 
     /// Whether a pack may be relied on.

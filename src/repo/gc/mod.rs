@@ -17,12 +17,17 @@
 //! at all, they may be its own. Damage anywhere (a node, a manifest, an index segment) stops the
 //! collector: what is not known to be garbage stays.
 //!
+//! A pack that is known to be damaged ([`super::damaged`]) counts as a place for what has no other
+//! copy, so it stays as long as something live may be readable from it, is not repacked, and goes
+//! with its record once all that is live in it was stored anew. Damage that is found on the way may
+//! have been taken for the copy to keep: the collector then starts over before it deletes anything.
+//!
 //! *Deletion*: this is the only place that deletes objects of points, packs and index.
 
 mod mark;
 mod repack;
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -32,6 +37,7 @@ use serde::Serialize;
 use super::blobs::Blobs;
 use super::catalog;
 use super::condemned::{self, CondemnedList, LIST_PACKS_MAX, PackId};
+use super::damaged;
 use super::forget::tombstone;
 use super::index::merge::Keep;
 use super::index::segment::segment_name;
@@ -114,7 +120,7 @@ pub async fn collect(
 ) -> Result<CollectReport> {
     let lease = exclusive_lease(blobs).await?;
     let collector = Collector { blobs, chunk_levels, options, control, lease: &lease };
-    let result = collector.run().await;
+    let result = collector.run_until_settled().await;
     if let Err(error) = lease.end().await {
         tracing::warn!(%error, "cannot end the collector's lease");
     }
@@ -149,10 +155,34 @@ struct State {
     packs: HashMap<PackId, PackInfo>,
     condemned: HashSet<PackId>,
     marked: HashSet<PointId>,
+    /// Packs known to be damaged when it began.
+    damaged: usize,
     report: CollectReport,
 }
 
 impl Collector<'_> {
+    /// Starts over while damage comes to light. Ends: each time there is a pack more to know of.
+    async fn run_until_settled(&self) -> Result<CollectReport> {
+        let damaged = &self.blobs.damaged;
+        damaged.load().await?;
+        loop {
+            let known = damaged.count();
+            match self.run().await {
+                Err(error) if error.kind() == Kind::Corrupt && damaged.count() > known => {}
+                result => return result,
+            }
+        }
+    }
+
+    /// Fails when damage was found since the marking began: what is marked may be a damaged copy.
+    fn check_damage(&self, state: &State) -> Result<()> {
+        if self.blobs.damaged.count() == state.damaged {
+            return Ok(());
+        }
+        Err(Error::new(Kind::Corrupt, "damage was found in a pack: nothing is deleted")
+            .hint("run 'check --read-data' to see which points are affected"))
+    }
+
     async fn run(&self) -> Result<CollectReport> {
         let Blobs { store, keys, .. } = &**self.blobs;
         // In this order: what is ripe by a survey was visible before it, and manifests are listed
@@ -167,6 +197,7 @@ impl Collector<'_> {
         self.mark(&mut state, &names).await?;
         state.report.points = names.len();
         drop(names);
+        self.check_damage(&state)?;
         state.report.forgotten = self.drop_forgotten(&tombstones).await?;
 
         let oldest = survey.live().map(|run| run.started).min();
@@ -180,6 +211,7 @@ impl Collector<'_> {
         let (mut names, _) = self.points().await?;
         names.sort_unstable();
         self.mark(&mut state, &names).await?;
+        self.check_damage(&state)?;
 
         self.control.set_phase("deleting");
         self.lease.check().await?;
@@ -239,13 +271,16 @@ impl Collector<'_> {
         .await?;
         let condemned: HashSet<PackId> =
             lists.iter().flat_map(|list| list.packs.iter().copied()).collect();
-        let standing = |id: &PackId| {
-            if condemned.contains(id) { Standing::Condemned } else { Standing::Fine }
+        let damaged = self.blobs.damaged.count();
+        let standing = |id: &PackId| match () {
+            () if self.blobs.damaged.contains(id) => Standing::Damaged,
+            () if condemned.contains(id) => Standing::Condemned,
+            () => Standing::Fine,
         };
         let standings = packs.keys().map(|id| (*id, standing(id))).collect();
         let marker = Marker::new(self.blobs, self.chunk_levels, &segments, standings);
         let report = CollectReport::default();
-        Ok(State { marker, packs, condemned, marked: HashSet::new(), report })
+        Ok(State { marker, packs, condemned, marked: HashSet::new(), damaged, report })
     }
 
     /// Points that count, and tombstones with the manifests they hide.
@@ -312,7 +347,8 @@ impl Collector<'_> {
             for (id, info) in &state.packs {
                 let Some(used) = state.marker.use_of(id) else { continue };
                 let settled = info.stored < cutoff && !state.condemned.contains(id);
-                if !settled || types.get(id) != Some(&object_type) {
+                let whole = state.marker.standing(id) != Standing::Damaged;
+                if !whole || !settled || types.get(id) != Some(&object_type) {
                     continue;
                 }
                 let dead_bytes = info.size_bytes.saturating_sub(used.bytes);
@@ -359,7 +395,7 @@ impl Collector<'_> {
             lists.push(condemned::publish(&**store, keys, some.to_vec()).await?);
             for id in some {
                 state.condemned.insert(*id);
-                state.marker.set_standing(*id, Standing::Condemned);
+                state.marker.condemn(*id);
             }
         }
         Ok(lists)
@@ -396,11 +432,29 @@ impl Collector<'_> {
             state.report.packs_deleted += 1;
             state.report.bytes_freed += state.packs[id].size_bytes;
         }
+        self.drop_records().await?;
         for segment in self.blobs.index.superseded() {
             self.delete(&segment_name(&segment)).await?;
         }
         for list in lists.iter().filter(|list| ripe.contains(&list.name)) {
             self.delete(&list.name).await?;
+        }
+        Ok(())
+    }
+
+    /// Deletes the records about packs that are gone.
+    async fn drop_records(&self) -> Result<()> {
+        let Blobs { store, damaged, .. } = &**self.blobs;
+        damaged.load().await?;
+        for id in damaged.packs() {
+            match store.stat(&ObjectName::pack(&id)).await {
+                Ok(_) => {}
+                Err(error) if error.is_not_found() => {
+                    self.delete(&damaged::record_name(&id)).await?;
+                    damaged.forget(&id);
+                }
+                Err(error) => return Err(error.into()),
+            }
         }
         Ok(())
     }
@@ -427,7 +481,8 @@ impl Collector<'_> {
                 _ if gone(pack) => Keep::No,
                 Standing::Fine if marker.is_entry_marked(numbers[input], ordinal) => Keep::Surely,
                 Standing::Fine => Keep::Yes,
-                _ => Keep::Reluctantly,
+                Standing::Damaged => Keep::IfAlone,
+                Standing::Condemned | Standing::Missing => Keep::Reluctantly,
             }
         };
         self.blobs.index.merge(&inputs, &self.blobs.index.superseded(), &judge).await

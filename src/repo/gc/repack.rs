@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
 
-use super::mark::{Marker, Standing};
+use super::mark::Marker;
 use crate::control::Control;
 use crate::error::Result;
 use crate::repo::blobs::Blobs;
@@ -68,7 +68,14 @@ pub(super) async fn repack(
     let mut done = Vec::new();
     for id in packs {
         control.check()?;
-        moved_bytes += copy_live(blobs, marker, &packer, id).await?;
+        match copy_live(blobs, marker, &packer, id).await {
+            Ok(bytes) => moved_bytes += bytes,
+            Err(error) => {
+                // Known to be damaged, it is left as it is when the collector starts over.
+                blobs.damaged.report(id, &error).await;
+                return Err(error);
+            }
+        }
         done.push(*id);
         if gathered.lock().len() >= SPILL_ENTRIES {
             packer.flush().await?;
@@ -90,13 +97,13 @@ async fn settle(
 ) -> Result<()> {
     let entries = std::mem::take(&mut *gathered.lock());
     for entry in &entries {
-        marker.set_standing(entry.location.pack.id, Standing::Fine);
+        marker.take_in(entry.location.pack.id);
     }
     let ids: Vec<_> = entries.iter().map(|entry| entry.id).collect();
     for pack in done.drain(..) {
         marker.moved_away(&pack);
         // So that the new copies are the ones that count.
-        marker.set_standing(pack, Standing::Condemned);
+        marker.condemn(pack);
     }
     if let Some(segment) = blobs.index.add(entries).await? {
         marker.add_segment(&segment);

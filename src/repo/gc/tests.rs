@@ -19,14 +19,14 @@ use crate::workers::Workers;
 /// Every test's VM has a disk of so many chunks; a chunk's content is a number (0: zeroes).
 const CHUNKS: usize = 6;
 
-struct Bed {
-    clock: Arc<ManualClock>,
-    store: Arc<MemoryStore>,
-    workers: Workers,
+pub(in crate::repo) struct Bed {
+    pub(in crate::repo) clock: Arc<ManualClock>,
+    pub(in crate::repo) store: Arc<MemoryStore>,
+    pub(in crate::repo) workers: Workers,
 }
 
 impl Bed {
-    async fn new() -> Self {
+    pub(in crate::repo) async fn new() -> Self {
         let clock = Arc::new(ManualClock::new(Timestamp::UNIX_EPOCH));
         let store = Arc::new(MemoryStore::new(Arc::clone(&clock) as Arc<dyn Clock>));
         let bed = Self { clock, store, workers: Workers::new(2).unwrap() };
@@ -41,24 +41,24 @@ impl Bed {
     }
 
     /// Another host: its own view of the repository.
-    async fn open(&self) -> Repository {
+    pub(in crate::repo) async fn open(&self) -> Repository {
         let store = Arc::clone(&self.store) as Arc<dyn ObjectStore>;
         Repository::open(store, &Credentials::None, self.workers.clone()).await.unwrap()
     }
 
-    fn pass(&self, by: Duration) {
+    pub(in crate::repo) fn pass(&self, by: Duration) {
         self.clock.advance(by);
     }
 
-    fn count(&self, folder: Folder) -> usize {
+    pub(in crate::repo) fn count(&self, folder: Folder) -> usize {
         let names = self.store.names();
         names.iter().filter(|name| name.as_str().starts_with(folder.prefix())).count()
     }
 }
 
-const MINUTE: Duration = Duration::from_secs(60);
+pub(in crate::repo) const MINUTE: Duration = Duration::from_secs(60);
 
-fn chunk(content: u8) -> Vec<u8> {
+pub(in crate::repo) fn chunk(content: u8) -> Vec<u8> {
     // Incompressible, so that the space it takes is seen.
     let mut bytes = vec![0; usize::try_from(LEAF_BYTES).unwrap()];
     if content > 0 {
@@ -67,12 +67,12 @@ fn chunk(content: u8) -> Vec<u8> {
     bytes
 }
 
-fn point(n: u8) -> PointId {
+pub(in crate::repo) fn point(n: u8) -> PointId {
     PointId([n; 16])
 }
 
 /// A manifest of one disk; incremental if it has a base.
-fn draft(stored: &StoredDisk, base: Option<PointId>) -> ManifestDraft {
+pub(in crate::repo) fn draft(stored: &StoredDisk, base: Option<PointId>) -> ManifestDraft {
     let read = match base {
         Some(base) => serde_json::json!({"mode": "incremental", "base": base}),
         None => serde_json::json!({"mode": "full", "reason": "requested"}),
@@ -92,7 +92,11 @@ fn draft(stored: &StoredDisk, base: Option<PointId>) -> ManifestDraft {
 }
 
 /// Stores `contents`; chunks equal to the base's are kept from it.
-async fn write(run: &Run, contents: &[u8], base: Option<&(StoredDisk, Vec<u8>)>) -> StoredDisk {
+pub(in crate::repo) async fn write(
+    run: &Run,
+    contents: &[u8],
+    base: Option<&(StoredDisk, Vec<u8>)>,
+) -> StoredDisk {
     let writer = run.disk_writer(contents.len() as u64 * LEAF_BYTES, base.map(|base| &base.0));
     for (at, content) in (0..).zip(contents) {
         let range = ByteRange::new(at * LEAF_BYTES, LEAF_BYTES);
@@ -107,14 +111,22 @@ async fn write(run: &Run, contents: &[u8], base: Option<&(StoredDisk, Vec<u8>)>)
     writer.finish().await.unwrap().0
 }
 
-async fn add_point(repository: &Repository, n: u8, contents: &[u8]) -> StoredDisk {
+pub(in crate::repo) async fn add_point(
+    repository: &Repository,
+    n: u8,
+    contents: &[u8],
+) -> StoredDisk {
     let run = repository.begin_run(RunOptions::default()).await.unwrap();
     let stored = write(&run, contents, None).await;
     run.commit(point(n), draft(&stored, None)).await.unwrap();
     stored
 }
 
-async fn assert_holds(repository: &Repository, stored: &StoredDisk, contents: &[u8]) {
+pub(in crate::repo) async fn assert_holds(
+    repository: &Repository,
+    stored: &StoredDisk,
+    contents: &[u8],
+) {
     let reader = repository.open_disk(stored).await.unwrap();
     let len = usize::try_from(LEAF_BYTES).unwrap();
     for (at, content) in (0..).zip(contents) {
@@ -124,7 +136,7 @@ async fn assert_holds(repository: &Repository, stored: &StoredDisk, contents: &[
     }
 }
 
-async fn collect(repository: &Repository) -> CollectReport {
+pub(in crate::repo) async fn collect(repository: &Repository) -> CollectReport {
     repository.collect(CollectOptions::default(), &Control::new()).await.unwrap()
 }
 

@@ -21,6 +21,8 @@ const MERGED_ENTRIES_MAX: u64 = 20_000_000;
 pub enum Keep {
     /// Its pack is gone or about to go.
     No,
+    /// Only if there is no other at all.
+    IfAlone,
     /// Only if there is no better one.
     Reluctantly,
     /// Unless a marked one is there.

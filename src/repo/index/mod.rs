@@ -29,8 +29,11 @@ use crate::error::{Error, Kind, Result};
 /// Blocks kept in memory: about 30 MiB.
 const CACHED_BLOCKS_MAX: usize = 1500;
 
-/// Accepts a pack as a place to read from or to dedup against.
-pub type Accept<'a> = &'a (dyn Fn(&[u8; 16]) -> bool + Sync);
+/// Accepts a place to read from or to dedup against.
+pub type Accept<'a> = &'a (dyn Fn(&Location) -> bool + Sync);
+
+/// Accepts a pack.
+pub type AcceptPack<'a> = &'a (dyn Fn(&[u8; 16]) -> bool + Sync);
 
 type Segments = Arc<Vec<Arc<Segment>>>;
 
@@ -54,6 +57,10 @@ pub struct Index {
     // Locked to clone or swap one pointer, never across an await.
     segments: RwLock<Segments>,
     damaged: Mutex<Vec<DamagedSegment>>,
+    // Held by a refresh from its listing to its swap, and by whoever swaps in a segment that was
+    // written: otherwise a listing from before would drop what was added meanwhile. Across awaits,
+    // which is why it is the runtime's.
+    changing: tokio::sync::Mutex<()>,
     /// Segments that are still stored but replaced by others.
     superseded: Mutex<Vec<SegmentId>>,
     blocks: Mutex<BlockCache>,
@@ -77,6 +84,7 @@ impl Index {
             keys,
             segments: RwLock::default(),
             damaged: Mutex::default(),
+            changing: tokio::sync::Mutex::default(),
             superseded: Mutex::default(),
             blocks: Mutex::default(),
             filters: Arc::new(FilterSpace::new(filter_bytes_max)),
@@ -102,6 +110,7 @@ impl Index {
 
     /// Takes in segments that appeared and lets go of those that are gone or superseded.
     pub async fn refresh(&self) -> Result<()> {
+        let _changing = self.changing.lock().await;
         let mut listed = Vec::new();
         for_each(&*self.store, Folder::Index.prefix(), |object| {
             if let Some(id) = from_hex::<16>(object.name.last()) {
@@ -145,7 +154,7 @@ impl Index {
         self.segments().iter().any(|segment| segment.may_contain(id))
     }
 
-    /// Where the blob lies, in a pack that `accept` agrees to. Cancel-safe.
+    /// Where the blob lies, in a place that `accept` agrees to. Cancel-safe.
     pub async fn lookup(&self, id: &BlobId, accept: Accept<'_>) -> Result<Option<Location>> {
         match self.lookup_once(id, accept).await {
             // The collector merged a segment away under us.
@@ -166,6 +175,29 @@ impl Index {
         Ok(None)
     }
 
+    /// Every place the blob lies in, each once. Cancel-safe.
+    pub async fn copies(&self, id: &BlobId) -> Result<Vec<Location>> {
+        match self.copies_once(id).await {
+            Err(error) if error.kind() == Kind::NotFound => {
+                self.refresh().await?;
+                self.copies_once(id).await
+            }
+            found => found,
+        }
+    }
+
+    async fn copies_once(&self, id: &BlobId) -> Result<Vec<Location>> {
+        let mut copies: Vec<Location> = Vec::new();
+        for segment in self.segments().iter().filter(|segment| segment.may_contain(id)) {
+            for (_, location) in self.entries_of(segment, id).await? {
+                if !copies.contains(&location) {
+                    copies.push(location);
+                }
+            }
+        }
+        Ok(copies)
+    }
+
     async fn lookup_in(
         &self,
         segment: &Segment,
@@ -173,7 +205,7 @@ impl Index {
         accept: Accept<'_>,
     ) -> Result<Option<Location>> {
         let found = self.entries_of(segment, id).await?;
-        let found = found.into_iter().find(|(_, location)| accept(&location.pack.id));
+        let found = found.into_iter().find(|(_, location)| accept(location));
         Ok(found.map(|(_, location)| location))
     }
 
@@ -235,11 +267,19 @@ impl Index {
         }
         writer.finish(superseded).await?;
         let segment = Arc::new(Segment::open(&*self.store, &self.keys, &self.filters, id).await?);
+        self.replace(Arc::clone(&segment), &HashSet::new()).await;
+        Ok(segment)
+    }
+
+    /// Takes `segment`, which is durable, into use in the place of `replaced`. A refresh may have
+    /// done so already.
+    async fn replace(&self, segment: Arc<Segment>, replaced: &HashSet<SegmentId>) {
+        let _changing = self.changing.lock().await;
         let mut segments = self.segments.write().unwrap_or_else(PoisonError::into_inner);
         let mut list = segments.as_ref().clone();
-        list.push(Arc::clone(&segment));
+        list.retain(|known| !replaced.contains(&known.id) && known.id != segment.id);
+        list.push(segment);
         *segments = Arc::new(list);
-        Ok(segment)
     }
 }
 

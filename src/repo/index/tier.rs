@@ -14,9 +14,9 @@
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashSet, VecDeque};
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 
-use super::{Accept, Index, IndexEntry, Segment, SegmentWriter};
+use super::{AcceptPack, Index, IndexEntry, Segment, SegmentWriter};
 use crate::error::Result;
 use crate::repo::seal::{BlobId, random};
 use crate::repo::store::ObjectStore;
@@ -55,7 +55,7 @@ impl Index {
     /// Merges the segments of a tier that is full, leaving out those that speak of a pack that
     /// `accept` refuses; durable and in use when it returns. Whether there was such a tier.
     /// Cancel-safe: a merge that is given up leaves at most a segment that nobody needs.
-    pub async fn merge_tier(&self, accept: Accept<'_>) -> Result<bool> {
+    pub async fn merge_tier(&self, accept: AcceptPack<'_>) -> Result<bool> {
         let mut segments = self.segments().as_ref().clone();
         segments.retain(|segment| segment.packs().iter().all(|pack| accept(&pack.id)));
         let entries: Vec<u64> = segments.iter().map(|segment| segment.entries()).collect();
@@ -67,11 +67,7 @@ impl Index {
         merge_into(writer, &*self.store, &sources).await?;
         let merged = Arc::new(Segment::open(&*self.store, &self.keys, &self.filters, id).await?);
         let replaced: HashSet<_> = sources.iter().map(|segment| segment.id).collect();
-        let mut segments = self.segments.write().unwrap_or_else(PoisonError::into_inner);
-        let mut list = segments.as_ref().clone();
-        list.retain(|segment| !replaced.contains(&segment.id) && segment.id != id);
-        list.push(merged);
-        *segments = Arc::new(list);
+        self.replace(merged, &replaced).await;
         tracing::debug!(segments = replaced.len(), entries = count, "merged index segments");
         Ok(true)
     }
@@ -143,6 +139,7 @@ impl Cursor {
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
+    use std::sync::atomic::{AtomicU32, Ordering};
 
     use proptest::prelude::*;
 
@@ -151,7 +148,7 @@ mod tests {
     use crate::repo::index::{Location, PackRef};
     use crate::repo::pack::Encoding;
     use crate::repo::seal::{HEADER_BYTES, Keys, MasterKey};
-    use crate::repo::store::memory::MemoryStore;
+    use crate::repo::store::memory::{MemoryStore, Operation};
 
     fn entry(id: u32, pack: u8, counter: u32) -> IndexEntry {
         let pack = Arc::new(PackRef { id: [pack; 16], header: [pack; HEADER_BYTES] });
@@ -171,6 +168,47 @@ mod tests {
         let keys = Arc::new(Keys::new(&MasterKey::from_bytes([5; 32])));
         let index = Index::open(Arc::clone(&store), Arc::clone(&keys)).await.unwrap();
         (store, keys, index)
+    }
+
+    /// A refresh that had listed the store before a segment was added put the set of before in the
+    /// place of the one with it.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+    async fn what_is_added_during_a_refresh_stays() {
+        for merges in [false, true] {
+            let store = Arc::new(MemoryStore::new(Arc::new(SystemClock)));
+            let keys = Arc::new(Keys::new(&MasterKey::from_bytes([5; 32])));
+            let as_store = Arc::clone(&store) as Arc<dyn ObjectStore>;
+            let index = Arc::new(Index::open(as_store, keys).await.unwrap());
+            for n in 0..8 {
+                index.add(vec![entry(n, 1, 0)]).await.unwrap();
+            }
+            // The second page is asked for when the first was taken: it waits for the change, or
+            // half a second where the change waits for the refresh.
+            let (listed, is_listed) = std::sync::mpsc::channel();
+            let (changed, is_changed) = std::sync::mpsc::channel::<()>();
+            let (is_changed, pages) = (std::sync::Mutex::new(is_changed), AtomicU32::new(0));
+            store.set_fault_hook(move |call| {
+                let page = matches!(call, Operation::List(prefix) if prefix == "index/");
+                if page && pages.fetch_add(1, Ordering::Relaxed) == 1 {
+                    listed.send(()).unwrap();
+                    let wait = std::time::Duration::from_millis(500);
+                    let _ = is_changed.lock().unwrap().recv_timeout(wait);
+                }
+                None
+            });
+            let refreshing = Arc::clone(&index);
+            let refresh = tokio::spawn(async move { refreshing.refresh().await });
+            tokio::task::spawn_blocking(move || is_listed.recv().unwrap()).await.unwrap();
+            if merges {
+                assert!(index.merge_tier(&|_| true).await.unwrap());
+            } else {
+                index.add(vec![entry(9, 1, 0)]).await.unwrap();
+            }
+            let _ = changed.send(());
+            refresh.await.unwrap().unwrap();
+            store.clear_fault_hook();
+            assert_eq!(index.segments().len(), if merges { 1 } else { 9 }, "merges: {merges}");
+        }
     }
 
     #[test]
@@ -223,7 +261,7 @@ mod tests {
                     for id in 0..3000 {
                         for pack in 0..6_u8 {
                             let wanted = entry(id, pack, id);
-                            let only = |found: &[u8; 16]| found[0] == pack;
+                            let only = |found: &Location| found.pack.id[0] == pack;
                             let found = index.lookup(&wanted.id, &only).await.unwrap();
                             let there = model.get(&id).is_some_and(|packs| packs.contains(&pack));
                             prop_assert_eq!(found, there.then_some(wanted.location));

@@ -33,13 +33,16 @@ pub enum Folder {
     Condemned,
     /// `catalog/<segment id>`: summaries of points.
     Catalog,
+    /// `damaged/<pack id>`: packs in which damage was found.
+    Damaged,
 }
 
 impl Folder {
     /// Every folder, in the order of their names.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Catalog,
         Self::Condemned,
+        Self::Damaged,
         Self::Index,
         Self::Keys,
         Self::Packs,
@@ -59,6 +62,7 @@ impl Folder {
             Self::Tombstones => "tombstones/",
             Self::Condemned => "condemned/",
             Self::Catalog => "catalog/",
+            Self::Damaged => "damaged/",
         }
     }
 }
