@@ -22,6 +22,7 @@ mod output;
 mod progress;
 mod prompt;
 mod settings;
+mod stream;
 mod table;
 mod text;
 mod tls_settings;

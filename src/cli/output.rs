@@ -15,7 +15,7 @@ use crate::control::{Notice, NoticeLevel};
 use crate::error::{Error, Result};
 
 /// Version of all JSON documents: raised when a field is removed or changes its meaning.
-const JSON_VERSION: u32 = 1;
+pub(super) const JSON_VERSION: u32 = 1;
 
 /// What is gathered for a write to stdout.
 const BUFFER_BYTES: usize = 64 << 10;

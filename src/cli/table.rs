@@ -5,65 +5,58 @@
 /// A table being filled row by row.
 #[derive(Debug)]
 pub(crate) struct Table {
-    columns: Vec<Column>,
+    columns: Columns,
     rows: Vec<Vec<String>>,
 }
+
+/// The columns of a table whose rows are not held: each row is measured first, and made a line when
+/// all were.
+#[derive(Debug)]
+pub(crate) struct Columns(Vec<Column>);
 
 #[derive(Debug)]
 struct Column {
     head: &'static str,
     right: bool,
+    width: usize,
 }
 
-impl Table {
-    /// A table with these column heads; a head that begins with `>` aligns its column right.
+impl Columns {
+    /// Columns with these heads; a head that begins with `>` aligns its column right.
     pub(crate) fn new(heads: &[&'static str]) -> Self {
-        let columns = heads
-            .iter()
-            .map(|head| match head.strip_prefix('>') {
-                Some(head) => Column { head, right: true },
-                None => Column { head, right: false },
-            })
-            .collect();
-        Self { columns, rows: Vec::new() }
+        let column = |head: &&'static str| {
+            let name = head.strip_prefix('>');
+            let (head, right) = (name.unwrap_or(head), name.is_some());
+            Column { head, right, width: head.chars().count() }
+        };
+        Self(heads.iter().map(column).collect())
     }
 
-    /// Adds a row.
+    /// Makes the columns as wide as the cells of this row.
     ///
     /// # Panics
-    /// When it has not as many cells as the table has columns.
-    pub(crate) fn row(&mut self, cells: impl IntoIterator<Item = String>) {
-        let cells: Vec<String> = cells.into_iter().collect();
-        assert_eq!(cells.len(), self.columns.len(), "a row has as many cells as there are columns");
-        self.rows.push(cells);
-    }
-
-    /// Whether it has no row.
-    pub(crate) fn is_empty(&self) -> bool {
-        self.rows.is_empty()
-    }
-
-    /// The text, a line per row, each ended by a line feed, nothing trailing.
-    pub(crate) fn render(&self) -> String {
-        let widths: Vec<usize> = (0..self.columns.len())
-            .map(|n| {
-                let cells = self.rows.iter().map(|row| row[n].chars().count());
-                cells.chain([self.columns[n].head.chars().count()]).max().unwrap_or(0)
-            })
-            .collect();
-        let head: Vec<&str> = self.columns.iter().map(|column| column.head).collect();
-        let mut out = self.line(&head, &widths);
-        for row in &self.rows {
-            let cells: Vec<&str> = row.iter().map(String::as_str).collect();
-            out.push_str(&self.line(&cells, &widths));
+    /// When it has not as many cells as there are columns.
+    pub(crate) fn measure(&mut self, cells: &[String]) {
+        assert_eq!(cells.len(), self.0.len(), "a row has as many cells as there are columns");
+        for (column, cell) in self.0.iter_mut().zip(cells) {
+            column.width = column.width.max(cell.chars().count());
         }
-        out
     }
 
-    fn line(&self, cells: &[&str], widths: &[usize]) -> String {
+    /// The line with the heads.
+    pub(crate) fn head(&self) -> String {
+        self.join(self.0.iter().map(|column| column.head))
+    }
+
+    /// The line of a row that was measured.
+    pub(crate) fn line(&self, cells: &[String]) -> String {
+        self.join(cells.iter().map(String::as_str))
+    }
+
+    fn join<'a>(&self, cells: impl Iterator<Item = &'a str>) -> String {
         let mut line = String::new();
-        for ((cell, width), column) in cells.iter().zip(widths).zip(&self.columns) {
-            let padding = " ".repeat(width - cell.chars().count());
+        for (cell, column) in cells.zip(&self.0) {
+            let padding = " ".repeat(column.width.saturating_sub(cell.chars().count()));
             if column.right {
                 line.push_str(&padding);
                 line.push_str(cell);
@@ -76,6 +69,29 @@ impl Table {
         line.truncate(line.trim_end().len());
         line.push('\n');
         line
+    }
+}
+
+impl Table {
+    /// A table with these column heads; a head that begins with `>` aligns its column right.
+    pub(crate) fn new(heads: &[&'static str]) -> Self {
+        Self { columns: Columns::new(heads), rows: Vec::new() }
+    }
+
+    /// Adds a row.
+    ///
+    /// # Panics
+    /// When it has not as many cells as the table has columns.
+    pub(crate) fn row(&mut self, cells: impl IntoIterator<Item = String>) {
+        let cells: Vec<String> = cells.into_iter().collect();
+        self.columns.measure(&cells);
+        self.rows.push(cells);
+    }
+
+    /// The text, a line per row, each ended by a line feed, nothing trailing.
+    pub(crate) fn render(&self) -> String {
+        let lines = self.rows.iter().map(|row| self.columns.line(row));
+        std::iter::once(self.columns.head()).chain(lines).collect()
     }
 }
 

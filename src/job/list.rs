@@ -1,4 +1,5 @@
-//! The points of a repository, from its catalog alone: no manifest is read.
+//! The points of a repository, from its catalog alone: no manifest is read. They come a page at a
+//! time, so that a list of a million points takes little memory.
 
 use std::fmt;
 use std::sync::Arc;
@@ -8,14 +9,28 @@ use serde::{Serialize, Serializer};
 use super::{Repository, points};
 use crate::clock::Timestamp;
 use crate::error::Result;
-use crate::repo::Summary;
-use crate::vm::{PointId, Quiescence, VmIdentity};
+use crate::repo::{PointsOf, Summary, SummaryPages};
+use crate::vm::{PointId, Quiescence, Uuid, VmIdentity};
 
-/// Points, oldest first.
-#[derive(Clone, Debug, Serialize)]
+/// Points by VM, each VM's oldest first.
 pub struct List {
-    /// The points.
-    pub points: Vec<Line>,
+    pages: SummaryPages,
+    /// Of this VM alone.
+    vm: Option<Uuid>,
+}
+
+impl List {
+    /// The next points; none after the last. Cancel-safe.
+    pub async fn next(&mut self) -> Result<Option<Vec<Line>>> {
+        let Some(page) = self.pages.next().await? else { return Ok(None) };
+        let wanted = |point: &Summary| self.vm.is_none_or(|vm| vm == point.vm.uuid);
+        Ok(Some(page.into_iter().filter(wanted).map(Line::from).collect()))
+    }
+
+    /// Begins with the first points again: the same ones, but for those that are gone meanwhile.
+    pub fn rewind(&mut self) {
+        self.pages.rewind();
+    }
 }
 
 /// A point in a list.
@@ -93,7 +108,11 @@ impl From<Summary> for Line {
 
 /// Lists the points, of one VM (by name or UUID) if it is named.
 pub async fn run(repository: &Repository, vm: Option<&str>) -> Result<List> {
-    Ok(List { points: points::lines(repository, vm).await? })
+    let Some(name) = vm else {
+        return Ok(List { pages: repository.summary_pages(PointsOf::All).await?, vm: None });
+    };
+    let vm = Some(points::vm(repository, name).await?);
+    Ok(List { pages: repository.summary_pages(PointsOf::Called(name)).await?, vm })
 }
 
 /// Points share what they say of their VM.

@@ -123,6 +123,36 @@ pub(super) async fn lines(repository: &Repository, vm: Option<&str>) -> Result<V
     Ok(points.into_iter().filter(|point| point.vm.uuid == uuid).map(Line::from).collect())
 }
 
+/// The VM that `name` names. However many points there are, few are held.
+pub(super) async fn vm(repository: &Repository, name: &str) -> Result<Uuid> {
+    let choose = |points: &[PointRef]| select::vm(points, name).map(|(uuid, _)| uuid);
+    match choose(&names_of_vms(repository, PointsOf::Called(name)).await?) {
+        // Its error says what names there are.
+        Err(error) if error.kind() == Kind::NotFound => {
+            choose(&names_of_vms(repository, PointsOf::All).await?)
+        }
+        // Its error counts their points.
+        Err(error) if error.kind() == Kind::Ambiguous => {
+            choose_among(repository, name, choose).await.map(|(_, uuid)| uuid)
+        }
+        chosen => chosen,
+    }
+}
+
+/// A point for every name that a VM had.
+async fn names_of_vms(repository: &Repository, of: PointsOf<'_>) -> Result<Vec<PointRef>> {
+    let mut pages = repository.summary_pages(of).await?;
+    let (mut seen, mut names) = (HashSet::new(), Vec::new());
+    while let Some(page) = pages.next().await? {
+        for point in page {
+            if seen.insert((point.vm.uuid, point.vm.name.clone())) {
+                names.push(reference(&point));
+            }
+        }
+    }
+    Ok(names)
+}
+
 /// The point that `name` names. Only the points that can be meant are looked at, unless none is.
 pub(super) async fn find(repository: &Repository, name: &str, env: &Env) -> Result<Summary> {
     let choose = |points: &[PointRef]| select::point(points, name, &env.zone).map(|point| point.id);

@@ -46,7 +46,7 @@ mod tests;
 
 use std::sync::Arc;
 
-pub use catalog::{PointsOf, Summary};
+pub use catalog::{PointsOf, Summary, SummaryPages};
 pub use changes::ChangedDisk;
 pub use check::{CheckOptions, CheckReport, Depth, Repair};
 pub use gc::{CollectOptions, CollectReport};
@@ -158,6 +158,11 @@ impl Repository {
     /// for it and are damaged are left out with a warning.
     pub async fn summaries(&self, of: PointsOf<'_>) -> Result<Vec<Summary>> {
         catalog::summaries(&self.blobs, of).await
+    }
+
+    /// The same a page at a time, for very many points.
+    pub async fn summary_pages(&self, of: PointsOf<'_>) -> Result<SummaryPages> {
+        SummaryPages::open(&self.blobs, of).await
     }
 
     /// Begins a backup. Everything it relies on is looked at after its lease is visible, so choose

@@ -2,10 +2,11 @@
 
 use crate::cli::args::RepositoryArgs;
 use crate::cli::context::Context;
-use crate::cli::table::Table;
+use crate::cli::stream::Stream;
+use crate::cli::table::Columns;
 use crate::cli::text;
 use crate::error::Result;
-use crate::job::list::{self, List};
+use crate::job::list::{self, Line, List};
 use crate::units::ByteSize;
 
 /// List the points of a repository, oldest first
@@ -20,24 +21,63 @@ pub(crate) struct Args {
 
 pub(crate) async fn run(args: Args, context: &Context) -> Result<()> {
     let repository = context.open(&args.repository).await?;
-    let list = context.watch(list::run(&repository, args.domain.as_deref())).await?;
-    context.output.document("list", &list, |list| describe(list, context))
+    let work = async {
+        let list = list::run(&repository, args.domain.as_deref()).await?;
+        if context.output.json { document(list).await } else { lines(list, context).await }
+    };
+    context.watch(work).await
 }
 
-fn describe(list: &List, context: &Context) -> String {
-    let heads = ["point", "VM", "time", "kind", ">disks", ">size", ">read", ">stored"];
-    let mut table = Table::new(&heads);
-    for point in &list.points {
-        table.row([
-            point.id.short(),
-            point.vm.name.clone(),
-            text::time(point.time, &context.env.zone),
-            point.kind.to_string(),
-            point.disks.to_string(),
-            ByteSize(point.size_bytes).to_string(),
-            ByteSize(point.read_bytes).to_string(),
-            ByteSize(point.stored_bytes).to_string(),
-        ]);
+/// A million points never are in memory at once.
+async fn document(mut list: List) -> Result<()> {
+    let mut out = Stream::new();
+    out.begin("list", "points");
+    while let Some(points) = list.next().await? {
+        for point in &points {
+            out.item(point)?;
+        }
+        if !out.is_wanted() {
+            return Ok(());
+        }
     }
-    if table.is_empty() { "no points\n".to_owned() } else { table.render() }
+    out.end()
+}
+
+/// The same for a person: once to see how wide the columns are, once to print them.
+async fn lines(mut list: List, context: &Context) -> Result<()> {
+    let heads = ["point", "VM", "time", "kind", ">disks", ">size", ">read", ">stored"];
+    let mut columns = Columns::new(&heads);
+    let mut is_empty = true;
+    while let Some(points) = list.next().await? {
+        is_empty &= points.is_empty();
+        for point in &points {
+            columns.measure(&row(point, context));
+        }
+    }
+    let mut out = Stream::new();
+    let head = if is_empty { "no points\n".to_owned() } else { columns.head() };
+    out.text(&head)?;
+    list.rewind();
+    while let Some(points) = list.next().await? {
+        for point in &points {
+            out.text(&columns.line(&row(point, context)))?;
+        }
+        if !out.is_wanted() {
+            return Ok(());
+        }
+    }
+    out.flush()
+}
+
+fn row(point: &Line, context: &Context) -> [String; 8] {
+    [
+        point.id.short(),
+        point.vm.name.clone(),
+        text::time(point.time, &context.env.zone),
+        point.kind.to_string(),
+        point.disks.to_string(),
+        ByteSize(point.size_bytes).to_string(),
+        ByteSize(point.read_bytes).to_string(),
+        ByteSize(point.stored_bytes).to_string(),
+    ]
 }

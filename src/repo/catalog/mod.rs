@@ -11,6 +11,7 @@
 //! VMs called foo and no others.
 
 mod merge;
+mod pages;
 mod segment;
 #[cfg(test)]
 mod tests;
@@ -22,6 +23,7 @@ use std::sync::Arc;
 use tokio::task::JoinSet;
 
 pub(super) use merge::{merge_tier, tidy};
+pub use pages::SummaryPages;
 
 use super::blobs::Blobs;
 use super::manifest::Manifest;
@@ -182,15 +184,19 @@ impl Catalog {
     }
 
     async fn points(&self, of: PointsOf<'_>) -> Result<Vec<Summary>> {
+        self.summaries(&self.names(of).await?).await
+    }
+
+    /// The names of the points, in their order.
+    async fn names(&self, of: PointsOf<'_>) -> Result<Vec<PointName>> {
         let store = &*self.blobs.store;
-        let names = match of {
-            PointsOf::All => points::names(store, Domains::All).await?,
+        match of {
+            PointsOf::All => points::names(store, Domains::All).await,
             PointsOf::Called(text) => {
                 let domains = self.domains(text).await?;
-                points::names(store, Domains::Of(&domains)).await?
+                points::names(store, Domains::Of(&domains)).await
             }
-        };
-        self.summaries(&names).await
+        }
     }
 
     /// The domains with points that may be called `text`.
