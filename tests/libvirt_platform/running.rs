@@ -1,5 +1,8 @@
 //! Running domains: full, incremental, and everything that goes wrong around them.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use vmbackup::clock::{Clock, SystemClock};
 use vmbackup::control::Control;
 use vmbackup::error::Kind;
@@ -7,7 +10,7 @@ use vmbackup::platform::{BackupMode, Platform, Quiesce};
 use vmbackup::vm::{ArtifactKind, Consistency, FullReason, ReadMode};
 
 use crate::bare::{Bare, backup, image, known, point, qcow2, request, take};
-use crate::support::TestEnv;
+use crate::support::{Outcome, TestEnv};
 
 const MIB: u64 = 1 << 20;
 
@@ -159,6 +162,58 @@ async fn a_job_that_ends_early_is_noticed_although_the_export_reads_on() {
     assert_eq!(snapshot.still_valid().await.unwrap_err().kind(), Kind::SnapshotLost);
     snapshot.abort().await.unwrap();
     assert_eq!(bare.bitmaps(), Vec::<String>::new());
+}
+
+/// libvirt takes note of the end of a job when it comes round to it; QEMU lists the job until then
+/// and serves live data. A check that trusted the list called a dead job alive on a busy machine.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_that_ended_is_noticed_before_libvirt_has_taken_note_of_it() {
+    let env = TestEnv::new();
+    let bare = Bare::start(&env, &qcow2(&env, 'a', "8M"));
+    let platform = bare.platform().await;
+    let busy = Busy::keep(&bare);
+    for id in 1..=8 {
+        let mut snapshot = platform.open_snapshot(&request(id), &Control::new()).await.unwrap();
+        snapshot.still_valid().await.unwrap();
+        bare.virsh(&["domjobabort", &bare.name]).ok();
+        let error = snapshot.still_valid().await.unwrap_err();
+        assert_eq!(error.kind(), Kind::SnapshotLost, "{error:?}");
+        snapshot.abort().await.unwrap();
+    }
+    drop(busy);
+    assert_eq!(bare.bitmaps(), Vec::<String>::new());
+}
+
+/// Keeps libvirt busy with a domain: whoever wants to note something about it waits for a turn.
+struct Busy {
+    stop: Arc<AtomicBool>,
+    threads: Vec<std::thread::JoinHandle<()>>,
+}
+
+impl Busy {
+    fn keep(bare: &Bare<'_>) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let threads = (0..16).map(|_| {
+            let (stop, name) = (Arc::clone(&stop), bare.name.clone());
+            // One process that asks again and again: starting one each takes longer than the answer.
+            let asks = format!("domblkinfo {name} vda; ").repeat(200);
+            let mut command = bare.env.command("virsh");
+            command.args(["-q", "-c", "qemu:///system", &asks]);
+            std::thread::spawn(move || {
+                while !stop.load(Ordering::Relaxed) {
+                    Outcome::of(&mut command);
+                }
+            })
+        });
+        Self { threads: threads.collect(), stop }
+    }
+}
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        self.threads.drain(..).for_each(|thread| thread.join().unwrap());
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

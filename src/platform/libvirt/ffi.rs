@@ -176,6 +176,9 @@ pub(super) struct JobStatus {
     pub(super) operation: Option<u32>,
     /// Why it failed.
     pub(super) error: Option<String>,
+    /// Bytes all disks of a pull-mode backup may need as scratch: those of the disks whose jobs
+    /// libvirt has not begun to end, and of those whose end it has taken note of.
+    pub(super) scratch_bytes_max: Option<u64>,
 }
 
 impl JobStatus {
@@ -218,15 +221,16 @@ pub(super) fn job_status(domain: &Domain) -> VirtResult<JobStatus> {
     Ok(status)
 }
 
-/// Whether QEMU has a block job (a backup's, among others) on a disk now.
-pub(super) fn has_block_job(domain: &Domain, disk: &str) -> VirtResult<bool> {
+/// Bytes that QEMU's block job (a backup's, among others) on a disk has to do in all; `None` when
+/// libvirt has no job there. QEMU lists a job that has ended until libvirt has taken note of it.
+pub(super) fn block_job_bytes(domain: &Domain, disk: &str) -> VirtResult<Option<u64>> {
     let disk = text(disk)?;
     // SAFETY: the struct is plain numbers, for which zeroes are a value.
     let mut info: sys::virDomainBlockJobInfo = unsafe { std::mem::zeroed() };
     // SAFETY: the domain and the string outlive the call, which fills `info` when it returns 1.
     let found =
         unsafe { sys::virDomainGetBlockJobInfo(domain.as_ptr(), disk.as_ptr(), &raw mut info, 0) };
-    Ok(check(found)? == 1)
+    Ok((check(found)? == 1).then_some(info.end))
 }
 
 /// Reads the parameters we know from a list libvirt made.
@@ -254,6 +258,10 @@ unsafe fn job_parameters(parameters: sys::virTypedParameterPtr, count: c_int) ->
             {
                 let message = CStr::from_ptr(parameter.value.s);
                 status.error = Some(message.to_string_lossy().into_owned());
+            } else if name == sys::VIR_DOMAIN_JOB_DISK_TEMP_TOTAL
+                && kind == sys::VIR_TYPED_PARAM_ULLONG
+            {
+                status.scratch_bytes_max = Some(parameter.value.ul);
             }
         }
     }

@@ -13,7 +13,7 @@ use async_trait::async_trait;
 use super::CheckpointMetadata;
 use super::checkpoint::{Checkpoints, Delete};
 use super::connection::DomainHandle;
-use super::ffi;
+use super::ffi::{self, VirtResult};
 use super::job::{self, JobDisk, Server};
 use super::lock::{DomainLock, Record};
 use super::open::drop_stale;
@@ -28,7 +28,7 @@ use crate::nbd::{Client, ClientOptions};
 use crate::platform::{SnapshotDisk, VmSnapshot};
 use crate::vm::{Artifact, ExcludedDisk, NotCaptured, PointId, Quiescence};
 
-/// Between two looks at the job: ending one takes libvirt 20 ms (libvirt 11.3, idle machine).
+/// Between two looks at the job: an event reaches libvirt in 20 ms (libvirt 11.3, idle machine).
 const SETTLE: Duration = Duration::from_millis(50);
 
 /// The transaction.
@@ -64,28 +64,48 @@ impl RunningSnapshot {
         Checkpoints { domain: &self.domain, chain: &self.chain, all: &self.all }
     }
 
-    /// `Ok` if libvirt has our job and QEMU has a block job for every disk of it.
+    /// `Ok` if our job was whole when this was called.
+    ///
+    /// The order is the proof (libvirt's qemu_backup.c). The statistics leave out every disk whose
+    /// job libvirt has begun to end, from the moment it has told QEMU to; they count it again when
+    /// libvirt has taken note of the end, but then QEMU's job on the disk is gone for good. So a
+    /// sum that is complete, with every job there *afterwards*, is the sum of jobs nobody has ended.
+    /// And as libvirt has one backup at a time, all of this was ours if it has ours last.
+    ///
+    /// That QEMU lists the jobs proves nothing alone: those that have ended are listed until
+    /// libvirt comes round to them, and all that time the exports serve live data.
     async fn check_active(&self) -> Result<()> {
-        match job::active(&self.domain).await? {
-            Some(active) if active.point == Some(self.point) => {}
-            _ => return Err(ended(&self.domain, None)),
-        }
         let names: Vec<String> = self.job_disks.iter().map(|disk| disk.name.clone()).collect();
-        let all = self
-            .domain
-            .call("ask for the block jobs of", move |domain| {
-                names
-                    .iter()
-                    .try_fold(true, |all, name| Ok(all && ffi::has_block_job(domain, name)?))
-            })
-            .await?;
-        if all { Ok(()) } else { Err(ended(&self.domain, None)) }
+        let what = "ask for the block jobs of";
+        let asked = self.domain.raw_call(what, move |domain| {
+            let sum = ffi::job_status(domain)?.scratch_bytes_max;
+            let jobs = names.iter().map(|name| ffi::block_job_bytes(domain, name));
+            Ok((sum, jobs.collect::<VirtResult<Option<Vec<u64>>>>()?))
+        });
+        let whole = match asked.await? {
+            Ok((sum, jobs)) => jobs.is_some_and(|jobs| {
+                jobs.iter().all(|bytes| *bytes > 0) && Some(jobs.iter().sum()) == sum
+            }),
+            Err(error) => {
+                let error = self.domain.wrap(what, error);
+                if matches!(error.kind(), Kind::Connection | Kind::Timeout | Kind::Busy) {
+                    return Err(error);
+                }
+                // "Backup job data missing", "domain is not running".
+                tracing::debug!(?error, "the block jobs cannot be asked for");
+                false
+            }
+        };
+        match job::active(&self.domain).await? {
+            Some(active) if whole && active.point == Some(self.point) => Ok(()),
+            _ => Err(ended(&self.domain, None)),
+        }
     }
 
     /// `Ok` if the job was whole a moment ago.
     async fn check_whole(&self) -> Result<()> {
-        // A job that is being ended is gone in QEMU before libvirt has noticed, and disk by disk:
-        // what passes twice, with the time of that notice in between, was whole at the first.
+        // Should a job end by itself, which is not known to happen without a copy in the
+        // background, libvirt knows when QEMU's event has reached it: the second look sees that.
         self.check_active().await?;
         tokio::time::sleep(SETTLE).await;
         self.check_active().await
