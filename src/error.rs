@@ -95,9 +95,15 @@ impl Error {
         Self(Box::new(Inner { kind, message: message.into(), hint, source: Some(Box::new(self)) }))
     }
 
-    /// An I/O error on a named object; the kind follows the error number.
+    /// An I/O error on a named object; kind and, where there is one for all, hint follow the error
+    /// number.
     pub fn io(message: impl Into<String>, error: std::io::Error) -> Self {
-        Self::new(kind_of_io(&error), message).source(error)
+        let kind = kind_of_io(&error);
+        let wrapped = Self::new(kind, message).source(error);
+        match kind {
+            Kind::NoSpace => wrapped.hint("free space there, or choose another place"),
+            _ => wrapped,
+        }
     }
 
     /// The kind.

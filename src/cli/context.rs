@@ -115,7 +115,15 @@ impl Context {
 pub(crate) fn secret(source: &KeySource) -> Result<Option<Credentials>> {
     Ok(match source {
         KeySource::Ask => None,
-        KeySource::PasswordFile(file) => Some(Credentials::Password(prompt::password_file(file)?)),
+        KeySource::PasswordFile(file) => {
+            let password = prompt::password_file(file).map_err(|error| match error.kind() {
+                Kind::NotFound | Kind::Permission => error.hint(
+                    "--password-file or VMBACKUP_PASSWORD_FILE names it: name one this user can read",
+                ),
+                _ => error,
+            });
+            Some(Credentials::Password(password?))
+        }
         KeySource::KeyFile(file) => Some(Credentials::KeyFile(prompt::key_file(file)?)),
     })
 }

@@ -1,6 +1,6 @@
 //! What the arguments that name a VM, and those of a restore, mean.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::args::RepositoryArgs;
@@ -42,10 +42,16 @@ pub(crate) fn snapshot(args: SnapshotArgs) -> Result<SnapshotOptions> {
             QuiesceArg::Never => Quiesce::Never,
         },
         freeze_budget: duration("--freeze-budget", &args.freeze_budget)?,
-        scratch_dir: args.scratch_dir,
+        scratch_dir: args.scratch_dir.as_deref().map(scratch_dir).transpose()?,
         exclude_disks: args.exclude_disk,
         insecure_tcp: args.insecure_tcp,
     })
+}
+
+/// libvirt and QEMU have working directories of their own.
+fn scratch_dir(path: &Path) -> Result<PathBuf> {
+    std::path::absolute(path)
+        .map_err(|e| Error::io(format!("--scratch-dir: cannot resolve '{}'", path.display()), e))
 }
 
 /// Where a restore goes.
@@ -115,6 +121,14 @@ pub(crate) fn duration(option: &str, text: &str) -> Result<Duration> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_scratch_directory_is_the_same_for_whoever_uses_it() {
+        let here = std::env::current_dir().unwrap();
+        assert_eq!(scratch_dir(Path::new("scratch")).unwrap(), here.join("scratch"));
+        assert_eq!(scratch_dir(Path::new("/s")).unwrap(), Path::new("/s"));
+        assert_eq!(scratch_dir(Path::new("")).unwrap_err().kind(), Kind::Io);
+    }
 
     #[test]
     fn times_have_units() {

@@ -72,15 +72,18 @@ pub async fn make_default(
         return Ok(false);
     }
     make(location, Parents::Create, credentials, env).await?;
-    let text = match credentials {
-        Credentials::None => format!(
-            "made the repository {}; it has no key: whoever can read the directory can read the \
-             backups ('vmbackup repo key add' gives it one)",
-            location.display()
+    let (level, text) = match credentials {
+        Credentials::None => (
+            NoticeLevel::Warning,
+            format!(
+                "made the repository {}; it has no key: whoever can read the directory can read \
+                 the backups ('vmbackup repo key add' gives it one)",
+                location.display()
+            ),
         ),
-        _ => format!("made the repository {}", location.display()),
+        _ => (NoticeLevel::Info, format!("made the repository {}", location.display())),
     };
-    control.notice(NoticeLevel::Info, text);
+    control.notice(level, text);
     Ok(true)
 }
 

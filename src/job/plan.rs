@@ -8,7 +8,7 @@ use serde::Serialize;
 use super::points::Bases;
 use super::source::{self, SnapshotOptions, SourceSpec};
 use super::{Repository, Surroundings};
-use crate::error::Result;
+use crate::error::{Kind, Result};
 use crate::platform::{BackupMode, SnapshotRequest};
 use crate::vm::{ExcludedDisk, PointId, ReadMode, VmIdentity};
 
@@ -45,8 +45,8 @@ pub struct Disk {
     pub name: String,
     /// Virtual size.
     pub size_bytes: u64,
-    /// How it would be read, and why.
-    pub read: ReadMode,
+    /// How it would be read, and why; `None` where that cannot be known now (a problem says why).
+    pub read: Option<ReadMode>,
     /// Bytes that would be read, where that can be known without reading.
     pub expected_bytes: Option<u64>,
 }
@@ -67,6 +67,9 @@ pub struct Scratch {
 pub struct Problem {
     /// Whether a backup would fail because of it.
     pub fatal: bool,
+    /// What it would fail with.
+    #[serde(skip)]
+    pub kind: Option<Kind>,
     /// What is wrong.
     pub what: String,
     /// The exact next step.
@@ -127,7 +130,7 @@ pub async fn run(
         problems: plan
             .problems
             .into_iter()
-            .map(|p| Problem { fatal: p.fatal, what: p.what, fix: p.fix })
+            .map(|p| Problem { fatal: p.fatal.is_some(), kind: p.fatal, what: p.what, fix: p.fix })
             .collect(),
     })
 }

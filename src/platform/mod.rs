@@ -37,7 +37,7 @@ use async_trait::async_trait;
 use crate::block::BlockSource;
 use crate::clock::{Clock, Timestamp};
 use crate::control::Control;
-use crate::error::Result;
+use crate::error::{Error, Kind, Result};
 use crate::vm::{
     Artifact, DiskDescription, ExcludedDisk, NotCaptured, PointId, Quiescence, ReadMode, VmIdentity,
 };
@@ -209,8 +209,8 @@ pub struct SnapshotPlan {
 pub struct PlannedDisk {
     /// What it is.
     pub description: DiskDescription,
-    /// How it would be read, and why.
-    pub read: ReadMode,
+    /// How it would be read, and why; `None` where that cannot be known now (a problem says why).
+    pub read: Option<ReadMode>,
     /// Bytes that would be read, as far as it can be known without reading.
     pub expected_bytes: Option<u64>,
 }
@@ -229,10 +229,18 @@ pub struct ScratchPlan {
 /// Something a plan found.
 #[derive(Clone, Debug)]
 pub struct Problem {
-    /// Whether the backup would fail because of it.
-    pub fatal: bool,
+    /// What a backup would fail with because of it; `None` for a weakness.
+    pub fatal: Option<Kind>,
     /// What is wrong.
     pub what: String,
     /// The exact next step.
     pub fix: String,
+}
+
+impl Problem {
+    /// What makes a backup fail with `error`.
+    fn fatal(error: &Error) -> Self {
+        let fix = error.hint_text().unwrap_or("see the message").to_owned();
+        Self { fatal: Some(error.kind()), what: error.to_string(), fix }
+    }
 }

@@ -172,12 +172,12 @@ fn largest_file(directory: &std::path::Path) -> std::path::PathBuf {
 }
 
 /// A file system of 2 MiB, unmounted when dropped.
-struct SmallDisk {
-    path: std::path::PathBuf,
+pub(crate) struct SmallDisk {
+    pub(crate) path: std::path::PathBuf,
 }
 
 impl SmallDisk {
-    fn mount(fixture: &Fixture) -> Self {
+    pub(crate) fn mount(fixture: &Fixture) -> Self {
         let path = fixture.env.path("small");
         fs::create_dir(&path).unwrap();
         let at = path.to_str().unwrap();

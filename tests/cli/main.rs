@@ -12,6 +12,7 @@ mod check;
 mod errors;
 mod fixture;
 mod help;
+mod hints;
 mod journey;
 mod memory;
 mod repository;

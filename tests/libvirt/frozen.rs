@@ -9,7 +9,7 @@ use crate::rig::assert_no_trace;
 use crate::support::{DiskFormat, Domain, DomainSpec, Guest, TestEnv, wait_until};
 
 fn frozen_by_record(env: &TestEnv, domain: &Domain<'_>) -> bool {
-    let record = env.path("run").join(format!("{}.lock", domain.uuid()));
+    let record = env.path("run").join(format!("{}.record", domain.uuid()));
     std::fs::read_to_string(record).unwrap_or_default().contains("\"frozen\":true")
 }
 

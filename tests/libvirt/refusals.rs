@@ -32,9 +32,9 @@ fn a_foreign_backup_job_is_left_alone() {
     env.init_repo();
     let (domain, _guest) = Domain::boot(&env, &DomainSpec::with_disks(&[DiskFormat::Qcow2]));
     let xml = format!(
-        "<domainbackup mode='pull'><server transport='unix' socket='/var/lib/libvirt/qemu/{}.sock'/>\
+        "<domainbackup mode='pull'><server transport='unix' socket='{}'/>\
          </domainbackup>",
-        env.name("nbd")
+        env.open_dir("foreign").join("nbd.sock").display()
     );
     let file = env.path("foreign.xml");
     fs::write(&file, xml).expect("own directory");

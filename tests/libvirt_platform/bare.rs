@@ -73,6 +73,16 @@ impl<'env> Bare<'env> {
         listed.lines().map(str::to_owned).filter(|line| !line.is_empty()).collect()
     }
 
+    /// The sockets of exports of ours that lie in the running domain's directory.
+    pub(crate) fn sockets(&self) -> Vec<PathBuf> {
+        let id = self.virsh(&["domid", &self.name]).text();
+        let short: String = self.name.chars().take(20).collect();
+        let dir = format!("/var/lib/libvirt/qemu/domain-{}-{short}", id.trim());
+        let entries = std::fs::read_dir(dir).expect("of a running domain");
+        let paths = entries.map(|entry| entry.expect("readable").path());
+        paths.filter(|path| path.to_string_lossy().contains("/vmb-")).collect()
+    }
+
     /// The bitmaps QEMU has on the named disk's node, asked of QEMU itself.
     pub(crate) fn bitmaps(&self) -> Vec<String> {
         let json = self

@@ -64,7 +64,7 @@ async fn a_guest_that_a_killed_run_left_frozen_is_thawed_by_the_next() {
     let uuid = platform.identify().await.expect("identified").uuid;
     // What a run that is killed between freeze and thaw leaves: its record and a frozen guest.
     let record = serde_json::json!({"point": point(1).to_string(), "frozen": true});
-    let path = env.path("run").join(format!("{uuid}.lock"));
+    let path = env.path("run").join(format!("{uuid}.record"));
     std::fs::write(path, record.to_string()).expect("own directory");
     domain.virsh(&["domfsfreeze", domain.name()]).ok();
     let mut wanted = request(2);

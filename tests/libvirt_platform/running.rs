@@ -1,5 +1,6 @@
 //! Running domains: full, incremental, and everything that goes wrong around them.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -111,7 +112,7 @@ async fn one_disk_without_its_bitmap_is_read_in_full_and_the_other_is_not() {
     let mut next = request(2);
     next.known_points = vec![first];
     let plan = bare.platform().await.plan(&next).await.unwrap();
-    let planned: Vec<_> = plan.disks.iter().map(|disk| disk.read.clone()).collect();
+    let planned: Vec<_> = plan.disks.iter().map(|disk| disk.read.clone().unwrap()).collect();
     let (_, taken) = backup(&bare, &next).await.unwrap();
     let read: Vec<_> = taken.iter().map(|disk| disk.read.clone()).collect();
     let missing = full(FullReason::BitmapMissing);
@@ -212,7 +213,7 @@ impl Busy {
 impl Drop for Busy {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
-        self.threads.drain(..).for_each(|thread| thread.join().unwrap());
+        self.threads.drain(..).for_each(|thread| thread.join().expect("ends"));
     }
 }
 
@@ -242,16 +243,18 @@ async fn a_foreign_job_is_busy_and_a_killed_run_of_ours_is_cleared_away() {
     assert_eq!(backup(&bare, &request(2)).await.unwrap_err().kind(), Kind::Busy);
     // As kill -9 would: the lock is released, everything else stays.
     drop(snapshot);
+    assert_eq!(bare.sockets().len(), 1);
     let (_, taken) = backup(&bare, &request(3)).await.unwrap();
+    assert_eq!(bare.sockets(), Vec::<PathBuf>::new());
     assert_eq!(taken[0].read, full(FullReason::FirstBackup));
     assert_eq!(bare.bitmaps(), [bare.checkpoint(point(3))]);
 
     let xml = env.path("foreign.xml");
     // With a scratch file: libvirt 9.0 has no default name for it.
     let text = format!(
-        "<domainbackup mode='pull'><server transport='unix' socket='/var/lib/libvirt/qemu/{}.sock'/>\
+        "<domainbackup mode='pull'><server transport='unix' socket='{}'/>\
          <disks><disk name='vda' type='file'><scratch file='{}'/></disk></disks></domainbackup>",
-        bare.name,
+        env.open_dir("foreign").join("nbd.sock").display(),
         env.path("foreign-scratch.qcow2").display()
     );
     std::fs::write(&xml, text).unwrap();
@@ -259,6 +262,10 @@ async fn a_foreign_job_is_busy_and_a_killed_run_of_ours_is_cleared_away() {
     let error = backup(&bare, &request(4)).await.unwrap_err();
     assert_eq!(error.kind(), Kind::Busy);
     assert!(error.hint_text().unwrap().contains("domjobabort"));
+    // Nobody can ask for the bitmaps now: that is not "no bitmap".
+    let plan = platform.plan(&request(5)).await.unwrap();
+    let fatal: Vec<_> = plan.problems.iter().filter_map(|problem| problem.fatal).collect();
+    assert_eq!((fatal, &plan.disks[0].read), (vec![Kind::Busy], &None));
     assert_eq!(bare.bitmaps().len(), 1);
     bare.virsh(&["domjobabort", &bare.name]).ok();
 }
@@ -337,15 +344,16 @@ async fn a_plan_tells_what_the_backup_does_and_leaves_no_trace() {
     next.known_points = vec![first];
     let plan = platform.plan(&next).await.unwrap();
     assert!(plan.running);
-    assert_eq!(plan.disks[0].read, ReadMode::Incremental { base: point(1) });
+    assert_eq!(plan.disks[0].read, Some(ReadMode::Incremental { base: point(1) }));
     assert_eq!(plan.disks[0].expected_bytes, Some(128 << 10));
     assert_eq!(plan.excluded[0].name, "hdc");
     assert_eq!(plan.scratch.as_ref().unwrap().bytes_max, 8 * MIB);
-    assert!(plan.problems.iter().all(|problem| !problem.fatal), "{:?}", plan.problems);
+    assert!(plan.problems.iter().all(|problem| problem.fatal.is_none()), "{:?}", plan.problems);
     assert_eq!(bare.checkpoints(), Vec::<String>::new());
     let snapshot = platform.open_snapshot(&next, &Control::new()).await.unwrap();
     let busy = platform.plan(&next).await.unwrap();
-    assert!(busy.problems.iter().any(|problem| problem.fatal));
+    let fatal: Vec<_> = busy.problems.iter().filter_map(|problem| problem.fatal).collect();
+    assert_eq!((fatal, &busy.disks[0].read), (vec![Kind::Busy], &None));
     let _ = known(point(2), &*snapshot);
     snapshot.abort().await.unwrap();
 }

@@ -240,3 +240,22 @@ async fn a_job_that_could_not_be_ended_stays_on_record_and_is_ended_by_the_next_
     next.commit().await.expect("commits");
     assert!(!has_backup_job(&bare));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn scratch_that_qemu_may_not_write_to_names_the_user_and_the_path() {
+    let env = TestEnv::new();
+    let bare = Bare::start(&env, &qcow2(&env, 'a', "8M"));
+    let scratch = env.path("locked");
+    std::fs::create_dir(&scratch).expect("own directory");
+    env.run("chmod", &["700", scratch.to_str().expect("text")]).ok();
+    let mut wanted = request(1);
+    wanted.scratch_dir = Some(scratch.clone());
+    let error = bare.platform().await.open_snapshot(&wanted, &Control::new()).await.err();
+    let error = error.expect("the directory is root's");
+    assert_eq!(error.kind(), Kind::Permission, "{error:?}");
+    let hint = error.hint_text().expect("a next step");
+    let user = env.run("stat", &["-c", "%U", "/var/lib/libvirt/qemu"]).text();
+    let chown = format!("chown {} {}", user.trim(), scratch.display());
+    assert!(hint.contains(&chown) && hint.contains("AppArmor"), "{hint}");
+    assert_eq!((bare.bitmaps(), bare.sockets()), (Vec::new(), Vec::new()));
+}

@@ -74,11 +74,11 @@ async fn a_vm_is_identified_and_its_plan_names_every_disk() {
     assert_eq!(machine.ours().await, before, "a plan changes nothing");
     assert_eq!(plan.disks.len(), 1);
     assert_eq!(plan.disks[0].description.name, "disk-a");
-    assert_eq!(plan.disks[0].read, ReadMode::Incremental { base: first });
+    assert_eq!(plan.disks[0].read, Some(ReadMode::Incremental { base: first }));
     assert_eq!(plan.disks[0].expected_bytes, Some(65536));
     assert_eq!(plan.excluded[0].name, "disk-b");
     assert_eq!(plan.scratch.unwrap().bytes_max, SIZE);
-    assert!(plan.problems.iter().all(|problem| !problem.fatal), "{:?}", plan.problems);
+    assert!(plan.problems.iter().all(|problem| problem.fatal.is_none()), "{:?}", plan.problems);
 }
 
 #[tokio::test]

@@ -55,6 +55,14 @@ impl TestEnv {
         self.dir.path().join(name)
     }
 
+    /// A directory in it that everybody may write to, QEMU's user among them.
+    pub(crate) fn open_dir(&self, name: &str) -> PathBuf {
+        let path = self.path(name);
+        fs::create_dir_all(&path).expect("own directory");
+        fs::set_permissions(&path, Permissions::from_mode(0o777)).expect("own directory");
+        path
+    }
+
     /// A name nothing else on this machine has, for domains and the like.
     pub(crate) fn name(&self, suffix: &str) -> String {
         if suffix.is_empty() { self.name.clone() } else { format!("{}-{suffix}", self.name) }

@@ -13,7 +13,8 @@ use crate::units::ByteSize;
 
 /// Show what a backup would do to each disk and why, without changing anything
 ///
-/// Exits with an error when a backup would fail; each problem comes with the exact fix.
+/// When a backup would fail, exits with the code it would fail with; each problem comes with the
+/// exact fix.
 #[derive(clap::Args, Debug)]
 pub(crate) struct Args {
     #[command(flatten)]
@@ -30,13 +31,12 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<()> {
     let job = plan::run(repository.as_ref(), request, (&context.env, &context.control));
     let plan = context.watch(job).await?;
     context.output.document("plan", &plan, describe)?;
-    let fatal = plan.problems.iter().filter(|problem| problem.fatal).count();
-    if fatal > 0 {
-        let message = format!("a backup of {} would fail", plan.vm.name);
-        return Err(Error::new(Kind::Unsupported, message)
-            .hint(format!("fix {} above", text::count(fatal, "problem"))));
-    }
-    Ok(())
+    let fatal: Vec<Kind> = plan.problems.iter().filter_map(|problem| problem.kind).collect();
+    // As the backup would: it fails at the first.
+    let Some(kind) = fatal.first() else { return Ok(()) };
+    let message = format!("a backup of {} would fail", plan.vm.name);
+    Err(Error::new(*kind, message)
+        .hint(format!("fix {} above", text::count(fatal.len(), "problem"))))
 }
 
 fn describe(plan: &Plan) -> String {
@@ -46,7 +46,7 @@ fn describe(plan: &Plan) -> String {
         table.row([
             disk.name.clone(),
             ByteSize(disk.size_bytes).to_string(),
-            text::read_mode(&disk.read),
+            disk.read.as_ref().map_or_else(|| "unknown now".into(), text::read_mode),
             expected.unwrap_or_else(|| "unknown".into()),
         ]);
     }

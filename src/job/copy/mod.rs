@@ -412,9 +412,15 @@ impl Copying<'_> {
 fn reached(error: Error, progress: &DiskProgress) -> Error {
     match error.kind() {
         Kind::Cancelled | Kind::Usage | Kind::Mismatch => error,
-        _ => {
+        kind => {
             let done = progress.done_bytes();
-            error.context(format!("the copy failed after {done} bytes"))
+            let room = kind == Kind::NoSpace && error.hint_text().is_none();
+            let error = error.context(format!("the copy failed after {done} bytes"));
+            if room {
+                error.hint("free space at the target, or choose another place")
+            } else {
+                error
+            }
         }
     }
 }

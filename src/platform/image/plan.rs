@@ -14,7 +14,7 @@ pub(super) async fn plan(images: &Images, request: &SnapshotRequest) -> Result<S
     let (included, excluded) = select(&images.disks, request)?;
     let mut disks = Vec::new();
     let mut problems = vec![Problem {
-        fatal: false,
+        fatal: None,
         what: "the VM cannot start while its images are read".to_owned(),
         fix: "stop the backup (Ctrl-C) if the VM must start before it has ended".to_owned(),
     }];
@@ -22,12 +22,14 @@ pub(super) async fn plan(images: &Images, request: &SnapshotRequest) -> Result<S
         let layers = match layers(&disk.source.path, &disk.source.format).await {
             Ok(layers) => layers,
             Err(error) => {
-                problems.push(problem(&error));
+                problems.push(Problem::fatal(&error));
                 continue;
             }
         };
         problems.extend(
-            layers.iter().filter_map(|layer| Some(problem(&ImageLock::probe(&layer.path).err()?))),
+            layers
+                .iter()
+                .filter_map(|layer| Some(Problem::fatal(&ImageLock::probe(&layer.path).err()?))),
         );
         let checkpoints = Checkpoints::new(request, identity.uuid, &disk.name)?;
         let read = checkpoints.read_mode(disk, &layers, request);
@@ -36,7 +38,8 @@ pub(super) async fn plan(images: &Images, request: &SnapshotRequest) -> Result<S
             // How much a bitmap marks is known once it is opened.
             ReadMode::Incremental { .. } => None,
         };
-        disks.push(PlannedDisk { description: describe(disk, &layers), read, expected_bytes });
+        let description = describe(disk, &layers);
+        disks.push(PlannedDisk { description, read: Some(read), expected_bytes });
     }
     Ok(SnapshotPlan { identity, running: false, disks, excluded, scratch: None, problems })
 }
@@ -80,9 +83,4 @@ pub(super) fn describe(disk: &ImageDisk, layers: &[Layer]) -> DiskDescription {
 fn allocated_bytes(layers: &[Layer]) -> Option<u64> {
     let sum = layers.iter().map(|layer| layer.info.allocated_bytes).sum::<Option<u64>>()?;
     Some(sum.min(layers.first()?.info.size_bytes))
-}
-
-fn problem(error: &Error) -> Problem {
-    let fix = error.hint_text().unwrap_or("see the message").to_owned();
-    Problem { fatal: true, what: error.to_string(), fix }
 }

@@ -27,6 +27,12 @@ pub(super) fn wrap(message: impl Into<String>, error: VirtError) -> Error {
     }
 }
 
+/// What who is not let in can do.
+const ACCESS: &str = "run as root, or as a member of the group 'libvirt' ('usermod -aG libvirt USER', \
+     then log in again), which may use the daemon's socket; domains of your own are at --connect \
+     qemu:///session; with polkit access control the user needs domain.read-secure, domain.write, \
+     domain.checkpoint and domain.backup";
+
 fn classify(error: &VirtError) -> (Kind, Option<&'static str>) {
     use ErrorNumber as N;
     let message = error.message();
@@ -35,13 +41,9 @@ fn classify(error: &VirtError) -> (Kind, Option<&'static str>) {
         N::NoDomain | N::NoDomainCheckpoint | N::NoStoragePool => (Kind::NotFound, None),
         N::NoDomainBackup => (Kind::SnapshotLost, None),
         N::MultipleDomains => (Kind::Ambiguous, None),
-        N::AccessDenied | N::AuthFailed | N::AuthCancelled | N::AuthUnavailable => (
-            Kind::Permission,
-            Some(
-                "run as root, or as a member of the group 'libvirt'; with polkit access control the \
-                 user needs domain.read-secure, domain.write, domain.checkpoint and domain.backup",
-            ),
-        ),
+        N::AccessDenied | N::AuthFailed | N::AuthCancelled | N::AuthUnavailable => {
+            (Kind::Permission, Some(ACCESS))
+        }
         N::NoSource | N::NoConnect | N::NoServer | N::NoClient | N::Rpc | N::Ssh | N::Libssh => {
             (Kind::Connection, None)
         }
@@ -68,6 +70,8 @@ fn classify(error: &VirtError) -> (Kind, Option<&'static str>) {
                  it once ('virsh resume'), then back it up",
             ),
         ),
+        // virpolkit.c: the daemon asks polkit whether this user may, and polkit is not there to ask.
+        N::InternalError if message.contains("system bus") => (Kind::Permission, Some(ACCESS)),
         N::InternalError if message.contains("No space left") => (Kind::NoSpace, None),
         N::InternalError if message.contains("Permission denied") => (
             Kind::Permission,
@@ -83,10 +87,7 @@ fn classify(error: &VirtError) -> (Kind, Option<&'static str>) {
 /// `VIR_ERR_SYSTEM_ERROR` carries an errno as text.
 fn system(message: &str) -> (Kind, Option<&'static str>) {
     if message.contains("Permission denied") {
-        (
-            Kind::Permission,
-            Some("run as root or as a member of the group 'libvirt', or use qemu:///session"),
-        )
+        (Kind::Permission, Some(ACCESS))
     } else if message.contains("No space left") {
         (Kind::NoSpace, None)
     } else if message.contains("socket") || message.contains("connect") {

@@ -13,6 +13,7 @@ use virt::error::ErrorNumber;
 use super::connection::DomainHandle;
 use super::error::code;
 use super::ffi::{self, JobStatus};
+use super::lock::{DomainLock, Unfinished};
 use super::names::socket_point;
 use super::xml::{Element, escaped};
 use crate::error::{Error, Kind, Result};
@@ -171,6 +172,35 @@ pub(super) async fn status(domain: &DomainHandle) -> Result<JobStatus> {
         }
         tokio::time::sleep(STATUS_POLL).await;
     }
+}
+
+/// [`Kind::Busy`] if the domain does something a backup cannot begin beside; the backup job of an
+/// earlier run of ours, whose record is in `lock`, is for the caller to end.
+pub(super) async fn check_idle(
+    domain: &DomainHandle,
+    lock: &DomainLock,
+) -> Result<Option<ActiveJob>> {
+    let name = &domain.name;
+    if let Some(active) = active(domain).await? {
+        let ours = match &lock.unfinished {
+            Unfinished::Recorded(record) => active.point.is_some_and(|point| record.owns(point)),
+            Unfinished::Nothing | Unfinished::Unreadable => false,
+        };
+        if ours {
+            return Ok(Some(active));
+        }
+        let message = format!("domain '{name}' has a backup job already, of {}", active.owner);
+        return Err(Error::new(Kind::Busy, message).hint(format!(
+            "wait for it to end; if whoever began it is gone, end it with 'virsh domjobabort {name}'"
+        )));
+    }
+    let status = status(domain).await?;
+    if !status.active {
+        return Ok(None);
+    }
+    let message = format!("domain '{name}' is busy with {}", status.describe());
+    Err(Error::new(Kind::Busy, message)
+        .hint(format!("'virsh domjobinfo {name}' shows it; try again when it has ended")))
 }
 
 /// Ends the job and waits until it is gone. No job is success.

@@ -14,11 +14,11 @@ use super::connection::DomainHandle;
 use super::error::code;
 use super::ffi::{self, VirtResult};
 use super::job::{self, JobDisk, Server};
-use super::lock::{DomainLock, EARLIER_MAX, Record};
-use super::names::scratch_path;
+use super::lock::{DomainLock, EARLIER_MAX, Record, Unfinished};
+use super::names::{scratch_path, socket_path};
 use super::quiesce::{self, Frost, Frozen, Wish};
-use super::scratch::{Places, Space, no_room};
-use super::snapshot::RunningSnapshot;
+use super::scratch::{self, Places, Space, no_room};
+use super::snapshot::{RunningSnapshot, remove_left};
 use super::survey::{Description, Survey};
 use super::watch::{Watch, Watched};
 use super::{LibvirtOptions, artifacts, reach, stopped};
@@ -129,6 +129,7 @@ impl Opening {
     async fn run(&mut self, control: &Control) -> Result<Opened> {
         self.reconcile_guest(control).await;
         reconcile_job(&self.domain, &self.lock, control).await?;
+        self.earlier.iter().for_each(|point| self.remove_files(*point));
         control.check()?;
         control.set_phase("finding what changed since when");
         self.reconcile_checkpoints(control).await?;
@@ -300,6 +301,20 @@ impl Opening {
         Ok(Instant { taken, quiescence, job_disks })
     }
 
+    /// Removes what a job that is gone left on this host: QEMU never unlinks its socket, and libvirt
+    /// removes it with the domain's directory only.
+    fn remove_files(&self, point: PointId) {
+        if !self.domain.host.is_local() {
+            return;
+        }
+        if let Ok(socket) = socket_path(&self.places.socket, point) {
+            remove_left(&socket);
+        }
+        for disk in &self.survey.disks {
+            remove_left(&scratch_path(&self.places.scratch, point, &disk.disk.name));
+        }
+    }
+
     /// Writes down what is to be undone if this run ends here.
     fn record(&mut self, frozen: bool) -> Result<()> {
         let (point, earlier) = (self.request.point, self.earlier.clone());
@@ -308,16 +323,29 @@ impl Opening {
 
     /// Takes over what an earlier run did not finish; thaws the guest if it may be frozen since.
     async fn reconcile_guest(&mut self, control: &Control) {
-        let Some(record) = self.lock.unfinished.clone() else { return };
-        self.earlier = record.earlier;
-        self.earlier.push(record.point);
-        let surplus = self.earlier.len().saturating_sub(EARLIER_MAX);
-        self.earlier.drain(..surplus);
-        if record.frozen {
-            let name = &self.domain.name;
-            let text =
-                format!("thawing domain '{name}', which an earlier run may have left frozen");
-            control.notice(NoticeLevel::Info, text);
+        let name = &self.domain.name;
+        let thaw = match self.lock.unfinished.clone() {
+            Unfinished::Nothing => return,
+            Unfinished::Recorded(record) => {
+                self.earlier = record.earlier;
+                self.earlier.push(record.point);
+                let surplus = self.earlier.len().saturating_sub(EARLIER_MAX);
+                self.earlier.drain(..surplus);
+                let text = "which an earlier run may have left frozen".to_owned();
+                record.frozen.then_some((NoticeLevel::Info, text))
+            }
+            Unfinished::Unreadable => {
+                let path = self.lock.record_path();
+                let text = format!(
+                    "of which an earlier run left a record that cannot be read ({}); a job of \
+                     that run has to be ended by hand ('virsh domjobabort {name}')",
+                    path.display()
+                );
+                Some((NoticeLevel::Warning, text))
+            }
+        };
+        if let Some((level, why)) = thaw {
+            control.notice(level, format!("thawing domain '{name}', {why}"));
             let program = self.request.guardian.as_deref();
             self.frost = quiesce::thaw_left(&self.domain, program).await;
         }
@@ -400,12 +428,10 @@ impl Opening {
     /// Adds the directories to an error they may be the cause of.
     fn explain(&self, error: Error) -> Error {
         match error.kind() {
-            Kind::Permission => error.hint(format!(
-                "QEMU must be able to write to {} and {}; name another scratch directory with \
-                 --scratch-dir",
-                self.places.scratch.display(),
-                self.places.socket.display()
-            )),
+            Kind::Permission => {
+                let owner = self.domain.host.qemu_dir().as_deref().and_then(scratch::owner);
+                error.hint(self.places.access_hint(owner.as_deref()))
+            }
             Kind::NoSpace => error.hint(format!(
                 "free space in {} or name another directory with --scratch-dir",
                 self.places.scratch.display()
@@ -425,6 +451,7 @@ impl Opening {
                 tracing::warn!(?error, "the job of a failed backup remains");
                 return;
             }
+            self.remove_files(point);
             // libvirt creates the checkpoint before the export: it can exist without the job.
             if let Err(error) = self.checkpoints().discard(point).await {
                 tracing::warn!(?error, "the checkpoint of a failed backup remains");
@@ -497,31 +524,11 @@ pub(super) async fn drop_stale(checkpoints: &Checkpoints<'_>, point: PointId, di
 /// Clears away the job of a killed run of ours; a job of anybody else means that the domain is
 /// busy.
 async fn reconcile_job(domain: &DomainHandle, lock: &DomainLock, control: &Control) -> Result<()> {
-    let name = &domain.name;
-    if let Some(active) = job::active(domain).await? {
-        let unfinished = lock.unfinished.as_ref();
-        let ours = unfinished.is_some_and(|record| active.point.is_some_and(|p| record.owns(p)));
-        if !ours {
-            return Err(Error::new(
-                Kind::Busy,
-                format!("domain '{name}' has a backup job already, of {}", active.owner),
-            )
-            .hint(format!(
-                "wait for it to end; if whoever began it is gone, end it with \
-                 'virsh domjobabort {name}'"
-            )));
-        }
-        let text = format!("ending the backup job of an earlier run of domain '{name}'");
-        control.notice(NoticeLevel::Info, text);
-        job::end(domain).await?;
+    if job::check_idle(domain, lock).await?.is_none() {
+        return Ok(());
     }
-    let status = job::status(domain).await?;
-    if status.active {
-        return Err(Error::new(
-            Kind::Busy,
-            format!("domain '{name}' is busy with {}", status.describe()),
-        )
-        .hint(format!("'virsh domjobinfo {name}' shows it; try again when it has ended")));
-    }
-    Ok(())
+    let text = format!("ending the backup job of an earlier run of domain '{}'", domain.name);
+    control.notice(NoticeLevel::Info, text);
+    job::end(domain).await?;
+    job::check_idle(domain, lock).await.map(drop)
 }

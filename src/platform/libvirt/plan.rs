@@ -5,13 +5,13 @@
 
 use std::collections::BTreeMap;
 
-use super::checkpoint::{Bases, Checkpoints, Delete, read_mode};
+use super::checkpoint::{Bases, Checkpoints, Delete, SizedDisk, read_mode};
 use super::connection::DomainHandle;
 use super::lock::DomainLock;
 use super::scratch::{Places, Space, is_remote};
 use super::survey::Survey;
 use super::{LibvirtOptions, job, quiesce, stopped};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Kind, Result};
 use crate::image::bitmap::BitmapNames;
 use crate::platform::{
     BackupMode, PlannedDisk, Problem, Quiesce, ScratchPlan, SnapshotPlan, SnapshotRequest,
@@ -28,29 +28,28 @@ pub(super) async fn plan(
     let survey = Survey::take(domain, request).await?;
     let mut problems = Vec::new();
     if let Err(error) = survey.set.check(&domain.name, request.repository_has_key) {
-        problems.push(problem(&error, true));
+        problems.push(Problem::fatal(&error));
     }
     let mut bases = Bases::default();
-    let changed = look(domain, options, (&survey, request), &mut bases, &mut problems).await?;
-    let disks: Vec<PlannedDisk> = survey
-        .disks
-        .iter()
-        .map(|disk| {
-            let read = bases.read(&disk.disk.name, request.mode);
-            PlannedDisk {
-                description: disk.describe(),
-                expected_bytes: match read {
-                    Ok(_) => changed.get(&disk.disk.name).copied(),
-                    Err(_) => Some(disk.allocation_bytes.min(disk.size_bytes)),
-                },
-                read: read_mode(read),
-            }
-        })
-        .collect();
-    let is_full = |disk: &PlannedDisk| matches!(disk.read, ReadMode::Full { .. });
+    let found = look(domain, options, (&survey, request), &mut bases, &mut problems).await?;
+    let planned = |disk: &SizedDisk| {
+        let name = &disk.disk.name;
+        let read = found.as_ref().map(|_| bases.read(name, request.mode));
+        PlannedDisk {
+            description: disk.describe(),
+            expected_bytes: match read {
+                Some(Ok(_)) => found.as_ref().and_then(|changed| changed.get(name).copied()),
+                Some(Err(_)) => Some(disk.allocation_bytes.min(disk.size_bytes)),
+                None => None,
+            },
+            read: read.map(read_mode),
+        }
+    };
+    let disks: Vec<PlannedDisk> = survey.disks.iter().map(planned).collect();
+    let is_full = |disk: &PlannedDisk| matches!(disk.read, Some(ReadMode::Full { .. }));
     if request.mode == BackupMode::Incremental && disks.iter().all(is_full) {
         problems.push(Problem {
-            fatal: true,
+            fatal: Some(Kind::NoBase),
             what: "no disk has anything to build on".into(),
             fix: "take a full backup first: 'vmbackup full'".into(),
         });
@@ -61,35 +60,45 @@ pub(super) async fn plan(
     Ok(SnapshotPlan { identity, running: survey.running, disks, excluded, scratch, problems })
 }
 
-/// What the domain's state allows: bases, estimates and problems.
+/// What the domain's state allows: bases, and what changed since; `None` where that cannot be asked
+/// for now.
 async fn look(
     domain: &DomainHandle,
     options: &LibvirtOptions,
     (survey, request): (&Survey, &SnapshotRequest),
     bases: &mut Bases,
     problems: &mut Vec<Problem>,
-) -> Result<BTreeMap<String, u64>> {
+) -> Result<Option<BTreeMap<String, u64>>> {
     let name = &domain.name;
     // The lock keeps a backup from starting while its checkpoints are looked at.
-    let _lock = match DomainLock::take(&options.runtime_dir, domain.uuid, name) {
+    let lock = match DomainLock::take(&options.runtime_dir, domain.uuid, name) {
         Ok(lock) => lock,
         Err(error) if error.kind() == Kind::Busy => {
-            problems.push(problem(&error, true));
-            return Ok(BTreeMap::new());
+            problems.push(Problem::fatal(&error));
+            return Ok(None);
         }
         Err(error) => return Err(error),
     };
     if survey.running {
-        if let Some(active) = job::active(domain).await? {
-            let what = format!("a backup job is active, of {}", active.owner);
-            let fix = format!("wait for it, or 'virsh domjobabort {name}'");
-            problems.push(Problem { fatal: true, what, fix });
-            return Ok(BTreeMap::new());
-        }
-        return ask_bases(domain, survey, request, bases).await;
+        return match job::check_idle(domain, &lock).await {
+            Ok(None) => ask_bases(domain, survey, request, bases).await.map(Some),
+            Ok(Some(_)) => {
+                problems.push(Problem {
+                    fatal: None,
+                    what: format!("a backup job of an earlier run of domain '{name}' is active"),
+                    fix: "the backup ends it before it begins".into(),
+                });
+                Ok(None)
+            }
+            Err(error) if error.kind() == Kind::Busy => {
+                problems.push(Problem::fatal(&error));
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        };
     }
     problems.push(Problem {
-        fatal: false,
+        fatal: None,
         what: format!("domain '{name}' cannot start while its images are read"),
         fix: "start it first ('virsh start --paused' will do), or back it up at a quiet time"
             .into(),
@@ -98,10 +107,13 @@ async fn look(
         Ok(reads) => {
             let names = survey.disks.iter().map(|disk| disk.disk.name.clone());
             bases.disks = names.zip(reads).collect();
+            Ok(Some(BTreeMap::new()))
         }
-        Err(error) => problems.push(problem(&error, true)),
+        Err(error) => {
+            problems.push(Problem::fatal(&error));
+            Ok(None)
+        }
     }
-    Ok(BTreeMap::new())
 }
 
 /// Finds the bases and what changed since, and removes the metadata that takes.
@@ -150,14 +162,14 @@ fn scratch(
             Ok(space) => {
                 bytes_free = Some(space.free_bytes);
                 if space.is_low() {
-                    problems.push(problem(&super::scratch::no_room(&directory), true));
+                    problems.push(Problem::fatal(&super::scratch::no_room(&directory)));
                 }
             }
-            Err(error) => problems.push(problem(&error, true)),
+            Err(error) => problems.push(Problem::fatal(&error)),
         }
         if is_remote(&directory) {
             problems.push(Problem {
-                fatal: false,
+                fatal: None,
                 what: format!(
                     "scratch directory {} is on a network file system",
                     directory.display()
@@ -168,7 +180,7 @@ fn scratch(
         }
     } else {
         problems.push(Problem {
-            fatal: false,
+            fatal: None,
             what: format!(
                 "free space in {} on the host cannot be watched from here",
                 directory.display()
@@ -185,16 +197,11 @@ fn quiesce_problem(survey: &Survey, request: &SnapshotRequest, problems: &mut Ve
     }
     if let Some(reason) = quiesce::agent_problem(&survey.root, survey.paused) {
         problems.push(Problem {
-            fatal: request.quiesce == Quiesce::Require,
+            fatal: (request.quiesce == Quiesce::Require).then_some(Kind::Unsupported),
             what: format!("the backup would be crash consistent: {reason}"),
             fix: "install qemu-guest-agent in the guest and give the domain a channel \
                   'org.qemu.guest_agent.0'"
                 .into(),
         });
     }
-}
-
-fn problem(error: &Error, fatal: bool) -> Problem {
-    let fix = error.hint_text().unwrap_or("see the message").to_owned();
-    Problem { fatal, what: error.to_string(), fix }
 }

@@ -43,6 +43,35 @@ impl Places {
     }
 }
 
+impl Places {
+    /// What to do when QEMU, which runs as `user` where that is known, is not let in.
+    pub(super) fn access_hint(&self, user: Option<&str>) -> String {
+        let (scratch, socket) = (self.scratch.display(), self.socket.display());
+        let user = user.unwrap_or("the user it runs as");
+        format!(
+            "QEMU must be able to write to {scratch} and {socket} as {user}: let that user enter \
+             every directory above and write to the last ('chown {user} {scratch}'), or name \
+             another with --scratch-dir; where AppArmor or SELinux confines QEMU, allow the path \
+             ('{scratch}/** rwk,' in /etc/apparmor.d/abstractions/libvirt-qemu.d/) or label it \
+             ('chcon -t virt_image_t {scratch}')"
+        )
+    }
+}
+
+/// The name (or number) of the user a directory belongs to. Of the driver's state directory that is
+/// the user QEMU runs as: libvirt gives it to them (`virQEMUDriverConfigNew`).
+pub(super) fn owner(directory: &Path) -> Option<String> {
+    use std::os::unix::fs::MetadataExt;
+    let uid = directory.metadata().ok()?.uid().to_string();
+    let users = std::fs::read_to_string("/etc/passwd").unwrap_or_default();
+    let name = users.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        let name = fields.next()?;
+        (fields.nth(1)? == uid).then(|| name.to_owned())
+    });
+    Some(name.unwrap_or(uid))
+}
+
 /// Size and free bytes of the file system a directory is on.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Space {

@@ -153,7 +153,7 @@ impl RunningSnapshot {
 }
 
 /// Removes a file that libvirt or QEMU normally removes itself; the name carries a random point id.
-fn remove_left(path: &Path) {
+pub(super) fn remove_left(path: &Path) {
     match std::fs::remove_file(path) {
         Ok(()) => tracing::debug!(path = %path.display(), "removed what the job left"),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}

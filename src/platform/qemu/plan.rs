@@ -15,25 +15,24 @@ pub(super) async fn plan(qemu: &Qemu, request: &SnapshotRequest) -> Result<Snaps
         if !matches!(error.kind(), Kind::Busy | Kind::Unsupported) {
             return Err(error);
         }
-        let fix = error.hint_text().unwrap_or_default().to_owned();
-        problems.push(Problem { fatal: true, what: error.to_string(), fix });
+        problems.push(Problem::fatal(&error));
     }
     let survey = qemu.survey(request).await?;
     if let Err(error) = survey.check_mode(request.mode) {
-        let fix = error.hint_text().unwrap_or_default().to_owned();
-        problems.push(Problem { fatal: true, what: error.to_string(), fix });
+        problems.push(Problem::fatal(&error));
     }
     problems.extend(others(qemu).await?);
     problems.extend(survey.disks.protected.iter().filter_map(untracked));
     if request.quiesce == Quiesce::Require && qemu.options.agent.is_none() {
         let what = "freezing is required and no guest agent socket is given".into();
-        problems.push(Problem { fatal: true, what, fix: "give --agent SOCKET".into() });
+        let fix = "give --agent SOCKET".into();
+        problems.push(Problem { fatal: Some(Kind::Unsupported), what, fix });
     }
     let scratch = scratch(request, survey.disks.protected.iter().map(Disk::size_bytes).sum());
     problems.extend(narrow(qemu, &scratch));
     let disks = survey.disks.protected.iter().zip(&survey.bases).map(|(disk, base)| PlannedDisk {
         description: disk.description(),
-        read: checkpoint::read_mode(base),
+        read: Some(checkpoint::read_mode(base)),
         expected_bytes: match base {
             Ok(base) => Some(base.bitmap.count),
             Err(_) => disk.node.image.actual_size.map(|bytes| bytes.min(disk.size_bytes())),
@@ -56,7 +55,7 @@ async fn others(qemu: &Qemu) -> Result<Vec<Problem>> {
     let exports = exports.map_err(failed("cannot ask for the exports"))?;
     if let Some(export) = exports.iter().find(|e| e.sort == "nbd" && !Temp::Export.is(&e.id)) {
         problems.push(Problem {
-            fatal: true,
+            fatal: Some(Kind::Busy),
             what: format!("QEMU's one NBD server is used by the export '{}'", export.id),
             fix: "remove it (block-export-del) and stop the server (nbd-server-stop)".into(),
         });
@@ -64,7 +63,7 @@ async fn others(qemu: &Qemu) -> Result<Vec<Problem>> {
     let jobs = qemu.monitor.query_jobs().await.map_err(failed("cannot ask for the jobs"))?;
     for job in jobs.iter().filter(|job| !Temp::Job.is(&job.id)) {
         problems.push(Problem {
-            fatal: false,
+            fatal: None,
             what: format!("a {} job '{}' runs; its disk cannot be backed up", job.sort, job.id),
             fix: "wait for it, or cancel it (job-cancel)".into(),
         });
@@ -75,7 +74,7 @@ async fn others(qemu: &Qemu) -> Result<Vec<Problem>> {
 /// A disk whose changes are forgotten when QEMU ends.
 fn untracked(disk: &Disk) -> Option<Problem> {
     (!disk.keeps_bitmaps()).then(|| Problem {
-        fatal: false,
+        fatal: None,
         what: format!(
             "disk {} ({}) cannot hold bitmaps: after QEMU ends it is read in full once",
             disk.name, disk.node.drv
@@ -97,7 +96,7 @@ fn narrow(qemu: &Qemu, scratch: &ScratchPlan) -> Option<Problem> {
     let free = scratch.bytes_free?;
     let short = free < scratch.bytes_max && !qemu.features.backup_on_cbw_error;
     short.then(|| Problem {
-        fatal: false,
+        fatal: None,
         what: format!(
             "{} has less room than the guest could overwrite during the backup; when it is full, \
              the guest's writes fail",
