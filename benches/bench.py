@@ -24,6 +24,9 @@ import disk
 
 DOMAIN = "vmbackup-bench"
 
+# Touches 5 GiB and lets go of them.
+TOUCH = "import mmap; n = 5 << 30; m = mmap.mmap(-1, n); m[0:n:4096] = bytes(n >> 12)"
+
 
 class Rows:
     """The table, filled row by row and printed as it grows."""
@@ -69,8 +72,7 @@ def timed(*command):
 
 
 def nbdcopy(source, target):
-    """nbdcopy with its defaults, durable."""
-    pathlib.Path(target).unlink(missing_ok=True)
+    """nbdcopy with its defaults, durable, to a new file."""
     return timed("sh", "-c", 'nbdcopy --flush "$1" "$2" && sync -d "$2"', "sh", source, target)
 
 
@@ -185,9 +187,14 @@ class Bench:
                 b.append(result[0] if isinstance(result, tuple) else result)
         return a, b, memory
 
-    def settled(self, work):
-        """Runs `work` with the write-back of what came before out of the way."""
+    def settled(self, work, source):
+        """Runs `work` with what it reads (a file or directory) in the page cache, the write-back of
+        what came before out of the way, and free memory that is really there: a virtual machine's
+        host takes free pages back, and the first touch of each then costs several times what
+        copying it costs."""
         run("sync")
+        run(sys.executable, "-c", TOUCH)
+        run("sh", "-c", 'find "$1" -type f -exec cat {} + >/dev/null', "sh", source)
         return work()
 
     def backup(self, mode, repository):
@@ -198,13 +205,14 @@ class Bench:
     def ours_full(self):
         repository = self.repository()
         self.domain.restart()
-        return self.settled(lambda: self.backup("full", repository))
+        return self.settled(lambda: self.backup("full", repository), self.qcow2)
 
     def their_copy(self, target):
+        target.unlink(missing_ok=True)
         self.domain.restart()
         uri = self.domain.pull()
         try:
-            return self.settled(lambda: nbdcopy(uri, target))
+            return self.settled(lambda: nbdcopy(uri, target), self.qcow2)
         finally:
             self.domain.end()
 
@@ -221,7 +229,7 @@ class Bench:
 
         def theirs():
             self.domain.restart()
-            return self.settled(lambda: self.domain.push(target))
+            return self.settled(lambda: self.domain.push(target), self.qcow2)
         ours, other, memory = self.pairs(self.ours_full, theirs)
         self.rows.add("full backup", ours, other, "", "libvirt push mode to raw", memory)
         target.unlink()
@@ -236,11 +244,13 @@ class Bench:
                 shutil.rmtree(target, ignore_errors=True)
                 self.domain.restart()
                 command = ["virtnbdbackup", "-d", DOMAIN, "-l", "full", "-o", str(target), *extra]
-                run("sync")
-                start = time.monotonic()
-                run(*command)
-                run("sync", "-f", target)
-                return time.monotonic() - start
+
+                def work():
+                    start = time.monotonic()
+                    run(*command)
+                    run("sync", "-f", target)
+                    return time.monotonic() - start
+                return self.settled(work, self.qcow2)
             ours, other, memory = self.pairs(self.ours_full, theirs)
             self.rows.add("full backup", ours, other, "", f"virtnbdbackup, {name}", memory)
         shutil.rmtree(self.work / "virtnbdbackup", ignore_errors=True)
@@ -263,11 +273,15 @@ class Bench:
         def ours():
             shutil.rmtree(target, ignore_errors=True)
             return self.settled(lambda: timed(
-                self.tool, "restore", f"{DOMAIN}@latest", "--to", target, "--repo", repository, "--quiet"))
+                self.tool, "restore", f"{DOMAIN}@latest", "--to", target, "--repo", repository, "--quiet"), repository)
         source = self.raw
         if base != self.work:
             source = shutil.copy(self.raw, base / "disk.raw")
-        result = self.pairs(ours, lambda: self.settled(lambda: nbdcopy(source, copy)))
+
+        def theirs():
+            copy.unlink(missing_ok=True)
+            return self.settled(lambda: nbdcopy(source, copy), source)
+        result = self.pairs(ours, theirs)
         self.rows.add(name, *result[:2], "1.2", "nbdcopy raw to raw", result[2])
         run("cmp", target / "vda.raw", self.raw)
         shutil.rmtree(target)
@@ -287,7 +301,7 @@ class Bench:
                 shutil.rmtree(path, ignore_errors=True)
                 run(self.tool, "repo", "init", "--no-key", "--repo", path)
                 self.domain.restart()
-                return self.backup("full", path)
+                return self.settled(lambda: self.backup("full", path), self.qcow2)
             ours, other, memory = self.pairs(ours, lambda: self.their_copy(base / "copy.raw"))
             self.rows.add("full backup, tmpfs", ours, other, "1.3", "nbdcopy to raw", memory)
             shutil.rmtree(base / "repo")

@@ -29,7 +29,8 @@ struct Shared {
 
 /// Where buffers begin: the kernel copies to and from a cache line's beginning twice as fast as to
 /// the 16th byte after it, where an allocator puts large blocks (`rep movsb`, measured on AMD Zen).
-const ALIGN_BYTES: usize = 64;
+/// And where writes past the page cache may begin.
+const ALIGN_BYTES: usize = super::file::MEMORY_BYTES;
 
 /// Memory that was given back. Its capacity never exceeds the budget, and none of it is handed out
 /// for much less than it is: otherwise a few large buffers among many small ones would leave every

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::export::{Compression, ImageExport};
 use super::info::check_format;
 use super::tool::{absolute, qemu_img};
-use crate::block::file::{Durability, Existing, NewFile};
+use crate::block::file::{Durability, Existing, NewFile, PageCache};
 use crate::block::{BlockSink, BlockSource};
 use crate::error::{Error, Kind, Result};
 use crate::nbd::{Access, ClientOptions, InitialContent};
@@ -26,6 +26,8 @@ pub struct NewImageOptions {
     pub existing: Existing,
     /// Whether it is compressed.
     pub compression: Compression,
+    /// Whether a raw image is written through the page cache.
+    pub cache: PageCache,
     /// How the server of the format is spoken to.
     pub client: ClientOptions,
 }
@@ -43,7 +45,8 @@ enum NewImageSink {
 }
 
 impl NewImage {
-    /// Begins an image of `size_bytes` in `format` that will be `path`. Not cancel-safe.
+    /// Begins an image of `size_bytes` in `format` that will be `path`, for what is not read soon.
+    /// Not cancel-safe.
     pub async fn create(
         path: &Path,
         format: &str,
@@ -53,6 +56,7 @@ impl NewImage {
         let options = NewImageOptions {
             existing,
             compression: Compression::None,
+            cache: PageCache::Bypassed,
             client: ClientOptions::default(),
         };
         Self::create_with(path, format, size_bytes, options).await
@@ -63,7 +67,7 @@ impl NewImage {
         path: &Path,
         format: &str,
         size_bytes: u64,
-        NewImageOptions { existing, compression, client }: NewImageOptions,
+        NewImageOptions { existing, compression, cache, client }: NewImageOptions,
     ) -> Result<Self> {
         check_format(format)?;
         let path = absolute(path)?;
@@ -77,7 +81,10 @@ impl NewImage {
                 .hint("leave out --compressed, or use qemu-img convert -c"));
         }
         if format == "raw" {
-            let file = NewFile::create(&path, size_bytes, existing)?;
+            let file = match cache {
+                PageCache::Used => NewFile::create(&path, size_bytes, existing)?,
+                PageCache::Bypassed => NewFile::create_uncached(&path, size_bytes, existing)?,
+            };
             return Ok(Self { file, sink: NewImageSink::Raw });
         }
         let file = NewFile::create(&path, 0, existing)?;

@@ -7,7 +7,7 @@ use super::damaged::Damaged;
 use super::index::{Index, Location, PackRef, missing};
 use super::pack::Encoding;
 use super::salvage::may_have_another;
-use super::seal::{BlobId, BlobKind, Keys, Opener, TAG_BYTES};
+use super::seal::{BlobId, BlobKind, Keys, Opener};
 use super::store::{ObjectStore, ReadRange};
 use super::tree::{FANOUT, Node};
 use crate::content::ContentHash;
@@ -246,8 +246,22 @@ thread_local! {
     /// Contexts are made once per worker thread.
     static DECOMPRESSOR: std::cell::RefCell<Option<zstd::bulk::Decompressor<'static>>> =
         const { std::cell::RefCell::new(None) };
-    static COMPRESSOR: std::cell::RefCell<Option<(i32, zstd::bulk::Compressor<'static>)>> =
+    static COMPRESSOR: std::cell::RefCell<Option<Compressor>> =
         const { std::cell::RefCell::new(None) };
+}
+
+/// A context, and the memory it writes to: fresh memory for every chunk would cost a page fault for
+/// each 4 KiB of it.
+struct Compressor {
+    level: i32,
+    context: zstd::bulk::Compressor<'static>,
+    out: Vec<u8>,
+}
+
+impl Compressor {
+    fn new(level: i32) -> std::io::Result<Self> {
+        Ok(Self { level, context: zstd::bulk::Compressor::new(level)?, out: Vec::new() })
+    }
 }
 
 fn zstd_decompress(encoded: &[u8], plain: &mut [u8]) -> std::io::Result<usize> {
@@ -260,27 +274,19 @@ fn zstd_decompress(encoded: &[u8], plain: &mut [u8]) -> std::io::Result<usize> {
     })
 }
 
-/// Encodes a plaintext: zstd where it saves at least a thirty-second, else as it is. The result has
-/// room for the seal. CPU work.
-pub fn encode(plain: &[u8], level: i32) -> Result<(Encoding, Vec<u8>)> {
+/// The plaintext compressed with zstd, where that saves at least a thirty-second. CPU work.
+pub fn compress(plain: &[u8], level: i32) -> Result<Option<Vec<u8>>> {
     let worth = plain.len() - plain.len() / 32;
     let compressed = COMPRESSOR.with_borrow_mut(|slot| -> std::io::Result<Option<Vec<u8>>> {
-        if !matches!(slot, Some((at, _)) if *at == level) {
-            *slot = Some((level, zstd::bulk::Compressor::new(level)?));
+        if !matches!(slot, Some(compressor) if compressor.level == level) {
+            *slot = Some(Compressor::new(level)?);
         }
-        let (_, compressor) = slot.as_mut().expect("it was just made");
-        let mut out = Vec::with_capacity(zstd::zstd_safe::compress_bound(plain.len()) + TAG_BYTES);
-        compressor.compress_to_buffer(plain, &mut out)?;
-        Ok((out.len() < worth).then_some(out))
+        let compressor = slot.as_mut().expect("it was just made");
+        let out = &mut compressor.out;
+        out.clear();
+        out.reserve(zstd::zstd_safe::compress_bound(plain.len()));
+        compressor.context.compress_to_buffer(plain, out)?;
+        Ok((out.len() < worth).then(|| out.clone()))
     });
-    let compressed =
-        compressed.map_err(|e| Error::new(Kind::Internal, "zstd cannot compress").source(e))?;
-    Ok(compressed.map_or_else(
-        || {
-            let mut bytes = Vec::with_capacity(plain.len() + TAG_BYTES);
-            bytes.extend_from_slice(plain);
-            (Encoding::Raw, bytes)
-        },
-        |bytes| (Encoding::Zstd, bytes),
-    ))
+    compressed.map_err(|e| Error::new(Kind::Internal, "zstd cannot compress").source(e))
 }

@@ -13,6 +13,7 @@
 //! is kept and returned by whatever comes next.
 
 use std::collections::BTreeMap;
+use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
@@ -26,6 +27,7 @@ use super::pack::{
 };
 use super::seal::{BlobId, BlobKind, HEADER_BYTES, Keys, ObjectType, Sealer, TAG_BYTES, random};
 use super::store::{ObjectName, ObjectStore, ObjectWriter};
+use crate::block::Buffer;
 use crate::error::{Error, Kind, Result};
 
 /// Sealed blobs waiting for a pack's task, in bytes of plain chunks.
@@ -33,9 +35,6 @@ const QUEUE_BYTES: usize = 8 << 20;
 
 /// Packs of one packer that are open or becoming durable at once.
 const OPEN_PACKS_MAX: usize = 3;
-
-/// Bytes handed to the store at once.
-const WRITE_BYTES: usize = 1 << 20;
 
 /// Takes in the entries of a pack that is durable.
 #[async_trait]
@@ -56,7 +55,43 @@ pub struct EncodedBlob {
     /// Length of the plaintext.
     pub plain_bytes: u32,
     /// The encoded plaintext.
-    pub bytes: Vec<u8>,
+    pub bytes: BlobBytes,
+}
+
+/// The bytes of a blob.
+#[derive(Debug)]
+pub enum BlobBytes {
+    /// In memory of their own.
+    Owned(Vec<u8>),
+    /// Where they were read to, as a chunk that does not compress is: its share of the budget is
+    /// held until it is written.
+    AsRead(Buffer),
+}
+
+impl From<Vec<u8>> for BlobBytes {
+    fn from(bytes: Vec<u8>) -> Self {
+        Self::Owned(bytes)
+    }
+}
+
+impl Deref for BlobBytes {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            Self::Owned(bytes) => bytes,
+            Self::AsRead(buffer) => buffer,
+        }
+    }
+}
+
+impl DerefMut for BlobBytes {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        match self {
+            Self::Owned(bytes) => bytes,
+            Self::AsRead(buffer) => buffer,
+        }
+    }
 }
 
 /// Where packs go, and who is told.
@@ -98,9 +133,12 @@ struct OpenPack {
 
 /// What a pack's task is sent.
 enum Piece {
-    Blob { counter: u32, sealed: Vec<u8> },
+    Blob { counter: u32, sealed: SealedBytes },
     End { blobs: Vec<PackedBlob>, tail: Vec<u8> },
 }
+
+/// The ciphertext of a blob and its tag.
+type SealedBytes = (BlobBytes, [u8; TAG_BYTES]);
 
 /// A sealed blob on its way to its pack.
 pub struct Sealed {
@@ -147,8 +185,8 @@ impl Packer {
             let end = if full { state.open.take().map(OpenPack::end) } else { None };
             (counter, sealer, queue, end)
         };
-        sealer.seal(u64::from(counter), &mut bytes);
-        let piece = Piece::Blob { counter, sealed: bytes };
+        let tag = sealer.seal_in_place(u64::from(counter), &mut bytes);
+        let piece = Piece::Blob { counter, sealed: (bytes, tag) };
         let end = end.map(|(_, piece)| piece);
         Sealed { queue, piece, end }
     }
@@ -269,21 +307,18 @@ async fn write_pieces(
     pack: &PackRef,
     pieces: &mut mpsc::Receiver<Piece>,
 ) -> Result<Vec<PackedBlob>> {
-    let mut batch = pack.header.to_vec();
-    let mut early: BTreeMap<u32, Vec<u8>> = BTreeMap::new();
+    writer.write(&pack.header).await?;
+    let mut early: BTreeMap<u32, SealedBytes> = BTreeMap::new();
     let mut next = 0;
     let mut end: Option<(Vec<PackedBlob>, Vec<u8>)> = None;
     loop {
-        while let Some(sealed) = early.remove(&next) {
+        while let Some((bytes, tag)) = early.remove(&next) {
             next += 1;
-            batch.extend_from_slice(&sealed);
-            if batch.len() >= WRITE_BYTES {
-                writer.write(std::mem::take(&mut batch)).await?;
-            }
+            writer.write(&bytes).await?;
+            writer.write(&tag).await?;
         }
         if let Some((blobs, tail)) = end.take_if(|(blobs, _)| blobs.len() == next as usize) {
-            batch.extend_from_slice(&tail);
-            writer.write(batch).await?;
+            writer.write(&tail).await?;
             return Ok(blobs);
         }
         match pieces.recv().await {

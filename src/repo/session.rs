@@ -23,7 +23,8 @@ use super::failure::Failure;
 use super::forget;
 use super::index::{Index, IndexEntry, Location};
 use super::manifest::{Manifest, ManifestDraft};
-use super::packer::{DurableSink, EncodedBlob, Packer, Sealed, Target};
+use super::pack::Encoding;
+use super::packer::{BlobBytes, DurableSink, EncodedBlob, Packer, Sealed, Target};
 use super::points::{self, Domains};
 use super::run::{LEASE_OF_WRITER, Lease};
 use super::seal::{BlobId, BlobKind, ObjectType};
@@ -84,8 +85,6 @@ pub(super) struct SealedBlob {
     kind: BlobKind,
     stored_bytes: u64,
     claim: Claim,
-    /// Its budget is held until the sealed blob is with its pack.
-    _plain: Buffer,
 }
 
 /// What the disks of a run share.
@@ -194,17 +193,14 @@ impl RunShared {
 
     /// Encodes and seals a blob that was claimed: CPU work, for a worker.
     pub(super) fn seal(&self, claim: Claim, kind: BlobKind, plain: Buffer) -> Result<SealedBlob> {
-        let (encoding, bytes) = blobs::encode(&plain, self.level)?;
         let plain_bytes = u32::try_from(plain.len()).expect("a blob is at most 4 MiB");
+        let (encoding, bytes) = match blobs::compress(&plain, self.level)? {
+            Some(compressed) => (Encoding::Zstd, BlobBytes::Owned(compressed)),
+            None => (Encoding::Raw, BlobBytes::AsRead(plain)),
+        };
         let stored_bytes = bytes.len() as u64;
         let blob = EncodedBlob { id: claim.id, kind, encoding, plain_bytes, bytes };
-        Ok(SealedBlob {
-            sealed: self.packer(kind).seal(blob),
-            kind,
-            stored_bytes,
-            claim,
-            _plain: plain,
-        })
+        Ok(SealedBlob { sealed: self.packer(kind).seal(blob), kind, stored_bytes, claim })
     }
 
     /// Hands a sealed blob to its pack; the bytes it takes.

@@ -28,10 +28,11 @@ fn data_pack(fixture: &Fixture) -> PathBuf {
     packs.into_iter().max_by_key(|path| path.metadata().unwrap().len()).unwrap()
 }
 
-/// Flips a bit of the chunk that was stored first.
+/// Flips a bit of the chunk that takes up more than half of the pack, wherever in it that lies.
 fn rot(path: &PathBuf) {
     let mut bytes = fs::read(path).unwrap();
-    bytes[100] ^= 1;
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
     fs::remove_file(path).unwrap();
     fs::write(path, bytes).unwrap();
 }

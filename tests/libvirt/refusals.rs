@@ -3,7 +3,7 @@
 use std::fs;
 
 use crate::rig::{assert_no_trace, take};
-use crate::support::{DiskFormat, Domain, DomainSpec, TestEnv};
+use crate::support::{DiskFormat, Domain, DomainSpec, TestEnv, wait_until};
 
 #[test]
 fn an_unknown_domain_is_answered_with_the_names_that_exist() {
@@ -42,8 +42,11 @@ fn a_foreign_backup_job_is_left_alone() {
     let refused = env.vmbackup(&["full", "--domain", domain.name()]).fails();
     assert_eq!(refused.code, Some(7), "{refused:?}");
     assert!(domain.has_backup_job(), "the foreign job was ended");
-    // Nobody waits for libvirt to forget it.
     domain.virsh(&["domjobabort", domain.name()]).ok();
+    // One thread of libvirt handles the events of all domains: one that hangs there delays all.
+    wait_until("libvirt to forget the job", 60, || {
+        domain.virsh(&["backup-dumpxml", domain.name()]).code != Some(0)
+    });
     env.vmbackup(&["full", "--domain", domain.name()]).ok();
     assert_no_trace(&domain);
 }

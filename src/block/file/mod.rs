@@ -18,6 +18,7 @@
 //! Neither format nor partition tables are looked at: bytes are bytes. Locking an image against
 //! other users is the business of the platform that knows who they are.
 
+mod bypass;
 mod disk;
 mod new;
 mod pipe;
@@ -26,10 +27,11 @@ mod source;
 #[cfg(test)]
 mod tests;
 
+pub use bypass::{Bypass, Gather, MEMORY_BYTES};
 pub use disk::FileDisk;
 pub use new::{Durability, Existing, NewFile};
 pub use pipe::{PipeReader, PipeSink};
-pub use sink::FileSink;
+pub use sink::{FileSink, PageCache};
 pub use source::{Access, FileSource};
 
 use std::fs::{File, OpenOptions};

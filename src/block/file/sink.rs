@@ -5,7 +5,7 @@
 //! the writers have moved on, so the final sync finds little left to do; what has reached the disk
 //! leaves the page cache, which belongs to the host's guests and not to a restore. One call does
 //! both: `POSIX_FADV_DONTNEED` begins asynchronous write-back of dirty pages and drops clean ones
-//! (Linux `mm/fadvise.c`).
+//! (Linux `mm/fadvise.c`). What a restore writes goes past the cache altogether where it can.
 
 use std::fs::{File, OpenOptions};
 use std::num::NonZeroU64;
@@ -17,6 +17,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use async_trait::async_trait;
 use rustix::fs::{Advice, FallocateFlags, OFlags, fadvise, fallocate, fdatasync};
 
+use super::bypass::Bypass;
 use super::{Access, FileSource, Medium, blocking, examine, failed, is_unsupported, open};
 use crate::block::{
     BlockSink, BlockSource, BlockingWrite, Buffer, ByteRange, ExtentMap, Geometry, ZeroMode,
@@ -48,6 +49,15 @@ const SIZE_BYTES_MAX: u64 = i64::MAX.cast_unsigned();
 /// Literal zeroes are written in pieces of this size.
 const ZEROES_BYTES: usize = 1 << 20;
 
+/// Which way bytes are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PageCache {
+    /// Through the page cache.
+    Used,
+    /// Past it, where that is worth it and the bytes are aligned.
+    Bypassed,
+}
+
 /// A file or block device of the disk's size, writable.
 #[derive(Debug)]
 pub struct FileSink {
@@ -63,6 +73,7 @@ struct Inner {
     size_bytes: u64,
     medium: Medium,
     access: Access,
+    bypass: Option<Bypass>,
     /// The window being written; those behind it are on their way to the disk.
     frontier: AtomicU64,
 }
@@ -72,7 +83,7 @@ impl FileSink {
     /// `size_bytes`: a guest that finds its disk longer or shorter than before may not boot. A
     /// device that is mounted or otherwise claimed is refused (`O_EXCL`, open(2)).
     pub fn open(path: &Path, size_bytes: u64) -> Result<Self> {
-        let sink = Self::open_any(path)?;
+        let sink = Self::open_with(path, PageCache::Bypassed)?;
         let found = sink.inner.size_bytes;
         if found != size_bytes {
             let message = format!(
@@ -87,8 +98,12 @@ impl FileSink {
         Ok(sink)
     }
 
-    /// The same, whatever its size.
+    /// The same, whatever its size, through the page cache.
     pub fn open_any(path: &Path) -> Result<Self> {
+        Self::open_with(path, PageCache::Used)
+    }
+
+    fn open_with(path: &Path, cache: PageCache) -> Result<Self> {
         let mut options = OpenOptions::new();
         options.read(true).write(true);
         let is_device = std::fs::metadata(path)
@@ -98,7 +113,7 @@ impl FileSink {
         // On a block device: fails while it is mounted or held by a volume group (open(2)).
         let exclusive = if is_device { OFlags::EXCL } else { OFlags::empty() };
         let (file, medium, size_bytes) = open(path, &mut options, exclusive)?;
-        Self::new((file, path), (medium, size_bytes), false, Access::Once)
+        Ok(Self::new((file, path), (medium, size_bytes), Access::Once)?.cached(cache))
     }
 
     pub(super) fn set_len(&self, size_bytes: u64) -> Result<()> {
@@ -114,32 +129,44 @@ impl FileSink {
     }
 
     /// A sink on a file just made: empty, all hole. Without a size it grows as it is written.
-    pub(super) fn on_new(file: File, path: &Path, size_bytes: Option<u64>) -> Result<Self> {
+    pub(super) fn on_new(
+        file: File,
+        path: &Path,
+        size_bytes: Option<u64>,
+        cache: PageCache,
+    ) -> Result<Self> {
         if let Some(size_bytes) = size_bytes {
             let failed = |e| Error::io(format!("cannot size {}", path.display()), e);
             file.set_len(size_bytes).map_err(failed)?;
         }
         let size_bytes = size_bytes.unwrap_or(SIZE_BYTES_MAX);
-        Self::new((file, path), (Medium::File, size_bytes), true, Access::Once)
+        let sink = Self::new((file, path), (Medium::File, size_bytes), Access::Once)?;
+        Ok(Self { starts_zero: true, ..sink }.cached(cache))
     }
 
     /// A sink on a file that is open for writing and will be written and read again and again: what
     /// is written stays cached.
     pub(super) fn repeated(file: File, path: &Path) -> Result<Self> {
         let examined = examine(&file, path)?;
-        Self::new((file, path), examined, false, Access::Repeated)
+        Self::new((file, path), examined, Access::Repeated)
     }
 
     fn new(
         (file, path): (File, &Path),
         (medium, size_bytes): (Medium, u64),
-        starts_zero: bool,
         access: Access,
     ) -> Result<Self> {
         let (name, frontier) = (path.display().to_string(), AtomicU64::new(0));
-        let inner = Inner { file, name, size_bytes, medium, access, frontier };
+        let inner = Inner { file, name, size_bytes, medium, access, bypass: None, frontier };
         let threads = Workers::new(THREADS)?;
-        Ok(Self { inner: Arc::new(inner), starts_zero, threads })
+        Ok(Self { inner: Arc::new(inner), starts_zero: false, threads })
+    }
+
+    fn cached(mut self, cache: PageCache) -> Self {
+        if let (PageCache::Bypassed, Some(inner)) = (cache, Arc::get_mut(&mut self.inner)) {
+            inner.bypass = Bypass::of(&inner.file);
+        }
+        self
     }
 }
 
@@ -212,7 +239,7 @@ impl BlockingWrite for Inner {
 impl Inner {
     /// The windows well behind the write at `offset` that are to be written back now, if any.
     fn left_behind(&self, offset: u64) -> Option<(u64, u64)> {
-        if self.access == Access::Repeated {
+        if self.access == Access::Repeated || self.bypass.is_some() {
             return None;
         }
         let window = offset / WRITEBACK_BYTES;
@@ -235,9 +262,12 @@ impl Inner {
     fn write(&self, offset: u64, bytes: &[u8]) -> Result<()> {
         let range = ByteRange::new(offset, bytes.len() as u64);
         assert!(range.end() <= self.size_bytes, "a write past the end of the disk: {range:?}");
-        self.file
-            .write_all_at(bytes, offset)
-            .map_err(|e| failed(format_args!("write {range}"), &self.name, e))
+        let failed = |e| failed(format_args!("write {range}"), &self.name, e);
+        let past_cache = match &self.bypass {
+            Some(bypass) => bypass.write_at(bytes, offset).map_err(failed)?,
+            None => 0,
+        };
+        self.file.write_all_at(&bytes[past_cache..], offset + past_cache as u64).map_err(failed)
     }
 
     /// Zeroes by the cheapest call that exists, the edges of odd ranges on devices by writing.

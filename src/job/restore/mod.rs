@@ -29,10 +29,15 @@ use crate::block::file::Existing;
 use crate::copy;
 use crate::error::Result;
 use crate::repo::{Manifest, ManifestDisk};
+use crate::units::MIB;
 use crate::vm::{PointId, Uuid, VmIdentity};
 
 use target::Target;
 pub use target::{ImageFormat, Place};
+
+/// Size of one request: a few neighbouring chunks come with one read of their pack, and go to the
+/// disk with one write.
+const REQUEST_BYTES: u64 = MIB;
 
 /// What to restore, and where to.
 #[derive(Clone, Debug)]
@@ -225,6 +230,7 @@ async fn restore_disk(
     let progress = control.add_disk(name, size_bytes);
     let options = copy::Options {
         zeroes: place.zeroes(),
+        request_bytes: REQUEST_BYTES,
         ..copy::Options::new(
             format!("{name} in the repository"),
             place.path().display().to_string(),

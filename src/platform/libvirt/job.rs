@@ -20,11 +20,17 @@ use crate::error::{Error, Kind, Result};
 use crate::vm::PointId;
 
 /// Longest wait for a job to be gone after it was told to end: measured 20 ms, more when QEMU has
-/// requests of a slow disk in flight.
-const END_TIMEOUT: Duration = Duration::from_secs(30);
+/// requests of a slow disk in flight. And one thread of libvirt handles the events of all domains:
+/// one whose event waits for a job lock (30 s, `QEMU_JOB_WAIT_TIME`) delays those of all (seen: 28 s
+/// with libvirt 11.3).
+const END_TIMEOUT: Duration = Duration::from_secs(90);
 
 /// How often a job that libvirt cannot describe is asked for again.
 const STATUS_POLL: Duration = Duration::from_millis(500);
+
+/// How long somebody else's job may be there before the domain counts as busy: 'virsh domjobabort'
+/// returns before libvirt has noticed that QEMU ended the job.
+const FOREIGN_GRACE: Duration = Duration::from_secs(2);
 
 /// How often the end is looked for.
 const END_POLL: Duration = Duration::from_millis(20);
@@ -181,13 +187,18 @@ pub(super) async fn check_idle(
     lock: &DomainLock,
 ) -> Result<Option<ActiveJob>> {
     let name = &domain.name;
-    if let Some(active) = active(domain).await? {
+    let give_up = tokio::time::Instant::now() + FOREIGN_GRACE;
+    while let Some(active) = active(domain).await? {
         let ours = match &lock.unfinished {
             Unfinished::Recorded(record) => active.point.is_some_and(|point| record.owns(point)),
             Unfinished::Nothing | Unfinished::Unreadable => false,
         };
         if ours {
             return Ok(Some(active));
+        }
+        if tokio::time::Instant::now() < give_up {
+            tokio::time::sleep(END_POLL).await;
+            continue;
         }
         let message = format!("domain '{name}' has a backup job already, of {}", active.owner);
         return Err(Error::new(Kind::Busy, message).hint(format!(

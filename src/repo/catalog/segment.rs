@@ -127,7 +127,7 @@ impl SegmentWriter {
         let name = segment_name(id);
         let sealer = keys.sealer(ObjectType::Catalog, &name);
         let mut writer = store.create(&name).await?;
-        writer.write(sealer.header().to_vec()).await?;
+        writer.write(sealer.header()).await?;
         Ok(Self { writer, sealer, block: Vec::new(), directory: Directory::default() })
     }
 
@@ -155,7 +155,7 @@ impl SegmentWriter {
         let mut bytes = pack(&block)?;
         self.sealer.seal(self.directory.blocks.len() as u64 + 1, &mut bytes);
         self.directory.blocks.push(BlockRef { first, bytes: bytes.len() as u64 });
-        Ok(self.writer.write(bytes).await?)
+        Ok(self.writer.write(&bytes).await?)
     }
 
     /// Ends the segment: durable when it returns.
@@ -168,8 +168,8 @@ impl SegmentWriter {
         self.sealer.seal(0, &mut directory);
         let mut footer = (directory.len() as u64).to_le_bytes().to_vec();
         footer.extend_from_slice(&MAGIC);
-        self.writer.write(directory).await?;
-        self.writer.write(footer).await?;
+        self.writer.write(&directory).await?;
+        self.writer.write(&footer).await?;
         self.writer.finish().await?;
         Ok(())
     }

@@ -169,7 +169,7 @@ async fn copy_run(
         for blob in run {
             let (part, after) = rest.split_at_mut(blob.stored_bytes as usize);
             rest = after;
-            let bytes = opener.open_in_place(u64::from(blob.counter), part)?.to_vec();
+            let bytes = opener.open_in_place(u64::from(blob.counter), part)?.to_vec().into();
             let PackedBlob { id, kind, encoding, plain_bytes, .. } = blob;
             out.push(sealing.seal(EncodedBlob { id, kind, encoding, plain_bytes, bytes }));
         }

@@ -119,7 +119,7 @@ impl SegmentWriter {
         let name = segment_name(id);
         let sealer = keys.sealer(ObjectType::Index, &name);
         let mut writer = store.create(&name).await?;
-        writer.write(sealer.header().to_vec()).await?;
+        writer.write(sealer.header()).await?;
         Ok(Self {
             writer,
             sealer,
@@ -161,7 +161,7 @@ impl SegmentWriter {
     async fn end_block(&mut self) -> Result<()> {
         let mut block = std::mem::take(&mut self.block);
         self.sealer.seal(self.firsts.len() as u64, &mut block);
-        Ok(self.writer.write(block).await?)
+        Ok(self.writer.write(&block).await?)
     }
 
     /// Ends the segment: durable when it returns.
@@ -183,8 +183,8 @@ impl SegmentWriter {
         self.sealer.seal(0, &mut directory);
         let mut footer = (directory.len() as u64).to_le_bytes().to_vec();
         footer.extend_from_slice(&MAGIC);
-        self.writer.write(directory).await?;
-        self.writer.write(footer).await?;
+        self.writer.write(&directory).await?;
+        self.writer.write(&footer).await?;
         self.writer.finish().await?;
         Ok(())
     }

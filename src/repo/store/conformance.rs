@@ -40,7 +40,7 @@ async fn what_was_put_reads_back(store: &dyn ObjectStore) {
     for part in 0..50_u8 {
         let bytes = vec![part; usize::from(part) * 997];
         expected.extend_from_slice(&bytes);
-        writer.write(bytes).await.expect("takes a part");
+        writer.write(&bytes).await.expect("takes a part");
     }
     let info = writer.finish().await.expect("finishes");
     assert_eq!(info.size_bytes, expected.len() as u64, "finish reports the size");
@@ -86,12 +86,12 @@ async fn exactly_one_of_concurrent_creators_wins(store: Arc<dyn ObjectStore>) {
 async fn nothing_shows_before_finish_or_after_abort(store: &dyn ObjectStore) {
     let (aborted, dropped) = (name("aborted"), name("dropped"));
     let mut writer = store.create(&aborted).await.expect("begins");
-    writer.write(vec![7; 100_000]).await.expect("takes a part");
+    writer.write(&vec![7; 100_000]).await.expect("takes a part");
     assert!(store.stat(&aborted).await.expect_err("not yet there").is_not_found());
     assert!(store.list("index/", None, 10).await.expect("lists").is_empty(), "not yet listed");
     writer.abort().await.expect("aborts");
     let mut writer = store.create(&dropped).await.expect("begins");
-    writer.write(vec![7; 10]).await.expect("takes a part");
+    writer.write(&[7; 10]).await.expect("takes a part");
     drop(writer);
     for gone in [&aborted, &dropped] {
         assert!(store.stat(gone).await.expect_err("never there").is_not_found());

@@ -199,10 +199,10 @@ struct Writer {
 
 #[async_trait]
 impl ObjectWriter for Writer {
-    async fn write(&mut self, bytes: Vec<u8>) -> StoreResult<()> {
+    async fn write(&mut self, bytes: &[u8]) -> StoreResult<()> {
         let store = self.store.clone();
         store.call(&Operation::Write(self.name.clone()), |_| {
-            self.bytes.extend_from_slice(&bytes);
+            self.bytes.extend_from_slice(bytes);
             Ok(())
         })
     }

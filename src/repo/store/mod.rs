@@ -109,7 +109,7 @@ pub trait ObjectStore: Send + Sync + std::fmt::Debug {
     /// Creates a small object whole.
     async fn put(&self, name: &ObjectName, bytes: Vec<u8>) -> StoreResult<ObjectInfo> {
         let mut writer = self.create(name).await?;
-        match writer.write(bytes).await {
+        match writer.write(&bytes).await {
             Ok(()) => writer.finish().await,
             Err(error) => {
                 writer.abort().await?;
@@ -123,8 +123,9 @@ pub trait ObjectStore: Send + Sync + std::fmt::Debug {
 /// what could not be cleaned up.
 #[async_trait]
 pub trait ObjectWriter: Send {
-    /// Appends `bytes`. After an error only `abort` makes sense.
-    async fn write(&mut self, bytes: Vec<u8>) -> StoreResult<()>;
+    /// Appends `bytes`; a store gathers what is too little for a request of its own. After an error
+    /// only `abort` makes sense.
+    async fn write(&mut self, bytes: &[u8]) -> StoreResult<()>;
 
     /// Makes the object durable and visible, if nobody made one of this name.
     async fn finish(self: Box<Self>) -> StoreResult<ObjectInfo>;

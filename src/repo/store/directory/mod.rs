@@ -19,12 +19,14 @@ mod root;
 mod writer;
 
 use std::fmt;
-use std::os::unix::fs::FileExt;
+use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use rustix::buffer::spare_capacity;
 use rustix::fs::{AtFlags, Mode, OFlags};
+use rustix::io::Errno;
 
 use super::{
     Folder, NAMES_MAX, ObjectInfo, ObjectName, ObjectStore, ObjectWriter, PAGE_MAX, ReadRange,
@@ -117,9 +119,7 @@ impl ObjectStore for DirectoryStore {
             let file = root.open_object(&name)?;
             let size_bytes = file.metadata().map_err(error)?.len();
             let (offset, len) = range.resolve(&name, size_bytes)?;
-            let mut bytes = vec![0; len];
-            file.read_exact_at(&mut bytes, offset).map_err(error)?;
-            Ok(bytes)
+            read_exact_at(&file, offset, len).map_err(error)
         })
         .await
     }
@@ -160,7 +160,7 @@ impl ObjectStore for DirectoryStore {
         self.run(move |root| {
             match rustix::fs::unlinkat(&root.dir, name.as_str(), AtFlags::empty()) {
                 Ok(()) => Ok(()),
-                Err(rustix::io::Errno::NOENT) => Err(root.missing(&name)),
+                Err(Errno::NOENT) => Err(root.missing(&name)),
                 Err(error) => Err(root.error("deleting", name.as_str(), error.into())),
             }
         })
@@ -176,10 +176,25 @@ impl ObjectStore for DirectoryStore {
     }
 }
 
+/// Exactly `len` bytes, into memory that is not zeroed before.
+fn read_exact_at(file: &File, offset: u64, len: usize) -> std::io::Result<Vec<u8>> {
+    let mut bytes = Vec::with_capacity(len);
+    while bytes.len() < len {
+        let at = offset + bytes.len() as u64;
+        match rustix::io::pread(file, spare_capacity(&mut bytes), at) {
+            Ok(0) => return Err(std::io::ErrorKind::UnexpectedEof.into()),
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    bytes.truncate(len);
+    Ok(bytes)
+}
+
 fn stat(root: &Root, name: &ObjectName) -> StoreResult<ObjectInfo> {
     match rustix::fs::statat(&root.dir, name.as_str(), AtFlags::SYMLINK_NOFOLLOW) {
         Ok(stat) => Ok(info(name, &stat)),
-        Err(rustix::io::Errno::NOENT | rustix::io::Errno::NOTDIR) => Err(root.missing(name)),
+        Err(Errno::NOENT | Errno::NOTDIR) => Err(root.missing(name)),
         Err(error) => Err(root.error("looking at", name.as_str(), error.into())),
     }
 }

@@ -10,12 +10,13 @@
 //!    of that very name are told that it exists, and names are not used twice.
 //!
 //! A failed fsync loses the object: the kernel may have dropped the dirty pages, so a second one
-//! that succeeds proves nothing. Write-back starts while the object streams in, so that the final
-//! fsync waits for the last megabytes only.
+//! that succeeds proves nothing. Large objects go past the page cache where that is worth it: what
+//! was backed up is not read soon, and the cache belongs to the host's guests. Elsewhere write-back
+//! starts while the object streams in, so that the final fsync waits for the last megabytes only.
 
 use std::fs::File;
-use std::io::Write;
 use std::num::NonZeroU64;
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -26,6 +27,10 @@ use rustix::io::Errno;
 use super::super::{ObjectInfo, ObjectName, ObjectWriter, StoreError, StoreResult};
 use super::root::{Root, TEMPORARY};
 use super::{FILE_MODE, blocking, info};
+use crate::block::file::{Bypass, Gather};
+
+/// Bytes gathered for one write.
+const WRITE_BYTES: usize = 1 << 20;
 
 /// Write-back is started whenever this much has been written since the last time.
 const WRITE_BACK_BYTES: u64 = 8 << 20;
@@ -55,6 +60,9 @@ struct Temporary {
     name: ObjectName,
     file: File,
     path: String,
+    /// Opened with the first full write: small objects have no use for it.
+    bypass: Option<Bypass>,
+    gathered: Gather,
     written_bytes: u64,
     flushing_bytes: u64,
     state: State,
@@ -76,6 +84,8 @@ impl Writer {
             name,
             file,
             path,
+            bypass: None,
+            gathered: Gather::new(WRITE_BYTES),
             written_bytes: 0,
             flushing_bytes: 0,
             state: State::Present,
@@ -84,21 +94,30 @@ impl Writer {
     }
 
     fn take(&mut self) -> StoreResult<Temporary> {
-        self.temporary.take().ok_or_else(|| {
-            StoreError::io(
-                "writing an object after an error",
-                std::io::Error::other("the writer was used after an error"),
-            )
-        })
+        self.temporary.take().ok_or_else(used_up)
     }
+}
+
+fn used_up() -> StoreError {
+    StoreError::io(
+        "writing an object after an error",
+        std::io::Error::other("the writer was used after an error"),
+    )
 }
 
 #[async_trait]
 impl ObjectWriter for Writer {
-    async fn write(&mut self, bytes: Vec<u8>) -> StoreResult<()> {
-        let mut temporary = self.take()?;
-        let temporary = blocking(move || temporary.append(&bytes).map(|()| temporary)).await?;
-        self.temporary = Some(temporary);
+    async fn write(&mut self, bytes: &[u8]) -> StoreResult<()> {
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            let gathered = &mut self.temporary.as_mut().ok_or_else(used_up)?.gathered;
+            rest = gathered.fill(rest);
+            if gathered.is_full() {
+                let mut temporary = self.take()?;
+                let work = move || temporary.write_gathered().map(|()| temporary);
+                self.temporary = Some(blocking(work).await?);
+            }
+        }
         Ok(())
     }
 
@@ -115,10 +134,18 @@ impl ObjectWriter for Writer {
 }
 
 impl Temporary {
-    fn append(&mut self, bytes: &[u8]) -> StoreResult<()> {
-        self.file
-            .write_all(bytes)
-            .map_err(|e| self.root.error("writing", self.name.as_str(), e))?;
+    fn write_gathered(&mut self) -> StoreResult<()> {
+        let error = |e| self.root.error("writing", self.name.as_str(), e);
+        if self.gathered.is_full() && self.written_bytes == 0 {
+            self.bypass = Bypass::of(&self.file);
+        }
+        let bytes = self.gathered.bytes();
+        let past_cache = match &self.bypass {
+            Some(bypass) => bypass.write_at(bytes, self.written_bytes).map_err(error)?,
+            None => 0,
+        };
+        let rest_at = self.written_bytes + past_cache as u64;
+        self.file.write_all_at(&bytes[past_cache..], rest_at).map_err(error)?;
         self.written_bytes += bytes.len() as u64;
         let fresh_bytes = self.written_bytes - self.flushing_bytes;
         if fresh_bytes >= WRITE_BACK_BYTES {
@@ -128,10 +155,12 @@ impl Temporary {
             let _ = rustix::fs::fadvise(&self.file, self.flushing_bytes, len, Advice::DontNeed);
             self.flushing_bytes = self.written_bytes;
         }
+        self.gathered.clear();
         Ok(())
     }
 
     fn finish(mut self) -> StoreResult<ObjectInfo> {
+        self.write_gathered()?;
         self.file.sync_all().map_err(|e| self.root.error("syncing", self.name.as_str(), e))?;
         let stat = rustix::fs::fstat(&self.file)
             .map_err(|e| self.root.error("looking at", self.name.as_str(), e.into()))?;
