@@ -81,6 +81,35 @@ fn a_kept_overlay_goes_on_where_it_was_and_fits_its_own_disk_only() {
 }
 
 #[test]
+fn a_disk_that_was_grown_is_seen_by_clients_that_connect_afterwards() {
+    let (env, point) = env_with_point();
+    let serve = Serve::start(&env, &[&point, "--writable", "--size", "8M"]);
+    assert_eq!(serve.report["exports"][0]["size_bytes"], 8 << 20);
+    let mut expected = content(1);
+    expected.resize(8 << 20, 0);
+    assert!(read(&env, &serve.uri(0)) == expected);
+    serve.stop();
+    let kept = [&point, "--writable", "--overlay", "o"];
+    let serve = Serve::start(&env, &kept);
+    qemu_io(&env, &serve.uri(0), &["write -P 7 1000 5000"]).ok();
+    serve.stop();
+    let serve = Serve::start(&env, &[&kept[..], &["--size", "8M"]].concat());
+    qemu_io(&env, &serve.uri(0), &["write -P 8 7M 64k"]).ok();
+    serve.stop();
+    let serve = Serve::start(&env, &kept);
+    expected[1000..6000].fill(7);
+    expected[7 << 20..(7 << 20) + 65536].fill(8);
+    assert!(read(&env, &serve.uri(0)) == expected);
+    serve.stop();
+    for wrong in ["1M", "6M"] {
+        let args = ["serve", &point, "--writable", "--overlay", "o", "--size", wrong];
+        assert_eq!(env.vmbackup(&args).code, Some(2), "{wrong}");
+    }
+    let image = ["serve", "disk.raw", "--writable", "--size", "8M"];
+    assert_eq!(env.vmbackup(&image).code, Some(2), "only what has an overlay grows");
+}
+
+#[test]
 fn a_point_stays_readable_while_it_is_served_whatever_gc_does() {
     let (env, point) = env_with_point();
     std::fs::write(env.path("disk.raw"), content(2)).unwrap();

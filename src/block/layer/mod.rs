@@ -2,4 +2,5 @@
 
 pub mod cache;
 pub mod faulty;
+pub mod grown;
 pub mod throttle;

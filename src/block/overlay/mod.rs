@@ -14,6 +14,9 @@
 //!  0 ............ size, up to 4 KiB | header, 4 KiB | bitmap: a bit per 4 KiB, lowest first
 //! ```
 //!
+//! A disk may be larger than its base: zeroes follow the end of the base. An overlay that is kept
+//! remembers its size, and can grow: it is made anew then, and takes the place of the old one.
+//!
 //! Order of a flush (*a block that the file calls written holds what was written*): the changed parts
 //! of the bitmap are remembered, data made durable, the remembered parts written, made durable. After
 //! a crash the overlay is what it was at the last flush, plus perhaps later writes to blocks that were
@@ -34,10 +37,11 @@ use async_trait::async_trait;
 use tokio::sync::{Mutex, RwLock};
 
 use super::file::FileDisk;
+use super::layer::grown::GrownSource;
 use super::{BlockSink, BlockSource, Buffer, ByteRange, ExtentKind, ExtentMap, Geometry, ZeroMode};
 use crate::error::{Error, Kind, Result};
 use bitmap::{BLOCK_BYTES, Bitmap};
-use file::Kept;
+use file::{Kept, Size};
 
 /// Runs that one answer about what was written has.
 const RUNS_MAX: usize = 1024;
@@ -58,20 +62,35 @@ pub struct Overlay {
 
 impl Overlay {
     /// A layer that is thrown away: its file has no name and goes with it.
-    pub fn temporary(base: Arc<dyn BlockSource>, directory: &Path) -> Result<Self> {
+    /// `size_bytes` makes the disk larger than its base, with zeroes.
+    pub fn temporary(
+        base: Arc<dyn BlockSource>,
+        size_bytes: Option<u64>,
+        directory: &Path,
+    ) -> Result<Self> {
         let failed = |e| Error::io(format!("cannot make a file in {}", directory.display()), e);
         let file = tempfile::tempfile_in(directory).map_err(failed)?;
-        let size_bytes = base.geometry().size_bytes;
+        let size_bytes = size_bytes.unwrap_or(base.geometry().size_bytes);
+        let base = grown(base, size_bytes)?;
         file.set_len(size_bytes).map_err(failed)?;
         let scratch = FileDisk::from_file(file, &directory.join("(scratch)"))?;
         Ok(Self::new(base, scratch, Bitmap::new(size_bytes), None))
     }
 
     /// A layer kept in the file `path`, which is made if it is not there. `identity` says what the
-    /// base is; a file that belongs to another base is refused, as is one that is in use.
-    pub fn kept(base: Arc<dyn BlockSource>, path: &Path, identity: &[u8; 32]) -> Result<Self> {
-        let size_bytes = base.geometry().size_bytes;
-        let (kept, written) = Kept::open(path, size_bytes, identity)?;
+    /// base is; a file that belongs to another base is refused, as is one that is in use. The disk
+    /// has `size_bytes`, or what it had the last time, or what the base has.
+    pub fn kept(
+        base: Arc<dyn BlockSource>,
+        size_bytes: Option<u64>,
+        (path, identity): (&Path, &[u8; 32]),
+    ) -> Result<Self> {
+        let least = base.geometry().size_bytes;
+        // Refused before a file is made.
+        let base = size_bytes.map_or(Ok(Arc::clone(&base)), |size| grown(base, size))?;
+        let size = Size { least, wanted: size_bytes };
+        let (kept, written, size_bytes) = Kept::open(path, size, identity)?;
+        let base = grown(base, size_bytes)?;
         let scratch = FileDisk::from_file(kept.file()?, path)?;
         Ok(Self::new(base, scratch, written, Some(Mutex::new(kept))))
     }
@@ -158,6 +177,19 @@ impl Overlay {
         let len = buffer.len();
         buffer.copy_from_slice(&all[from..from + len]);
         Ok(buffer)
+    }
+}
+
+/// `base` with zeroes behind its end, up to `size_bytes`.
+fn grown(base: Arc<dyn BlockSource>, size_bytes: u64) -> Result<Arc<dyn BlockSource>> {
+    let least = base.geometry().size_bytes;
+    match size_bytes.cmp(&least) {
+        std::cmp::Ordering::Less => {
+            let message = format!("a disk of {least} bytes cannot be served with {size_bytes}");
+            Err(Error::new(Kind::Usage, message).hint("an overlay only grows"))
+        }
+        std::cmp::Ordering::Equal => Ok(base),
+        std::cmp::Ordering::Greater => Ok(Arc::new(GrownSource::new(base, size_bytes))),
     }
 }
 

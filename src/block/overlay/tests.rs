@@ -20,7 +20,7 @@ async fn content(overlay: &Overlay) -> Vec<u8> {
 async fn an_unwritten_overlay_is_its_base() {
     let dir = tempfile::tempdir().unwrap();
     let (base, expected) = base();
-    let overlay = Overlay::temporary(base, dir.path()).unwrap();
+    let overlay = Overlay::temporary(base, None, dir.path()).unwrap();
     conformance::source(&overlay, &expected).await;
     assert_eq!(overlay.written_bytes(), 0);
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "it has no name");
@@ -30,7 +30,7 @@ async fn an_unwritten_overlay_is_its_base() {
 async fn a_written_overlay_holds_what_was_written_and_the_base_is_untouched() {
     let dir = tempfile::tempdir().unwrap();
     let (base, before) = base();
-    let overlay = Overlay::temporary(Arc::clone(&base) as _, dir.path()).unwrap();
+    let overlay = Overlay::temporary(Arc::clone(&base) as _, None, dir.path()).unwrap();
     conformance::sink(&overlay, || content(&overlay)).await;
     assert_eq!(base.content(), before);
 }
@@ -39,7 +39,7 @@ async fn a_written_overlay_holds_what_was_written_and_the_base_is_untouched() {
 async fn odd_writes_side_by_side_leave_every_other_byte() {
     let dir = tempfile::tempdir().unwrap();
     let (base, mut expected) = base();
-    let overlay = Arc::new(Overlay::temporary(base, dir.path()).unwrap());
+    let overlay = Arc::new(Overlay::temporary(base, None, dir.path()).unwrap());
     let mut set = tokio::task::JoinSet::new();
     // Nine writes share a block, and some span blocks; none overlaps another.
     for n in 0..900_usize {
@@ -71,19 +71,19 @@ async fn a_kept_overlay_is_what_it_was_at_its_last_flush() {
     let path = dir.path().join("o");
     let (base, mut expected) = base();
     {
-        let overlay = Overlay::kept(Arc::clone(&base) as _, &path, &IDENTITY).unwrap();
+        let overlay = Overlay::kept(Arc::clone(&base) as _, None, (&path, &IDENTITY)).unwrap();
         overlay.write(5000, Buffer::unbudgeted(vec![1; 10_000])).await.unwrap();
         overlay.flush().await.unwrap();
         overlay.write(500_000, Buffer::unbudgeted(vec![2; 100])).await.unwrap();
         overlay.flush().await.unwrap();
         // Never flushed: the block reads as the base does afterwards.
         overlay.write(900_000, Buffer::unbudgeted(vec![3; 100])).await.unwrap();
-        let busy = Overlay::kept(Arc::clone(&base) as _, &path, &IDENTITY);
+        let busy = Overlay::kept(Arc::clone(&base) as _, None, (&path, &IDENTITY));
         assert_eq!(busy.map(|_| ()).unwrap_err().kind(), Kind::Busy);
     }
     expected[5000..15_000].fill(1);
     expected[500_000..500_100].fill(2);
-    let overlay = Overlay::kept(base, &path, &IDENTITY).unwrap();
+    let overlay = Overlay::kept(base, None, (&path, &IDENTITY)).unwrap();
     assert!(content(&overlay).await == expected);
 }
 
@@ -92,11 +92,11 @@ async fn an_overlay_of_another_disk_and_a_file_that_is_none_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("o");
     let (base, _) = base();
-    drop(Overlay::kept(Arc::clone(&base) as _, &path, &IDENTITY).unwrap());
-    let other = Overlay::kept(Arc::clone(&base) as _, &path, &[8; 32]);
+    drop(Overlay::kept(Arc::clone(&base) as _, None, (&path, &IDENTITY)).unwrap());
+    let other = Overlay::kept(Arc::clone(&base) as _, None, (&path, &[8; 32]));
     assert_eq!(other.map(|_| ()).unwrap_err().kind(), Kind::Usage);
     std::fs::write(&path, "a letter").unwrap();
-    let none = Overlay::kept(base, &path, &IDENTITY);
+    let none = Overlay::kept(base, None, (&path, &IDENTITY));
     assert_eq!(none.map(|_| ()).unwrap_err().kind(), Kind::Usage);
     assert_eq!(std::fs::read(&path).unwrap(), b"a letter", "nothing is overwritten");
 }
@@ -105,8 +105,43 @@ async fn an_overlay_of_another_disk_and_a_file_that_is_none_are_refused() {
 async fn extents_tell_of_both_layers() {
     let dir = tempfile::tempdir().unwrap();
     let base = Arc::new(MemoryDisk::zeroed(1 << 20));
-    let overlay = Overlay::temporary(base, dir.path()).unwrap();
+    let overlay = Overlay::temporary(base, None, dir.path()).unwrap();
     overlay.write(65536, Buffer::unbudgeted(vec![1; 4096])).await.unwrap();
     let map = conformance::all_extents(&overlay).await;
     assert_eq!(map.bytes_of(ExtentKind::Data), 4096);
+}
+
+#[tokio::test]
+async fn a_grown_overlay_has_zeroes_behind_its_base_and_keeps_what_was_written() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("o");
+    let (base, mut expected) = base();
+    let open = |size| Overlay::kept(Arc::clone(&base) as _, size, (&path, &IDENTITY));
+    let overlay = open(None).unwrap();
+    overlay.write(5000, Buffer::unbudgeted(vec![1; 10_000])).await.unwrap();
+    overlay.write(LEN as u64 - 3, Buffer::unbudgeted(vec![4; 3])).await.unwrap();
+    overlay.flush().await.unwrap();
+    drop(overlay);
+    expected[5000..15_000].fill(1);
+    expected[LEN - 3..].fill(4);
+    for size in [LEN as u64 + 1, 3 << 20, 200 << 20] {
+        let overlay = open(Some(size)).unwrap();
+        assert_eq!(BlockSource::geometry(&overlay).size_bytes, size);
+        let byte = Buffer::unbudgeted(vec![9]);
+        overlay.write(size - 1, byte).await.unwrap();
+        overlay.flush().await.unwrap();
+        expected.resize(usize::try_from(size).unwrap(), 0);
+        *expected.last_mut().unwrap() = 9;
+        drop(overlay);
+        let overlay = open(None).unwrap();
+        let found = crate::block::read_all(&overlay, 1 << 30).await.unwrap();
+        assert!(found == expected, "it has the size it was given: {size}");
+        assert_eq!(open(Some(size + 1)).map(|_| ()).unwrap_err().kind(), Kind::Busy);
+    }
+    for less in [LEN as u64 - 1, LEN as u64, (200 << 20) - 1] {
+        assert_eq!(open(Some(less)).map(|_| ()).unwrap_err().kind(), Kind::Usage, "{less}");
+    }
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "nothing is left behind");
+    let other = Overlay::kept(base, Some(1 << 30), (&path, &[8; 32]));
+    assert_eq!(other.map(|_| ()).unwrap_err().kind(), Kind::Usage);
 }

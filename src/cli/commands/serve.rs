@@ -34,6 +34,9 @@ pub(crate) struct Args {
     /// Keep the overlay in this file, and go on with it if it is there
     #[arg(long, value_name = "FILE", requires = "writable")]
     overlay: Option<PathBuf>,
+    /// Make the disk this large, with zeroes behind its end; an overlay that is kept stays so
+    #[arg(long, value_name = "SIZE", requires = "writable")]
+    size: Option<ByteSize>,
     /// Where overlays that are thrown away are made [default: below the cache directory]
     #[arg(long, value_name = "DIR", requires = "writable", conflicts_with = "overlay")]
     scratch_dir: Option<PathBuf>,
@@ -72,7 +75,8 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<()> {
         what,
         disks: args.disk,
         access: if args.writable {
-            Access::Writable { overlay: args.overlay, scratch }
+            let size_bytes = args.size.map(|size| size.0);
+            Access::Writable { overlay: args.overlay, scratch, size_bytes }
         } else {
             Access::ReadOnly
         },

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::{Access, Changes, ExportReport, Request, Served, no_repository};
 use crate::block::layer::cache::CachedSource;
+use crate::block::layer::grown::GrownSource;
 use crate::block::overlay::{Overlay, Written};
 use crate::block::{BlockSink, BlockSource};
 use crate::error::{Error, Kind, Result};
@@ -84,6 +85,12 @@ pub(super) async fn open(
     }
     let stored = stored_disks(&manifests, &request.disks)?;
     let bases = bases(repository, request, env).await?;
+    if let Access::Writable { size_bytes: Some(size_bytes), .. } = &request.access
+        && stored.len() != 1
+    {
+        let message = format!("one size, {size_bytes}, for {} disks of points", stored.len());
+        return Err(Error::new(Kind::Usage, message).hint("choose the disk with --disk"));
+    }
     if let Access::Writable { overlay: Some(file), .. } = &request.access
         && stored.len() != 1
     {
@@ -193,18 +200,20 @@ async fn open_stored(
             let (layers, changes) = (vec![lowest], Vec::new());
             return Ok(Disk { name, description, source, sink: None, layers, changes });
         }
-        Access::Writable { overlay: Some(file), .. } => {
+        Access::Writable { overlay: Some(file), size_bytes, .. } => {
             // The content root says what the disk is, whichever point or repository it comes from.
-            Overlay::kept(source, file, &disk.stored.root.0)?
+            Overlay::kept(source, *size_bytes, (file, &disk.stored.root.0))?
         }
-        Access::Writable { scratch, .. } => {
+        Access::Writable { scratch, size_bytes, .. } => {
             std::fs::create_dir_all(scratch)
                 .map_err(|e| Error::io(format!("cannot make {}", scratch.display()), e))?;
-            Overlay::temporary(source, scratch)?
+            Overlay::temporary(source, *size_bytes, scratch)?
         }
     };
     let overlay = Arc::new(overlay);
-    let layers = vec![Arc::new(Written::of(Arc::clone(&overlay))) as _, lowest];
+    let size_bytes = BlockSource::geometry(&*overlay).size_bytes;
+    let lowest = Arc::new(GrownSource::new(lowest, size_bytes));
+    let layers = vec![Arc::new(Written::of(Arc::clone(&overlay))) as _, lowest as _];
     let source = Arc::clone(&overlay) as _;
     Ok(Disk { name, description, source, sink: Some(overlay), layers, changes: Vec::new() })
 }

@@ -93,6 +93,8 @@ pub enum Access {
         overlay: Option<PathBuf>,
         /// Where overlays that are thrown away are made.
         scratch: PathBuf,
+        /// Size of the disk of a point, if it is to be larger.
+        size_bytes: Option<u64>,
     },
 }
 
