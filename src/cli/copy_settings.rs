@@ -1,13 +1,14 @@
 //! What the arguments of a copy mean.
 
 use std::os::fd::AsFd;
+use std::time::Duration;
 
 use super::commands::copy::{Args, SpeedArgs};
 use super::settings;
 use crate::error::{Error, Kind, Result};
 use crate::job::copy::{
-    Before, Compression, Flush, OnExisting, Options, REQUEST_BYTES_MAX, Source, Target, Verify,
-    Zeroes,
+    Before, Compression, Flush, OnExisting, Options, REQUEST_BYTES_MAX, Retries, Source, Target,
+    Verify, Zeroes,
 };
 use crate::job::source::DiskSpec;
 use crate::units::{ByteSize, KIB};
@@ -147,6 +148,10 @@ pub(crate) fn options(args: &Args) -> Result<Options> {
         },
         rate_bytes: size("--rate-limit", speed.rate_limit.as_ref())?,
         verify: if place.end.verify { Verify::ReadBack } else { Verify::No },
+        retries: Retries {
+            attempts: speed.retry.retries,
+            delay: Duration::from_secs(speed.retry.retry_delay.into()),
+        },
     })
 }
 

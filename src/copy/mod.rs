@@ -24,7 +24,7 @@
 //! sink in any order. A sink must not hold on to buffers while it waits for
 //! further ones: the budget may be spent on what it holds.
 //!
-//! Deliberately not done here: retries (a layer around source or sink), the decision what is
+//! Deliberately not done here: retries (a source that is opened again does them, `nbd::reconnect`), the decision what is
 //! incremental (the source's extents), committing (the job).
 
 mod clear;

@@ -14,6 +14,7 @@ use super::connection::Connection;
 use super::error::NbdError;
 use super::export::ExportInfo;
 use super::extents::Contexts;
+use super::initial_state::InitialState;
 use super::negotiate::{Greeted, Listed, Negotiated, greet, without_tls};
 use super::stream::{Connector, within};
 use super::tls::{Mode, TlsSession};
@@ -104,6 +105,7 @@ pub struct Client {
     connections: Vec<Connection>,
     export: ExportInfo,
     tls: Option<TlsSession>,
+    initial_state: Option<InitialState>,
     options: ClientOptions,
     geometry: Geometry,
 }
@@ -121,7 +123,11 @@ impl Client {
         let allocation = Some(BASE_ALLOCATION.to_owned());
         let contexts: Vec<_> = allocation.iter().chain(&bitmap).cloned().collect();
         let limit = options.timeouts.handshake;
-        let first = negotiate(connector, export, &contexts, limit).await?;
+        let asked = match options.access {
+            Access::Write(InitialContent::Unknown) => Asked::InitialState,
+            Access::Read | Access::Write(InitialContent::Zero) => Asked::Nothing,
+        };
+        let first = negotiate(connector, export, (&contexts, asked), limit).await?;
         check_access(&peer, &first.export, options.access)?;
         if let Some(bitmap) = bitmap.as_ref().filter(|b| !has_context(&first, b)) {
             return Err(Error::new(
@@ -130,7 +136,7 @@ impl Client {
             ));
         }
         let info = first.export.clone();
-        let tls = first.tls.clone();
+        let (tls, initial_state) = (first.tls.clone(), first.initial_state);
         let start = |negotiated| {
             Connection::start(negotiated, options.in_flight.max(1), options.timeouts.stall)
         };
@@ -143,7 +149,8 @@ impl Client {
                     Some(bitmap) if index == 1 => vec![bitmap.clone()],
                     _ => allocation.iter().cloned().collect(),
                 };
-                match negotiate(connector, export, &contexts, limit.min(EXTRA_CONNECTION)).await {
+                let (contexts, limit) = ((&*contexts, Asked::Nothing), limit.min(EXTRA_CONNECTION));
+                match negotiate(connector, export, contexts, limit).await {
                     Ok(next) => {
                         check_same(&peer, (&info, &tls), &next)?;
                         connections.push(start(next));
@@ -157,12 +164,17 @@ impl Client {
             }
         }
         let geometry = geometry(&info, connections.len() * usize::from(options.in_flight.max(1)));
-        Ok(Self { peer, connections, export: info, tls, options, geometry })
+        Ok(Self { peer, connections, export: info, tls, initial_state, options, geometry })
     }
 
     /// Opens the export a URI names.
     pub async fn open_uri(uri: &NbdUri, options: ClientOptions) -> Result<Self> {
         Self::open(uri, &uri.export, options).await
+    }
+
+    /// The server as errors name it.
+    pub(super) fn peer(&self) -> &str {
+        &self.peer
     }
 
     /// What the server says about the export.
@@ -180,13 +192,18 @@ impl Client {
         self.tls.as_ref()
     }
 
+    /// What a server of ours said the export holds, when it was opened to be written.
+    pub fn initial_state(&self) -> Option<InitialState> {
+        self.initial_state
+    }
+
     /// How requests look.
     pub fn header_style(&self) -> HeaderStyle {
         self.connections[0].style()
     }
 
     /// The connection a request waits least on.
-    fn pick(&self) -> &Connection {
+    pub(super) fn pick(&self) -> &Connection {
         self.connections
             .iter()
             .max_by_key(|connection| connection.free_places())
@@ -203,7 +220,7 @@ impl Client {
     }
 
     /// Whether a request keeps the contract; anything else is a bug of ours.
-    fn check(&self, offset: u64, len: u64) -> Result<()> {
+    pub(super) fn check(&self, offset: u64, len: u64) -> Result<()> {
         let Geometry { size_bytes, align_bytes, .. } = self.geometry;
         let end = offset.checked_add(len).filter(|end| *end <= size_bytes);
         let aligned = |n: u64| n.is_multiple_of(align_bytes);
@@ -221,7 +238,7 @@ impl Client {
     }
 
     /// The pieces of a window of `len` bytes that one request each may have.
-    fn payloads(&self, len: usize) -> impl Iterator<Item = std::ops::Range<usize>> {
+    pub(super) fn payloads(&self, len: usize) -> impl Iterator<Item = std::ops::Range<usize>> {
         let unit = usize::try_from(self.geometry.request_bytes_max).unwrap_or(usize::MAX);
         (0..len).step_by(unit).map(move |start| start..len.min(start.saturating_add(unit)))
     }
@@ -273,7 +290,7 @@ impl BlockSource for Client {
     async fn read(&self, offset: u64, mut buffer: Buffer) -> Result<Buffer> {
         self.check(offset, buffer.len() as u64)?;
         for at in self.payloads(buffer.len()) {
-            buffer = self.pick().read(offset + at.start as u64, buffer, at).await?;
+            buffer = self.pick().read((offset + at.start as u64, 0), buffer, at).await?;
         }
         Ok(buffer)
     }
@@ -286,7 +303,10 @@ impl BlockSink for Client {
     }
 
     fn starts_zero(&self) -> bool {
-        self.options.access == Access::Write(InitialContent::Zero)
+        match self.options.access {
+            Access::Write(InitialContent::Zero) => true,
+            _ => self.initial_state == Some(InitialState::Zero),
+        }
     }
 
     fn can_zero(&self) -> bool {
@@ -301,7 +321,7 @@ impl BlockSink for Client {
         self.check(offset, buffer.len() as u64)?;
         let buffer = Arc::new(buffer);
         for at in self.payloads(buffer.len()) {
-            self.pick().write(offset + at.start as u64, Arc::clone(&buffer), at).await?;
+            self.pick().write((offset + at.start as u64, 0), Arc::clone(&buffer), at).await?;
         }
         Ok(())
     }
@@ -391,11 +411,20 @@ pub(super) async fn meet(connector: &dyn Connector) -> Result<Greeted> {
     }
 }
 
+/// What is asked of a server beside what is needed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Asked {
+    /// Nothing.
+    Nothing,
+    /// What the export holds.
+    InitialState,
+}
+
 /// One connection up to transmission, within `limit`.
 pub(super) async fn negotiate(
     connector: &dyn Connector,
     export: &str,
-    contexts: &[String],
+    (contexts, asked): (&[String], Asked),
     limit: Duration,
 ) -> Result<Negotiated> {
     let peer = connector.peer();
@@ -405,6 +434,9 @@ pub(super) async fn negotiate(
             Greeted::Newstyle(mut handshake) => {
                 handshake.agree_on_headers().await?;
                 handshake.set_contexts(export, contexts).await?;
+                if asked == Asked::InitialState {
+                    handshake.ask_initial_state(export).await?;
+                }
                 handshake.go(export).await
             }
         }

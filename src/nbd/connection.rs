@@ -138,35 +138,36 @@ impl Connection {
     /// Fills `at` of the buffer from `offset` on. Cancel-safe, as all requests.
     pub(super) async fn read(
         &self,
-        offset: u64,
+        (offset, flags): (u64, u16),
         buffer: Buffer,
         at: Range<usize>,
     ) -> Result<Buffer, NbdError> {
         let range = ByteRange::new(offset, at.len() as u64);
         let expected = Expected::Read { buffer, at, covered: Coverage::default() };
-        match self.request(header(command::READ, 0, range), expected, None).await? {
+        match self.request(header(command::READ, flags, range), expected, None).await? {
             Outcome::Read(buffer) => Ok(buffer),
             Outcome::Done | Outcome::Status(_) => unreachable!("a read ends with its buffer"),
         }
     }
 
-    /// Writes `at` of the buffer to `offset`; the buffer is let go once it is on the wire. The server may have written if this is dropped.
+    /// Writes `at` of the buffer to `offset`; the buffer is let go once it is on the wire. The server
+    /// may have written if this is dropped.
     pub(super) async fn write(
         &self,
-        offset: u64,
+        (offset, flags): (u64, u16),
         buffer: Arc<Buffer>,
         at: Range<usize>,
     ) -> Result<(), NbdError> {
         let range = ByteRange::new(offset, at.len() as u64);
         let extended = self.shared.style == HeaderStyle::Extended;
-        let flags = if extended { command_flag::PAYLOAD_LEN } else { 0 };
+        let flags = if extended { flags | command_flag::PAYLOAD_LEN } else { flags };
         let payload = Some((buffer, at));
         self.request(header(command::WRITE, flags, range), Expected::Plain, payload)
             .await
             .map(|_| ())
     }
 
-    /// FLUSH or WRITE_ZEROES.
+    /// A command without payload in either direction.
     pub(super) async fn plain(
         &self,
         command: u16,

@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use super::client::{Timeouts, meet, negotiate};
+use super::client::{Asked, Timeouts, meet, negotiate};
 use super::connection::Connection;
 use super::export::ExportInfo;
 use super::negotiate::{Context, Greeted, Handshake};
@@ -93,9 +93,11 @@ async fn described(
     let info = match handshake.info(&name).await? {
         Some(info) => info,
         // Old servers tell only those who enter transmission.
-        None => negotiate(connector, &name, &[], timeouts.handshake).await?.export,
+        None => {
+            negotiate(connector, &name, (&[], Asked::Nothing), timeouts.handshake).await?.export
+        }
     };
-    let contexts = handshake.list_contexts(&name).await?;
+    let contexts = handshake.list_contexts(&name, &[]).await?;
     Ok(Described { name, info, contexts })
 }
 
@@ -118,7 +120,8 @@ impl Inspector {
         timeouts: Timeouts,
     ) -> Result<Self> {
         let peer = connector.peer();
-        let negotiated = negotiate(connector, export, contexts, timeouts.handshake).await?;
+        let negotiated =
+            negotiate(connector, export, (contexts, Asked::Nothing), timeouts.handshake).await?;
         let has = |name: &&String| negotiated.contexts.iter().any(|found| found.name == **name);
         if let Some(missing) = contexts.iter().find(|name| !has(name)) {
             let message = format!("NBD server {peer} does not offer the context {missing}");

@@ -18,17 +18,20 @@
 //! Layers inside: [`wire`] (numbers), `negotiate` (the handshake), `request` (rules of replies,
 //! no I/O), `connection` with `reader` and `writer` (one socket), `client` (the disk).
 //!
-//! Deliberately not here: retries (a point in time may be gone when a connection is), TRIM (its
-//! result is undefined, so nothing may rely on it), formats.
+//! Deliberately not here: TRIM in place of zeroes (its result is undefined, so nothing but an
+//! operator's own order sends it), formats.
 
 mod client;
+mod commands;
 mod connection;
 mod error;
 mod export;
 mod extents;
+mod initial_state;
 mod inspect;
 mod negotiate;
 mod reader;
+mod reconnect;
 mod request;
 pub mod server;
 mod stream;
@@ -39,9 +42,12 @@ pub mod wire;
 mod writer;
 
 pub use client::{Access, BASE_ALLOCATION, Client, ClientOptions, InitialContent, Timeouts, list};
+pub use commands::{Durable, Order};
 pub use error::NbdError;
 pub use export::{BlockSizes, ExportInfo};
+pub use initial_state::InitialState;
 pub use inspect::{Described, Description, Inspector, Runs, Which, describe};
 pub use negotiate::{Context, Greeted, Handshake, Listed, Negotiated, greet};
+pub use reconnect::{OnLost, ReconnectingClient, Retries};
 pub use stream::{Connector, ReadHalf, Stream, WriteHalf};
 pub use uri::{Address, NbdUri, Origin, PORT_DEFAULT};

@@ -21,6 +21,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::error::{NbdError, lost, violation};
 use super::export::{BlockSizes, ExportInfo};
+use super::initial_state::{self, InitialState};
 use super::stream::Stream;
 use super::tls::{ClientTls, Mode, TlsSession};
 use super::wire::{self, HeaderStyle, be16, be32, be64, handshake, info, option, reply};
@@ -49,6 +50,7 @@ pub struct Handshake {
     no_zeroes: bool,
     style: HeaderStyle,
     contexts: Vec<Context>,
+    initial_state: Option<InitialState>,
     tls: Option<TlsSession>,
 }
 
@@ -71,6 +73,8 @@ pub struct Negotiated {
     pub export: ExportInfo,
     /// What BLOCK_STATUS will tell.
     pub contexts: Vec<Context>,
+    /// What the export holds, if the server is one of ours and was asked.
+    pub initial_state: Option<InitialState>,
     /// TLS, if the session is inside it.
     pub tls: Option<TlsSession>,
 }
@@ -115,6 +119,7 @@ pub async fn greet(mut stream: Box<dyn Stream>, peer: Arc<str>) -> Result<Greete
                 no_zeroes: flags & handshake::NO_ZEROES != 0,
                 style: HeaderStyle::Simple,
                 contexts: Vec::new(),
+                initial_state: None,
                 tls: None,
             }))
         }
@@ -127,7 +132,15 @@ async fn oldstyle(mut stream: Box<dyn Stream>, peer: Arc<str>) -> Result<Negotia
     // The upper half of the flags were global flags once; only the lower half is defined.
     let export = ExportInfo::new(&peer, be64(&data[..8]), be16(&data[10..12]))?;
     let style = HeaderStyle::Simple;
-    Ok(Negotiated { stream, peer, style, export, contexts: Vec::new(), tls: None })
+    Ok(Negotiated {
+        stream,
+        peer,
+        style,
+        export,
+        contexts: Vec::new(),
+        initial_state: None,
+        tls: None,
+    })
 }
 
 impl Handshake {
@@ -148,6 +161,7 @@ impl Handshake {
                         stream: secured.stream,
                         style: HeaderStyle::Simple,
                         contexts: Vec::new(),
+                        initial_state: None,
                         tls: Some(secured.session),
                         ..self
                     });
@@ -225,15 +239,19 @@ impl Handshake {
         Err(self.violation("more meta contexts than were asked for"))
     }
 
-    /// The names of the meta contexts of `export`; none where the server cannot tell.
-    pub async fn list_contexts(&mut self, export: &str) -> Result<Vec<String>> {
+    /// The names of the meta contexts of `export` that match one of `queries`, all if there is none;
+    /// none where the server cannot tell.
+    pub async fn list_contexts(&mut self, export: &str, queries: &[&str]) -> Result<Vec<String>> {
         let option = option::LIST_META_CONTEXT;
         if self.style == HeaderStyle::Simple {
             return Ok(Vec::new());
         }
         let mut payload = Vec::new();
         put_string(&mut payload, export);
-        put_len(&mut payload, 0);
+        put_len(&mut payload, queries.len());
+        for query in queries {
+            put_string(&mut payload, query);
+        }
         self.send_option(option, &payload).await?;
         let mut names = Vec::new();
         while names.len() < REPLIES_MAX {
@@ -252,6 +270,13 @@ impl Handshake {
             }
         }
         Err(self.violation(format!("more than {REPLIES_MAX} meta contexts")))
+    }
+
+    /// Asks what `export` holds; only servers of ours know.
+    pub async fn ask_initial_state(&mut self, export: &str) -> Result<Option<InitialState>> {
+        let names = self.list_contexts(export, &[initial_state::QUERY]).await?;
+        self.initial_state = names.iter().find_map(|name| InitialState::of_name(name));
+        Ok(self.initial_state)
     }
 
     fn add_context(&mut self, payload: &[u8], wanted: &[String]) -> Result<()> {
@@ -397,8 +422,8 @@ impl Handshake {
     }
 
     fn into_negotiated(self, export: ExportInfo) -> Negotiated {
-        let Self { stream, peer, style, contexts, tls, .. } = self;
-        Negotiated { stream, peer, style, export, contexts, tls }
+        let Self { stream, peer, style, contexts, initial_state, tls, .. } = self;
+        Negotiated { stream, peer, style, export, contexts, initial_state, tls }
     }
 
     async fn send_option(&mut self, option: u32, payload: &[u8]) -> Result<()> {

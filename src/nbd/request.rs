@@ -78,6 +78,8 @@ impl InFlight {
             command::FLUSH => return "FLUSH".to_owned(),
             command::WRITE_ZEROES => "WRITE_ZEROES",
             command::BLOCK_STATUS => "BLOCK_STATUS",
+            command::TRIM => "TRIM",
+            command::CACHE => "CACHE",
             _ => "a command",
         };
         format!("{name} of {} bytes at {}", self.len, self.offset)

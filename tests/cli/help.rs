@@ -6,7 +6,7 @@ use std::path::Path;
 
 use crate::support::TestEnv;
 
-const COMMANDS: [&str; 25] = [
+const COMMANDS: [&str; 30] = [
     "",
     "full",
     "incremental",
@@ -27,6 +27,11 @@ const COMMANDS: [&str; 25] = [
     "nbd list",
     "nbd map",
     "nbd read",
+    "nbd write",
+    "nbd zero",
+    "nbd trim",
+    "nbd flush",
+    "nbd bench",
     "repo",
     "repo init",
     "repo info",

@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use crate::ends::is_running;
-use crate::support::{NbdServer, TestEnv, wait_until};
+use crate::support::{NbdServer, Process, TestEnv, wait_until};
 
 fn source(env: &TestEnv, len: usize) -> PathBuf {
     let path = env.path("source.raw");
@@ -89,6 +89,71 @@ fn a_lost_connection_is_told_with_the_offset_reached() {
     assert_eq!(outcome.code, Some(13), "{outcome:?}");
     outcome.fails_with(&["the copy failed after", "cannot read bytes", "nbdkit"]);
     assert!(!target.exists());
+}
+
+/// nbdkit on the socket `s`, slow enough to be ended in the middle of a copy.
+fn slow(env: &TestEnv, image: &str) -> Process {
+    let _ = fs::remove_file(env.path("s"));
+    let mut command = env.command("nbdkit");
+    command.args(["-f", "-U"]).arg(env.path("s")).args([
+        "--filter=delay",
+        "file",
+        image,
+        "rdelay=20ms",
+    ]);
+    let mut server = Process::spawn(&mut command);
+    wait_until("the server's socket", 20, || {
+        assert!(server.is_running(), "nbdkit ended at once");
+        env.path("s").exists()
+    });
+    server
+}
+
+/// Bytes that tell where they are from.
+fn numbered(len: u32) -> Vec<u8> {
+    (0..len / 4).flat_map(u32::to_le_bytes).collect()
+}
+
+#[test]
+fn a_source_that_comes_back_is_read_to_its_end() {
+    let env = TestEnv::new();
+    let content = numbered(64 << 20);
+    fs::write(env.path("source.raw"), &content).unwrap();
+    let server = slow(&env, "source.raw");
+    let uri = format!("nbd+unix:///?socket={}", env.path("s").display());
+    let args = ["copy", &uri, "new.raw", "--requests", "2", "--request-size", "256k", "--verify"];
+    let copy = env.spawn_vmbackup(&[&args[..], &["--retries", "5", "--retry-delay", "1"]].concat());
+    std::thread::sleep(std::time::Duration::from_millis(700));
+    drop(server);
+    // Away for a while: the first attempt to go on fails, too.
+    std::thread::sleep(std::time::Duration::from_millis(1500));
+    let _server = slow(&env, "source.raw");
+    let outcome = copy.wait().ok();
+    assert!(outcome.stderr.contains("was lost"), "it was ended in the middle: {outcome:?}");
+    assert!(fs::read(env.path("new.raw")).unwrap() == content);
+}
+
+#[test]
+fn a_source_that_stays_away_or_comes_back_as_another_ends_the_copy() {
+    let env = TestEnv::new();
+    fs::write(env.path("source.raw"), numbered(64 << 20)).unwrap();
+    fs::write(env.path("other.raw"), numbered(63 << 20)).unwrap();
+    let uri = format!("nbd+unix:///?socket={}", env.path("s").display());
+    let args = ["copy", &uri, "new.raw", "--requests", "2", "--request-size", "256k"];
+    let args = [&args[..], &["--retries", "2", "--retry-delay", "1"]].concat();
+    for (next, code, said) in
+        [(None, 13, "2 attempts to go on failed"), (Some("other.raw"), 18, "another export")]
+    {
+        let server = slow(&env, "source.raw");
+        let copy = env.spawn_vmbackup(&args);
+        std::thread::sleep(std::time::Duration::from_millis(700));
+        drop(server);
+        let _server = next.map(|image| slow(&env, image));
+        let outcome = copy.wait();
+        assert_eq!(outcome.code, Some(code), "{outcome:?}");
+        outcome.fails_with(&[said]);
+        assert!(!env.path("new.raw").exists());
+    }
 }
 
 #[test]

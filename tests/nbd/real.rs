@@ -262,3 +262,23 @@ async fn no_server_is_a_connection_error_that_names_the_socket() {
     let error = Client::open_uri(&uri, ClientOptions::default()).await.map(|_| ()).unwrap_err();
     assert!(error.to_string().contains("nobody"), "{error}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_read_that_must_be_one_piece_is_one_or_refused() {
+    use vmbackup::nbd::{Durable, Order};
+    let dir = tempdir();
+    run("qemu-img", &["create", "-f", "qcow2", "a.qcow2", "6M"], dir.path());
+    let server = Server::qemu_nbd(dir, &["-f", "qcow2", "-e", "8", "a.qcow2"]);
+    let client = server.writer().await;
+    let bytes = Buffer::unbudgeted(vec![7; 65536]);
+    client.order(Order::Write(1 << 20, bytes), Durable::Yes).await.unwrap();
+    client.order(Order::Cache(ByteRange::new(0, 6 << 20)), Durable::Later).await.unwrap();
+    // Half of it a hole: without DF it comes in two chunks.
+    let read = client.read_whole((1 << 20) - 32768, Buffer::unbudgeted(vec![1; 65536])).await;
+    let read = read.unwrap();
+    assert!(read[..32768].iter().all(|b| *b == 0) && read[32768..].iter().all(|b| *b == 7));
+    client.order(Order::Trim(ByteRange::new(1 << 20, 65536)), Durable::Yes).await.unwrap();
+    let server = Server::nbdkit(&["--no-sr", "memory", "1M"]);
+    let error = server.reader().await.read_whole(0, Buffer::unbudgeted(vec![0; 512])).await;
+    assert_eq!(error.map(|_| ()).unwrap_err().kind(), Kind::Unsupported);
+}

@@ -3,15 +3,22 @@
 //!
 //! Where a rule stands for a hole somebody once had, its CVE is named.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use vmbackup::nbd::server::Limits;
+use async_trait::async_trait;
+use vmbackup::block::memory::MemoryDisk;
+use vmbackup::block::{BlockSource, Buffer, ByteRange, ExtentMap, Geometry};
+use vmbackup::error::Result;
+use vmbackup::nbd::server::{Export, Limits};
 use vmbackup::nbd::wire::{
     self, HeaderStyle, Request, be32, be64, chunk, command, command_flag, errno, option, reply,
 };
+use vmbackup::nbd::{Client, ClientOptions};
 
 use crate::raw::{Raw, SIZE, contexts, go, option_bytes, option_header, string};
-use crate::rig::limits;
+use crate::rig::{Rig, limits};
 
 const STRUCTURED: HeaderStyle = HeaderStyle::Structured;
 const EXTENDED: HeaderStyle = HeaderStyle::Extended;
@@ -473,4 +480,47 @@ async fn disc_ends_the_session_after_what_is_in_progress() {
     let (flags, kind, _, payload) = raw.chunk(STRUCTURED).await;
     assert_eq!((flags, kind, payload.len()), (chunk::DONE, chunk::OFFSET_DATA, 520));
     raw.end().await.unwrap();
+}
+
+/// Counts what it is asked.
+struct Counted {
+    disk: MemoryDisk,
+    asked: AtomicU64,
+}
+
+#[async_trait]
+impl BlockSource for Counted {
+    fn geometry(&self) -> Geometry {
+        BlockSource::geometry(&self.disk)
+    }
+
+    async fn extents(&self, range: ByteRange) -> Result<ExtentMap> {
+        self.asked.fetch_add(1, Ordering::Relaxed);
+        self.disk.extents(range).await
+    }
+
+    async fn read(&self, offset: u64, buffer: Buffer) -> Result<Buffer> {
+        self.asked.fetch_add(1, Ordering::Relaxed);
+        self.disk.read(offset, buffer).await
+    }
+}
+
+/// CVE-2019-14850 (nbdkit): the disk was opened for everybody who connected, before anything was
+/// negotiated, so that a scan of ports was a load on it.
+#[tokio::test(flavor = "multi_thread")]
+async fn cve_2019_14850_clients_that_only_connect_ask_nothing_of_the_disk() {
+    let disk = MemoryDisk::with_content(vec![1; 1 << 20]);
+    let counted = Arc::new(Counted { disk, asked: AtomicU64::new(0) });
+    let rig = Rig::new([Export::read_only("", Arc::clone(&counted) as _)]);
+    let connect = || std::os::unix::net::UnixStream::connect(rig.socket()).unwrap();
+    let idle: Vec<_> = (0..30).map(|_| connect()).collect();
+    for _ in 0..100 {
+        drop(connect());
+    }
+    assert_eq!(counted.asked.load(Ordering::Relaxed), 0);
+    let client = Client::open_uri(&rig.uri(""), ClientOptions::default()).await.unwrap();
+    assert_eq!(counted.asked.load(Ordering::Relaxed), 0, "nor does who negotiates");
+    let read = client.read(0, Buffer::unbudgeted(vec![0; 4096])).await.unwrap();
+    assert!(read.iter().all(|byte| *byte == 1) && counted.asked.load(Ordering::Relaxed) == 1);
+    drop(idle);
 }

@@ -165,3 +165,29 @@ async fn a_stale_socket_is_replaced_and_a_live_one_is_not() {
     let error = Listener::unix(&stale).unwrap_err();
     assert_eq!(error.kind(), Kind::AlreadyExists, "{error:?}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn our_client_is_told_what_an_export_holds_and_others_are_not() {
+    use vmbackup::nbd::InitialState::{Dense, Sparse, Zero};
+    let disk = |content: Vec<u8>| Arc::new(MemoryDisk::with_content(content));
+    let zero = Arc::new(MemoryDisk::zeroed(1 << 20));
+    let mut half = vec![1; 1 << 20];
+    half[..1 << 19].fill(0);
+    let (sparse, dense) = (disk(half), disk(vec![1; 1 << 20]));
+    let rig = Rig::new([
+        Export::writable("zero", Arc::clone(&zero) as _, Arc::clone(&zero) as _),
+        Export::writable("sparse", Arc::clone(&sparse) as _, sparse as _),
+        Export::writable("dense", Arc::clone(&dense) as _, dense as _),
+    ]);
+    for (name, state) in [("zero", Zero), ("sparse", Sparse), ("dense", Dense)] {
+        let client = open(&rig, name, writing()).await;
+        assert_eq!(client.initial_state(), Some(state));
+        assert_eq!(client.starts_zero(), state == Zero);
+        assert_eq!(open(&rig, name, ClientOptions::default()).await.initial_state(), None);
+    }
+    let client = open(&rig, "zero", writing()).await;
+    client.write(4096, Buffer::unbudgeted(vec![1; 512])).await.unwrap();
+    assert!(!open(&rig, "zero", writing()).await.starts_zero(), "it was then, not now");
+    let listed = rig.run("nbdinfo", &[&rig.text("sparse")]);
+    assert!(listed.contains("base:allocation") && !listed.contains("vmbackup:"), "{listed}");
+}

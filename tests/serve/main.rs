@@ -5,6 +5,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod changed_by_hand;
 mod changes;
 mod guest;
 mod images;

@@ -115,6 +115,22 @@ pub(crate) struct SpeedArgs {
     /// Bytes a second at most
     #[arg(long, value_name = "SIZE")]
     pub(crate) rate_limit: Option<String>,
+    #[command(flatten)]
+    pub(crate) retry: RetryArgs,
+}
+
+/// What becomes of a lost connection.
+#[derive(clap::Args, Debug)]
+#[command(next_help_heading = "Lost connections")]
+pub(crate) struct RetryArgs {
+    /// Open SRC, an NBD export that does not change, again so often for a request that fails with
+    /// its connection. (What was written to a DST that was lost may be lost, too: it is never
+    /// opened again)
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(..=100))]
+    pub(crate) retries: u32,
+    /// Wait before the first time; each further wait is twice as long, up to a minute
+    #[arg(long, value_name = "SECONDS", default_value_t = 2, value_parser = clap::value_parser!(u32).range(..=60))]
+    pub(crate) retry_delay: u32,
 }
 
 pub(crate) async fn run(args: Args, context: &Context) -> Result<()> {

@@ -27,6 +27,8 @@ use crate::control::{DiskProgress, NoticeLevel};
 use crate::copy as engine;
 use crate::error::{Error, Kind, Result};
 use crate::nbd::{ClientOptions, NbdUri};
+
+pub use crate::nbd::Retries;
 use target::Opened;
 
 pub use crate::image::Compression;
@@ -139,6 +141,8 @@ pub struct Options {
     pub rate_bytes: Option<u64>,
     /// Whether the target is read back and proven equal.
     pub verify: Verify,
+    /// How often a source behind an NBD URI is opened again when it is lost.
+    pub retries: Retries,
 }
 
 /// What an existing target holds before the copy.
@@ -258,7 +262,8 @@ struct Done {
 impl Copying<'_> {
     async fn copy_from_disk(&self, source: Source, target: Target) -> Result<(Done, bool)> {
         let control = self.surroundings.1;
-        let opened = source::open(source, self.client(), self.surroundings).await?;
+        let opened =
+            source::open(source, (self.client(), self.options.retries), self.surroundings).await?;
         source::refuse_itself(&opened, &target)?;
         let disk = Arc::clone(&opened.disk);
         let size_bytes = disk.geometry().size_bytes;

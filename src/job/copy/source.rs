@@ -7,11 +7,12 @@ use async_trait::async_trait;
 
 use super::{Source, Surroundings, Target};
 use crate::block::{BlockSource, Buffer, ByteRange, ExtentMap, Geometry};
+use crate::control::NoticeLevel;
 use crate::error::{Error, Kind, Result};
 use crate::image::{CommandServer, open_image_with};
 use crate::job::points;
 use crate::job::source::DiskSpec;
-use crate::nbd::{Client, ClientOptions};
+use crate::nbd::{Client, ClientOptions, ReconnectingClient, Retries};
 
 /// A source that can be read.
 pub(super) struct OpenedSource {
@@ -35,11 +36,17 @@ impl OpenedSource {
 /// Opens a source; a pipe has no disk.
 pub(super) async fn open(
     source: Source,
-    client: ClientOptions,
-    (env, _): Surroundings<'_>,
+    (client, retries): (ClientOptions, Retries),
+    (env, control): Surroundings<'_>,
 ) -> Result<OpenedSource> {
     let only = |disk| OpenedSource { disk, path: None, server: None };
     match source {
+        Source::Disk(DiskSpec::Nbd(uri)) if retries.attempts > 0 => {
+            let control = control.clone();
+            let on_lost = Box::new(move |text| control.notice(NoticeLevel::Warning, text));
+            let disk = ReconnectingClient::open(uri, client, retries, on_lost).await?;
+            Ok(only(Arc::new(disk)))
+        }
         Source::Disk(DiskSpec::Nbd(uri)) => {
             Ok(only(Arc::new(Box::pin(Client::open_uri(&uri, client)).await?)))
         }

@@ -30,6 +30,9 @@ pub(super) const EXTENTS_MAX: usize = 8192;
 /// Most questions to a source for one reply, each of which may be answered by a short prefix.
 pub(super) const EXTENT_CALLS_MAX: usize = 256;
 
+/// How long a client waits, while it negotiates, for an answer it can do without.
+pub(super) const STATE_WAIT: Duration = Duration::from_secs(1);
+
 /// How much of a CACHE request is read ahead; the rest is advice not taken.
 pub(super) const CACHE_BYTES_MAX: u64 = 32 << 20;
 

@@ -21,8 +21,9 @@ use tokio_util::sync::CancellationToken;
 use super::contexts::{self, Asked, Context};
 use super::end::{End, violation};
 use super::exports::{Export, Exports};
-use super::limits::{OPTION_BYTES_MAX, OPTION_BYTES_SKIPPED_MAX, OPTIONS_MAX};
+use super::limits::{OPTION_BYTES_MAX, OPTION_BYTES_SKIPPED_MAX, OPTIONS_MAX, STATE_WAIT};
 use super::options::{self, Malformed};
+use crate::nbd::initial_state::{self, InitialState};
 use crate::nbd::stream::Stream;
 use crate::nbd::tls::{Mode, ServerTls};
 use crate::nbd::wire::{self, HeaderStyle, be32, be64, handshake, info, option, reply};
@@ -214,8 +215,8 @@ impl Haggling<'_> {
             option::LIST => self.list(payload),
             option::STRUCTURED_REPLY => self.agree(HeaderStyle::Structured, payload),
             option::EXTENDED_HEADERS => self.agree(HeaderStyle::Extended, payload),
-            option::LIST_META_CONTEXT => self.meta_contexts(Asked::List, payload),
-            option::SET_META_CONTEXT => self.meta_contexts(Asked::Set, payload),
+            option::LIST_META_CONTEXT => self.meta_contexts(Asked::List, payload).await,
+            option::SET_META_CONTEXT => self.meta_contexts(Asked::Set, payload).await,
             _ => Err((reply::UNSUP, format!("option {option} is not known"))),
         };
         self.answer(option, answer).await?;
@@ -313,7 +314,7 @@ impl Haggling<'_> {
         }
     }
 
-    fn meta_contexts(&mut self, asked: Asked, payload: &[u8]) -> Answer {
+    async fn meta_contexts(&mut self, asked: Asked, payload: &[u8]) -> Answer {
         if asked == Asked::Set {
             // Whatever comes of it, it replaces what was set before (proto.md, SET_META_CONTEXT).
             self.chosen = None;
@@ -330,7 +331,13 @@ impl Haggling<'_> {
             let payload = [&id.to_be_bytes(), context.name.as_bytes()].concat();
             (reply::META_CONTEXT, payload)
         };
-        let items = found.iter().map(told).collect();
+        let mut items: Items = found.iter().map(told).collect();
+        if asked == Asked::List
+            && queries.contains(&initial_state::QUERY.as_bytes())
+            && let Some(state) = initial_state(&export).await
+        {
+            items.push((reply::META_CONTEXT, [&[0; 4], state.name().as_bytes()].concat()));
+        }
         if asked == Asked::Set {
             self.chosen = Some((export, found));
         }
@@ -361,6 +368,16 @@ impl Haggling<'_> {
         self.stream.flush().await?;
         Ok(())
     }
+}
+
+/// What the export holds, if one answer says it soon.
+async fn initial_state(export: &Export) -> Option<InitialState> {
+    let whole = export.geometry().range();
+    if whole.is_empty() {
+        return None;
+    }
+    let told = tokio::time::timeout(STATE_WAIT, export.source.extents(whole)).await;
+    InitialState::of_map(&told.ok()?.ok()?, whole.end())
 }
 
 fn invalid(Malformed(rule): Malformed) -> Refused {

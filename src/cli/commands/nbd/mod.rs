@@ -1,16 +1,24 @@
-//! `vmbackup nbd …`: looking at NBD exports.
+//! `vmbackup nbd …`: NBD exports by hand.
 
+pub(crate) mod bench;
+pub(crate) mod flush;
 pub(crate) mod info;
 pub(crate) mod list;
 pub(crate) mod map;
 pub(crate) mod read;
+pub(crate) mod trim;
+pub(crate) mod write;
+pub(crate) mod zero;
 
 use clap::Subcommand;
 
 use crate::cli::context::Context;
 use crate::error::Result;
+use crate::job::export::write::Report;
+use crate::nbd::Durable;
+use crate::units::ByteSize;
 
-/// Look at NBD exports: what they are, what they hold
+/// Look at NBD exports, measure them, change some bytes
 #[derive(clap::Args, Debug)]
 pub(crate) struct Args {
     #[command(subcommand)]
@@ -23,6 +31,31 @@ enum Command {
     List(list::Args),
     Map(map::Args),
     Read(read::Args),
+    Write(write::Args),
+    Zero(zero::Args),
+    Trim(trim::Args),
+    Flush(flush::Args),
+    Bench(bench::Args),
+}
+
+/// Whether a change is to be durable.
+#[derive(clap::Args, Debug)]
+pub(crate) struct FuaArgs {
+    /// Return when it is durable (FUA, or a flush)
+    #[arg(long)]
+    fua: bool,
+}
+
+impl FuaArgs {
+    fn durable(&self) -> Durable {
+        if self.fua { Durable::Yes } else { Durable::Later }
+    }
+}
+
+/// What was done, for people.
+fn changed(done: &str, report: &Report) -> String {
+    let durable = if report.durable { ", durable" } else { "" };
+    format!("{done} {} at {}{durable}\n", ByteSize(report.bytes), report.offset)
 }
 
 pub(crate) async fn run(args: Args, context: &Context) -> Result<()> {
@@ -31,5 +64,10 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<()> {
         Command::List(args) => list::run(args, context).await,
         Command::Map(args) => map::run(args, context).await,
         Command::Read(args) => read::run(args, context).await,
+        Command::Write(args) => write::run(args, context).await,
+        Command::Zero(args) => zero::run(args, context).await,
+        Command::Trim(args) => trim::run(args, context).await,
+        Command::Flush(args) => flush::run(args, context).await,
+        Command::Bench(args) => bench::run(args, context).await,
     }
 }
