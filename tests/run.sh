@@ -77,6 +77,10 @@ step "scripts" bash -n tests/setup.sh tests/run.sh tests/support/*.sh \
   tests/support/guest/build.sh examples/*.sh benches/*.sh
 step "build" cargo build --workspace --all-targets -q
 step "quick start" examples/quickstart.sh
+for example in examples/*.sh; do
+  # With a set-up of its own.
+  [ "$example" = examples/quickstart.sh ] || step "$example" "$example"
+done
 step "documentation tests" cargo test --workspace --doc -q
 step "tests" run_tests
 

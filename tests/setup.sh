@@ -101,6 +101,12 @@ fetch_packages() {
     fi
     touch "$cache/kernel/done"
   fi
+  # Its installation would start a service.
+  if ! command -v nbd-server >/dev/null && [ ! -e "$cache/nbd-server/done" ]; then
+    [ -n "$(apt-cache madison nbd-server 2>/dev/null)" ] || update_lists
+    unpack nbd-server "$cache/nbd-server"
+    touch "$cache/nbd-server/done"
+  fi
   if [ ! -e "$cache/agent/done" ]; then
     [ -n "$(apt-cache madison qemu-guest-agent 2>/dev/null)" ] || update_lists
     unpack qemu-guest-agent "$cache/agent"

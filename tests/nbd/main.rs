@@ -2,8 +2,10 @@
 
 #![allow(clippy::unwrap_used, unreachable_pub)]
 
+mod debian;
 mod fuzz;
 mod hostile;
 mod real;
 mod script;
 mod support;
+mod vsock;
