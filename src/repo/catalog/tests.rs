@@ -13,6 +13,8 @@ use crate::clock::{Clock, ManualClock};
 use crate::control::Control;
 use crate::repo::config::ChunkSize;
 use crate::repo::keys::{Credentials, InitOptions, Kdf};
+use crate::repo::seal::ObjectType;
+use crate::repo::store::directory::{DirectoryStore, Parents};
 use crate::repo::store::memory::{MemoryStore, Operation};
 use crate::repo::store::{ObjectName, ObjectStore};
 use crate::repo::{CollectOptions, ManifestDraft, Repository, RunOptions};
@@ -42,6 +44,72 @@ fn draft(vm: u64, name: &str) -> ManifestDraft {
         "disks": [], "artifacts": [], "program": "test",
     }))
     .unwrap()
+}
+
+/// Makes a repository to measure lists with (docs/benchmarks.md). Its manifests are empty files: a
+/// list reads the catalog alone.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "makes a million files in the new directory that VMBACKUP_MILLION names"]
+async fn make_a_repository_of_a_million_points() {
+    let directory = std::env::var_os("VMBACKUP_MILLION").expect("VMBACKUP_MILLION is a path");
+    let directory = std::path::PathBuf::from(directory);
+    std::fs::create_dir(&directory).unwrap();
+    let store = DirectoryStore::init(&directory, Parents::MustExist).await.unwrap();
+    let options =
+        InitOptions { chunk: ChunkSize::DEFAULT, kdf: Kdf::FOR_TESTS, now: Timestamp::UNIX_EPOCH };
+    let workers = Workers::new(2).unwrap();
+    let repository =
+        Repository::init(Arc::new(store), &Credentials::None, options, workers).await.unwrap();
+    let blobs = &repository.blobs;
+    let mut writer = SegmentWriter::create(&*blobs.store, &blobs.keys, &[7; 16]).await.unwrap();
+    for vm in 0..1000 {
+        std::fs::create_dir_all(directory.join(format!("points/{}", uuid(vm)))).unwrap();
+        for sequence in 1..=1000 {
+            let body = draft(vm, &format!("vm-{vm:07}"));
+            let point = point(vm * 1000 + sequence);
+            let summary = Summary::of(&Manifest { point, sequence, body });
+            std::fs::write(directory.join(summary.name().object().as_str()), "").unwrap();
+            writer.push(summary).await.unwrap();
+        }
+    }
+    writer.finish(&[]).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pages_are_the_summaries_in_their_order_from_the_catalog_and_from_manifests() {
+    let bed = Bed::new().await;
+    let blobs = &bed.repository.blobs;
+    let mut writer = SegmentWriter::create(&*blobs.store, &blobs.keys, &[7; 16]).await.unwrap();
+    for n in 0..20_000 {
+        let manifest =
+            Manifest { point: point(n), sequence: n + 1, body: draft(n / 10_000, "foo") };
+        let name = PointName {
+            domain: manifest.body.vm.uuid,
+            sequence: manifest.sequence,
+            point: manifest.point,
+        };
+        let object = name.object();
+        let json = serde_json::to_vec(&manifest).unwrap();
+        let sealed = blobs.keys.seal_object(ObjectType::Point, &object, &json);
+        bed.store.put(&object, sealed).await.unwrap();
+        // Some are in no catalog.
+        if n % 1000 != 3 {
+            writer.push(Summary::of(&manifest)).await.unwrap();
+        }
+    }
+    writer.finish(&[]).await.unwrap();
+    let all = bed.repository.summaries(PointsOf::All).await.unwrap();
+    assert_eq!(all.len(), 20_000);
+    let mut pages = bed.repository.summary_pages(PointsOf::All).await.unwrap();
+    for _ in 0..2 {
+        let mut paged = Vec::new();
+        while let Some(page) = pages.next().await.unwrap() {
+            assert!(page.len() <= 8192);
+            paged.extend(page);
+        }
+        assert!(paged == all);
+        pages.rewind();
+    }
 }
 
 impl Bed {

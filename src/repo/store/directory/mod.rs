@@ -243,12 +243,21 @@ fn names(
         if left == 0 {
             break;
         }
-        let mut names = names_in(root, &directory, prefix, after)?;
-        if names.len() > left {
-            // What the next pages are read for again need not be sorted.
-            names.select_nth_unstable(left);
-            names.truncate(left);
-        }
+        let mut names = Vec::new();
+        let first = |names: &mut Vec<ObjectName>| {
+            // What the next pages are read for again need not be sorted, nor held.
+            if names.len() > left {
+                names.select_nth_unstable(left);
+                names.truncate(left);
+            }
+        };
+        visit(root, &directory, (prefix, after), |name| {
+            names.push(name);
+            if names.len() >= left.saturating_mul(2) {
+                first(&mut names);
+            }
+        })?;
+        first(&mut names);
         names.sort_unstable();
         page.append(&mut names);
     }
@@ -289,13 +298,25 @@ fn names_in(
     prefix: &str,
     after: Option<&ObjectName>,
 ) -> StoreResult<Vec<ObjectName>> {
-    let names = root.names_in(directory)?;
-    Ok(names
-        .into_iter()
-        .filter_map(|name| ObjectName::parse(&format!("{directory}{name}")))
-        .filter(|name| name.as_str().starts_with(prefix))
-        .filter(|name| after.is_none_or(|after| name > after))
-        .collect())
+    let mut names = Vec::new();
+    visit(root, directory, (prefix, after), |name| names.push(name))?;
+    Ok(names)
+}
+
+/// The same one by one.
+fn visit(
+    root: &Root,
+    directory: &str,
+    (prefix, after): (&str, Option<&ObjectName>),
+    mut take: impl FnMut(ObjectName),
+) -> StoreResult<()> {
+    root.visit(directory, |name| {
+        let name = ObjectName::parse(&format!("{directory}{name}"));
+        let name = name.filter(|name| name.as_str().starts_with(prefix));
+        if let Some(name) = name.filter(|name| after.is_none_or(|after| name > after)) {
+            take(name);
+        }
+    })
 }
 
 /// Permissions of objects: the owner's alone, they hold what the guests hold.

@@ -120,24 +120,30 @@ impl Root {
     /// What is in `directory` (with its slash; empty for the root), dot files left out. None when
     /// it does not exist: folders are made as they are needed.
     pub(super) fn names_in(&self, directory: &str) -> StoreResult<Vec<String>> {
+        let mut names = Vec::new();
+        self.visit(directory, |name| names.push(name.to_owned()))?;
+        Ok(names)
+    }
+
+    /// The same one by one: there may be a million.
+    pub(super) fn visit(&self, directory: &str, mut take: impl FnMut(&str)) -> StoreResult<()> {
         let error = |e: Errno| self.error("listing", directory, e.into());
         let path = if directory.is_empty() { "." } else { directory };
         let fd = match rustix::fs::openat(&self.dir, path, DIRECTORY_FLAGS, DIRECTORY_MODE) {
             Ok(fd) => fd,
-            Err(Errno::NOENT) if !self.is_deleted() => return Ok(Vec::new()),
+            Err(Errno::NOENT) if !self.is_deleted() => return Ok(()),
             // A stray file among directories: not ours.
-            Err(Errno::NOTDIR) => return Ok(Vec::new()),
+            Err(Errno::NOTDIR) => return Ok(()),
             Err(e) => return Err(error(e)),
         };
-        let mut names = Vec::new();
         for entry in Dir::new(fd).map_err(error)? {
             let entry = entry.map_err(error)?;
             let name = OsStr::from_bytes(entry.file_name().to_bytes());
             if let Some(name) = name.to_str().filter(|name| !name.starts_with('.')) {
-                names.push(name.to_owned());
+                take(name);
             }
         }
-        Ok(names)
+        Ok(())
     }
 
     /// A new file in the place for unfinished objects, and its path.
