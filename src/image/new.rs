@@ -130,6 +130,19 @@ impl NewImage {
 
     /// The same, durable only if asked for.
     pub async fn publish(self, durability: Durability) -> Result<()> {
+        self.close(durability).await?.publish(durability).await
+    }
+
+    /// Makes the image complete and durable under its temporary name: what is left is to
+    /// [`NewFile::place`] it. Not cancel-safe.
+    pub async fn complete(self) -> Result<NewFile> {
+        let file = self.close(Durability::Synced).await?;
+        file.sync().await?;
+        Ok(file)
+    }
+
+    /// Ends writing.
+    async fn close(self, durability: Durability) -> Result<NewFile> {
         if let NewImageSink::Served(export) = self.sink {
             if durability == Durability::Synced {
                 export.flush().await?;
@@ -139,7 +152,7 @@ impl NewImage {
             // Closing writes what is left of the format's own tables.
             export.close().await?;
         }
-        self.file.publish(durability).await
+        Ok(self.file)
     }
 
     /// Removes what was written.

@@ -90,6 +90,37 @@ fn a_full_target_is_refused_before_the_first_write_and_nothing_is_left() {
     assert_eq!(fs::read_dir(&small.path).unwrap().count(), 0, "nothing is left behind");
 }
 
+/// qcow2 needs more than the data, which is all that is asked for before the first write.
+#[test]
+fn a_target_that_fills_up_while_it_is_written_is_left_clean_and_says_what_to_do() {
+    let fixture = Fixture::new();
+    let env = &fixture.env;
+    // Chunks full of data, 772 KiB in all: nothing of them is left out.
+    fixture.write(0, b"begin", 512 << 10);
+    fixture.write((3 << 20) - (256 << 10), b"end", (256 << 10) + 4096);
+    let point = fixture.point();
+    let small = SmallDisk::mount(&fixture);
+    fs::write(small.path.join("other"), vec![1; (2 << 20) - (776 << 10)]).unwrap();
+    let to = small.path.join("to");
+    let args = ["restore", &point, "--to", to.to_str().unwrap(), "--format", "qcow2"];
+    let outcome = env.vmbackup(&args).fails_with(&["disk of point", "make room there", "--to DIR"]);
+    assert_eq!(outcome.code, Some(9), "{outcome:?}");
+    assert_eq!(fs::read_dir(&small.path).unwrap().count(), 1, "nothing is left behind");
+}
+
+#[test]
+fn a_target_directory_is_made_but_not_the_one_it_is_in() {
+    let fixture = Fixture::new();
+    let point = fixture.point();
+    let mount = fixture.env.path("mistyped");
+    let to = mount.join("to");
+    let outcome = fixture.env.vmbackup(&["restore", &point, "--to", to.to_str().unwrap()]);
+    let hint = format!("mkdir -p {}", mount.display());
+    let outcome = outcome.fails_with(&["cannot make", &hint, "mount"]);
+    assert_eq!(outcome.code, Some(3), "{outcome:?}");
+    assert!(!mount.exists());
+}
+
 #[test]
 fn a_full_repository_fails_the_backup_and_keeps_the_points_it_has() {
     let fixture = Fixture::new();

@@ -2,12 +2,13 @@
 //! guests read what was on the disks at the instant.
 
 use std::fs;
-use std::path::Path;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
 use crate::rig::{assert_no_trace, prove, take};
-use crate::support::{DiskFormat, Domain, DomainSpec, Guest, TestEnv};
+use crate::support::{DiskFormat, Domain, DomainSpec, Guest, TestEnv, wait_until};
 
 /// What the guest reads on its disks, but for the part it kept writing while the backup ran.
 fn sums(guest: &mut Guest, disks: &[&str]) -> Vec<String> {
@@ -87,7 +88,7 @@ fn a_new_domain_boots_beside_the_running_original() {
 
     // The same name again: refused before anything is copied; never while it runs.
     let again = env.vmbackup(&["restore", &taken.id, "--as", copy.name(), "--force"]).fails();
-    assert_eq!(again.code, Some(5), "{again:?}");
+    assert_eq!(again.code, Some(7), "{again:?}");
     assert_eq!(copy.state(), "running");
 }
 
@@ -184,4 +185,105 @@ fn saved_memory_is_not_resumed_on_other_disks() {
     assert!(fs::read(domain.disk(0)).expect("own disk") == image, "the image was touched");
     domain.virsh(&["managedsave-remove", domain.name()]).ok();
     env.vmbackup(&["restore", &taken.id, "--define", "--force"]).ok();
+}
+
+/// All names in the directory of the environment that have to do with disks.
+fn listing(env: &TestEnv) -> Vec<String> {
+    let names = fs::read_dir(env.dir()).expect("own directory");
+    let names = names.map(|entry| entry.expect("entry").file_name().to_string_lossy().into_owned());
+    let mut names: Vec<_> = names.filter(|n| n.contains("disk") || n.contains("nvram")).collect();
+    names.sort();
+    names
+}
+
+/// A domain somebody started during a long copy had its firmware variables replaced under it: only
+/// the definition looked again.
+#[test]
+fn a_domain_that_is_started_during_the_copy_keeps_its_variables() {
+    let env = TestEnv::new();
+    env.init_repo();
+    let spec = DomainSpec { uefi: true, ..DomainSpec::with_disks(&[DiskFormat::Qcow2]) };
+    let (domain, mut guest) = Domain::boot(&env, &spec);
+    guest.run("rnd vda 20480 40960");
+    let taken = take(&env, &domain, &mut guest, &["full"]);
+    domain.shut_down(&mut guest);
+    let nvram = env.path("nvram.fd");
+    let mut changed = fs::read(&nvram).expect("made at the first start");
+    let last = changed.len() - 1;
+    changed[last] ^= 0xff;
+    fs::write(&nvram, changed).expect("own file");
+
+    // Another format goes to another file: nothing locks the one the domain uses.
+    let before = listing(&env);
+    let args = ["restore", &taken.id, "--define", "--force", "--format", "raw"];
+    let mut restore = env.spawn_vmbackup(&args);
+    wait_until("the copy", 60, || listing(&env) != before || !restore.is_running());
+    restore.signal("STOP");
+    let target = domain.disk(0).with_extension("raw");
+    assert!(restore.is_running() && !target.exists(), "the copy was over too soon");
+    domain.virsh(&["start", domain.name()]).ok();
+    // The firmware writes them in place; a restore would put another file there.
+    let inode = || fs::metadata(&nvram).expect("still there").ino();
+    let variables = inode();
+    restore.signal("CONT");
+    let failed = restore.wait().fails();
+    assert_eq!(failed.code, Some(7), "{failed:?}");
+    assert!(failed.stderr.contains("is running") && failed.stderr.contains("--as"), "{failed:?}");
+    assert!(failed.stderr.contains("copies are removed"), "{failed:?}");
+    assert_eq!(domain.state(), "running");
+    assert_eq!(inode(), variables, "the variables were replaced");
+    assert_eq!(listing(&env), before, "something was left");
+}
+
+/// Makes libvirt refuse to define one domain while it lives.
+struct Unsaveable(PathBuf);
+
+impl Unsaveable {
+    fn new(domain: &Domain<'_>) -> Self {
+        // libvirt writes the description there before it renames it (`virFileRewrite`).
+        let path = Path::new("/etc/libvirt/qemu").join(format!("{}.xml.new", domain.name()));
+        fs::create_dir(&path).expect("tests of libvirt run as root");
+        Self(path)
+    }
+}
+
+impl Drop for Unsaveable {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir(&self.0);
+    }
+}
+
+/// The old images were gone before libvirt had accepted the new definition.
+#[test]
+fn a_definition_that_libvirt_refuses_leaves_the_old_vm_whole() {
+    let env = TestEnv::new();
+    env.init_repo();
+    let spec = DomainSpec { uefi: true, ..DomainSpec::with_disks(&[DiskFormat::Qcow2]) };
+    let (domain, mut guest) = Domain::boot(&env, &spec);
+    guest.run("rnd vda 61440 100");
+    let at_the_instant = sums(&mut guest, &["vda"]);
+    let taken = take(&env, &domain, &mut guest, &["full"]);
+    guest.run("rnd vda 61440 1000");
+    domain.shut_down(&mut guest);
+    let nvram = env.path("nvram.fd");
+    let mut variables = fs::read(&nvram).expect("made at the first start");
+    let last = variables.len() - 1;
+    variables[last] ^= 0xff;
+    fs::write(&nvram, &variables).expect("own file");
+    let (image, before, xml) =
+        (fs::read(domain.disk(0)).expect("own disk"), listing(&env), domain.dump());
+
+    let refusing = Unsaveable::new(&domain);
+    let restore = ["restore", &taken.id, "--define", "--force"];
+    let failed = env.vmbackup(&restore).fails();
+    assert!(failed.stderr.contains("cannot define domain"), "{failed:?}");
+    assert!(failed.stderr.contains("as it was"), "{failed:?}");
+    assert!(fs::read(domain.disk(0)).expect("own disk") == image, "the image was replaced");
+    assert!(fs::read(&nvram).expect("own file") == variables, "the variables were replaced");
+    assert_eq!((listing(&env), domain.dump()), (before.clone(), xml));
+    drop(refusing);
+
+    env.vmbackup(&restore).ok();
+    assert_eq!(listing(&env), before, "the old files are gone, and no others are left");
+    assert_eq!(sums(&mut domain.start(), &["vda"]), at_the_instant);
 }

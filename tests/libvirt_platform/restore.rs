@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use vmbackup::control::Control;
 use vmbackup::error::Kind;
 use vmbackup::platform::Platform;
-use vmbackup::platform::libvirt::restore::define::{Existing, Start, Target};
+use vmbackup::platform::libvirt::restore::define::{Existing, Target};
 use vmbackup::platform::libvirt::restore::{
     DiskPlace, Emulator, Identity, RestoredDisk, RewriteOptions, choose, rewrite,
 };
@@ -71,13 +71,14 @@ async fn a_new_domain_starts_beside_the_original_from_either_description() {
         let out = rewrite(xml, &options(&env, identity)).unwrap();
         let target = Target::open(None).await.unwrap();
         let copy = Bare { env: &env, name: name.clone(), uuid };
-        target.define(&out, Existing::Refuse, Start::Yes).await.unwrap();
+        target.define(&out, Existing::Refuse).await.unwrap();
+        target.start(&out).await.unwrap();
         assert_eq!(copy.virsh(&["domstate", &name]).text().trim(), "running");
         let defined = copy.virsh(&["dumpxml", "--security-info", &name]).text();
         assert!(defined.contains("restored.qcow2") && defined.contains("tellnone"), "{defined}");
         assert!(!defined.contains("52:54:00:aa:bb:cc"));
-        let again = target.define(&out, Existing::Replace, Start::No).await.unwrap_err();
-        assert_eq!(again.kind(), Kind::AlreadyExists);
+        let again = target.define(&out, Existing::Replace).await.unwrap_err();
+        assert_eq!(again.kind(), Kind::Busy);
         assert!(again.to_string().contains("running"), "{again}");
         copy.virsh(&["destroy", &name]).ok();
     }
@@ -93,22 +94,23 @@ async fn the_lost_vm_is_defined_and_an_existing_one_only_by_force() {
     assert_eq!((&out.name, out.uuid), (&bare.name, bare.uuid));
     let target = Target::open(None).await.unwrap();
     assert!(target.is_local());
-    let error = target.define(&out, Existing::Replace, Start::No).await.unwrap_err();
-    assert_eq!(error.kind(), Kind::AlreadyExists);
+    let error = target.define(&out, Existing::Replace).await.unwrap_err();
+    assert_eq!(error.kind(), Kind::Busy);
 
     bare.virsh(&["destroy", &bare.name]).ok();
-    let error = target.define(&out, Existing::Refuse, Start::No).await.unwrap_err();
+    let error = target.define(&out, Existing::Refuse).await.unwrap_err();
     assert!(error.hint_text().unwrap().contains("--force"));
-    target.define(&out, Existing::Replace, Start::No).await.unwrap();
+    target.define(&out, Existing::Replace).await.unwrap();
 
     // Lost altogether, the medium too: it comes back with its MAC address.
     bare.virsh(&["undefine", &bare.name]).ok();
     std::fs::remove_file(env.path("media.iso")).unwrap();
-    target.define(&out, Existing::Refuse, Start::Yes).await.unwrap();
+    target.define(&out, Existing::Refuse).await.unwrap();
+    target.start(&out).await.unwrap();
     let defined = bare.virsh(&["dumpxml", &bare.name]).text();
     assert!(defined.contains("52:54:00:aa:bb:cc") && defined.contains("restored.qcow2"));
     let uuid_taken = target.check("another", bare.uuid, Existing::Replace).await.unwrap_err();
-    assert_eq!(uuid_taken.kind(), Kind::AlreadyExists);
+    assert_eq!(uuid_taken.kind(), Kind::Busy);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -22,6 +22,7 @@ mod bypass;
 mod disk;
 mod new;
 mod pipe;
+mod placed;
 mod sink;
 mod source;
 #[cfg(test)]
@@ -31,6 +32,7 @@ pub use bypass::{Bypass, Gather, MEMORY_BYTES};
 pub use disk::FileDisk;
 pub use new::{Durability, Existing, NewFile};
 pub use pipe::{PipeReader, PipeSink};
+pub use placed::Placed;
 pub use sink::{FileSink, PageCache};
 pub use source::{Access, FileSource};
 

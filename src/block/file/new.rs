@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use tempfile::TempPath;
 
-use super::{FileSink, PageCache, blocking};
+use super::{FileSink, PageCache, Placed, blocking};
 use crate::block::BlockSink;
 use crate::error::{Error, Kind, Result};
 
@@ -134,6 +134,25 @@ impl NewFile {
         .await
     }
 
+    /// Makes the file durable under its temporary name.
+    pub async fn sync(&self) -> Result<()> {
+        self.sink.flush().await
+    }
+
+    /// Gives a file that was synced its name, and keeps what had it until that is decided on; the
+    /// name is not synced yet. On an error everything is as it was, but for the new file, which is
+    /// removed. Not cancel-safe.
+    pub async fn place(self) -> Result<Placed> {
+        let Self { path, temporary, existing, .. } = self;
+        blocking(move || {
+            let placed = Placed::place(&temporary, &path, existing)?;
+            // Under the temporary name is nothing now, or what must not be lost.
+            let _ = temporary.keep();
+            Ok(placed)
+        })
+        .await
+    }
+
     /// Removes what was written.
     pub fn abort(self) -> Result<()> {
         let path = self.temporary.to_path_buf();
@@ -143,7 +162,7 @@ impl NewFile {
     }
 }
 
-fn parent(path: &Path) -> &Path {
+pub(super) fn parent(path: &Path) -> &Path {
     match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),

@@ -7,7 +7,8 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use super::Request;
-use crate::block::file::Existing;
+use super::outcome::Outcome;
+use crate::block::file::{Existing, Placed};
 use crate::error::{Error, Kind, Result};
 use crate::job::points;
 use crate::repo::{Manifest, Repository};
@@ -28,6 +29,7 @@ pub(super) async fn write(
     repository: &Repository,
     manifest: &Manifest,
     request: &Request,
+    outcome: &mut Outcome,
 ) -> Result<Vec<PathBuf>> {
     let Some(directory) = &request.directory else { return Ok(Vec::new()) };
     let mut written = Vec::new();
@@ -35,7 +37,7 @@ pub(super) async fn write(
         let Some(artifact) = points::artifact(manifest, kind) else { continue };
         let bytes = repository.read_bytes(&artifact.stored).await?;
         let path = directory.join(name);
-        write_file(directory, &path, &bytes, request.existing)?;
+        outcome.add(write_file(directory, &path, &bytes, request.existing)?)?;
         written.push(path);
     }
     Ok(written)
@@ -56,29 +58,34 @@ pub(super) fn check_free(manifest: &Manifest, request: &Request) -> Result<()> {
     Ok(())
 }
 
-/// Writes a file whole and durable, readable by its owner only.
+/// Writes a file whole and durable, readable by its owner only; its name is not synced yet.
 pub(super) fn write_file(
     directory: &Path,
     path: &Path,
     bytes: &[u8],
     existing: Existing,
-) -> Result<()> {
-    let fail = |e| Error::io(format!("cannot write {}", path.display()), e);
+) -> Result<Placed> {
+    let fail = |e| no_room(Error::io(format!("cannot write {}", path.display()), e));
     let mut file = tempfile::Builder::new()
         .permissions(std::fs::Permissions::from_mode(0o600))
         .tempfile_in(directory)
         .map_err(fail)?;
     file.write_all(bytes).and_then(|()| file.as_file().sync_all()).map_err(fail)?;
-    let renamed = match existing {
-        Existing::Refuse => file.persist_noclobber(path),
-        Existing::Replace => file.persist(path),
-    };
-    match renamed {
-        Ok(_) => {}
-        Err(e) if e.error.kind() == std::io::ErrorKind::AlreadyExists => return Err(exists(path)),
-        Err(e) => return Err(fail(e.error)),
+    let placed = Placed::place(file.path(), path, existing)?;
+    // Under the temporary name is nothing now, or what must not be lost.
+    let _ = file.into_temp_path().keep();
+    Ok(placed)
+}
+
+/// Says what to do when a target is full.
+pub(super) fn no_room(error: Error) -> Error {
+    match error.kind() {
+        Kind::NoSpace => error.hint(
+            "make room there, restore to another directory with --to DIR, or single disks with \
+             --disk",
+        ),
+        _ => error,
     }
-    std::fs::File::open(directory).and_then(|d| d.sync_all()).map_err(fail)
 }
 
 /// The error about a file that is in the way.

@@ -3,8 +3,12 @@
 //!
 //! ```text
 //!  prepare: description ► places of NVRAM, kernel, TPM ► rewritten XML ► may it be defined?
-//!                                   (images are copied and get their names)
-//!  finish:  write NVRAM, kernel, initrd ► TPM state ► define ► start
+//!                                   (images are copied)
+//!  check:   may it still be defined?
+//!                                   (images get their names)
+//!  define:  write NVRAM, kernel, initrd ► TPM state ► define
+//!                                   (what was replaced is removed, or put back)
+//!  start
 //! ```
 //!
 //! A file that is there already with the right content is not in the way. A kernel or initrd that
@@ -14,11 +18,12 @@
 use std::path::{Path, PathBuf};
 
 use super::artifacts::{exists, write_file};
+use super::outcome::Outcome;
 use super::{Define, Domain, Place, Power, Request};
 use crate::block::file::Existing;
 use crate::error::{Error, Kind, Result};
 use crate::job::points;
-use crate::platform::libvirt::restore::define::{self, Start, Target};
+use crate::platform::libvirt::restore::define::{self, Target};
 use crate::platform::libvirt::restore::{
     DiskPlace, Identity, RestoredDisk, RewriteOptions, Rewritten, choose, rewrite, tpm,
 };
@@ -84,25 +89,37 @@ pub(super) async fn prepare(
 }
 
 impl Prepared {
-    /// Writes what is left to write, defines the domain and starts it if that was asked for. What
-    /// was written stays when a later step fails: the images are worth more than a clean
-    /// directory. Not cancel-safe.
-    pub(super) async fn finish(self) -> Result<(Domain, Vec<PathBuf>)> {
+    /// Fails when the domain was started or made meanwhile: asked right before the first thing of
+    /// it is replaced. libvirt has no way to keep others from starting it.
+    pub(super) async fn check(&self) -> Result<()> {
+        let existing = in_the_way(self.existing);
+        self.target.check(&self.rewritten.name, self.rewritten.uuid, existing).await
+    }
+
+    /// Writes what is left to write and defines the domain; the files. What was replaced is in
+    /// `outcome`, also on an error. Not cancel-safe.
+    pub(super) async fn define(&self, outcome: &mut Outcome) -> Result<Vec<PathBuf>> {
         let mut written = Vec::new();
         for file in &self.files {
             let directory = file.path.parent().expect("a file is in a directory");
-            write_file(directory, &file.path, &file.bytes, self.existing)?;
+            outcome.add(write_file(directory, &file.path, &file.bytes, self.existing)?)?;
             written.push(file.path.clone());
         }
         if let (Some(directory), Some(state)) = (&self.rewritten.tpm_dir, &self.tpm_state) {
-            tpm::put(directory, state)?;
+            outcome.add(tpm::put(directory, state)?)?;
             written.push(directory.clone());
         }
-        let start = if self.power == Power::On { Start::Yes } else { Start::No };
-        let existing = in_the_way(self.existing);
-        self.target.define(&self.rewritten, existing, start).await?;
+        self.target.define(&self.rewritten, in_the_way(self.existing)).await?;
+        Ok(written)
+    }
+
+    /// Starts the domain if that was asked for; what it is now.
+    pub(super) async fn start(self) -> Result<Domain> {
+        if self.power == Power::On {
+            self.target.start(&self.rewritten).await?;
+        }
         let Rewritten { name, uuid, changes, .. } = self.rewritten;
-        Ok((Domain { name, uuid, started: self.power == Power::On, changes }, written))
+        Ok(Domain { name, uuid, started: self.power == Power::On, changes })
     }
 }
 

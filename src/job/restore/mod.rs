@@ -3,10 +3,14 @@
 //! ```text
 //!  point ► choose disks ► targets ► space? ► copy each to its temporary name ► all complete?
 //!                                                       │ error, or stopped        │
-//!                                                       └► remove temporaries      └► rename all ► XML ► define
+//!                                                       └► remove temporaries      ▼
+//!      remove what was replaced ◄ define ◄ NVRAM, TPM, XML ◄ rename all ◄ domain still stopped?
+//!                  │                 └──────────┴────────────────┴► error: put back what was replaced
+//!                  └► start
 //! ```
 //!
-//! Nothing existing is replaced before everything new is complete and durable. A device is written
+//! Nothing existing is replaced before everything new is complete and durable, and what is replaced
+//! is kept until libvirt has the definition: a restore that fails leaves the old VM whole. A device is written
 //! in place, all of it, zeroes included: what a discarded block reads as is the device's whim.
 
 mod artifacts;
@@ -15,6 +19,7 @@ mod domain;
 #[cfg(not(feature = "libvirt"))]
 #[path = "no_domain.rs"]
 mod domain;
+mod outcome;
 mod target;
 
 use std::path::PathBuf;
@@ -26,13 +31,15 @@ use super::lock::VmLock;
 use super::{Repository, Surroundings, points};
 use crate::block::BlockSource;
 use crate::block::file::Existing;
+use crate::control::Control;
 use crate::copy;
 use crate::error::Result;
 use crate::repo::{Manifest, ManifestDisk};
 use crate::units::MIB;
 use crate::vm::{PointId, Uuid, VmIdentity};
 
-use target::Target;
+use outcome::Outcome;
+use target::{Complete, Target};
 pub use target::{ImageFormat, Place};
 
 /// Size of one request: a few neighbouring chunks come with one read of their pack, and go to the
@@ -154,22 +161,21 @@ pub async fn run(
         }
     };
     let made = target::make_directory(request.directory.as_deref())?;
-    let result = restore_all(repository, (&manifest, &chosen, &places), &request, surroundings);
-    let (disks, mut files) = result.await.inspect_err(|_| target::remove_directory(made))?;
+    let result = copy_all(repository, (&manifest, &chosen, &places), &request, surroundings);
+    let copied = match result.await {
+        Ok((disks, images)) => {
+            let control = surroundings.1;
+            control.set_phase("putting everything in place");
+            let all = (images, definition.as_ref());
+            let files = put_in_place(repository, &manifest, &request, all, control).await;
+            files.map(|files| (disks, files))
+        }
+        Err(error) => Err(error),
+    };
+    let (disks, files) = copied.inspect_err(|_| target::remove_directory(made))?;
     let domain = match definition {
         None => None,
-        Some(definition) => {
-            surroundings.1.set_phase("defining the domain");
-            let (domain, written) = definition.finish().await.map_err(|error| {
-                let paths: Vec<_> = places.iter().map(|p| p.path().display().to_string()).collect();
-                error.context(format!(
-                    "the disks are restored ({}), the domain is not ready",
-                    paths.join(", ")
-                ))
-            })?;
-            files.extend(written);
-            Some(domain)
-        }
+        Some(definition) => Some(definition.start().await?),
     };
     Ok(Report {
         point: manifest.point,
@@ -181,13 +187,49 @@ pub async fn run(
     })
 }
 
-/// Copies all disks, and puts everything in place once all are complete.
-async fn restore_all(
+/// Gives everything its name and defines the domain; the files that were written. When something
+/// fails, what was replaced is put back. Not cancel-safe.
+async fn put_in_place(
+    repository: &Repository,
+    manifest: &Manifest,
+    request: &Request,
+    (images, definition): (Vec<Complete>, Option<&domain::Prepared>),
+    control: &Control,
+) -> Result<Vec<PathBuf>> {
+    if let Some(definition) = definition {
+        // Copying took its time. Under its own name the copy would be in the way of the next run.
+        definition.check().await.map_err(|error| {
+            error.context("everything was copied, and the copies are removed again")
+        })?;
+    }
+    let mut outcome = Outcome::default();
+    let all = async {
+        if definition.is_some() {
+            target::lock_all(&images, &mut outcome)?;
+        }
+        target::place_all(images, &mut outcome).await?;
+        let mut files = artifacts::write(repository, manifest, request, &mut outcome).await?;
+        if let Some(definition) = definition {
+            files.extend(definition.define(&mut outcome).await?);
+        }
+        Ok(files)
+    };
+    match all.await {
+        Ok(files) => {
+            outcome.keep(control);
+            Ok(files)
+        }
+        Err(error) => Err(outcome.put_back(error, control)),
+    }
+}
+
+/// Copies all disks, each to its temporary name.
+async fn copy_all(
     repository: &Repository,
     (manifest, chosen, places): (&Manifest, &[&ManifestDisk], &[Place]),
     request: &Request,
     surroundings: Surroundings<'_>,
-) -> Result<(Vec<DiskReport>, Vec<PathBuf>)> {
+) -> Result<(Vec<DiskReport>, Vec<Complete>)> {
     let control = surroundings.1;
     let mut sources: Vec<Arc<dyn BlockSource>> = Vec::new();
     for disk in chosen {
@@ -203,7 +245,7 @@ async fn restore_all(
             }
             Err(error) => {
                 target::abort_all(targets, control);
-                return Err(error.context(format!(
+                return Err(artifacts::no_room(error).context(format!(
                     "{} of point {} was not restored",
                     disk.description.name,
                     manifest.point.short()
@@ -211,10 +253,8 @@ async fn restore_all(
             }
         }
     }
-    control.set_phase("putting images in place");
-    target::commit_all(targets, control).await?;
-    let files = artifacts::write(repository, manifest, request).await?;
-    Ok((disks, files))
+    control.set_phase("making the images durable");
+    Ok((disks, target::complete_all(targets, control).await?))
 }
 
 /// Copies a disk to its place, under a temporary name where it is a file.

@@ -3,6 +3,7 @@
 use std::convert::Infallible;
 use std::path::PathBuf;
 
+use super::outcome::Outcome;
 use super::{Define, Domain, Place, Request};
 use crate::error::{Error, Kind, Result};
 use crate::repo::{Manifest, Repository};
@@ -22,10 +23,20 @@ pub(super) async fn prepare(
         .hint("build it with the cargo feature 'libvirt', or restore the images with --to DIR"))
 }
 
+#[expect(clippy::unused_async, reason = "the same signatures as with libvirt")]
 impl Prepared {
     /// Never called.
-    #[expect(clippy::unused_async, reason = "the same signature as with libvirt")]
-    pub(super) async fn finish(self) -> Result<(Domain, Vec<PathBuf>)> {
+    pub(super) async fn check(&self) -> Result<()> {
+        match self.0 {}
+    }
+
+    /// Never called.
+    pub(super) async fn define(&self, _: &mut Outcome) -> Result<Vec<PathBuf>> {
+        match self.0 {}
+    }
+
+    /// Never called.
+    pub(super) async fn start(self) -> Result<Domain> {
         match self.0 {}
     }
 }

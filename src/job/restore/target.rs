@@ -5,9 +5,10 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::artifacts::exists;
+use super::artifacts::{exists, no_room};
+use super::outcome::Outcome;
 use super::{Define, Request};
-use crate::block::file::{Existing, FileSink};
+use crate::block::file::{Existing, FileSink, NewFile};
 use crate::block::{BlockSink, BlockSource, ByteRange, ExtentKind};
 use crate::control::{Control, NoticeLevel};
 use crate::copy::Zeroes;
@@ -197,7 +198,17 @@ pub(super) fn make_directory(directory: Option<&Path>) -> Result<Option<PathBuf>
     match std::fs::create_dir(directory) {
         Ok(()) => Ok(Some(directory.to_owned())),
         Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Ok(None),
-        Err(error) => Err(Error::io(format!("cannot make {}", directory.display()), error)),
+        Err(error) => {
+            let missing = error.kind() == std::io::ErrorKind::NotFound;
+            let failed = Error::io(format!("cannot make {}", directory.display()), error);
+            Err(match directory.parent() {
+                Some(parent) if missing => failed.hint(format!(
+                    "{} does not exist: make it ('mkdir -p {0}'), or mount what belongs there",
+                    parent.display()
+                )),
+                _ => no_room(failed),
+            })
+        }
     }
 }
 
@@ -258,7 +269,7 @@ pub(super) enum Target {
     /// An image that gets its name when it is complete; with the lock of the one it replaces.
     New(NewImage, Option<ImageLock>),
     /// In place. QEMU opens its disks without `O_EXCL`: only its own locks tell that a VM runs.
-    Device { sink: Arc<FileSink>, _lock: ImageLock },
+    Device { path: PathBuf, sink: Arc<FileSink>, lock: ImageLock },
 }
 
 impl Target {
@@ -266,7 +277,7 @@ impl Target {
         match place {
             Place::Device(path) => {
                 let sink = Arc::new(FileSink::open(path, size_bytes)?);
-                Ok(Self::Device { sink, _lock: unused(path)? })
+                Ok(Self::Device { path: path.clone(), sink, lock: unused(path)? })
             }
             Place::Image { path, format } => {
                 let lock = match existing {
@@ -295,17 +306,65 @@ fn unused(path: &Path) -> Result<ImageLock> {
     })
 }
 
-/// Gives all files their names. When one fails, the rest is removed; what has its name stays, and
-/// the error says so.
-pub(super) async fn commit_all(targets: Vec<Target>, control: &Control) -> Result<()> {
+/// A disk that is complete and durable.
+pub(super) enum Complete {
+    /// An image under its temporary name; with the lock of the one it replaces.
+    New { file: NewFile, old: Option<ImageLock> },
+    /// A device, locked.
+    Device { path: PathBuf, lock: ImageLock },
+}
+
+/// Completes all disks. When one fails, all are removed.
+pub(super) async fn complete_all(targets: Vec<Target>, control: &Control) -> Result<Vec<Complete>> {
     let mut targets = targets.into_iter();
+    let mut complete = Vec::new();
     while let Some(target) = targets.next() {
-        // The lock of the replaced image lasts until the new one has its name.
-        let Target::New(image, _replaced) = target else { continue };
-        if let Err(error) = Box::pin(image.commit()).await {
-            abort_all(targets.collect(), control);
-            return Err(error.context("not every restored image is in place"));
+        let (image, old) = match target {
+            Target::New(image, old) => (image, old),
+            Target::Device { path, lock, .. } => {
+                complete.push(Complete::Device { path, lock });
+                continue;
+            }
+        };
+        match Box::pin(image.complete()).await {
+            Ok(file) => complete.push(Complete::New { file, old }),
+            Err(error) => {
+                abort_all(targets.collect(), control);
+                return Err(no_room(error));
+            }
         }
+    }
+    Ok(complete)
+}
+
+/// Keeps domains from being started with the images before they are known to stay.
+pub(super) fn lock_all(disks: &[Complete], outcome: &mut Outcome) -> Result<()> {
+    for disk in disks {
+        if let Complete::New { file, .. } = disk {
+            outcome.hold(ImageLock::acquire(file.temporary_path())?);
+        }
+    }
+    Ok(())
+}
+
+/// Gives all images their names.
+pub(super) async fn place_all(disks: Vec<Complete>, outcome: &mut Outcome) -> Result<()> {
+    let mut images = Vec::new();
+    // All devices first: they are written, whatever fails then.
+    for disk in disks {
+        match disk {
+            Complete::New { file, old } => images.push((file, old)),
+            Complete::Device { path, lock } => {
+                outcome.wrote(path);
+                outcome.hold(lock);
+            }
+        }
+    }
+    for (file, old) in images {
+        if let Some(old) = old {
+            outcome.hold(old);
+        }
+        outcome.add(file.place().await?)?;
     }
     Ok(())
 }

@@ -29,15 +29,6 @@ pub enum Existing {
     Replace,
 }
 
-/// Whether a domain is started once it is defined.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Start {
-    /// No.
-    No,
-    /// Yes.
-    Yes,
-}
-
 /// A domain that is there already.
 struct Found {
     name: String,
@@ -66,8 +57,8 @@ impl Target {
         self.host.is_local()
     }
 
-    /// Fails unless a domain of this name and UUID can be defined. Asked before anything is copied
-    /// and again by [`Target::define`].
+    /// Fails unless a domain of this name and UUID can be defined. Asked before anything is copied,
+    /// before anything is replaced, and again by [`Target::define`].
     pub async fn check(&self, name: &str, uuid: Uuid, existing: Existing) -> Result<()> {
         let (by_name, by_uuid) = (name.to_owned(), uuid.to_string());
         let found = self
@@ -85,7 +76,7 @@ impl Target {
             let (old, is) = (&found.name, &found.uuid);
             if found.active {
                 return Err(Error::new(
-                    Kind::AlreadyExists,
+                    Kind::Busy,
                     format!("domain '{old}' ({is}) is running; a running domain is never replaced"),
                 )
                 .hint("restore beside it with --as NAME, or stop it first"));
@@ -173,14 +164,8 @@ impl Target {
         Ok(Survey { emulator, missing: missing.into_iter().map(sentence).collect() })
     }
 
-    /// Defines the domain, and starts it if asked to. When only the start fails, the domain stays
-    /// defined and the error says so.
-    pub async fn define(
-        &self,
-        rewritten: &Rewritten,
-        existing: Existing,
-        start: Start,
-    ) -> Result<()> {
+    /// Defines the domain.
+    pub async fn define(&self, rewritten: &Rewritten, existing: Existing) -> Result<()> {
         let name = &rewritten.name;
         self.check(name, rewritten.uuid, existing).await?;
         let xml = rewritten.xml.clone();
@@ -190,18 +175,21 @@ impl Target {
                 connection.define_domain_xml(&xml)
             })
             .await?;
-        let domain = defined.map_err(|error| {
-            wrap(format!("cannot define domain '{name}'"), error).hint(
-                "what was restored stays; mend the cause (machine type, network, …) and run it \
-                 again with --force",
-            )
-        })?;
-        if start == Start::No {
-            return Ok(());
-        }
+        defined.map(drop).map_err(|error| {
+            wrap(format!("cannot define domain '{name}'"), error)
+                .hint("mend the cause (machine type, network, …), or restore with --to DIR alone")
+        })
+    }
+
+    /// Starts a domain that was defined. When that fails, it stays defined and the error says so.
+    pub async fn start(&self, rewritten: &Rewritten) -> Result<()> {
+        let (name, uuid) = (&rewritten.name, rewritten.uuid.to_string());
         self.host
-            .raw_call(&format!("start domain '{name}'"), move |_| domain.create())
+            .raw_call(&format!("start domain '{name}'"), move |connection: &Connect| {
+                connection.lookup_domain_by_uuid_string(&uuid)?.create()
+            })
             .await?
+            .map(drop)
             .map_err(|error| {
                 wrap(format!("domain '{name}' is restored and defined, but does not start"), error)
                     .hint(format!(

@@ -1,21 +1,23 @@
 //! TPM state unpacked to where libvirt looks for it.
 //!
-//! The state is swapped in whole: a directory beside the right place is filled, synced and renamed.
-//! What was there is removed only after that. libvirt gives the files to the user its swtpm runs
+//! The state is swapped in whole: a directory beside the right place is filled, synced and exchanged
+//! with what is there, so that one whole state is there at every moment. The old one is kept until
+//! the caller discards it. libvirt gives the files to the user its swtpm runs
 //! as at each start (`qemuTPMEmulatorCreateStorage`, libvirt 9.0), and sets up a new TPM only where
 //! there is no directory.
 
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::Write;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::Path;
 
+use crate::block::file::{Existing, Placed};
 use crate::error::{Error, Kind, Result};
 use crate::platform::libvirt::artifacts::untar;
 
 /// Makes `dir` hold the files of `archive`, a TPM state artefact. Replaces what is there: whoever
-/// calls has asked whether it may. Blocks.
-pub fn put(dir: &Path, archive: &[u8]) -> Result<()> {
+/// calls has asked whether it may, syncs the name, and decides what becomes of it. Blocks.
+pub fn put(dir: &Path, archive: &[u8]) -> Result<Placed> {
     let failed =
         |error| Error::io(format!("cannot restore the TPM state to {}", dir.display()), error);
     let files = untar(archive).map_err(|reason| {
@@ -32,15 +34,10 @@ pub fn put(dir: &Path, archive: &[u8]) -> Result<()> {
         file.write_all(bytes).and_then(|()| file.sync_all()).map_err(failed)?;
     }
     sync(fresh.path()).map_err(failed)?;
-    let old = tempfile::Builder::new().prefix(".tpm-old-").tempdir_in(parent).map_err(failed)?;
-    if dir.symlink_metadata().is_ok() {
-        fs::rename(dir, old.path().join("state")).map_err(failed)?;
-    }
-    fs::rename(fresh.path(), dir).map_err(failed)?;
-    // Its name is taken over: nothing is left to remove under the old one.
+    let placed = Placed::place(fresh.path(), dir, Existing::Replace)?;
+    // Under its name is nothing now, or the old state, which is not ours to remove here.
     let _ = fresh.keep();
-    sync(parent).map_err(failed)?;
-    old.close().map_err(failed)
+    Ok(placed)
 }
 
 fn sync(dir: &Path) -> std::io::Result<()> {
@@ -49,6 +46,8 @@ fn sync(dir: &Path) -> std::io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
     use crate::platform::libvirt::artifacts::tar_directory;
 
@@ -60,9 +59,9 @@ mod tests {
         fs::write(from.join("tpm2-00.permall"), [7; 700]).unwrap();
         let archive = tar_directory(&from).unwrap();
         let dir = base.path().join("uuid/tpm2");
-        put(&dir, &archive).unwrap();
+        put(&dir, &archive).unwrap().discard().unwrap();
         fs::write(dir.join("stale"), "x").unwrap();
-        put(&dir, &archive).unwrap();
+        put(&dir, &archive).unwrap().discard().unwrap();
         assert_eq!(fs::read(dir.join("tpm2-00.permall")).unwrap(), [7; 700]);
         assert!(!dir.join("stale").exists());
         assert_eq!(
@@ -70,6 +69,22 @@ mod tests {
             1,
             "nothing is left beside"
         );
+    }
+
+    #[test]
+    fn the_old_state_is_whole_and_can_be_put_back() {
+        let base = tempfile::tempdir().unwrap();
+        let (from, dir) = (base.path().join("from"), base.path().join("uuid/tpm2"));
+        for directory in [&from, &dir] {
+            fs::create_dir_all(directory).unwrap();
+        }
+        fs::write(from.join("tpm2-00.permall"), "new").unwrap();
+        fs::write(dir.join("tpm2-00.permall"), "old").unwrap();
+        let placed = put(&dir, &tar_directory(&from).unwrap()).unwrap();
+        assert_eq!(fs::read(dir.join("tpm2-00.permall")).unwrap(), b"new");
+        placed.put_back().unwrap();
+        assert_eq!(fs::read(dir.join("tpm2-00.permall")).unwrap(), b"old");
+        assert_eq!(fs::read_dir(dir.parent().unwrap()).unwrap().count(), 1);
     }
 
     #[test]
