@@ -102,12 +102,12 @@ async fn pages_are_the_summaries_in_their_order_from_the_catalog_and_from_manife
     assert_eq!(all.len(), 20_000);
     let mut pages = bed.repository.summary_pages(PointsOf::All).await.unwrap();
     for _ in 0..2 {
-        let mut paged = Vec::new();
+        let mut listed = Vec::new();
         while let Some(page) = pages.next().await.unwrap() {
             assert!(page.len() <= 8192);
-            paged.extend(page);
+            listed.extend(page);
         }
-        assert!(paged == all);
+        assert!(listed == all);
         pages.rewind();
     }
 }
