@@ -25,7 +25,7 @@ use crate::content::ContentRoot;
 use crate::control::{Control, NoticeLevel};
 use crate::copy;
 use crate::error::{Error, Result};
-use crate::platform::{BackupMode, Platform, SnapshotRequest, VmSnapshot};
+use crate::platform::{BackupMode, Platform, SnapshotDisk, SnapshotRequest, VmSnapshot};
 use crate::repo::seal::random;
 use crate::repo::{ManifestDisk, ManifestDraft, Repository, Run, RunOptions};
 use crate::vm::{ExcludedDisk, FullReason, NotCaptured, PointId, Quiescence, ReadMode, VmIdentity};
@@ -181,6 +181,7 @@ impl Backup<'_> {
         for artifact in snapshot.artifacts() {
             artifacts.push(points::store_artifact(&self.run, artifact).await?);
         }
+        self.tell_of_damage(snapshot);
         let (mut disks, mut reports) = (Vec::new(), Vec::new());
         for index in 0..snapshot.disks().len() {
             let (disk, report) = self.copy_disk(snapshot, index).await?;
@@ -240,6 +241,19 @@ impl Backup<'_> {
     }
 
     /// A disk read in full although the VM has points here is worth a word: it costs time.
+    /// An incremental shares what did not change with its base, damaged or not.
+    fn tell_of_damage(&self, snapshot: &dyn VmSnapshot) {
+        let packs = self.run.damaged_packs();
+        let incremental = |disk: &SnapshotDisk| matches!(disk.read, ReadMode::Incremental { .. });
+        if packs > 0 && snapshot.disks().iter().any(incremental) {
+            let text = format!(
+                "{packs} packs of the repository are damaged: what this point shares with its base \
+                 may be; a full backup stores it anew ('vmbackup check' names the points)"
+            );
+            self.control.notice(NoticeLevel::Warning, text);
+        }
+    }
+
     fn tell_why(&self, disk: &str, read: &ReadMode) {
         let ReadMode::Full { reason } = read else { return };
         if !matches!(reason, FullReason::Requested | FullReason::FirstBackup) {

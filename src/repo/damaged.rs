@@ -1,8 +1,8 @@
 //! Packs in which damage was found, for everybody who comes after.
 //!
 //! Whoever finds a blob that does not open, or a pack that is cut off, records its pack under
-//! `damaged/<pack id>`. From then on no run dedups against that pack: the next backup that meets the
-//! content stores it anew, which heals every point that needs it. Readers take the copy in another
+//! `damaged/<pack id>`. From then on no run dedups against that pack: the next backup that reads the
+//! content (a full one reads all) stores it anew, which heals every point that needs it. Readers take the copy in another
 //! pack if there is one, and otherwise what of the damaged pack still opens. The collector prefers
 //! other copies, too, and removes the record together with the pack.
 //!
@@ -17,12 +17,14 @@
 #[cfg(test)]
 mod tests;
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::condemned::PackId;
 use super::seal::{Keys, ObjectType};
-use super::store::{Folder, ObjectName, ObjectStore, StoreError, for_each_name, from_hex, hex};
+use super::store::{
+    Folder, ObjectName, ObjectStore, StoreError, StoreResult, for_each_name, from_hex, hex,
+};
 use crate::error::{Error, Kind, Result};
 
 /// The packs known to be damaged.
@@ -32,6 +34,8 @@ pub struct Damaged {
     keys: Arc<Keys>,
     // Locked for set operations, never across an await.
     packs: Mutex<HashSet<PackId>>,
+    /// Found here, with the words for people, and not recorded yet: the store did not take it.
+    unrecorded: Mutex<HashMap<PackId, String>>,
 }
 
 /// The record about a pack.
@@ -42,7 +46,7 @@ pub fn record_name(pack: &PackId) -> ObjectName {
 impl Damaged {
     /// Knows of none yet.
     pub fn new(store: Arc<dyn ObjectStore>, keys: Arc<Keys>) -> Self {
-        Self { store, keys, packs: Mutex::default() }
+        Self { store, keys, packs: Mutex::default(), unrecorded: Mutex::default() }
     }
 
     /// Takes in what others recorded.
@@ -72,18 +76,40 @@ impl Damaged {
     }
 
     /// Records that `pack` is damaged if that is what `error` tells. A store that does not take the
-    /// record (it may be read-only) is no reason to fail: this process knows.
+    /// record (it may be read-only) is no reason to fail here: this process knows.
     pub async fn report(&self, pack: &PackId, error: &Error) {
         if error.kind() != Kind::Corrupt || !self.lock().insert(*pack) {
             return;
         }
-        let name = record_name(pack);
         tracing::warn!(pack = %ObjectName::pack(pack), %error, "a pack is damaged");
-        let json = serde_json::json!({"pack": hex(pack), "what": error.to_string()}).to_string();
+        let what = error.to_string();
+        if let Err(error) = self.record(pack, &what).await {
+            tracing::warn!(%error, "cannot record that a pack is damaged");
+            lock(&self.unrecorded).insert(*pack, what);
+        }
+    }
+
+    /// Records what could not be recorded when it was found. To be called before anything relies
+    /// on a second copy: a collector that knows of no damage keeps one of two, perhaps the wrong one.
+    pub async fn record_all(&self) -> Result<()> {
+        let left: Vec<_> = lock(&self.unrecorded).clone().into_iter().collect();
+        for (pack, what) in left {
+            self.record(&pack, &what).await.map_err(|error| {
+                let pack = ObjectName::pack(&pack);
+                Error::from(error).context(format!("cannot record that {pack} is damaged"))
+            })?;
+            lock(&self.unrecorded).remove(&pack);
+        }
+        Ok(())
+    }
+
+    async fn record(&self, pack: &PackId, what: &str) -> StoreResult<()> {
+        let name = record_name(pack);
+        let json = serde_json::json!({"pack": hex(pack), "what": what}).to_string();
         let object = self.keys.seal_object(ObjectType::Damaged, &name, json.as_bytes());
         match self.store.put(&name, object).await {
-            Ok(_) | Err(StoreError::AlreadyExists { .. }) => {}
-            Err(error) => tracing::warn!(%error, "cannot record that a pack is damaged"),
+            Ok(_) | Err(StoreError::AlreadyExists { .. }) => Ok(()),
+            Err(error) => Err(error),
         }
     }
 
@@ -93,6 +119,10 @@ impl Damaged {
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, HashSet<PackId>> {
-        self.packs.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.packs)
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

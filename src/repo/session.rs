@@ -269,6 +269,11 @@ impl Run {
         Self { shared: Arc::new(shared), lease }
     }
 
+    /// How many packs of the repository are known to be damaged.
+    pub fn damaged_packs(&self) -> usize {
+        self.shared.blobs.damaged.count()
+    }
+
     /// A disk to be written, against `base` if that has the same size.
     pub fn disk_writer(&self, size_bytes: u64, base: Option<&StoredDisk>) -> Arc<DiskWriter> {
         Arc::new(DiskWriter::new(Arc::clone(&self.shared), size_bytes, base.cloned()))
@@ -325,6 +330,7 @@ impl Run {
         self.shared.failure.check()?;
         let blobs = &self.shared.blobs;
         self.check_bases(&draft).await?;
+        blobs.damaged.record_all().await?;
         let renewed = self.lease.check().await?;
         let manifest = points::store_manifest(blobs, point, draft).await?;
         // The manifest is visible: was it in time?

@@ -52,13 +52,18 @@ impl Bypass {
         Some(Self { direct, refused: AtomicBool::new(false) })
     }
 
+    /// Whether writes have not been refused yet.
+    pub fn works(&self) -> bool {
+        !self.refused.load(Ordering::Relaxed)
+    }
+
     /// Writes as much of the beginning of `bytes` as can go this way and returns how much that was;
     /// the rest is for the cached way. Durable, like that, after a sync of the file.
     pub fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<usize> {
         let len = bytes.len() - bytes.len() % BLOCK_BYTES;
         let aligned = offset.is_multiple_of(BLOCK_BYTES as u64)
             && bytes.as_ptr().align_offset(MEMORY_BYTES) == 0;
-        if len == 0 || !aligned || self.refused.load(Ordering::Relaxed) {
+        if len == 0 || !aligned || !self.works() {
             return Ok(0);
         }
         match self.direct.write_all_at(&bytes[..len], offset) {

@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use async_trait::async_trait;
 use rustix::fs::{Advice, FallocateFlags, OFlags, fadvise, fallocate, fdatasync};
 
-use super::bypass::Bypass;
+use super::bypass::{Bypass, Gather};
 use super::{Access, FileSource, Medium, blocking, examine, failed, is_unsupported, open};
 use crate::block::{
     BlockSink, BlockSource, BlockingWrite, Buffer, ByteRange, ExtentMap, Geometry, ZeroMode,
@@ -239,7 +239,7 @@ impl BlockingWrite for Inner {
 impl Inner {
     /// The windows well behind the write at `offset` that are to be written back now, if any.
     fn left_behind(&self, offset: u64) -> Option<(u64, u64)> {
-        if self.access == Access::Repeated || self.bypass.is_some() {
+        if self.access == Access::Repeated || self.bypass.as_ref().is_some_and(Bypass::works) {
             return None;
         }
         let window = offset / WRITEBACK_BYTES;
@@ -314,10 +314,11 @@ impl Inner {
         if range.is_empty() {
             return Ok(());
         }
-        let zeroes = vec![0; ZEROES_BYTES];
+        let mut zeroes = Gather::new(ZEROES_BYTES);
+        zeroes.fill(&vec![0; ZEROES_BYTES]);
         for piece in range.pieces(ZEROES_BYTES as u64) {
             let len = usize::try_from(piece.len()).expect("a piece is at most 1 MiB");
-            self.write(piece.offset(), &zeroes[..len])?;
+            self.write(piece.offset(), &zeroes.bytes()[..len])?;
         }
         Ok(())
     }

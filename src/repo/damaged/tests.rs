@@ -274,7 +274,7 @@ async fn writers_and_a_collector_beside_each_other_heal_and_lose_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_store_that_takes_no_record_is_no_reason_to_fail() {
+async fn a_store_that_takes_no_record_fails_no_reader_but_every_run() {
     let bed = Bed::new().await;
     let old = add_point(&bed.open().await, 1, &[1, 2, 3]).await;
     harm(&bed, &packs(&bed, 2).await.remove(0), Harm::Rot).await;
@@ -291,7 +291,14 @@ async fn a_store_that_takes_no_record_is_no_reason_to_fail() {
     let error = restores(&repository, &old).await.unwrap_err();
     assert_eq!(error.kind(), Kind::Corrupt, "{error:?}");
     assert!(refused.load(Ordering::Relaxed));
-    // The process that found it knows all the same.
-    add_point(&repository, 2, &[1, 2, 3]).await;
+    // A collector that knows of no damage might keep the damaged copy of the two.
+    let run = repository.begin_run(RunOptions::default()).await.unwrap();
+    let stored = write(&run, &[1, 2, 3], None).await;
+    let refused = run.commit(point(2), draft(&stored, None)).await.unwrap_err();
+    assert!(format!("{refused:?}").contains("cannot record that"), "{refused:?}");
+
+    bed.store.clear_fault_hook();
+    add_point(&repository, 3, &[1, 2, 3]).await;
+    assert_eq!(bed.count(Folder::Damaged), 1);
     assert_holds(&bed.open().await, &old, &[1, 2, 3]).await;
 }

@@ -175,7 +175,9 @@ impl Collector<'_> {
     }
 
     /// Fails when damage was found since the marking began: what is marked may be a damaged copy.
-    fn check_damage(&self, state: &State) -> Result<()> {
+    async fn check_damage(&self, state: &State) -> Result<()> {
+        // Others find damage, too.
+        self.blobs.damaged.load().await?;
         if self.blobs.damaged.count() == state.damaged {
             return Ok(());
         }
@@ -197,7 +199,7 @@ impl Collector<'_> {
         self.mark(&mut state, &names).await?;
         state.report.points = names.len();
         drop(names);
-        self.check_damage(&state)?;
+        self.check_damage(&state).await?;
         state.report.forgotten = self.drop_forgotten(&tombstones).await?;
 
         let oldest = survey.live().map(|run| run.started).min();
@@ -211,10 +213,9 @@ impl Collector<'_> {
         let (mut names, _) = self.points().await?;
         names.sort_unstable();
         self.mark(&mut state, &names).await?;
-        self.check_damage(&state)?;
-
         self.control.set_phase("deleting");
         self.lease.check().await?;
+        self.check_damage(&state).await?;
         self.carry_out(&mut state, &lists, &ripe).await?;
         self.clean_up(&survey, cutoff).await?;
         match catalog::tidy(self.blobs, &names, (cutoff, self.control)).await {
