@@ -19,7 +19,7 @@ use crate::error::{Error, Kind, Result};
 const CHAIN_MAX: usize = 200;
 
 /// What QEMU cuts disks into, and stat(2) counts in.
-const SECTOR_BYTES: u64 = 512;
+pub(super) const SECTOR_BYTES: u64 = 512;
 
 /// What `qemu-img info` tells, as far as it matters here.
 #[derive(Clone, Debug)]

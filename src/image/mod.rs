@@ -17,6 +17,7 @@ mod identity;
 mod info;
 mod lock;
 mod new;
+mod padded;
 mod process;
 mod tool;
 mod writable;
@@ -38,6 +39,8 @@ pub use info::{BitmapInfo, ImageInfo, Layer, inspect, layers};
 pub use lock::ImageLock;
 pub use new::{NewImage, NewImageOptions};
 pub use writable::WritableImage;
+
+use padded::PaddedFile;
 
 /// An image and everything below it, locked.
 pub struct LockedImage {
@@ -81,7 +84,11 @@ impl LockedImage {
         let top = &self.layers[0];
         if top.format == "raw" && options.changes.is_none() {
             let file = self.locks[0].file()?;
-            return Ok(Arc::new(FileSource::from_file(file, &top.path, Access::Once)?));
+            let file = FileSource::from_file(file, &top.path, Access::Once)?;
+            if PaddedFile::is_needed(&file) {
+                return Ok(Arc::new(PaddedFile::new(file)));
+            }
+            return Ok(Arc::new(file));
         }
         let served = Arc::new(ImageExport::read(&top.path, &top.format, options).await?);
         self.served = Some(Arc::clone(&served));

@@ -3,7 +3,7 @@
 use std::fs;
 
 use crate::fixture::{DISK, DISK_BYTES, Fixture};
-use crate::support::{NbdServer, assert_same_content};
+use crate::support::{NbdServer, TestEnv, assert_same_content};
 
 #[test]
 fn a_restored_image_holds_what_the_disk_held() {
@@ -186,6 +186,26 @@ fn a_stopped_vm_is_backed_up_from_its_images_and_restored_in_either_format() {
         let compare = ["compare", "-f", "raw", "-F", format, fixture.image.to_str().unwrap(), path];
         env.run("qemu-img", &compare).ok();
     }
+}
+
+#[test]
+fn a_raw_image_that_ends_inside_a_sector_is_the_disk_that_qemu_makes_of_it() {
+    let env = TestEnv::new();
+    env.init_repo();
+    let image = env.path("odd.raw");
+    fs::write(&image, vec![7; 1_000_001]).unwrap();
+    let spec = format!("{},format=raw", image.display());
+    env.vmbackup(&["full", "--image", &spec, "--name", "odd"]).ok();
+    env.vmbackup(&["verify", "odd@latest", "--against", image.to_str().unwrap()]).ok();
+    let to = env.path("restored");
+    let args = ["restore", "odd@latest", "--to", to.to_str().unwrap(), "--json"];
+    let restored = env.vmbackup(&args).json();
+    let path = restored["disks"][0]["path"].as_str().unwrap().to_owned();
+    assert_eq!(fs::metadata(&path).unwrap().len(), 1_000_448);
+    let compare = ["compare", "-f", "raw", "-F", "raw", image.to_str().unwrap(), &path];
+    env.run("qemu-img", &compare).ok();
+    let hash = |path: &str| env.vmbackup(&["hash", path]).text();
+    assert_eq!(hash(image.to_str().unwrap()), hash(&path));
 }
 
 #[test]

@@ -38,6 +38,23 @@ async fn an_image_is_read_under_the_format_it_is_given() {
     }
 }
 
+/// A guest sees whole sectors; a backup of the file has to hold what it sees.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_raw_file_that_ends_inside_a_sector_is_read_as_qemu_shows_it() {
+    for len in [1, 511, 513, (1 << 20) + 1, (3 << 20) - 1] {
+        let images = Images::new();
+        let file = conformance::pattern(len);
+        std::fs::write(images.path("odd.raw"), &file).unwrap();
+        let shown = images.content("odd.raw", "raw");
+        assert_eq!(shown.len(), len.next_multiple_of(512));
+        let mut image = LockedImage::acquire(&images.path("odd.raw"), "raw").await.unwrap();
+        assert_eq!(image.layers()[0].info.size_bytes, shown.len() as u64);
+        let source = image.source(None).await.unwrap();
+        conformance::source(source.as_ref(), &shown).await;
+        assert!(std::fs::read(images.path("odd.raw")).unwrap() == file, "it was only read");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_missing_image_is_not_found_by_name() {
     let images = Images::new();

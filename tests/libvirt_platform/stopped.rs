@@ -67,6 +67,22 @@ async fn one_chain_goes_through_stop_and_start() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_raw_file_that_ends_inside_a_sector_is_one_disk_running_and_stopped() {
+    let env = TestEnv::new();
+    let disks = image(&env, 'a', "raw", "1M");
+    let file = std::fs::OpenOptions::new().write(true).open(env.path("vda.raw")).unwrap();
+    file.set_len((1 << 20) + 1).unwrap();
+    let bare = Bare::define(&env, "", &disks, "");
+    let (stopped, was) = backup(&bare, &request(1)).await.unwrap();
+    bare.virsh(&["start", "--paused", &bare.name]).ok();
+    let (running, is) = backup(&bare, &request(2)).await.unwrap();
+    assert_eq!(stopped.disks[0].size_bytes, MIB + 512);
+    assert_eq!(running.disks[0].size_bytes, MIB + 512);
+    assert_eq!(was[0].bytes.len() as u64, MIB + 512);
+    assert!(was[0].bytes == is[0].bytes);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn the_domain_cannot_start_while_it_is_read_and_can_after_an_abort() {
     let env = TestEnv::new();
     // Raw: QEMU's own reader would not keep a writer out.

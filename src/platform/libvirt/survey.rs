@@ -17,6 +17,9 @@ use crate::image::{ImageInfo, file_id, inspect};
 use crate::platform::SnapshotRequest;
 use crate::vm::FullReason;
 
+/// What QEMU cuts disks into.
+const SECTOR_BYTES: u64 = 512;
+
 /// A domain as it was found.
 pub(super) struct Survey {
     /// XML of the running domain (of the defined one, if it is stopped), with secrets.
@@ -105,7 +108,9 @@ impl Survey {
         let disks = disks
             .map(|(disk, info)| SizedDisk {
                 disk: disk.clone(),
-                size_bytes: info.capacity,
+                // Of a raw file of a stopped domain libvirt tells the length, of a running one
+                // the whole sectors that QEMU makes of it.
+                size_bytes: info.capacity.next_multiple_of(SECTOR_BYTES),
                 allocation_bytes: info.allocation,
             })
             .collect();
