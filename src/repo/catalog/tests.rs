@@ -46,12 +46,12 @@ fn draft(vm: u64, name: &str) -> ManifestDraft {
     .unwrap()
 }
 
-/// Makes a repository to measure lists with (docs/benchmarks.md). Its manifests are empty files: a
-/// list reads the catalog alone.
+/// Not a test: makes a repository to measure lists with (docs/benchmarks.md), where it is told to.
+/// Its manifests are empty files: a list reads the catalog alone.
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "makes a million files in the new directory that VMBACKUP_MILLION names"]
 async fn make_a_repository_of_a_million_points() {
-    let directory = std::env::var_os("VMBACKUP_MILLION").expect("VMBACKUP_MILLION is a path");
+    let Some(directory) = std::env::var_os("VMBACKUP_MILLION") else { return };
     let directory = std::path::PathBuf::from(directory);
     std::fs::create_dir(&directory).unwrap();
     let store = DirectoryStore::init(&directory, Parents::MustExist).await.unwrap();
