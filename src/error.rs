@@ -117,6 +117,17 @@ impl Error {
     }
 }
 
+/// An error and its causes on one line, for a log or where a reason is one line of text.
+pub fn with_causes(error: &dyn StdError) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
+}
+
 /// Maps an operating system error to the kind a caller decides on.
 fn kind_of_io(error: &std::io::Error) -> Kind {
     use std::io::ErrorKind as E;
@@ -147,12 +158,7 @@ impl fmt::Display for Error {
 
 impl fmt::Debug for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:?}: {}", self.0.kind, self.0.message)?;
-        let mut cause = StdError::source(self);
-        while let Some(error) = cause {
-            write!(f, ": {error}")?;
-            cause = error.source();
-        }
+        write!(f, "{:?}: {}", self.0.kind, with_causes(self))?;
         if let Some(hint) = &self.0.hint {
             write!(f, " (hint: {hint})")?;
         }

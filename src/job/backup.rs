@@ -246,9 +246,13 @@ impl Backup<'_> {
         let packs = self.run.damaged_packs();
         let incremental = |disk: &SnapshotDisk| matches!(disk.read, ReadMode::Incremental { .. });
         if packs > 0 && snapshot.disks().iter().any(incremental) {
+            let packs = match packs {
+                1 => "1 pack of the repository is".to_owned(),
+                packs => format!("{packs} packs of the repository are"),
+            };
             let text = format!(
-                "{packs} packs of the repository are damaged: what this point shares with its base \
-                 may be; a full backup stores it anew ('vmbackup check' names the points)"
+                "{packs} damaged, and what this point shares with its base may lie there; a full \
+                 backup stores it anew ('vmbackup check --read-data' names the points)"
             );
             self.control.notice(NoticeLevel::Warning, text);
         }

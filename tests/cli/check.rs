@@ -185,3 +185,25 @@ fn a_full_backup_heals_rotten_cut_off_and_missing_packs() {
         env.vmbackup(&["check"]).ok();
     }
 }
+
+#[test]
+fn an_incremental_says_that_it_may_share_damage_and_a_full_one_does_not() {
+    let fixture = Fixture::new();
+    let env = &fixture.env;
+    let image = env.path("a.qcow2");
+    let path = image.to_str().unwrap();
+    env.run("qemu-img", &["create", "-q", "-f", "qcow2", path, "4M"]).ok();
+    env.run("qemu-io", &["-f", "qcow2", "-c", "write -s /proc/self/exe 0 1M", path]).ok();
+    let back_up = |kind: &str| {
+        let spec = format!("{path},format=qcow2");
+        env.vmbackup(&[kind, "--image", &spec, "--name", "bar"]).ok()
+    };
+    back_up("full");
+    rot(&data_pack(&fixture));
+    damaged(&fixture, &["check", "--read-data"]);
+    let warning = "1 pack of the repository is damaged";
+    let told = back_up("incremental");
+    assert!(told.stderr.contains(warning), "{told:?}");
+    let told = back_up("full");
+    assert!(!told.stderr.contains(warning), "{told:?}");
+}

@@ -157,8 +157,12 @@ impl Proxy {
         self.cut();
     }
 
-    fn uri(&self) -> String {
-        format!("qemu+unix:///system?socket={}", self.path.display())
+    /// A snapshot of the domain that is taken through here.
+    async fn snapshot(&self, bare: &Bare<'_>) -> Box<dyn VmSnapshot> {
+        let mut options = bare.options();
+        options.uri = Some(format!("qemu+unix:///system?socket={}", self.path.display()));
+        let platform = Libvirt::open(options).await.expect("connects");
+        platform.open_snapshot(&request(1), &Control::new()).await.expect("opens")
     }
 }
 
@@ -168,10 +172,7 @@ async fn a_cut_connection_is_replaced_and_the_point_is_whole() {
     let bare = Bare::start(&env, &qcow2(&env, 'a', "8M"));
     bare.io(0, "write -P 1 0 8M");
     let proxy = Proxy::start(&env);
-    let mut options = bare.options();
-    options.uri = Some(proxy.uri());
-    let platform = Libvirt::open(options).await.expect("connects");
-    let mut snapshot = platform.open_snapshot(&request(1), &Control::new()).await.expect("opens");
+    let mut snapshot = proxy.snapshot(&bare).await;
     proxy.cut();
     bare.io(0, "write -P 2 0 8M");
     let taken = take(&mut *snapshot).await;
@@ -187,10 +188,7 @@ async fn a_job_that_ends_while_the_connection_is_cut_is_noticed() {
     let env = TestEnv::new();
     let bare = Bare::start(&env, &qcow2(&env, 'a', "8M"));
     let proxy = Proxy::start(&env);
-    let mut options = bare.options();
-    options.uri = Some(proxy.uri());
-    let platform = Libvirt::open(options).await.expect("connects");
-    let mut snapshot = platform.open_snapshot(&request(1), &Control::new()).await.expect("opens");
+    let mut snapshot = proxy.snapshot(&bare).await;
     proxy.cut();
     bare.virsh(&["domjobabort", &bare.name]).ok();
     assert_eq!(loss(&mut *snapshot).await.kind(), Kind::SnapshotLost);
@@ -207,10 +205,7 @@ async fn a_daemon_that_is_away_for_seconds_costs_no_backup() {
     let env = TestEnv::new();
     let bare = Bare::start(&env, &qcow2(&env, 'a', "8M"));
     let proxy = Proxy::start(&env);
-    let mut options = bare.options();
-    options.uri = Some(proxy.uri());
-    let platform = Libvirt::open(options).await.expect("connects");
-    let mut snapshot = platform.open_snapshot(&request(1), &Control::new()).await.expect("opens");
+    let mut snapshot = proxy.snapshot(&bare).await;
     proxy.stop_for(Duration::from_secs(3));
     snapshot.still_valid().await.expect("the job is still there");
     proxy.stop_for(Duration::from_secs(3));
@@ -223,10 +218,7 @@ async fn a_job_that_could_not_be_ended_stays_on_record_and_is_ended_by_the_next_
     let env = TestEnv::new();
     let bare = Bare::start(&env, &qcow2(&env, 'a', "8M"));
     let proxy = Proxy::start(&env);
-    let mut options = bare.options();
-    options.uri = Some(proxy.uri());
-    let platform = Libvirt::open(options).await.expect("connects");
-    let snapshot = platform.open_snapshot(&request(1), &Control::new()).await.expect("opens");
+    let snapshot = proxy.snapshot(&bare).await;
     let known = known(point(1), &*snapshot);
     proxy.stop();
     snapshot.commit().await.expect_err("nobody could end the job");

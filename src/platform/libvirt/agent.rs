@@ -15,7 +15,7 @@ use virt::domain::Domain;
 
 use super::connection::{DomainHandle, Host};
 use super::ffi::{self, VirtResult};
-use crate::error::{Error, Kind};
+use crate::error::{Error, Kind, with_causes};
 use crate::freeze::{FileSystem, Freezable};
 use crate::vm::Uuid;
 
@@ -133,15 +133,4 @@ impl Freezable for DomainAgent {
 async fn run_of(domain: &DomainHandle) -> Result<Option<u32>, Error> {
     let ask = |domain: &Domain| Ok(if domain.is_active()? { domain.id() } else { None });
     domain.call("ask for the state of", ask).await
-}
-
-/// An error and its causes in one line, for a reason.
-fn with_causes(error: &Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = std::error::Error::source(error);
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
-    }
-    text
 }

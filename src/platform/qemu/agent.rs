@@ -10,6 +10,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use qmp::{Address, Agent, AgentOptions};
 
+use crate::error::with_causes;
 use crate::freeze::{FileSystem, Freezable};
 
 /// Longest wait for one thaw.
@@ -82,15 +83,4 @@ impl Freezable for AgentChannel {
 
 fn count(count: i64) -> u32 {
     u32::try_from(count).unwrap_or(0)
-}
-
-/// A cause as a reason, which is one line of text.
-fn with_causes(error: &qmp::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = std::error::Error::source(error);
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
-    }
-    text
 }

@@ -34,7 +34,7 @@ use super::points::{self, Domains};
 use super::store::{Folder, ObjectName, for_each, from_hex};
 use crate::block::ByteRange;
 use crate::control::Control;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, with_causes};
 use crate::vm::PointId;
 use trees::Walker;
 
@@ -190,7 +190,7 @@ struct Fault {
 
 impl Fault {
     fn of(error: &Error) -> Self {
-        Self { what: describe(error), is_passing: error.kind() == Kind::Io }
+        Self { what: with_causes(error), is_passing: error.kind() == Kind::Io }
     }
 
     fn damage(what: impl Into<String>) -> Self {
@@ -259,17 +259,6 @@ fn unindexed(blobs: &Blobs, findings: &Findings) -> usize {
 /// looking. An error of the storage is one ([`Fault::is_passing`]): other objects are looked at.
 fn is_finding(error: &Error) -> bool {
     matches!(error.kind(), Kind::Corrupt | Kind::Io | Kind::NotFound)
-}
-
-/// The error and its causes on one line.
-fn describe(error: &Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = std::error::Error::source(error);
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
-    }
-    text
 }
 
 async fn check_index(

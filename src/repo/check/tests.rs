@@ -7,10 +7,11 @@ use crate::block::{BlockSink, Buffer};
 use crate::clock::{SystemClock, Timestamp};
 use crate::content::LEAF_BYTES;
 use crate::repo::config::ChunkSize;
+use crate::repo::gc::tests::draft;
 use crate::repo::keys::{Credentials, InitOptions, Kdf};
 use crate::repo::store::memory::MemoryStore;
 use crate::repo::store::{ObjectStore, ReadRange};
-use crate::repo::{ManifestDraft, Repository, RunOptions, StoredDisk};
+use crate::repo::{Repository, RunOptions, StoredDisk};
 use crate::workers::Workers;
 
 const STRUCTURE: CheckOptions = CheckOptions { depth: Depth::Structure, repair: Repair::Nothing };
@@ -35,25 +36,10 @@ async fn bed() -> (Arc<MemoryStore>, Vec<StoredDisk>) {
             writer.write(at * LEAF_BYTES, Buffer::unbudgeted(bytes)).await.unwrap();
         }
         let stored = writer.finish().await.unwrap().0;
-        run.commit(PointId([n; 16]), draft(&stored)).await.unwrap();
+        run.commit(PointId([n; 16]), draft(&stored, None)).await.unwrap();
         disks.push(stored);
     }
     (store, disks)
-}
-
-fn draft(stored: &StoredDisk) -> ManifestDraft {
-    serde_json::from_value(serde_json::json!({
-        "vm": {"uuid": "b2b8a3a0-0000-4000-8000-000000000001", "name": "foo", "host": "h", "platform": "image"},
-        "taken": "2026-11-21T00:00:00Z", "finished": "2026-11-21T00:00:01Z",
-        "quiescence": {"level": "stopped"}, "excluded": [], "not_captured": [],
-        "disks": [{
-            "description": {"name": "vda", "size_bytes": stored.size_bytes, "format": "raw", "origin": "", "layer": "plain"},
-            "read": {"mode": "full", "reason": "requested"}, "stored": stored, "read_bytes": 0,
-            "stats": {"written_bytes": 0, "known_bytes": 0, "new_bytes": 0, "stored_bytes": 0},
-        }],
-        "artifacts": [], "program": "test",
-    }))
-    .unwrap()
 }
 
 async fn check(store: &Arc<MemoryStore>, options: CheckOptions) -> CheckReport {

@@ -5,11 +5,11 @@
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 
-use super::{Fault, Findings, describe, is_finding};
+use super::{Fault, Findings, is_finding};
 use crate::block::ByteRange;
 use crate::content::ContentHash;
 use crate::control::Control;
-use crate::error::Result;
+use crate::error::{Result, with_causes};
 use crate::repo::blobs::Blobs;
 use crate::repo::index::{Location, missing};
 use crate::repo::reader;
@@ -126,7 +126,7 @@ impl<'a> Walker<'a> {
             Ok(node) => node,
             Err(error) if is_finding(&error) => {
                 self.blame_node(height, &hash, &Fault::of(&error)).await?;
-                disk.bad(first_chunk, chunks, || describe(&error));
+                disk.bad(first_chunk, chunks, || with_causes(&error));
                 return Ok(());
             }
             Err(error) => return Err(error),
@@ -183,7 +183,7 @@ impl<'a> Walker<'a> {
             let entries = match self.blobs.index.entries_of(segment, &id).await {
                 Ok(entries) => entries,
                 Err(error) if is_finding(&error) => {
-                    reason = Some(describe(&error));
+                    reason = Some(with_causes(&error));
                     continue;
                 }
                 Err(error) => return Err(error),

@@ -12,9 +12,10 @@ pub(crate) mod zero;
 
 use clap::Subcommand;
 
+use crate::block::ByteRange;
 use crate::cli::context::Context;
 use crate::error::Result;
-use crate::job::export::write::Report;
+use crate::job::export::write::{Report, checked};
 use crate::nbd::Durable;
 use crate::units::ByteSize;
 
@@ -36,6 +37,33 @@ enum Command {
     Trim(trim::Args),
     Flush(flush::Args),
     Bench(bench::Args),
+}
+
+/// A place in an export.
+#[derive(clap::Args, Debug)]
+pub(crate) struct PlaceArgs {
+    /// The export
+    #[arg(value_name = "NBD-URI")]
+    uri: String,
+    /// Where to begin
+    #[arg(long, value_name = "SIZE", default_value = "0")]
+    offset: ByteSize,
+}
+
+/// A range of an export.
+#[derive(clap::Args, Debug)]
+pub(crate) struct RangeArgs {
+    #[command(flatten)]
+    place: PlaceArgs,
+    /// How many bytes
+    #[arg(long, value_name = "SIZE")]
+    length: ByteSize,
+}
+
+impl RangeArgs {
+    fn checked(&self) -> Result<ByteRange> {
+        checked(self.place.offset.0, self.length.0)
+    }
 }
 
 /// Whether a change is to be durable.

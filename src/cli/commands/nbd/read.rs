@@ -2,6 +2,7 @@
 
 use std::fmt::Write;
 
+use super::PlaceArgs;
 use crate::cli::context::Context;
 use crate::cli::settings;
 use crate::error::Result;
@@ -14,20 +15,16 @@ const LINE_BYTES: usize = 16;
 /// Show some bytes of an export
 #[derive(clap::Args, Debug)]
 pub(crate) struct Args {
-    /// The export
-    #[arg(value_name = "NBD-URI")]
-    uri: String,
-    /// Where to begin
-    #[arg(long, value_name = "SIZE", default_value = "0")]
-    offset: ByteSize,
+    #[command(flatten)]
+    place: PlaceArgs,
     /// How many bytes
     #[arg(long, value_name = "SIZE", default_value = "512")]
     length: ByteSize,
 }
 
 pub(crate) async fn run(args: Args, context: &Context) -> Result<()> {
-    let uri = settings::nbd_uri(&args.uri)?;
-    let report = read::run(&uri, args.offset.0, args.length.0, &context.control).await?;
+    let uri = settings::nbd_uri(&args.place.uri)?;
+    let report = read::run(&uri, args.place.offset.0, args.length.0, &context.control).await?;
     context.output.document("nbd-read", &report, dump)
 }
 

@@ -4,24 +4,19 @@ use std::fs::File;
 use std::io::Read;
 use std::path::PathBuf;
 
-use super::{FuaArgs, changed};
+use super::{FuaArgs, PlaceArgs, changed};
 use crate::cli::context::Context;
 use crate::cli::settings;
 use crate::error::{Error, Kind, Result};
 use crate::job::export::write::{self, BYTES_MAX, Change};
-use crate::units::ByteSize;
 
 /// Write some bytes onto an export
 ///
 /// At most 64 MiB: 'vmbackup copy' is for more.
 #[derive(clap::Args, Debug)]
 pub(crate) struct Args {
-    /// The export
-    #[arg(value_name = "NBD-URI")]
-    uri: String,
-    /// Where to begin
-    #[arg(long, value_name = "SIZE", default_value = "0")]
-    offset: ByteSize,
+    #[command(flatten)]
+    place: PlaceArgs,
     /// The bytes, as hexadecimal digits
     #[arg(long, value_name = "DIGITS", conflicts_with = "file")]
     hex: Option<String>,
@@ -33,7 +28,7 @@ pub(crate) struct Args {
 }
 
 pub(crate) async fn run(args: Args, context: &Context) -> Result<()> {
-    let uri = settings::nbd_uri(&args.uri)?;
+    let uri = settings::nbd_uri(&args.place.uri)?;
     let bytes = match (&args.hex, &args.file) {
         (Some(digits), _) => unhex(digits).ok_or_else(|| {
             Error::new(Kind::Usage, "--hex: not pairs of hexadecimal digits")
@@ -45,7 +40,7 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<()> {
         }
         (None, None) => read(std::io::stdin())?,
     };
-    let change = Change::Write(args.offset.0, bytes);
+    let change = Change::Write(args.place.offset.0, bytes);
     let report = write::run(&uri, change, args.fua.durable(), &context.control).await?;
     context.output.document("nbd-write", &report, |report| changed("wrote", report))
 }

@@ -1,25 +1,17 @@
 //! `vmbackup nbd zero URI`: zeroes onto an export.
 
-use super::{FuaArgs, changed};
+use super::{FuaArgs, RangeArgs, changed};
 use crate::block::ZeroMode;
 use crate::cli::context::Context;
 use crate::cli::settings;
 use crate::error::Result;
-use crate::job::export::write::{self, Change, checked};
-use crate::units::ByteSize;
+use crate::job::export::write::{self, Change};
 
 /// Make a range of an export zero
 #[derive(clap::Args, Debug)]
 pub(crate) struct Args {
-    /// The export
-    #[arg(value_name = "NBD-URI")]
-    uri: String,
-    /// Where to begin
-    #[arg(long, value_name = "SIZE", default_value = "0")]
-    offset: ByteSize,
-    /// How many bytes
-    #[arg(long, value_name = "SIZE")]
-    length: ByteSize,
+    #[command(flatten)]
+    range: RangeArgs,
     /// Keep the space allocated
     #[arg(long)]
     allocated: bool,
@@ -31,13 +23,13 @@ pub(crate) struct Args {
 }
 
 pub(crate) async fn run(args: Args, context: &Context) -> Result<()> {
-    let uri = settings::nbd_uri(&args.uri)?;
+    let uri = settings::nbd_uri(&args.range.place.uri)?;
     let mode = match (args.allocated, args.fast) {
         (true, _) => ZeroMode::Allocated,
         (false, true) => ZeroMode::FastOnly,
         (false, false) => ZeroMode::Sparse,
     };
-    let change = Change::Zero(checked(args.offset.0, args.length.0)?, mode);
+    let change = Change::Zero(args.range.checked()?, mode);
     let report = write::run(&uri, change, args.fua.durable(), &context.control).await?;
     context.output.document("nbd-zero", &report, |report| changed("zeroed", report))
 }
