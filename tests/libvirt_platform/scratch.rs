@@ -15,7 +15,7 @@ use vmbackup::platform::{Platform, Quiesce, VmSnapshot};
 
 use crate::bare::{Bare, known, point, qcow2, request, take};
 use crate::quiesce::options;
-use crate::support::{DiskFormat, Domain, DomainSpec, Outcome, TestEnv};
+use crate::support::{DiskFormat, Domain, DomainSpec, Outcome, TestEnv, wait_until};
 
 /// A small file system, unmounted with its guard.
 struct Small<'env> {
@@ -80,6 +80,34 @@ async fn a_guest_that_fills_scratch_writes_on_and_the_backup_is_given_up() {
     assert_eq!(small.files(), Vec::<PathBuf>::new());
     assert_eq!(domain.checkpoints(), Vec::<String>::new());
     guest.run("rnd vda 100 100");
+}
+
+/// With nobody to end the job in time the guest stands still; its writes are not lost.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_a_killed_run_left_without_scratch_runs_on_with_the_next() {
+    let env = TestEnv::new();
+    let small = Small::mount(&env);
+    let (domain, mut guest) = Domain::boot(&env, &DomainSpec::with_disks(&[DiskFormat::Qcow2]));
+    guest.run("dd if=/dev/zero of=/dev/vda bs=1M count=64 conv=notrunc,fsync 2>/dev/null");
+    let platform = Libvirt::open(options(&env, &domain)).await.expect("connects");
+    let mut wanted = request(1);
+    wanted.quiesce = Quiesce::Never;
+    wanted.scratch_dir = Some(small.path.clone());
+    // Dropped, nobody watches; the job goes on.
+    drop(platform.open_snapshot(&wanted, &Control::new()).await.expect("opens"));
+    let write = "tr '\\000' '\\377' </dev/zero | head -c 67108864 | \
+                 dd of=/dev/vda bs=64k conv=notrunc,fsync 2>/dev/null";
+    let written = guest.start(write);
+    wait_until("the guest stands still", 60, || domain.state() == "paused");
+    wanted.point = point(2);
+    wanted.scratch_dir = None;
+    let next = platform.open_snapshot(&wanted, &Control::new()).await.expect("opens");
+    guest.finish(written, write);
+    assert_eq!(small.files(), Vec::<PathBuf>::new());
+    next.abort().await.expect("aborts");
+    domain.suspend();
+    let disk = std::fs::read(domain.oracle(0, "after")).expect("own file");
+    assert!(disk.iter().all(|byte| *byte == 0xff), "every write arrived");
 }
 
 #[tokio::test(flavor = "multi_thread")]

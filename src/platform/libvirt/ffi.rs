@@ -28,6 +28,9 @@ use crate::freeze::FileSystem;
 /// Most file systems of a guest looked at.
 const FILE_SYSTEMS_MAX: usize = 1024;
 
+/// Most disk errors asked for: the daemon refuses more (`REMOTE_DOMAIN_DISK_ERRORS_MAX`).
+const DISK_ERRORS_MAX: usize = 256;
+
 /// Result of a libvirt call.
 pub(super) type VirtResult<T> = Result<T, VirtError>;
 
@@ -231,6 +234,24 @@ pub(super) fn block_job_bytes(domain: &Domain, disk: &str) -> VirtResult<Option<
     let found =
         unsafe { sys::virDomainGetBlockJobInfo(domain.as_ptr(), disk.as_ptr(), &raw mut info, 0) };
     Ok((check(found)? == 1).then_some(info.end))
+}
+
+/// Whether a disk of the domain has seen "no space left" since its guest last ran on.
+pub(super) fn has_disk_without_space(domain: &Domain) -> VirtResult<bool> {
+    // SAFETY: the struct is a pointer and a number, for which zeroes are values.
+    let mut errors: [sys::virDomainDiskError; DISK_ERRORS_MAX] = unsafe { std::mem::zeroed() };
+    let room = c_uint::try_from(DISK_ERRORS_MAX).expect("a small number");
+    // SAFETY: there is room for as many errors as the call is told.
+    let count =
+        unsafe { sys::virDomainGetDiskErrors(domain.as_ptr(), errors.as_mut_ptr(), room, 0) };
+    let count = usize::try_from(check(count)?).unwrap_or(0);
+    let mut found = false;
+    for error in errors.iter().take(count) {
+        found |= c_uint::try_from(error.error) == Ok(sys::VIR_DOMAIN_DISK_ERROR_NO_SPACE);
+        // SAFETY: the caller owns the names the call gave.
+        unsafe { libc_free(error.disk.cast()) };
+    }
+    Ok(found)
 }
 
 /// Reads the parameters we know from a list libvirt made.

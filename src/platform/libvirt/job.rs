@@ -8,11 +8,13 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use virt::domain::{Domain, DomainPausedReason, DomainStateReason};
+use virt::enumutil::Enum;
 use virt::error::ErrorNumber;
 
 use super::connection::DomainHandle;
 use super::error::code;
-use super::ffi::{self, JobStatus};
+use super::ffi::{self, JobStatus, VirtResult};
 use super::lock::{DomainLock, Unfinished};
 use super::names::socket_point;
 use super::xml::{Element, escaped};
@@ -214,7 +216,8 @@ pub(super) async fn check_idle(
         .hint(format!("'virsh domjobinfo {name}' shows it; try again when it has ended")))
 }
 
-/// Ends the job and waits until it is gone. No job is success.
+/// Ends the job and waits until it is gone; a guest that stands still because scratch ran full runs
+/// on. No job is success.
 pub(super) async fn end(domain: &DomainHandle) -> Result<()> {
     let what = "end the backup job of";
     match domain.raw_call(what, ffi::abort_job).await? {
@@ -242,7 +245,29 @@ pub(super) async fn end(domain: &DomainHandle) -> Result<()> {
     if let Err(error) = status(domain).await {
         tracing::debug!(?error, "the domain's job cannot be asked for");
     }
+    let name = &domain.name;
+    match domain.call("let the guest run on of", run_on).await {
+        Ok(false) => {}
+        Ok(true) => tracing::warn!("domain '{name}' stood still for want of space; it runs on"),
+        // The job is gone, which is what was asked for.
+        Err(error) => tracing::warn!(?error, "domain '{name}' may stand still for want of space"),
+    }
     Ok(())
+}
+
+/// Resumes a domain that QEMU stopped because a write found no space (`error_policy='enospace'`, the
+/// default); whether it did. The write is not lost: QEMU does it again when the domain runs on, and
+/// now without scratch. Where it was the disk's own storage that is full, QEMU stops it again.
+///
+/// libvirt knows by now if that is so: QEMU says it before it answers the calls by which libvirt
+/// takes the job down.
+fn run_on(domain: &Domain) -> VirtResult<bool> {
+    let stopped = Enum::Known(DomainStateReason::Paused(Enum::Known(DomainPausedReason::IOError)));
+    if domain.state()?.1 != stopped || !ffi::has_disk_without_space(domain)? {
+        return Ok(false);
+    }
+    domain.resume()?;
+    Ok(true)
 }
 
 #[cfg(test)]

@@ -3,7 +3,8 @@
 //! While a pull job runs, QEMU copies what the guest is about to overwrite into scratch files. A
 //! full scratch file system does not break the snapshot: it fails the *guest's* write, and the
 //! default `werror=enospc` stops the guest (seen on libvirt 11.3, QEMU 10.0). libvirt has no way to
-//! break the snapshot instead, so the watch ends the job while there is room left.
+//! break the snapshot instead, so the watch ends the job while there is room left. A guest that
+//! writes faster than a job ends stands still until it has ended, and then runs on ([`job::end`]).
 //!
 //! ```text
 //!  watching ──► job ended by somebody ──────────────────────────► lost
