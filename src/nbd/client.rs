@@ -243,6 +243,15 @@ impl Client {
         (0..len).step_by(unit).map(move |start| start..len.min(start.saturating_add(unit)))
     }
 
+    /// Writes the buffer's window to `offset`.
+    pub(super) async fn write_shared(&self, offset: u64, buffer: &Arc<Buffer>) -> Result<()> {
+        self.check(offset, buffer.len() as u64)?;
+        for at in self.payloads(buffer.len()) {
+            self.pick().write((offset + at.start as u64, 0), Arc::clone(buffer), at).await?;
+        }
+        Ok(())
+    }
+
     /// Makes `range` zero by WRITE_ZEROES with `flags`.
     async fn write_zeroes(&self, range: ByteRange, flags: u16, unit: u64) -> Result<(), NbdError> {
         for piece in range.pieces(unit) {
@@ -318,12 +327,7 @@ impl BlockSink for Client {
     }
 
     async fn write(&self, offset: u64, buffer: Buffer) -> Result<()> {
-        self.check(offset, buffer.len() as u64)?;
-        let buffer = Arc::new(buffer);
-        for at in self.payloads(buffer.len()) {
-            self.pick().write((offset + at.start as u64, 0), Arc::clone(&buffer), at).await?;
-        }
-        Ok(())
+        self.write_shared(offset, &Arc::new(buffer)).await
     }
 
     async fn zero(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {

@@ -48,6 +48,6 @@ pub use export::{BlockSizes, ExportInfo};
 pub use initial_state::InitialState;
 pub use inspect::{Described, Description, Inspector, Runs, Which, describe};
 pub use negotiate::{Context, Greeted, Handshake, Listed, Negotiated, greet};
-pub use reconnect::{OnLost, ReconnectingClient, Retries};
+pub use reconnect::{OnLost, ReconnectingClient, ReconnectingTarget, Retries};
 pub use stream::{Connector, ReadHalf, Stream, WriteHalf};
 pub use uri::{Address, NbdUri, Origin, PORT_DEFAULT};

@@ -54,8 +54,9 @@ fn a_full_target_ends_the_copy_with_its_name_and_the_offset() {
     outcome.fails_with(&["cannot write bytes", &uri, "no space left", "after 0 bytes"]);
 }
 
+/// CVE-2022-0485 (nbdcopy): what could not be read was written as garbage.
 #[test]
-fn a_read_error_leaves_no_target() {
+fn cve_2022_0485_a_read_error_leaves_no_target() {
     let env = TestEnv::new();
     let server = NbdServer::nbdkit(
         &env,

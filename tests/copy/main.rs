@@ -9,4 +9,5 @@ mod support;
 
 mod ends;
 mod failures;
+mod lost_target;
 mod zeroes;

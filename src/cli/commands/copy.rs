@@ -123,9 +123,9 @@ pub(crate) struct SpeedArgs {
 #[derive(clap::Args, Debug)]
 #[command(next_help_heading = "Lost connections")]
 pub(crate) struct RetryArgs {
-    /// Open SRC, an NBD export that does not change, again so often for a request that fails with
-    /// its connection. (What was written to a DST that was lost may be lost, too: it is never
-    /// opened again)
+    /// Open an NBD export again so often for a request that fails with its connection. SRC must not
+    /// change meanwhile; what DST had not made durable is written again, for which up to 64 MiB of
+    /// it are kept and DST is flushed whenever that is full
     #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(..=100))]
     pub(crate) retries: u32,
     /// Wait before the first time; each further wait is twice as long, up to a minute

@@ -141,7 +141,7 @@ pub struct Options {
     pub rate_bytes: Option<u64>,
     /// Whether the target is read back and proven equal.
     pub verify: Verify,
-    /// How often a source behind an NBD URI is opened again when it is lost.
+    /// How often an end behind an NBD URI is opened again when it is lost.
     pub retries: Retries,
 }
 

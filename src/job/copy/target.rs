@@ -15,7 +15,7 @@ use crate::image::{
     open_to_overwrite,
 };
 use crate::job::source::ImageSpec;
-use crate::nbd::{Access, Client, ClientOptions, InitialContent, wire};
+use crate::nbd::{Access, Client, ClientOptions, InitialContent, ReconnectingTarget, wire};
 
 /// Size of a sink for a source that does not tell its own.
 const UNKNOWN_BYTES: u64 = i64::MAX.cast_unsigned();
@@ -36,6 +36,8 @@ pub(super) enum Opened {
     Served(Arc<ImageExport>),
     /// An NBD export, perhaps of a server of ours.
     Nbd(Arc<Client>, Option<Arc<CommandServer>>),
+    /// An NBD export that is opened again when it is lost.
+    Reconnecting(Arc<ReconnectingTarget>),
     Null(Arc<NullSink>),
     Pipe(Arc<PipeSink>),
 }
@@ -53,6 +55,13 @@ impl Opened {
             Target::Image { image, existing, compression } => {
                 let place = (&image, existing, compression);
                 Box::pin(Self::open_image(place, size_bytes, client)).await
+            }
+            Target::Nbd(uri) if copying.options.retries.attempts > 0 => {
+                let control = copying.surroundings.1.clone();
+                let on_lost = Box::new(move |text| control.notice(NoticeLevel::Warning, text));
+                let opening =
+                    ReconnectingTarget::open(uri, client, copying.options.retries, on_lost);
+                Ok(Self::Reconnecting(Arc::new(Box::pin(opening).await?)))
             }
             Target::Nbd(uri) => {
                 Ok(Self::Nbd(Arc::new(Box::pin(Client::open_uri(&uri, client)).await?), None))
@@ -117,6 +126,7 @@ impl Opened {
             Self::InPlace { sink, .. } => sink.clone(),
             Self::Served(export) => export.clone(),
             Self::Nbd(client, _) => client.clone(),
+            Self::Reconnecting(target) => target.clone(),
             Self::Null(sink) => sink.clone(),
             Self::Pipe(sink) => sink.clone(),
         }
@@ -130,6 +140,7 @@ impl Opened {
             Self::InPlace { sink, .. } => Arc::new(sink.reader()?),
             Self::Served(export) => export.clone(),
             Self::Nbd(client, _) => client.clone(),
+            Self::Reconnecting(target) => target.clone(),
             Self::Null(_) | Self::Pipe(_) => {
                 return Err(Error::new(Kind::Internal, "this target cannot be read back"));
             }
@@ -145,6 +156,7 @@ impl Opened {
     pub(super) fn can_flush(&self) -> bool {
         match self {
             Self::Nbd(client, _) => client.export().has(wire::export::SEND_FLUSH),
+            Self::Reconnecting(target) => target.can_flush(),
             // Nothing of ours is there to be lost.
             _ => true,
         }
@@ -180,7 +192,7 @@ impl Opened {
                 }
             }
             Self::Null(_) | Self::Pipe(_) => return Ok(false),
-            Self::InPlace { .. } => {}
+            Self::InPlace { .. } | Self::Reconnecting(_) => {}
         }
         Ok(durable)
     }
@@ -194,7 +206,7 @@ impl Opened {
             // A usage error comes before the first write.
             _ if error.kind() == Kind::Usage => Ok(()),
             Self::Null(_) | Self::Pipe(_) => Ok(()),
-            Self::InPlace { .. } | Self::Served(_) | Self::Nbd(..) => {
+            Self::InPlace { .. } | Self::Served(_) | Self::Nbd(..) | Self::Reconnecting(_) => {
                 let text =
                     "the target may be written in part: its content is neither the old nor the new";
                 control.notice(NoticeLevel::Warning, text);
