@@ -139,6 +139,13 @@ fn plain_text_is_served_to_other_hosts_only_on_request() {
     assert!(read(&env, &serve.uri(0)) == content(1));
     let serve = Serve::start(&env, &[&point, "--listen", "[::]:0", "--insecure-tcp"]);
     assert!(serve.uri(0).starts_with("nbd://[::]:"), "{}", serve.uri(0));
+    // Any guest of this host may connect there.
+    let refused = env.vmbackup(&["serve", &point, "--listen", "vsock:10809"]);
+    assert_eq!(refused.code, Some(2), "{refused:?}");
+    refused.fails_with(&["vsock:10809", "guests", "--insecure-tcp"]);
+    for wrong in ["vsock:", "vsock:4294967296", "vsock:x"] {
+        env.vmbackup(&["serve", &point, "--listen", wrong]).fails_with(&["vsock"]);
+    }
     // A socket that was handed over is looked at, too: 0.0.0.0 here.
     let script = "import os, socket, sys\n\
                   s = socket.create_server(('0.0.0.0', 0))\n\
@@ -148,4 +155,10 @@ fn plain_text_is_served_to_other_hosts_only_on_request() {
     let program = env!("CARGO_BIN_EXE_vmbackup");
     let refused = env.run("python3", &["-c", script, program, "serve", "disk.raw"]);
     assert_eq!(refused.code, Some(2), "{refused:?}");
+    // One that does not listen for streams is none.
+    let datagrams =
+        script.replace("create_server(('0.0.0.0', 0))", "socket(type=socket.SOCK_DGRAM)");
+    assert_ne!(datagrams, script);
+    env.run("python3", &["-c", &datagrams, program, "serve", "disk.raw"])
+        .fails_with(&["inherited socket"]);
 }

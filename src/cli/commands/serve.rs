@@ -3,6 +3,7 @@
 use std::fmt::Write;
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use crate::cli::activation;
 use crate::cli::args::RepositoryArgs;
@@ -43,13 +44,13 @@ pub(crate) struct Args {
     /// Listen on this unix socket, for this user only [default: one below the runtime directory]
     #[arg(long, value_name = "PATH", group = "endpoint")]
     socket: Option<PathBuf>,
-    /// Listen on this TCP address; port 0 lets the system choose
-    #[arg(long, value_name = "ADDR:PORT", group = "endpoint")]
-    listen: Option<SocketAddr>,
+    /// Listen on this TCP address, or this vsock port for guests; port 0 lets the system choose
+    #[arg(long, value_name = "ADDR:PORT|vsock:PORT", group = "endpoint")]
+    listen: Option<ListenAt>,
     /// Serve one client on standard input and output
     #[arg(long, group = "endpoint")]
     stdio: bool,
-    /// Let other hosts connect without TLS: anybody there can read the disks
+    /// Let other hosts, or guests over vsock, connect without TLS: anybody there can read the disks
     #[arg(long)]
     insecure_tcp: bool,
     /// Memory for chunks of the repository
@@ -96,6 +97,26 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<()> {
     serving.run(&context.control).await
 }
 
+/// A port to listen on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum ListenAt {
+    Tcp(SocketAddr),
+    Vsock(u32),
+}
+
+impl FromStr for ListenAt {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        if let Some(port) = text.strip_prefix("vsock:") {
+            // Ports beyond 31 bits are none for libnbd.
+            let port = port.parse().ok().filter(|port: &u32| i32::try_from(*port).is_ok());
+            return port.map(Self::Vsock).ok_or_else(|| "not a vsock port".to_owned());
+        }
+        text.parse().map(Self::Tcp).map_err(|_| "neither ADDR:PORT nor vsock:PORT".to_owned())
+    }
+}
+
 /// Where clients come from: as told, else the sockets this process was started with, else a new one.
 fn endpoints(args: &Args, context: &Context) -> Result<Vec<Endpoint>> {
     if args.stdio {
@@ -104,8 +125,10 @@ fn endpoints(args: &Args, context: &Context) -> Result<Vec<Endpoint>> {
     if let Some(path) = &args.socket {
         return Ok(vec![Endpoint::Unix(path.clone())]);
     }
-    if let Some(address) = args.listen {
-        return Ok(vec![Endpoint::Tcp(address)]);
+    match args.listen {
+        Some(ListenAt::Tcp(address)) => return Ok(vec![Endpoint::Tcp(address)]),
+        Some(ListenAt::Vsock(port)) => return Ok(vec![Endpoint::Vsock(port)]),
+        None => {}
     }
     let inherited = activation::sockets()?;
     if !inherited.is_empty() {
@@ -126,4 +149,19 @@ fn describe(report: &Report) -> String {
         }
     }
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_port_is_of_tcp_or_of_vsock() {
+        let parse = |text: &str| text.parse::<ListenAt>();
+        assert_eq!(parse("vsock:10809"), Ok(ListenAt::Vsock(10809)));
+        assert_eq!(parse("[::1]:7"), Ok(ListenAt::Tcp("[::1]:7".parse().unwrap())));
+        for wrong in ["vsock:", "vsock:x", "vsock:2147483648", "vsock", "10809", "host:1", ""] {
+            assert!(parse(wrong).is_err(), "{wrong}");
+        }
+    }
 }

@@ -41,6 +41,9 @@ use crate::vm::PointId;
 
 pub use crate::nbd::server::Limits;
 
+/// The host, as its guests call it (vsock(7), `VMADDR_CID_HOST`).
+const CID_HOST: u32 = 2;
+
 /// What to serve, and how.
 #[derive(Clone, Debug)]
 pub struct Request {
@@ -105,6 +108,8 @@ pub enum Endpoint {
     Unix(PathBuf),
     /// A TCP address.
     Tcp(SocketAddr),
+    /// A vsock port of this machine.
+    Vsock(u32),
     /// A socket that listens already.
     Inherited(OwnedFd),
 }
@@ -214,16 +219,25 @@ async fn listen(endpoint: Endpoint, request: &Request) -> Result<(Listener, Opti
             Ok((Listener::unix(&path)?, Some(Address::Unix(path))))
         }
         Endpoint::Tcp(address) => {
-            request.check_exposure(address)?;
+            request.check_address(address)?;
             let listener = Listener::tcp(address).await?;
             let address = listener.tcp_address().unwrap_or(address);
             let (host, port) = (address.ip().to_string(), address.port());
             Ok((listener, Some(Address::Tcp { host, port })))
         }
+        Endpoint::Vsock(port) => {
+            request.check_vsock(port)?;
+            let listener = Listener::vsock(port)?;
+            let port = listener.vsock_port().unwrap_or(port);
+            Ok((listener, Some(Address::Vsock { cid: CID_HOST, port })))
+        }
         Endpoint::Inherited(socket) => {
             let listener = Listener::inherited(socket)?;
             if let Some(address) = listener.tcp_address() {
-                request.check_exposure(address)?;
+                request.check_address(address)?;
+            }
+            if let Some(port) = listener.vsock_port() {
+                request.check_vsock(port)?;
             }
             Ok((listener, None))
         }
@@ -232,13 +246,24 @@ async fn listen(endpoint: Endpoint, request: &Request) -> Result<(Listener, Opti
 
 impl Request {
     /// Refuses to show disks to other hosts in plain text without having been told to.
-    fn check_exposure(&self, address: SocketAddr) -> Result<()> {
-        let required = self.tls.as_ref().is_some_and(|tls| tls.mode == Mode::Required);
-        if required || address.ip().is_loopback() || self.plain_text == PlainText::Anywhere {
+    fn check_address(&self, address: SocketAddr) -> Result<()> {
+        if address.ip().is_loopback() {
             return Ok(());
         }
-        let message =
-            format!("{address} can be reached by other hosts, and clients may go without TLS");
+        self.check_exposure(&format!("{address} can be reached by other hosts"))
+    }
+
+    /// The same for the guests of this host, of which any may connect.
+    fn check_vsock(&self, port: u32) -> Result<()> {
+        self.check_exposure(&format!("vsock:{port} can be reached by other guests"))
+    }
+
+    fn check_exposure(&self, reached: &str) -> Result<()> {
+        let required = self.tls.as_ref().is_some_and(|tls| tls.mode == Mode::Required);
+        if required || self.plain_text == PlainText::Anywhere {
+            return Ok(());
+        }
+        let message = format!("{reached}, and clients may go without TLS");
         Err(Error::new(Kind::Usage, message).hint(
             "require TLS (--tls-certificates or --tls-psk-file), use a unix socket and ssh, or say \
              --insecure-tcp if the network is trusted",

@@ -1,4 +1,4 @@
-//! Where clients come from: a unix socket, a TCP port, a socket somebody else opened.
+//! Where clients come from: a unix socket, a TCP or vsock port, a socket somebody else opened.
 
 use std::fs;
 use std::io;
@@ -12,6 +12,7 @@ use tokio::net::{TcpListener, UnixListener};
 
 use crate::error::{Error, Kind, Result};
 use crate::nbd::stream::Stream;
+use crate::nbd::vsock::VsockListener;
 
 /// Connections that wait in the kernel.
 const BACKLOG: u32 = 128;
@@ -28,6 +29,7 @@ pub struct Listener {
 enum Socket {
     Unix(UnixListener),
     Tcp(TcpListener),
+    Vsock(VsockListener),
 }
 
 impl Listener {
@@ -51,9 +53,26 @@ impl Listener {
         Ok(Self { socket: Socket::Tcp(listener), _file: None })
     }
 
+    /// Listens on a vsock port, for guests of this host or for the host of this guest; 0: the system
+    /// chooses. Plain text as over TCP: every guest that has a vsock device can connect.
+    pub fn vsock(port: u32) -> Result<Self> {
+        let listener = VsockListener::bind(port, BACKLOG);
+        let listener =
+            listener.map_err(|e| Error::io(format!("cannot listen on vsock:{port}"), e))?;
+        Ok(Self { socket: Socket::Vsock(listener), _file: None })
+    }
+
     /// Takes a socket that listens already (socket activation).
     pub fn inherited(fd: OwnedFd) -> Result<Self> {
         let failed = |e: io::Error| Error::io("cannot use the inherited socket", e);
+        // What was handed over is believed as little as a client (the kernel's own NBD client took
+        // sockets of any type, CVE-2025-40080).
+        let kind = rustix::net::sockopt::socket_type(&fd).map_err(|e| failed(e.into()))?;
+        let listens = rustix::net::sockopt::socket_acceptconn(&fd).map_err(|e| failed(e.into()))?;
+        if kind != SocketType::STREAM || !listens {
+            let message = "the inherited socket is not one that listens for streams";
+            return Err(Error::new(Kind::Unsupported, message));
+        }
         let domain = rustix::net::sockopt::socket_domain(&fd).map_err(|e| failed(e.into()))?;
         let socket = match domain {
             AddressFamily::UNIX => {
@@ -66,8 +85,12 @@ impl Listener {
                 listener.set_nonblocking(true).map_err(failed)?;
                 Socket::Tcp(TcpListener::from_std(listener).map_err(failed)?)
             }
+            AddressFamily::VSOCK => {
+                rustix::io::ioctl_fionbio(&fd, true).map_err(|e| failed(e.into()))?;
+                Socket::Vsock(VsockListener::of(fd).map_err(failed)?)
+            }
             _ => {
-                let message = "the inherited socket is neither a unix nor a TCP socket";
+                let message = "the inherited socket is not a unix, TCP or vsock socket";
                 return Err(Error::new(Kind::Unsupported, message));
             }
         };
@@ -77,8 +100,16 @@ impl Listener {
     /// The address of a TCP socket, with the port the system chose.
     pub fn tcp_address(&self) -> Option<SocketAddr> {
         match &self.socket {
-            Socket::Unix(_) => None,
+            Socket::Unix(_) | Socket::Vsock(_) => None,
             Socket::Tcp(listener) => listener.local_addr().ok(),
+        }
+    }
+
+    /// The port of a vsock socket, which the system may have chosen.
+    pub fn vsock_port(&self) -> Option<u32> {
+        match &self.socket {
+            Socket::Unix(_) | Socket::Tcp(_) => None,
+            Socket::Vsock(listener) => listener.port().ok(),
         }
     }
 
@@ -96,6 +127,10 @@ impl Listener {
                 // proto.md asks both sides for it: replies are small and wanted at once.
                 stream.set_nodelay(true)?;
                 Ok((Box::new(stream), peer.to_string()))
+            }
+            Socket::Vsock(listener) => {
+                let (stream, name) = listener.accept().await?;
+                Ok((Box::new(stream), name))
             }
         }
     }
