@@ -26,7 +26,7 @@ use tokio::sync::{Notify, Semaphore, oneshot};
 
 use super::error::NbdError;
 use super::negotiate::{Context, Negotiated};
-use super::request::{ContextStatus, Coverage, Expected, InFlight, Outcome};
+use super::request::{ContextStatus, Coverage, Expected, Extents, InFlight, Outcome};
 use super::wire::{HeaderStyle, Request, command, command_flag};
 use super::{reader, writer};
 use crate::block::{Buffer, ByteRange};
@@ -41,6 +41,19 @@ pub(super) struct Connection {
     shared: Arc<Shared>,
     places: Arc<Semaphore>,
     contexts: Vec<Context>,
+    /// Whether the server can be asked for one of several contexts.
+    can_choose: bool,
+}
+
+/// A question about a range.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Query {
+    /// The range, of which a prefix is told.
+    pub(super) range: ByteRange,
+    /// The context that is needed; others may be told, too.
+    pub(super) context: Option<u32>,
+    /// How many extents.
+    pub(super) extents: Extents,
 }
 
 /// What the callers and the connection's task share.
@@ -88,7 +101,10 @@ pub(super) enum Next {
 impl Connection {
     /// Starts the connection's task.
     pub(super) fn start(negotiated: Negotiated, in_flight: u16, stall: Duration) -> Self {
-        let Negotiated { stream, peer, style, contexts, .. } = negotiated;
+        let Negotiated { stream, peer, style, contexts, export, .. } = negotiated;
+        let can_choose = style == HeaderStyle::Extended
+            && export.has(super::wire::export::BLOCK_STATUS_PAYLOAD)
+            && contexts.len() > 1;
         let places = Arc::new(Semaphore::new(usize::from(in_flight)));
         let slot = || Slot { generation: 0, sent: false, request: None };
         let shared = Arc::new(Shared {
@@ -117,7 +133,7 @@ impl Connection {
                 () = watch(&task, stall) => {}
             }
         });
-        Self { shared, places, contexts }
+        Self { shared, places, contexts, can_choose }
     }
 
     /// The meta contexts of this connection.
@@ -177,20 +193,32 @@ impl Connection {
         self.request(header(command, flags, range), Expected::Plain, None).await.map(|_| ())
     }
 
-    /// What the contexts tell of a prefix of `range`.
-    pub(super) async fn status(&self, range: ByteRange) -> Result<Vec<ContextStatus>, NbdError> {
-        let ids = self.contexts.iter().map(|context| context.id).collect();
-        let expected = Expected::Status { ids, told: Vec::new() };
-        match self.request(header(command::BLOCK_STATUS, 0, range), expected, None).await? {
+    /// What the contexts tell.
+    pub(super) async fn status(&self, query: Query) -> Result<Vec<ContextStatus>, NbdError> {
+        let Query { range, context, extents } = query;
+        let chosen = context.filter(|_| self.can_choose);
+        let ids = match chosen {
+            Some(id) => vec![id],
+            None => self.contexts.iter().map(|context| context.id).collect(),
+        };
+        let flags = match extents {
+            Extents::Any => 0,
+            Extents::One => command_flag::REQ_ONE,
+        };
+        let header = header(command::BLOCK_STATUS, flags, range);
+        let expected = Expected::Status { ids, told: Vec::new(), extents };
+        let payload = chosen.map(|id| status_payload(range, id));
+        match self.request(header, expected, payload).await? {
             Outcome::Status(told) => Ok(told),
             Outcome::Done | Outcome::Read(_) => unreachable!("a query ends with its status"),
         }
     }
 
-    /// Queues a request (its cookie is set here) and waits for its reply.
+    /// Queues a request (its cookie is set here) and waits for its reply. The header has the length
+    /// that is asked about, which is that of the payload too, except in a query.
     async fn request(
         &self,
-        header: Request,
+        mut header: Request,
         expected: Expected,
         payload: Option<(Arc<Buffer>, Range<usize>)>,
     ) -> Result<Outcome, NbdError> {
@@ -198,6 +226,10 @@ impl Connection {
         let place = place.map_err(|_| self.shared.reason())?;
         let (done, outcome) = oneshot::channel();
         let Request { command, offset, len, .. } = header;
+        if let Some((_, at)) = payload.as_ref().filter(|_| command == command::BLOCK_STATUS) {
+            header.flags |= command_flag::PAYLOAD_LEN;
+            header.len = at.len() as u64;
+        }
         let request = InFlight {
             command,
             offset,
@@ -326,6 +358,15 @@ impl Shared {
 
 fn header(command: u16, flags: u16, range: ByteRange) -> Request {
     Request { flags, command, cookie: 0, offset: range.offset(), len: range.len() }
+}
+
+/// The payload that chooses one context: how much is asked about, and which (proto.md,
+/// NBD_FLAG_BLOCK_STATUS_PAYLOAD).
+fn status_payload(range: ByteRange, context: u32) -> (Arc<Buffer>, Range<usize>) {
+    let mut bytes = range.len().to_be_bytes().to_vec();
+    bytes.extend_from_slice(&context.to_be_bytes());
+    let whole = 0..bytes.len();
+    (Arc::new(Buffer::unbudgeted(bytes)), whole)
 }
 
 /// Index and generation of the slot a cookie names.

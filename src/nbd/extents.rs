@@ -8,8 +8,9 @@
 
 use crate::block::{ByteRange, ExtentKind, ExtentMap};
 
-use super::connection::Connection;
+use super::connection::{Connection, Query};
 use super::error::NbdError;
+use super::request::Extents;
 use super::wire::{STATE_DIRTY, STATE_ZERO};
 
 /// What one call asks for at most: 16384 extents of 64 KiB, and a request that every server takes
@@ -73,12 +74,13 @@ async fn runs(
     id: u32,
     range: ByteRange,
 ) -> Result<Vec<(u64, u64)>, NbdError> {
-    let told = connection.status(range).await?;
+    let query = Query { range, context: Some(id), extents: Extents::Any };
+    let told = connection.status(query).await?;
     let mut runs = told
         .into_iter()
         .find(|context| context.id == id)
         .map(|context| context.runs)
-        .expect("a successful reply tells of every context of its connection");
+        .expect("a successful reply tells of every context that was asked for");
     // Only the last run may overshoot: the request parser has seen to it.
     let sum: u64 = runs.iter().map(|run| run.0).sum();
     if let Some(last) = runs.last_mut() {

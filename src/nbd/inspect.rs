@@ -5,9 +5,10 @@
 use std::sync::Arc;
 
 use super::client::{Asked, Timeouts, meet, negotiate};
-use super::connection::Connection;
+use super::connection::{Connection, Query};
 use super::export::ExportInfo;
 use super::negotiate::{Context, Greeted, Handshake};
+use super::request::Extents;
 use super::stream::{Connector, within};
 use super::wire::HeaderStyle;
 use crate::block::ByteRange;
@@ -145,13 +146,22 @@ impl Inspector {
     /// What each context says of a prefix of `range`, which is not empty: at least one run each, none
     /// past the range's end. Prefixes differ in length. Cancel-safe.
     pub async fn status(&self, range: ByteRange) -> Result<Vec<Runs>> {
+        self.ask(range, Extents::Any).await
+    }
+
+    /// The same, the first run only: the server looks no further than that takes.
+    pub async fn first(&self, range: ByteRange) -> Result<Vec<Runs>> {
+        self.ask(range, Extents::One).await
+    }
+
+    async fn ask(&self, range: ByteRange, extents: Extents) -> Result<Vec<Runs>> {
         let align_bytes = self.info.block_sizes.min_bytes;
         if !range.offset().is_multiple_of(align_bytes) {
             let message = format!("{} has blocks of {align_bytes} bytes", self.peer);
             return Err(Error::new(Kind::Usage, message));
         }
         let range = ByteRange::new(range.offset(), range.len().min(STATUS_BYTES_MAX));
-        let told = self.connection.status(range).await?;
+        let told = self.connection.status(Query { range, context: None, extents }).await?;
         let runs = |context: &Context| {
             let told = told.iter().find(|status| status.id == context.id);
             let mut runs = told.expect("a complete reply tells of every context").runs.clone();

@@ -51,7 +51,16 @@ pub(super) enum Expected {
     /// Data into `at` of the buffer.
     Read { buffer: Buffer, at: Range<usize>, covered: Coverage },
     /// One chunk for each of the context ids.
-    Status { ids: Vec<u32>, told: Vec<ContextStatus> },
+    Status { ids: Vec<u32>, told: Vec<ContextStatus>, extents: Extents },
+}
+
+/// How many extents a query asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Extents {
+    /// As many as the server likes to tell; the last may pass the end of the request.
+    Any,
+    /// The first one (REQ_ONE), as far as the request goes.
+    One,
 }
 
 /// A request that was sent or is about to be.
@@ -139,7 +148,7 @@ impl InFlight {
                     broken("leaves bytes out")
                 }
             }
-            (None, Expected::Status { ids, told }) => {
+            (None, Expected::Status { ids, told, .. }) => {
                 if told.len() == ids.len() {
                     Ok(Outcome::Status(told))
                 } else {
@@ -197,6 +206,7 @@ pub(super) struct StatusParser {
     offset: u64,
     len: u64,
     entry: usize,
+    wanted: Extents,
 }
 
 impl StatusParser {
@@ -220,7 +230,7 @@ impl StatusParser {
     /// Starts on a chunk with its head.
     pub(super) fn new(request: &InFlight, head: &[u8], extents: u64) -> Result<Self, Broken> {
         let id = be32(&head[..4]);
-        let Expected::Status { ids, told } = &request.expected else {
+        let Expected::Status { ids, told, extents: wanted } = &request.expected else {
             return Err(format!("a status chunk in the reply to {}", request.describe()));
         };
         if !ids.contains(&id) {
@@ -232,9 +242,12 @@ impl StatusParser {
         if head.len() == 8 && u64::from(be32(&head[4..8])) != extents {
             return Err(format!("{extents} extents in a status chunk that counts otherwise"));
         }
+        if *wanted == Extents::One && extents != 1 {
+            return Err(format!("{extents} extents where one was asked for"));
+        }
         let entry = if head.len() == 8 { 16 } else { 8 };
         let (offset, len) = (request.offset, request.len);
-        Ok(Self { id, runs: Vec::new(), covered: 0, offset, len, entry })
+        Ok(Self { id, runs: Vec::new(), covered: 0, offset, len, entry, wanted: *wanted })
     }
 
     /// Bytes of one extent on the wire.
@@ -256,6 +269,12 @@ impl StatusParser {
             // Only the last extent may pass the request's end.
             if self.covered >= self.len {
                 return Err("an extent beyond the end of the request".to_owned());
+            }
+            if self.wanted == Extents::One && len > self.len {
+                return Err(format!(
+                    "an extent of {len} bytes where {} were asked about",
+                    self.len
+                ));
             }
             let covered = self.covered.checked_add(len);
             let covered = covered.filter(|covered| self.offset.checked_add(*covered).is_some());

@@ -358,6 +358,15 @@ mod tests {
         }
     }
 
+    /// libnbd, 2025-12: a host name that begins with a dash became an option of ssh.
+    #[test]
+    fn no_uri_runs_ssh() {
+        for text in ["nbd+ssh://host", "nbds+ssh://host", "nbd+ssh://-oProxyCommand=id/vda"] {
+            let error = text.parse::<NbdUri>().unwrap_err();
+            assert_eq!(error.kind(), Kind::Unsupported, "{text}");
+        }
+    }
+
     #[test]
     fn what_is_not_understood_is_refused() {
         for (text, kind) in [

@@ -5,6 +5,7 @@
 use vmbackup::block::{BlockSource, Buffer, ByteRange, ExtentKind};
 use vmbackup::error::{Error, Kind};
 use vmbackup::nbd::wire::{HeaderStyle, chunk, errno, info, option, reply};
+use vmbackup::nbd::{Inspector, Timeouts};
 
 use crate::script::{
     Asked, CONTEXT, SIZE, Scripted, chunk_of, error_payload, honest, info_block_size, info_export,
@@ -180,7 +181,7 @@ async fn a_reply_that_echoes_another_offset_is_refused() {
 
 /// libnbd errors-bad-cookie; CVE-2021-20286 was a crash on a reply nobody expected.
 #[tokio::test]
-async fn a_reply_to_nobody_is_refused() {
+async fn cve_2021_20286_a_reply_to_nobody_is_refused() {
     read_breaks("not in flight", STRUCTURED, |asked| {
         chunk_of(STRUCTURED, (DONE, chunk::NONE), asked.cookie ^ 1, 0, &[])
     })
@@ -210,7 +211,7 @@ async fn garbage_instead_of_a_reply_is_refused() {
 
 /// CVE-2022-0485: a read that failed was written to the target as if it had not.
 #[tokio::test]
-async fn an_error_after_data_fails_the_read() {
+async fn cve_2022_0485_an_error_after_data_fails_the_read() {
     let error = read(STRUCTURED, |asked| {
         let error = asked.chunk(DONE, chunk::ERROR, &error_payload(errno::EIO, b"bad disk"));
         [asked.data(0, 8192, 4096), error].concat()
@@ -238,7 +239,7 @@ async fn an_unknown_error_chunk_fails_the_command_only() {
 
 /// CVE-2020-10761: an error text longer than a string may be.
 #[tokio::test]
-async fn an_error_text_beyond_4096_bytes_is_refused() {
+async fn cve_2020_10761_an_error_text_beyond_4096_bytes_is_refused() {
     read_breaks("malformed error chunk", STRUCTURED, |asked| {
         asked.chunk(DONE, chunk::ERROR, &error_payload(errno::EIO, &[b'x'; 4097]))
     })
@@ -317,9 +318,24 @@ async fn extents_beyond_the_request_are_refused() {
     .await;
 }
 
+#[tokio::test]
+async fn more_than_the_one_extent_asked_for_is_refused() {
+    for (extents, rule) in [
+        (&[(512, 0), (512, 3)][..], "2 extents where one was asked for"),
+        (&[(u32::MAX, 0)], "4294967295 bytes where 65536 were asked about"),
+    ] {
+        let script = server(STRUCTURED, move |asked| asked.status(DONE, CONTEXT, extents));
+        let names = ["base:allocation".to_owned()];
+        let inspector = Inspector::open(&script, "", &names, Timeouts::default()).await.unwrap();
+        let error = inspector.first(ByteRange::new(0, 65536)).await.expect_err(rule);
+        assert_eq!(error.kind(), Kind::Protocol, "{error:?}");
+        assert!(error.to_string().contains(rule), "{error}");
+    }
+}
+
 /// CVE-2023-5871: 64-bit extents whose sum or flags nobody expected.
 #[tokio::test]
-async fn extents_that_overflow_are_refused() {
+async fn cve_2023_5871_extents_that_overflow_are_refused() {
     extents_break("an extent of 18446744073709551615 bytes", EXTENDED, |asked| {
         let mut payload = CONTEXT.to_be_bytes().to_vec();
         payload.extend(2_u32.to_be_bytes());
@@ -398,7 +414,7 @@ async fn data_in_answer_to_a_query_is_refused() {
 
 /// CVE-2023-5215: a size past 2^63 became negative.
 #[tokio::test]
-async fn an_export_larger_than_any_disk_is_refused() {
+async fn cve_2023_5215_an_export_larger_than_any_disk_is_refused() {
     let ack = option_reply(option::GO, reply::ACK, &[]);
     for size in [1 << 63, u64::MAX] {
         option_breaks("above 2^63-1", option::GO, [info_export(size), ack.clone()].concat()).await;

@@ -74,7 +74,7 @@ async fn cve_2017_15119_a_huge_option_is_not_held() {
 /// CVE-2017-15118 (QEMU) and CVE-2022-26496 (nbd-server): a long export name in INFO or GO smashed
 /// the stack.
 #[tokio::test]
-async fn cve_2017_15118_a_long_export_name_is_refused() {
+async fn cve_2017_15118_and_cve_2022_26496_a_long_export_name_is_refused() {
     let mut raw = Raw::haggling().await;
     for option in [option::INFO, option::GO] {
         let name = "x".repeat(5000);

@@ -7,9 +7,10 @@ use std::time::Duration;
 use vmbackup::block::layer::faulty::{Faults, FaultySink, FaultySource};
 use vmbackup::block::memory::MemoryDisk;
 use vmbackup::block::{
-    BlockSink, BlockSource, Buffer, ByteRange, ExtentKind, ZeroMode, conformance,
+    BlockSink, BlockSource, Buffer, ByteRange, ExtentKind, ExtentMap, Geometry, ZeroMode,
+    conformance,
 };
-use vmbackup::error::Kind;
+use vmbackup::error::{Error, Kind, Result};
 use vmbackup::nbd::server::{Export, Limits, Listener};
 use vmbackup::nbd::wire::HeaderStyle;
 use vmbackup::nbd::{Access, Client, ClientOptions, InitialContent, list};
@@ -63,6 +64,35 @@ async fn changes_are_a_dirty_bitmap() {
     let map = conformance::all_extents(&open(&rig, "", options).await).await;
     assert_eq!(map.bytes_of(ExtentKind::Data), 4096 + 65536);
     assert_eq!(map.bytes_of(ExtentKind::Unchanged), LEN as u64 - 4096 - 65536);
+}
+
+/// A disk that does not say what it holds.
+struct Silent(Arc<MemoryDisk>);
+
+#[async_trait::async_trait]
+impl BlockSource for Silent {
+    fn geometry(&self) -> Geometry {
+        BlockSource::geometry(&*self.0)
+    }
+
+    async fn extents(&self, range: ByteRange) -> Result<ExtentMap> {
+        Err(Error::new(Kind::Io, format!("asked what {range} holds")))
+    }
+
+    async fn read(&self, offset: u64, buffer: Buffer) -> Result<Buffer> {
+        self.0.read(offset, buffer).await
+    }
+}
+
+/// On one connection, where one query would be about both contexts (BLOCK_STATUS_PAYLOAD).
+#[tokio::test(flavor = "multi_thread")]
+async fn where_nothing_changed_the_allocation_is_not_asked_for() {
+    let disk = Arc::new(Silent(Arc::new(MemoryDisk::zeroed(LEN))));
+    let rig = Rig::new([Export::read_only("", disk).with_changes("since", changed(LEN, &[]))]);
+    let options =
+        ClientOptions { changes: Some("since".into()), connections: 1, ..ClientOptions::default() };
+    let map = conformance::all_extents(&open(&rig, "", options).await).await;
+    assert_eq!(map.bytes_of(ExtentKind::Unchanged), LEN as u64);
 }
 
 #[tokio::test(flavor = "multi_thread")]

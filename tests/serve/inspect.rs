@@ -53,6 +53,19 @@ fn a_map_shows_every_context_and_its_totals() {
         let rest = totals.iter().find(|total| total["state"] == elsewhere).unwrap();
         assert_eq!(rest["bytes"], (64 << 20) - 65536);
     }
+    let args = ["nbd", "map", &uri, "--offset", "1052672", "--json"];
+    let report = env.vmbackup(&args).ok().json();
+    for context in report["contexts"].as_array().unwrap() {
+        let extents = context["extents"].as_array().unwrap();
+        assert_eq!(extents.len(), 1, "{context}");
+        // The extent of 64 KiB at 1 MiB, from its second 4 KiB on.
+        assert_eq!(
+            (&extents[0]["offset"], &extents[0]["bytes"]),
+            (&1_052_672.into(), &61_440.into())
+        );
+    }
+    let args = ["nbd", "map", &uri, "--offset", "64M"];
+    assert_eq!(env.vmbackup(&args).code, Some(2));
     let args = ["nbd", "map", &uri, "--totals", "--context", "qemu:dirty-bitmap:b0"];
     let text = env.vmbackup(&args).ok().stdout;
     assert!(text.contains("dirty") && text.contains("0.0 %") && text.contains("99.9 %"), "{text}");

@@ -35,6 +35,8 @@ pub enum Detail {
     Extents,
     /// Totals only: of any disk, however fragmented.
     Totals,
+    /// The extent from this place on and no more: the server need not walk the disk.
+    At(u64),
 }
 
 /// What the contexts say.
@@ -103,9 +105,32 @@ pub async fn run(request: &Request, control: &Control) -> Result<Report> {
         let opening = Inspector::open(uri, &uri.export, std::slice::from_ref(&name), timeouts);
         let inspector = control.run(Box::pin(opening)).await?;
         size_bytes = inspector.info().size_bytes;
-        contexts.push(map(&inspector, name, request.detail, control).await?);
+        contexts.push(match request.detail {
+            Detail::At(offset) => place(&inspector, name, offset, control).await?,
+            detail => map(&inspector, name, detail, control).await?,
+        });
     }
     Ok(Report { uri: uri.to_string(), size_bytes, contexts })
+}
+
+/// The extent that begins at `offset`.
+async fn place(
+    inspector: &Inspector,
+    name: String,
+    offset: u64,
+    control: &Control,
+) -> Result<Context> {
+    let size_bytes = inspector.info().size_bytes;
+    if offset >= size_bytes {
+        let message = format!("there is no byte {offset}: the export has {size_bytes}");
+        return Err(Error::new(Kind::Usage, message));
+    }
+    let first = inspector.first(ByteRange::between(offset, size_bytes));
+    let told = control.run(first).await?.swap_remove(0);
+    let (bytes, flags) = told.first().copied().expect("each context tells at least one run");
+    let state = state(&name, flags);
+    let totals = vec![Total { flags, state: state.clone(), bytes }];
+    Ok(Context { name, extents: vec![Extent { offset, bytes, flags, state }], totals })
 }
 
 async fn map(

@@ -21,10 +21,17 @@ pub(crate) struct Args {
     /// Only the totals
     #[arg(long)]
     totals: bool,
+    /// Only the extent that is found there, from there on
+    #[arg(long, value_name = "SIZE", conflicts_with = "totals")]
+    offset: Option<ByteSize>,
 }
 
 pub(crate) async fn run(args: Args, context: &Context) -> Result<()> {
-    let detail = if args.totals { Detail::Totals } else { Detail::Extents };
+    let detail = match args.offset {
+        Some(offset) => Detail::At(offset.0),
+        None if args.totals => Detail::Totals,
+        None => Detail::Extents,
+    };
     let request = Request { uri: settings::nbd_uri(&args.uri)?, contexts: args.context, detail };
     let report = map::run(&request, &context.control).await?;
     context.output.document("nbd-map", &report, describe)
