@@ -1,5 +1,7 @@
 //! `vmbackup nbd write|zero|trim|flush|bench` against nbdkit, qemu-nbd and our own server.
 
+use serde_json::Value;
+
 use crate::rig::Serve;
 use crate::support::{NbdServer, TestEnv};
 
@@ -150,6 +152,14 @@ fn a_benchmark_reads_and_leaves_the_export_as_it_is_unless_told_otherwise() {
     let report = bench(&["--overwrite"]);
     assert!(number(&report, "requests") > 0, "{report}");
     assert_ne!(bytes(&env, &uri), "0000000000000000");
+    assert_eq!((number(&report, "reads"), &report["read_latency_us"]), (0, &Value::Null));
+    let report = bench(&["--mix-reads", "70", "--request-size", "4k", "--random"]);
+    let (reads, writes) = (number(&report, "reads"), number(&report, "writes"));
+    assert_eq!(reads + writes, number(&report, "requests"));
+    assert!(reads > writes && writes > 0, "{report}");
+    // Only reads are delayed.
+    let half = |name: &str| number(&report[name], "p50");
+    assert!(half("read_latency_us") >= 9_000 && half("write_latency_us") < 9_000, "{report}");
     for wrong in ["2M", "0"] {
         let outcome = env.vmbackup(&["nbd", "bench", &uri, "--request-size", wrong]);
         assert_eq!(outcome.code, Some(2), "{outcome:?}");

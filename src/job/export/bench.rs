@@ -43,6 +43,25 @@ pub enum Direction {
     Read,
     /// Writes, and a flush at the end, which counts: what the export held is lost.
     Overwrite,
+    /// Both, mixed: so many requests of a hundred are reads.
+    Mixed {
+        /// At most 100.
+        reads_percent: u8,
+    },
+}
+
+impl Direction {
+    /// What the request of this number does.
+    fn of(self, number: u64) -> Self {
+        match self {
+            // Scattered, so that neighbours differ whatever the share.
+            Self::Mixed { reads_percent } => {
+                let reads = scattered(!number) % 100 < u64::from(reads_percent);
+                if reads { Self::Read } else { Self::Overwrite }
+            }
+            one => one,
+        }
+    }
 }
 
 /// Where requests go.
@@ -73,8 +92,16 @@ pub struct Report {
     pub requests_per_second: u64,
     /// Bytes a second.
     pub bytes_per_second: u64,
+    /// Requests that were reads.
+    pub reads: u64,
+    /// Requests that were writes.
+    pub writes: u64,
     /// Time from a request to its answer.
     pub latency_us: Latency,
+    /// The same of the reads; `None` where there were none.
+    pub read_latency_us: Option<Latency>,
+    /// The same of the writes.
+    pub write_latency_us: Option<Latency>,
 }
 
 /// Times in microseconds, exact to 6 %.
@@ -105,7 +132,7 @@ pub async fn run(request: &Request, control: &Control) -> Result<Report> {
 async fn measure(request: &Request) -> Result<Report> {
     let access = match request.direction {
         Direction::Read => Access::Read,
-        Direction::Overwrite => Access::Write(InitialContent::Unknown),
+        Direction::Overwrite | Direction::Mixed { .. } => Access::Write(InitialContent::Unknown),
     };
     let (connections, in_flight) = (request.connections.max(1), request.requests.max(1));
     let options = ClientOptions { access, connections, in_flight, ..ClientOptions::default() };
@@ -124,20 +151,34 @@ async fn measure(request: &Request) -> Result<Report> {
         next: AtomicU64::new(0),
     });
     let mut running: JoinSet<_> = (0..in_flight).map(|_| Arc::clone(&load).send()).collect();
-    let mut times = Times::default();
+    let mut seen = Seen::default();
     while let Some(ended) = running.join_next().await {
         let ended =
             ended.map_err(|e| Error::new(Kind::Internal, "a task of the benchmark died").source(e));
-        times.add(&ended??);
+        let ended = ended??;
+        seen.reads.add(&ended.reads);
+        seen.writes.add(&ended.writes);
     }
-    if request.direction == Direction::Overwrite {
+    if request.direction != Direction::Read {
         load.client.flush().await?;
     }
-    let elapsed = begun.elapsed();
+    Ok(report(request, &seen, (connections, in_flight), begun.elapsed()))
+}
+
+fn report(
+    request: &Request,
+    seen: &Seen,
+    (connections, in_flight): (usize, usize),
+    elapsed: Duration,
+) -> Report {
+    let mut times = Times::default();
+    times.add(&seen.reads);
+    times.add(&seen.writes);
     let bytes = times.count * request.request_bytes;
+    let only = |times: &Times| (times.count > 0).then(|| times.latency());
     let micros = elapsed.as_micros().max(1);
     let per_second = |n: u64| u64::try_from(u128::from(n) * 1_000_000 / micros).unwrap_or(u64::MAX);
-    Ok(Report {
+    Report {
         uri: request.uri.to_string(),
         connections,
         in_flight,
@@ -146,8 +187,12 @@ async fn measure(request: &Request) -> Result<Report> {
         elapsed_ms: u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX),
         requests_per_second: per_second(times.count),
         bytes_per_second: per_second(bytes),
+        reads: seen.reads.count,
+        writes: seen.writes.count,
         latency_us: times.latency(),
-    })
+        read_latency_us: only(&seen.reads),
+        write_latency_us: only(&seen.writes),
+    }
 }
 
 fn check(request: &Request, client: &Client) -> Result<()> {
@@ -183,36 +228,40 @@ struct Load {
 
 impl Load {
     /// One request after the other, until the time is over.
-    async fn send(self: Arc<Self>) -> Result<Times> {
-        let mut times = Times::default();
+    async fn send(self: Arc<Self>) -> Result<Seen> {
+        let mut seen = Seen::default();
         let len = usize::try_from(self.request_bytes).expect("at most 32 MiB");
         // No zeroes: servers make holes of them.
         let content: Vec<u8> = (0..=250).cycle().map(|n: u8| n + 1).take(len).collect();
         let mut spare = content.clone();
         while Instant::now() < self.until {
-            let offset = self.place() * self.request_bytes;
+            let number = self.next.fetch_add(1, Ordering::Relaxed);
+            let offset = self.place(number) * self.request_bytes;
+            let write = self.direction.of(number) != Direction::Read;
+            if write {
+                spare.clone_from(&content);
+            } else {
+                // A write took it along.
+                spare.resize(len, 0);
+            }
             let buffer = Buffer::unbudgeted(std::mem::take(&mut spare));
             let begun = Instant::now();
-            match self.direction {
-                Direction::Read => {
-                    spare = self.client.read(offset, buffer).await?.to_vec();
-                    times.count(begun.elapsed());
-                }
-                Direction::Overwrite => {
-                    self.client.write(offset, buffer).await?;
-                    times.count(begun.elapsed());
-                    spare.clone_from(&content);
-                }
+            if write {
+                self.client.write(offset, buffer).await?;
+                seen.writes.count(begun.elapsed());
+            } else {
+                let read = self.client.read(offset, buffer).await?;
+                seen.reads.count(begun.elapsed());
+                spare = read.to_vec();
             }
         }
-        Ok(times)
+        Ok(seen)
     }
 
-    fn place(&self) -> u64 {
-        let n = self.next.fetch_add(1, Ordering::Relaxed);
+    fn place(&self, number: u64) -> u64 {
         match self.order {
-            Order::Sequential => n % self.places,
-            Order::Random => scattered(n) % self.places,
+            Order::Sequential => number % self.places,
+            Order::Random => scattered(number) % self.places,
         }
     }
 }
@@ -227,6 +276,13 @@ fn scattered(n: u64) -> u64 {
 
 /// Buckets of a power of two: 6 % each.
 const STEPS: usize = 16;
+
+/// What was measured.
+#[derive(Default)]
+struct Seen {
+    reads: Times,
+    writes: Times,
+}
 
 /// How often which time was seen, in microseconds.
 struct Times {
@@ -307,6 +363,16 @@ fn lowest(bucket: usize) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_mix_has_the_share_of_reads_it_is_told() {
+        for reads_percent in [0, 30, 100] {
+            let mix = Direction::Mixed { reads_percent };
+            let reads = (0..10_000).filter(|n| mix.of(*n) == Direction::Read).count();
+            let wanted = usize::from(reads_percent) * 100;
+            assert!(reads.abs_diff(wanted) < 200, "{reads_percent} %: {reads}");
+        }
+    }
 
     #[test]
     fn a_bucket_holds_values_within_6_percent() {

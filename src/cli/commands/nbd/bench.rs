@@ -6,7 +6,7 @@ use crate::cli::context::Context;
 use crate::cli::settings;
 use crate::cli::table::Table;
 use crate::error::Result;
-use crate::job::export::bench::{self, Direction, Order, Report, Request};
+use crate::job::export::bench::{self, Direction, Latency, Order, Report, Request};
 use crate::units::ByteSize;
 
 /// Measure throughput and latency of an export
@@ -36,12 +36,19 @@ pub(crate) struct Args {
     /// Write instead of read: what the export holds is lost
     #[arg(long)]
     overwrite: bool,
+    /// Write, too, where so many requests of a hundred are reads: what the export holds is lost
+    #[arg(long, value_name = "PERCENT", conflicts_with = "overwrite", value_parser = clap::value_parser!(u8).range(..=100))]
+    mix_reads: Option<u8>,
 }
 
 pub(crate) async fn run(args: Args, context: &Context) -> Result<()> {
     let request = Request {
         uri: settings::nbd_uri(&args.uri)?,
-        direction: if args.overwrite { Direction::Overwrite } else { Direction::Read },
+        direction: match args.mix_reads {
+            Some(reads_percent) => Direction::Mixed { reads_percent },
+            None if args.overwrite => Direction::Overwrite,
+            None => Direction::Read,
+        },
         order: if args.random { Order::Random } else { Order::Sequential },
         request_bytes: args.request_size.0,
         requests: args.requests,
@@ -60,10 +67,21 @@ fn describe(report: &Report) -> String {
         report.in_flight.to_string(),
         report.connections.to_string(),
     ]);
-    let columns = [">min", ">mean", ">50 %", ">90 %", ">99 %", ">99.9 %", ">max"];
+    let columns = ["", ">min", ">mean", ">50 %", ">90 %", ">99 %", ">99.9 %", ">max"];
     let mut latency = Table::new(&columns);
-    let times = &report.latency_us;
-    let all = [times.min, times.mean, times.p50, times.p90, times.p99, times.p999, times.max];
-    latency.row(all.map(|us| format!("{}.{:03} ms", us / 1000, us % 1000)));
+    let mut row = |name: &str, times: &Latency| {
+        let all = [times.min, times.mean, times.p50, times.p90, times.p99, times.p999, times.max];
+        let all = all.map(|us| format!("{}.{:03} ms", us / 1000, us % 1000));
+        latency.row(std::iter::once(name.to_owned()).chain(all));
+    };
+    match (&report.read_latency_us, &report.write_latency_us) {
+        (Some(reads), Some(writes)) => {
+            row("all", &report.latency_us);
+            row(&format!("{} reads", report.reads), reads);
+            row(&format!("{} writes", report.writes), writes);
+        }
+        (None, Some(writes)) => row("writes", writes),
+        (reads, None) => row("reads", reads.as_ref().unwrap_or(&report.latency_us)),
+    }
     format!("{}\n{}", table.render(), latency.render())
 }
