@@ -46,7 +46,7 @@ impl Context {
         let env = job::Env {
             clock: Arc::new(SystemClock),
             workers: Workers::per_core()?,
-            zone: jiff::tz::TimeZone::system(),
+            zone: zone(),
             state_dir: paths.state.clone(),
             runtime_dir: paths.runtime.clone(),
             cache_dir: paths.cache.clone(),
@@ -135,4 +135,15 @@ async fn any(signals: &mut [Signal]) {
         if one { Poll::Ready(()) } else { Poll::Pending }
     })
     .await;
+}
+
+/// The time zone of this machine, or the one that `TZ` names. The system's own is read from its file:
+/// looked up by name, it would cost each start a walk through the whole database.
+fn zone() -> jiff::tz::TimeZone {
+    let own = match std::env::var_os("TZ") {
+        Some(_) => None,
+        None => std::fs::read("/etc/localtime").ok(),
+    };
+    let parsed = own.and_then(|file| jiff::tz::TimeZone::tzif("/etc/localtime", &file).ok());
+    parsed.unwrap_or_else(jiff::tz::TimeZone::system)
 }
