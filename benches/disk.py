@@ -1,7 +1,8 @@
-"""The disk all benchmarks copy: 4 GiB, half of it holes, a quarter noise, a quarter text.
+"""The disks all benchmarks copy: 4 GiB, half of it holes, a quarter noise, a quarter text.
 
-Noise cannot be compressed; text is log lines, about fivefold with zstd; data lies in pieces of 32 MiB
-so that holes and data alternate as on a file system that is half full. The same every time.
+Noise cannot be compressed; text is log lines (about fivefold with zstd level 1) or numbered lines
+(about eightfold: every line of one form, as a program writes them); data lies in pieces of 32 MiB so
+that holes and data alternate as on a file system that is half full. The same every time.
 """
 
 import random
@@ -30,10 +31,23 @@ def log(rng, size):
     return "".join(lines).encode()[:size]
 
 
-def make(path):
-    """Writes the disk to `path` as a sparse raw image."""
+def numbered(rng, size):
+    """Numbered lines of one form with a random value each."""
+    lines, length = [], 0
+    while length < size:
+        line = f"line {len(lines) + 1} of the text that is written to the disk, value {rng.randrange(1 << 30)}\n"
+        lines.append(line)
+        length += len(line)
+    return "".join(lines).encode()[:size]
+
+
+TEXTS = {"log": log, "numbered": numbered}
+
+
+def make(path, kind):
+    """Writes the disk whose text is of this kind to `path` as a sparse raw image."""
     rng = random.Random(20261121)
-    text = log(rng, PIECE)
+    text = TEXTS[kind](rng, PIECE)
     with open(path, "wb") as disk:
         disk.truncate(SIZE)
         for index, offset in enumerate(range(0, SIZE, 2 * PIECE)):
@@ -56,4 +70,4 @@ def scattered(share, block, seed):
 
 
 if __name__ == "__main__":
-    make(sys.argv[1])
+    make(*sys.argv[1:])
