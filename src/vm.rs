@@ -173,6 +173,18 @@ impl FullReason {
     }
 }
 
+/// A look at blocks that a dirty bitmap called clean.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Audit {
+    /// Decides, with the disk, which chunks were looked at.
+    pub seed: u32,
+    /// How many.
+    pub chunks: u64,
+    /// Offset of the first that was not as in the base: the bitmap was wrong.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub differs_at: Option<u64>,
+}
+
 /// Which layer of an encrypted disk the bytes are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]

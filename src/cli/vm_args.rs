@@ -78,6 +78,10 @@ pub(crate) struct BackupArgs {
     pub(crate) source: SourceArgs,
     #[command(flatten)]
     pub(crate) snapshot: SnapshotArgs,
+    /// Share of the blocks called clean by a dirty bitmap that is read and compared all the same,
+    /// at least 64 blocks of each disk; 0 for none
+    #[arg(long, value_name = "PERCENT", default_value = "0.1%", help_heading = "Snapshot")]
+    pub(crate) audit: String,
     #[command(flatten)]
     pub(crate) repository: RepositoryArgs,
 }

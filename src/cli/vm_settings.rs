@@ -8,6 +8,7 @@ use super::commands::restore::{Args as RestoreArgs, FormatArg};
 use super::settings::image;
 use super::vm_args::{ConnectArgs, QuiesceArg, SnapshotArgs, SourceArgs};
 use crate::error::{Error, Kind, Result};
+use crate::job::backup::Sample;
 use crate::job::restore::{self, Define, ImageFormat, Power};
 use crate::job::source::{SnapshotOptions, SourceSpec};
 use crate::job::{Existing, Quiesce};
@@ -46,6 +47,17 @@ pub(crate) fn snapshot(args: SnapshotArgs) -> Result<SnapshotOptions> {
         exclude_disks: args.exclude_disk,
         insecure_tcp: args.insecure_tcp,
     })
+}
+
+/// `--audit`.
+pub(crate) fn audit(percent: &str) -> Result<Sample> {
+    let number = percent.strip_suffix('%').unwrap_or(percent).trim().parse::<f64>();
+    match number {
+        Ok(0.0) => Ok(Sample::None),
+        Ok(number) if number > 0.0 && number <= 100.0 => Ok(Sample::Share(number / 100.0)),
+        _ => Err(Error::new(Kind::Usage, format!("--audit: '{percent}' is no share"))
+            .hint("give a percentage from 0 (none) to 100%, such as 0.1%")),
+    }
 }
 
 /// libvirt and QEMU have working directories of their own.

@@ -241,6 +241,7 @@ pub(super) fn point(manifest: &Manifest) -> show::Point {
         origin: disk.description.origin.clone(),
         layer: disk.description.layer,
         read: disk.read.clone(),
+        audit: disk.audit,
         read_bytes: disk.read_bytes,
         stored_bytes: disk.stats.stored_bytes,
         content_root: disk.stored.root,
@@ -278,6 +279,7 @@ pub(super) fn point_disk(
     ManifestDisk {
         description: disk.description,
         read: disk.read,
+        audit: report.audit,
         stored,
         read_bytes: report.read_bytes,
         stats,

@@ -7,7 +7,8 @@ use crate::clock::Timestamp;
 use crate::content::ContentRoot;
 use crate::error::Result;
 use crate::vm::{
-    ArtifactKind, DiskLayer, ExcludedDisk, NotCaptured, PointId, Quiescence, ReadMode, VmIdentity,
+    ArtifactKind, Audit, DiskLayer, ExcludedDisk, NotCaptured, PointId, Quiescence, ReadMode,
+    VmIdentity,
 };
 
 /// A point.
@@ -46,6 +47,9 @@ pub struct Disk {
     pub layer: DiskLayer,
     /// How it was read, and why.
     pub read: ReadMode,
+    /// The audit of its dirty bitmap, if one was used.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub audit: Option<Audit>,
     /// Bytes read from the VM.
     pub read_bytes: u64,
     /// Bytes it added to the repository.

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::writer::{StoredDisk, WriteStats};
 use crate::clock::Timestamp;
 use crate::vm::{
-    ArtifactKind, DiskDescription, ExcludedDisk, NotCaptured, PointId, Quiescence, ReadMode,
+    ArtifactKind, Audit, DiskDescription, ExcludedDisk, NotCaptured, PointId, Quiescence, ReadMode,
     VmIdentity,
 };
 
@@ -54,6 +54,9 @@ pub struct ManifestDisk {
     pub description: DiskDescription,
     /// How it was read, and why.
     pub read: ReadMode,
+    /// The audit of its dirty bitmap, if one was used.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub audit: Option<Audit>,
     /// Its content.
     pub stored: StoredDisk,
     /// Bytes read from the source.

@@ -90,6 +90,14 @@ impl DiskReader {
         &self.shape
     }
 
+    /// Whether the chunk at `offset` has this content, by the tree alone: no data is read.
+    pub async fn has_chunk(&self, offset: u64, bytes: Buffer) -> Result<bool> {
+        let stored = self.subtree(0, offset / self.shape.chunk_bytes()).await?;
+        let levels = self.shape.chunk_levels();
+        let hash = move || ContentHash::of_chunk(&bytes, levels);
+        Ok(self.blobs.workers.run(hash).await? == stored)
+    }
+
     /// The hash of the subtree of `height`, at most the tree's, over `chunk`, which the disk has.
     pub(super) async fn subtree(&self, height: u8, chunk: u64) -> Result<ContentHash> {
         let mut hash = self.stored.top;

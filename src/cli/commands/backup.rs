@@ -29,6 +29,7 @@ pub(super) async fn run_as(mode: BackupMode, args: BackupArgs, context: &Context
         source: vm_settings::source(args.source)?,
         mode,
         options: vm_settings::snapshot(args.snapshot)?,
+        audit: vm_settings::audit(&args.audit)?,
     };
     let repository = context.open_for_backup(&args.repository).await?;
     let job = backup::run(&repository, request, (&context.env, &context.control));

@@ -11,24 +11,34 @@
 //! Which disk is read how is the platform's decision; that unchanged chunks are not stored again
 //! is the repository's, also for a disk that had to be read in full.
 
+mod audit;
+
 use std::sync::Arc;
 
 use serde::Serialize;
+
+pub use audit::Sample;
+use audit::Sampled;
 
 use super::lock::VmLock;
 use super::points::{self, Bases};
 use super::source::{self, SnapshotOptions, SourceSpec};
 use super::{Env, Surroundings};
-use crate::block::BlockSink;
+use crate::block::{BlockSink, BlockSource};
 use crate::clock::Timestamp;
 use crate::content::ContentRoot;
-use crate::control::{Control, NoticeLevel};
+use crate::control::{Control, DiskProgress, NoticeLevel};
 use crate::copy;
 use crate::error::{Error, Result};
 use crate::platform::{BackupMode, Platform, SnapshotDisk, SnapshotRequest, VmSnapshot};
 use crate::repo::seal::random;
-use crate::repo::{ManifestDisk, ManifestDraft, Repository, Run, RunOptions};
-use crate::vm::{ExcludedDisk, FullReason, NotCaptured, PointId, Quiescence, ReadMode, VmIdentity};
+use crate::repo::{
+    DiskReader, DiskWriter, ManifestDisk, ManifestDraft, Repository, Run, RunOptions, StoredDisk,
+    WriteStats,
+};
+use crate::vm::{
+    Audit, ExcludedDisk, FullReason, NotCaptured, PointId, Quiescence, ReadMode, VmIdentity,
+};
 
 /// What to back up, and how.
 #[derive(Clone, Debug)]
@@ -39,6 +49,8 @@ pub struct Request {
     pub mode: BackupMode,
     /// How the point in time is taken.
     pub options: SnapshotOptions,
+    /// How much of what dirty bitmaps call clean is looked at.
+    pub audit: Sample,
 }
 
 /// What a backup did.
@@ -71,6 +83,9 @@ pub struct DiskReport {
     pub size_bytes: u64,
     /// How it was read, and why.
     pub read: ReadMode,
+    /// What a look at blocks that the bitmap calls clean found.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub audit: Option<Audit>,
     /// Bytes read from the VM.
     pub read_bytes: u64,
     /// Bytes added to the repository: after deduplication and compression.
@@ -98,7 +113,7 @@ pub async fn run(
     let bases = Bases::read(repository, vm.uuid).await?;
     let run = repository.begin_run(RunOptions::default()).await?;
     let point = PointId(random());
-    let backup = Backup { run, point, vm, bases, env, control };
+    let backup = Backup { run, point, vm, bases, audit: request.audit, env, control };
     let result = backup.with_snapshot(repository, platform.as_ref(), &request).await;
     let mut report = result.map_err(|error| error.context("the backup was not made"))?;
     report.elapsed_ms = env.elapsed_ms(started);
@@ -111,6 +126,7 @@ struct Backup<'a> {
     point: PointId,
     vm: VmIdentity,
     bases: Bases,
+    audit: Sample,
     env: &'a Env,
     control: &'a Control,
 }
@@ -147,7 +163,7 @@ impl Backup<'_> {
                 return Err(error);
             }
         };
-        match self.copy(snapshot.as_mut()).await {
+        match self.copy(repository, snapshot.as_mut()).await {
             Ok((draft, report)) => self.commit(snapshot, draft, report).await,
             Err(error) => {
                 let error = self.cause(snapshot.as_mut(), error).await;
@@ -176,7 +192,11 @@ impl Backup<'_> {
 
     /// Copies everything the snapshot holds into the run; the snapshot held until the last read
     /// when this is `Ok`.
-    async fn copy(&mut self, snapshot: &mut dyn VmSnapshot) -> Result<(ManifestDraft, Report)> {
+    async fn copy(
+        &mut self,
+        repository: &Repository,
+        snapshot: &mut dyn VmSnapshot,
+    ) -> Result<(ManifestDraft, Report)> {
         let mut artifacts = Vec::new();
         for artifact in snapshot.artifacts() {
             artifacts.push(points::store_artifact(&self.run, artifact).await?);
@@ -184,7 +204,7 @@ impl Backup<'_> {
         self.tell_of_damage(snapshot);
         let (mut disks, mut reports) = (Vec::new(), Vec::new());
         for index in 0..snapshot.disks().len() {
-            let (disk, report) = self.copy_disk(snapshot, index).await?;
+            let (disk, report) = self.copy_disk(repository, snapshot, index).await?;
             disks.push(disk);
             reports.push(report);
         }
@@ -207,37 +227,105 @@ impl Backup<'_> {
 
     async fn copy_disk(
         &self,
+        repository: &Repository,
         snapshot: &mut dyn VmSnapshot,
         index: usize,
     ) -> Result<(ManifestDisk, DiskReport)> {
         let started = self.env.clock.now();
-        let disk = snapshot.disks()[index].clone();
+        let mut disk = snapshot.disks()[index].clone();
         let (name, size_bytes) = (disk.description.name.clone(), disk.description.size_bytes);
         self.tell_why(&name, &disk.read);
-        let base = self.bases.of(&disk)?;
         let source = snapshot.source(index).await?;
-        let writer = self.run.disk_writer(size_bytes, base);
         self.control.set_phase(format!("copying {name}"));
         let progress = self.control.add_disk(&name, size_bytes);
-        let names = (format!("{name} of {}", self.vm.name), "the repository");
-        let options = copy::Options {
-            flush: copy::Flush::Never,
-            zeroes: copy::Zeroes::Sparse { detect_bytes: None },
-            ..copy::Options::new(names.0, names.1)
+        let base = self.bases.of(&disk)?;
+        let (mut copied, mut stored, mut audit) = (copy::Report::default(), None, None);
+        if let Some(base) = base {
+            let writer = self.run.disk_writer(size_bytes, Some(base));
+            let base = repository.open_disk(base).await?;
+            (copied, audit) =
+                self.copy_changes((&source, &writer), Arc::new(base), &progress).await?;
+            match audit.and_then(|audit| audit.differs_at) {
+                None => stored = Some(writer.finish().await?),
+                Some(offset) => {
+                    self.tell_of_lie(&name, offset);
+                    disk.read = ReadMode::Full { reason: FullReason::BitmapDistrusted };
+                }
+            }
+        }
+        let stored = if let Some(stored) = stored {
+            stored
+        } else {
+            let progress = match base {
+                Some(_) => self.control.add_disk(&format!("{name}, all of it"), size_bytes),
+                None => progress,
+            };
+            let whole = self.copy_all(&name, source, &progress).await?;
+            copied.read_bytes += whole.0.read_bytes;
+            whole.1
         };
-        let sink: Arc<dyn BlockSink> = writer.clone();
-        let copied = copy::copy(source, sink, &options, self.control, &progress).await?;
-        let stored = writer.finish().await?;
         let report = DiskReport {
             name,
             size_bytes,
             read: disk.read.clone(),
+            audit,
             read_bytes: copied.read_bytes,
             stored_bytes: stored.1.stored_bytes,
             content_root: stored.0.root,
             elapsed_ms: self.env.elapsed_ms(started),
         };
         Ok((points::point_disk(disk, stored, &report), report))
+    }
+
+    /// Copies the disk, whatever a bitmap says.
+    async fn copy_all(
+        &self,
+        name: &str,
+        source: Arc<dyn BlockSource>,
+        progress: &Arc<DiskProgress>,
+    ) -> Result<(copy::Report, (StoredDisk, WriteStats))> {
+        let writer = self.run.disk_writer(source.geometry().size_bytes, None);
+        let options = copy::Options { unchanged: copy::Unchanged::Read, ..self.options(name) };
+        let sink = Arc::clone(&writer) as Arc<dyn BlockSink>;
+        let copied = copy::copy(source, sink, &options, self.control, progress).await?;
+        Ok((copied, writer.finish().await?))
+    }
+
+    /// Copies what a bitmap calls changed, and looks at a sample of the rest.
+    async fn copy_changes(
+        &self,
+        (source, writer): (&Arc<dyn BlockSource>, &Arc<DiskWriter>),
+        base: Arc<DiskReader>,
+        progress: &Arc<DiskProgress>,
+    ) -> Result<(copy::Report, Option<Audit>)> {
+        let name = &progress.name;
+        let (options, source) = (self.options(name), Arc::clone(source));
+        let (control, writer) = (self.control, Arc::clone(writer));
+        let Sample::Share(share) = self.audit else {
+            return Ok((copy::copy(source, writer, &options, control, progress).await?, None));
+        };
+        let sink = Arc::new(Sampled::new(writer, share, u32::from_le_bytes(random())));
+        let ends = (Arc::clone(&source), Arc::clone(&sink) as Arc<dyn BlockSink>);
+        let copied = copy::copy(ends.0, ends.1, &options, control, progress).await?;
+        control.set_phase(format!("auditing the dirty bitmap of {name}"));
+        Ok((copied, Some(sink.audit(&source, &base, control).await?)))
+    }
+
+    fn options(&self, disk: &str) -> copy::Options {
+        copy::Options {
+            flush: copy::Flush::Never,
+            zeroes: copy::Zeroes::Sparse { detect_bytes: None },
+            ..copy::Options::new(format!("{disk} of {}", self.vm.name), "the repository")
+        }
+    }
+
+    fn tell_of_lie(&self, disk: &str, offset: u64) {
+        let text = format!(
+            "the dirty bitmap of {disk} is wrong: it calls the block at offset {offset} unchanged, \
+             and it is not as at the last point. All of {disk} is read now. Find out who wrote to \
+             the image without QEMU; 'vmbackup show' of earlier points tells which were incremental"
+        );
+        self.control.notice(NoticeLevel::Warning, text);
     }
 
     /// A disk read in full although the VM has points here is worth a word: it costs time.
