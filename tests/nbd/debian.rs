@@ -1,7 +1,8 @@
 //! The client against nbd-server, the protocol's first implementation (Debian's package `nbd-server`).
 //!
-//! It goes into the background and forks for each client; its own errors are in the system's log. TCP
-//! only: version 3.24 ends when a client comes over its unix socket.
+//! It goes into the background and forks for each client; its own errors are in the system's log.
+//! Version 3.24 with a unix socket listens on nothing else, and ends when somebody connects and leaves.
+//! TLS is in `tests/nbd_tls`.
 
 use std::net::{TcpListener, TcpStream};
 use std::path::Path;
@@ -17,19 +18,32 @@ use crate::support::{pattern_dir, tempdir, writing};
 
 const LEN: usize = (6 << 20) + 512;
 
+/// Where a server listens.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Place {
+    Tcp,
+    Unix,
+}
+
 /// A server of the file `raw` in its directory, as the export "disk"; ended with this.
 struct NbdServer {
     dir: TempDir,
-    port: u16,
+    /// None on a unix socket, which is `s`.
+    port: Option<u16>,
 }
 
 impl NbdServer {
-    fn start(dir: TempDir, options: &str) -> Self {
+    fn start(dir: TempDir, place: Place, options: &str) -> Self {
         // Free now; it cannot be handed over.
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let port = (place == Place::Tcp)
+            .then(|| TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port());
         let raw = dir.path().join("raw");
+        let listen = match port {
+            Some(port) => format!("listenaddr = 127.0.0.1\nport = {port}"),
+            None => format!("unixsock = {}", dir.path().join("s").display()),
+        };
         let config = format!(
-            "[generic]\nlistenaddr = 127.0.0.1\nport = {port}\nallowlist = true\n\
+            "[generic]\n{listen}\nallowlist = true\n\
              [disk]\nexportname = {}\n{options}\n",
             raw.display()
         );
@@ -47,7 +61,11 @@ impl NbdServer {
         assert!(status.success());
         let server = Self { dir, port };
         let begun = Instant::now();
-        while TcpStream::connect(("127.0.0.1", port)).is_err() {
+        let listens = || match port {
+            Some(port) => TcpStream::connect(("127.0.0.1", port)).is_ok(),
+            None => server.dir.path().join("s").exists(),
+        };
+        while !listens() {
             assert!(begun.elapsed() < Duration::from_secs(20), "nbd-server does not listen");
             std::thread::sleep(Duration::from_millis(20));
         }
@@ -55,7 +73,10 @@ impl NbdServer {
     }
 
     fn uri(&self, export: &str) -> NbdUri {
-        format!("nbd://127.0.0.1:{}/{export}", self.port).parse().unwrap()
+        match self.port {
+            Some(port) => format!("nbd://127.0.0.1:{port}/{export}").parse().unwrap(),
+            None => NbdUri::unix(self.dir.path().join("s"), export),
+        }
     }
 
     async fn open(&self, options: ClientOptions) -> Client {
@@ -74,7 +95,7 @@ impl Drop for NbdServer {
 #[tokio::test(flavor = "multi_thread")]
 async fn nbd_server_is_read() {
     let (dir, content) = pattern_dir(LEN);
-    let server = NbdServer::start(dir, "readonly = true\nmulticonn = true");
+    let server = NbdServer::start(dir, Place::Tcp, "readonly = true\nmulticonn = true");
     let client = server.open(ClientOptions::default()).await;
     assert_eq!(client.connection_count(), 2);
     conformance::source(&client, &content).await;
@@ -83,19 +104,35 @@ async fn nbd_server_is_read() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn nbd_server_takes_writes_zeroes_and_flushes() {
+async fn nbd_server_is_read_over_a_unix_socket() {
+    let (dir, content) = pattern_dir(LEN);
+    let server = NbdServer::start(dir, Place::Unix, "readonly = true");
+    conformance::source(&server.open(ClientOptions::default()).await, &content).await;
+}
+
+async fn takes_all(place: Place) {
     let dir = tempdir();
     std::fs::write(dir.path().join("raw"), vec![0; 6 << 20]).unwrap();
-    let server = NbdServer::start(dir, "flush = true\nfua = true\ntrim = true");
+    let server = NbdServer::start(dir, place, "flush = true\nfua = true\ntrim = true");
     let client = server.open(writing()).await;
     let raw = server.dir.path().join("raw");
     conformance::sink(&client, || async { std::fs::read(&raw).unwrap() }).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn nbd_server_takes_writes_zeroes_and_flushes() {
+    takes_all(Place::Tcp).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nbd_server_takes_them_over_a_unix_socket() {
+    takes_all(Place::Unix).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn nbd_server_without_the_export_is_an_error_that_names_it() {
     let (dir, _) = pattern_dir(4096);
-    let server = NbdServer::start(dir, "");
+    let server = NbdServer::start(dir, Place::Tcp, "");
     let opened = Client::open_uri(&server.uri("nosuch"), ClientOptions::default()).await;
     let error = opened.map(|_| ()).unwrap_err();
     // It may hang up instead of saying so.

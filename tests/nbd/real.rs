@@ -58,6 +58,38 @@ async fn qemu_nbd_takes_writes_over_several_connections() {
     conformance::sink(&client, || async { content_of(dir, "a.qcow2", "qcow2") }).await;
 }
 
+/// qemu-storage-daemon with an image of the directory as the default export.
+fn storage_daemon(dir: tempfile::TempDir, format: &str, writable: &str) -> Server {
+    let file = format!("driver=file,node-name=f,filename={}", dir.path().join("image").display());
+    let image = format!("driver={format},node-name=n,file=f");
+    let export = format!("type=nbd,id=e,node-name=n,name=,writable={writable}");
+    let args = [
+        ["--blockdev", &file],
+        ["--blockdev", &image],
+        ["--nbd-server", "addr.type=unix,addr.path=s"],
+        ["--export", &export],
+    ];
+    Server::start(dir, "qemu-storage-daemon", args.as_flattened())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn qemu_storage_daemon_is_read() {
+    let (dir, content) = pattern_dir(LEN);
+    std::fs::rename(dir.path().join("raw"), dir.path().join("image")).unwrap();
+    let server = storage_daemon(dir, "raw", "off");
+    conformance::source(&server.reader().await, &content).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn qemu_storage_daemon_takes_writes() {
+    let dir = tempdir();
+    run("qemu-img", &["create", "-f", "qcow2", "image", "6M"], dir.path());
+    let server = storage_daemon(dir, "qcow2", "on");
+    let client = server.writer().await;
+    let dir = server.dir.path();
+    conformance::sink(&client, || async { content_of(dir, "image", "qcow2") }).await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn clean_ranges_of_a_dirty_bitmap_are_unchanged() {
     for shared in ["1", "8"] {

@@ -171,6 +171,21 @@ async fn nbdkit_in_front_of_it_passes_everything_through() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn qemu_storage_daemon_in_front_of_it_passes_everything_through() {
+    let (rig, content) = read_only(LEN);
+    let ours = format!(
+        "driver=nbd,node-name=n,read-only=on,server.type=unix,server.path={},export=vda",
+        rig.socket().display()
+    );
+    // nbdcopy hands it a socket (sd_listen_fds(3)).
+    let daemon = ["--", "[", "qemu-storage-daemon", "--blockdev", &ours];
+    let export = ["--nbd-server", "addr.type=fd,addr.str=3", "--export"];
+    let rest = ["type=nbd,id=e,node-name=n,name=", "]", "out"];
+    rig.run("nbdcopy", &[&daemon[..], &export, &rest].concat());
+    assert!(read(&rig, "out") == content);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn libnbd_reads_it_without_structured_replies() {
     // The kernel's client, and libnbd made to ask for nothing, get simple replies.
     let (rig, content) = read_only(LEN);

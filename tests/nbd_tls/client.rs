@@ -2,6 +2,7 @@
 //! version.
 
 use vmbackup::block::conformance;
+use vmbackup::nbd::{Client, ClientOptions};
 
 use crate::peers::{LEN, Peer, Program, Tls, Transport, Version, content};
 use crate::pki::{Pki, Revoked, SERVER_NAME};
@@ -65,6 +66,16 @@ cells! {
     nbdkit_over_tcp_with_certificates_in_tls_13: Nbdkit Tcp Certificates Tls13;
     nbdkit_over_tcp_with_keys_in_tls_12: Nbdkit Tcp Psk Tls12;
     nbdkit_over_tcp_with_keys_in_tls_13: Nbdkit Tcp Psk Tls13;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn plain_tcp_is_read_where_no_tls_is_wanted() {
+    for program in [Program::QemuNbd, Program::Nbdkit] {
+        let peer = Peer::start(program, Transport::Tcp, &Tls::None, Version::Tls13);
+        let client = Client::open_uri(&peer.plain_uri(), ClientOptions::default()).await.unwrap();
+        assert!(client.tls().is_none());
+        conformance::source(&client, &content()).await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

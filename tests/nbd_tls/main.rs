@@ -1,4 +1,4 @@
-//! TLS of NBD: our client against qemu-nbd and nbdkit, our server against libnbd, QEMU and nbdkit,
+//! TLS of NBD: our client against qemu-nbd, nbdkit and nbd-server, our server against libnbd, QEMU and nbdkit,
 //! and whoever must be refused; the same of `vmbackup serve`.
 
 #![allow(clippy::unwrap_used, unreachable_pub)]
@@ -12,6 +12,7 @@ mod support;
 mod attacks;
 mod client;
 mod command;
+mod debian;
 mod peers;
 mod pki;
 mod refusals;
