@@ -1,9 +1,13 @@
-"""Measures `vmbackup copy` against nbdcopy and qemu-img convert and prints a table in Markdown.
+"""Measures `vmbackup copy` against nbdcopy and qemu-img convert, and `vmbackup serve` of a point
+against qemu-nbd of the raw file, and prints tables in Markdown.
 
 Method: each round of a case runs the three in turn (interleaved), every one on a fresh target; a row
 has the median of each side, the median of the ratios of ours to the better of the two in the same
 round, and the median of the ratios of processor time (user and system, of the copying process alone)
 to nbdcopy's. All sides end durable where the target can be (nbdcopy --flush and sync of a file).
+Serving: both servers run side by side with warm caches and are read in turn, to the end by nbdcopy and
+for a few seconds in random 4 KiB by `vmbackup nbd bench`; a row has the rates, and the median of ours
+as a share of qemu-nbd's.
 """
 
 import argparse
@@ -12,6 +16,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -72,6 +77,9 @@ class Bench:
         self.tool = pathlib.Path(options.vmbackup).resolve()
         self.lines = ["| case | ours s | nbdcopy s | qemu-img s | ratio | ours CPU s | nbdcopy CPU s | CPU ratio |",
                       "|---|---:|---:|---:|---:|---:|---:|---:|"]
+        self.served = []
+        for kind in ("STATE", "RUNTIME", "CACHE"):
+            os.environ[f"VMBACKUP_{kind}_DIR"] = str(self.work / kind.lower())
 
     def nbdkit(self, *args):
         return Server(self.work, "nbdkit", "-f", "-U", "SOCKET", *args)
@@ -178,15 +186,51 @@ class Bench:
                       lambda: self.nbdkit("memory", f"{self.options.mib}M"))
 
     def latency(self):
-        """1, 5 and 20 ms per read, to nowhere."""
-        for delay in (1, 5, 20):
+        """1, 5 and 20 ms per read, and none to compare with, to nowhere."""
+        for delay in (0, 1, 5, 20):
             size = f"{max(64, self.options.mib // 4)}M"
             with self.nbdkit("--filter=delay", "pattern", size, f"rdelay={delay}ms") as source:
                 self.case(f"{delay} ms per read ({size}) to null", source, None)
 
+    def serve(self):
+        """A point served from the repository, and its raw file by qemu-nbd."""
+        raw, repository = self.raw(), self.work / "serve-repo"
+        shutil.rmtree(repository, ignore_errors=True)
+        run(self.tool, "repo", "init", "--no-key", "--repo", repository)
+        run(self.tool, "full", "--image", f"raw:{raw}", "--name", "served", "--quiet", "--repo", repository)
+        ours = Server(self.work, self.tool, "serve", "served@latest", "--socket", "SOCKET", "--cache",
+                      f"{self.options.mib * 2}M", "--repo", repository)
+        theirs = Server(self.work, "qemu-nbd", "-r", "-t", "-e", "16", "-f", "raw", "-k", "SOCKET", raw)
+        with ours as our_uri, theirs as their_uri:
+            uris = {"ours": our_uri, "qemu-nbd": their_uri}
+            for uri in uris.values():
+                run("nbdcopy", uri, "null:")
+            self.serving("sequential read, MiB/s", 0.5, uris, self.sequential)
+            self.serving("random 4 KiB reads, requests/s", 0.7, uris, self.random)
+        shutil.rmtree(repository)
+
+    def sequential(self, uri):
+        seconds, _ = timed(["nbdcopy", uri, "null:"])
+        return self.options.mib / seconds
+
+    def random(self, uri):
+        report = run(self.tool, "nbd", "bench", uri, "--random", "--request-size", "4k", "--time", "3", "--json")
+        return json.loads(report)["requests_per_second"]
+
+    def serving(self, name, target, uris, measure):
+        rates = {side: [] for side in uris}
+        for round_ in range(self.options.pairs):
+            for side in list(uris) if round_ % 2 == 0 else list(uris)[::-1]:
+                rates[side].append(measure(uris[side]))
+        median = statistics.median
+        share = median(a / b for a, b in zip(rates["ours"], rates["qemu-nbd"]))
+        self.served.append(f"| {name} | {median(rates['ours']):.0f} | {median(rates['qemu-nbd']):.0f} | "
+                           f"{share:.2f} | {target:.2f} |")
+        say(self.served[-1])
+
 
 def main():
-    cases = ["memory", "qcow2", "null", "file", "sparse", "latency"]
+    cases = ["memory", "qcow2", "null", "file", "sparse", "latency", "serve"]
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(cases)}")
     parser.add_argument("--vmbackup", default="target/release/vmbackup")
@@ -210,7 +254,11 @@ def main():
     model = re.search(r"model name\s*:\s*(.*)", pathlib.Path("/proc/cpuinfo").read_text())
     machine = f"{os.cpu_count()} x {model[1] if model else os.uname().machine}"
     print(f"{datetime.date.today()}, {machine}, Linux {os.uname().release}, {options.pairs} rounds\n")
-    print("\n".join(bench.lines))
+    if len(bench.lines) > 2:
+        print("\n".join(bench.lines))
+    if bench.served:
+        print("\n| serve | ours | qemu-nbd | share | target |\n|---|---:|---:|---:|---:|")
+        print("\n".join(bench.served))
 
 
 if __name__ == "__main__":
