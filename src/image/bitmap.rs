@@ -4,6 +4,7 @@ use std::ffi::OsStr;
 use std::path::Path;
 
 use super::info::{BitmapInfo, Layer};
+use super::lock::ImageLock;
 use super::tool::qemu_img;
 use crate::error::{Error, Kind, Result};
 use crate::vm::{FullReason, PointId, Uuid};
@@ -76,6 +77,8 @@ pub async fn remove(image: &Path, format: &str, name: &str) -> Result<()> {
 async fn change(action: &str, image: &Path, format: &str, name: &str) -> Result<()> {
     let verb = action.trim_start_matches('-');
     let what = format!("{verb} bitmap {name} in {}", image.display());
+    // qemu-img's own locks do not reach every user of a device.
+    ImageLock::probe_to_write(image)?;
     let args = ["bitmap", action, "-f", format].map(OsStr::new);
     let mut args: Vec<&OsStr> = args.into();
     args.extend([image.as_os_str(), OsStr::new(name)]);

@@ -7,7 +7,9 @@
 //! images. The locks belong to the open file (OFD locks) and end with it, also when we are killed.
 //!
 //! As long as an [`ImageLock`] lives, no VM with this image can start. It cannot stop programs that
-//! do not ask: [`ImageLock::check_unchanged`] sees those by the file's time stamp and size.
+//! do not ask: [`ImageLock::check_unchanged`] sees those by the file's time stamp and size. On a block
+//! device the locks do not reach QEMUs of libvirt (`device`): one that uses it already is seen by its
+//! open file, and one that starts meanwhile by that or by what it wrote, at the end.
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
@@ -16,6 +18,7 @@ use std::path::{Path, PathBuf};
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
 
+use super::device::{self, Use};
 use crate::error::{Error, Kind, Result};
 
 /// First byte of "in use".
@@ -44,12 +47,24 @@ struct Stamp {
     inode: u64,
     size_bytes: u64,
     modified: (i64, i64),
+    /// Of a block device: sectors written and discarded.
+    written: Option<[u64; 2]>,
 }
 
 impl ImageLock {
     /// Whether the image could be locked now: [`Kind::Busy`] if not. Takes no lock.
     pub fn probe(path: &Path) -> Result<()> {
-        refuse_if_used(&open(path)?, path)
+        let file = open(path)?;
+        refuse_if_used(&file, path)?;
+        refuse_if_open(&file, path, Use::Writes)
+    }
+
+    /// Whether nobody uses the image now: [`Kind::Busy`] if someone does. Takes no lock.
+    pub fn probe_to_write(path: &Path) -> Result<()> {
+        let file = open(path)?;
+        refuse_if_used(&file, path)?;
+        refuse_if_taken(&file, path, DENIED_BASE + WRITE)?;
+        refuse_if_open(&file, path, Use::Opens)
     }
 
     /// Locks the image. [`Kind::Busy`] if someone writes it or denies reading it.
@@ -58,6 +73,7 @@ impl ImageLock {
         let file = open(path)?;
         announce(&file, path, &announced)?;
         refuse_if_used(&file, path)?;
+        refuse_if_open(&file, path, Use::Writes)?;
         Self::locked(file, path)
     }
 
@@ -69,12 +85,13 @@ impl ImageLock {
         announce(&file, path, &[used, [DENIED_BASE + WRITE, DENIED_BASE + RESIZE]].concat())?;
         refuse_if_used(&file, path)?;
         refuse_if_taken(&file, path, DENIED_BASE + WRITE)?;
+        refuse_if_open(&file, path, Use::Opens)?;
         Self::locked(file, path)
     }
 
     fn locked(file: File, path: &Path) -> Result<Self> {
         let failed = |e| Error::io(format!("cannot examine {}", path.display()), e);
-        let stamp = Stamp::of(path).map_err(failed)?;
+        let stamp = Stamp::of(path, &file).map_err(failed)?;
         Ok(Self { file, path: path.to_owned(), stamp })
     }
 
@@ -92,7 +109,10 @@ impl ImageLock {
     /// [`Kind::SnapshotLost`] if the file was written, resized or replaced since it was locked.
     pub fn check_unchanged(&self) -> Result<()> {
         let failed = |e| Error::io(format!("cannot examine {}", self.path.display()), e);
-        if Stamp::of(&self.path).map_err(failed)? == self.stamp {
+        refuse_if_open(&self.file, &self.path, Use::Writes).map_err(|error| {
+            Error::new(Kind::SnapshotLost, "a VM started while its disk was read").source(error)
+        })?;
+        if Stamp::of(&self.path, &self.file).map_err(failed)? == self.stamp {
             return Ok(());
         }
         let message = format!("{} was changed while it was read", self.path.display());
@@ -102,13 +122,14 @@ impl ImageLock {
 }
 
 impl Stamp {
-    fn of(path: &Path) -> std::io::Result<Self> {
+    fn of(path: &Path, file: &File) -> std::io::Result<Self> {
         let data = path.metadata()?;
         Ok(Self {
             device: data.dev(),
             inode: data.ino(),
             size_bytes: data.size(),
             modified: (data.mtime(), data.mtime_nsec()),
+            written: device::number(file).and_then(|number| device::written_so_far(file, number)),
         })
     }
 }
@@ -137,6 +158,16 @@ fn refuse_if_taken(file: &File, path: &Path, byte: i64) -> Result<()> {
             .hint("another program (a running VM?) uses it; stop it, or back up the VM running"));
     }
     Ok(())
+}
+
+/// [`Kind::Busy`] if another process uses the device in this way; files have their locks.
+fn refuse_if_open(file: &File, path: &Path, how: Use) -> Result<()> {
+    let Some(user) = device::number(file).and_then(|number| device::user(number, how)) else {
+        return Ok(());
+    };
+    let message =
+        format!("{} is in use by {} (process {})", path.display(), user.name, user.process);
+    Err(Error::new(Kind::Busy, message).hint("a running VM? stop it, or back up the VM running"))
 }
 
 /// Takes the locks. Before looking at those of others: whoever does the same at this moment sees us

@@ -12,6 +12,7 @@
 pub mod bitmap;
 mod child;
 mod command;
+mod device;
 mod export;
 mod identity;
 mod info;
@@ -33,6 +34,7 @@ use crate::error::{Error, Kind, Result};
 use crate::nbd::ClientOptions;
 
 pub use command::CommandServer;
+pub use device::is_device;
 pub use export::{Compression, ImageExport};
 pub use identity::file_id;
 pub use info::{BitmapInfo, ImageInfo, Layer, inspect, layers};
@@ -140,6 +142,8 @@ pub async fn open_to_overwrite(
 ) -> Result<ImageExport> {
     // Headers that name other places are refused, as for reading.
     let layers = layers(path, format).await?;
+    // The server's own locks do not reach every user of a device.
+    ImageLock::probe_to_write(&layers[0].path)?;
     ImageExport::write((&layers[0].path, format), Compression::None, options).await
 }
 

@@ -11,6 +11,7 @@ mod support;
 mod bare;
 mod bases;
 mod changes;
+mod devices;
 mod quiesce;
 mod remote;
 mod restore;

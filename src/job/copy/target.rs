@@ -227,7 +227,7 @@ pub(super) fn is_device(path: &Path) -> bool {
 
 /// Makes sure that no VM writes what is to be overwritten, nor begins to while it is.
 fn unused(path: &Path) -> Result<ImageLock> {
-    ImageLock::acquire(path).map_err(|error| match error.kind() {
+    ImageLock::acquire_to_write(path).map_err(|error| match error.kind() {
         Kind::Busy => error.hint("stop the VM that uses it, or copy to another place"),
         _ => error,
     })

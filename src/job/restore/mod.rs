@@ -236,9 +236,18 @@ async fn copy_all(
         sources.push(Arc::new(repository.open_disk(&disk.stored).await?));
     }
     target::check_space(&sources, places).await?;
+    let devices = Target::open_devices(places, &sources).await?;
     let (mut targets, mut disks) = (Vec::new(), Vec::new());
-    for ((disk, source), place) in chosen.iter().zip(sources).zip(places) {
-        match restore_disk((disk, source, place), request, surroundings).await {
+    for (((disk, source), place), device) in chosen.iter().zip(sources).zip(places).zip(devices) {
+        let opened = match device {
+            Some(device) => Ok(device),
+            None => Target::open(place, disk.description.size_bytes, request.existing).await,
+        };
+        let restored = match opened {
+            Ok(target) => restore_disk((disk, source, target), place, surroundings).await,
+            Err(error) => Err(error),
+        };
+        match restored {
             Ok((target, report)) => {
                 targets.push(target);
                 disks.push(report);
@@ -259,13 +268,12 @@ async fn copy_all(
 
 /// Copies a disk to its place, under a temporary name where it is a file.
 async fn restore_disk(
-    (disk, source, place): (&ManifestDisk, Arc<dyn BlockSource>, &Place),
-    request: &Request,
+    (disk, source, target): (&ManifestDisk, Arc<dyn BlockSource>, Target),
+    place: &Place,
     (env, control): Surroundings<'_>,
 ) -> Result<(Target, DiskReport)> {
     let started = env.clock.now();
     let (name, size_bytes) = (&disk.description.name, disk.description.size_bytes);
-    let target = Target::open(place, size_bytes, request.existing).await?;
     control.set_phase(format!("restoring {name}"));
     let progress = control.add_disk(name, size_bytes);
     let options = copy::Options {

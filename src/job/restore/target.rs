@@ -290,6 +290,23 @@ impl Target {
         }
     }
 
+    /// Opens those places that are devices, and locks them: nothing may be written to one before
+    /// it is known that all can be.
+    pub(super) async fn open_devices(
+        places: &[Place],
+        sources: &[Arc<dyn BlockSource>],
+    ) -> Result<Vec<Option<Self>>> {
+        let mut opened = Vec::new();
+        for (place, source) in places.iter().zip(sources) {
+            let size_bytes = source.geometry().size_bytes;
+            opened.push(match place {
+                Place::Device(_) => Some(Self::open(place, size_bytes, Existing::Refuse).await?),
+                Place::Image { .. } => None,
+            });
+        }
+        Ok(opened)
+    }
+
     pub(super) fn sink(&self) -> Arc<dyn BlockSink> {
         match self {
             Self::New(image, _) => image.sink(),
@@ -300,7 +317,7 @@ impl Target {
 
 /// Makes sure that no VM writes what is to be overwritten, nor begins to while it is.
 fn unused(path: &Path) -> Result<ImageLock> {
-    ImageLock::acquire(path).map_err(|error| match error.kind() {
+    ImageLock::acquire_to_write(path).map_err(|error| match error.kind() {
         Kind::Busy => error.hint("stop the VM that uses it, or restore to another place"),
         _ => error,
     })
@@ -379,10 +396,13 @@ pub(super) fn abort_all(targets: Vec<Target>, control: &Control) {
                     control.notice(NoticeLevel::Warning, text);
                 }
             }
-            Target::Device { .. } => control.notice(
-                NoticeLevel::Warning,
-                "a device was written in part: its content is neither the old nor the new",
-            ),
+            Target::Device { path, .. } => {
+                let text = format!(
+                    "{} was overwritten, at least in part: what it held is lost",
+                    path.display()
+                );
+                control.notice(NoticeLevel::Warning, text);
+            }
         }
     }
 }

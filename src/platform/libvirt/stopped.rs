@@ -30,7 +30,7 @@ use crate::clock::Timestamp;
 use crate::control::{Control, NoticeLevel};
 use crate::error::{Error, Kind, Result};
 use crate::image::bitmap::{self, BitmapNames};
-use crate::image::{Layer, LockedImage, file_id, layers};
+use crate::image::{self, Layer, LockedImage, file_id, layers};
 use crate::platform::{BackupMode, SnapshotDisk, SnapshotRequest, VmSnapshot, base};
 use crate::vm::{
     Artifact, Consistency, ExcludedDisk, FullReason, ImageId, NotCaptured, PointId, Quiescence,
@@ -187,7 +187,15 @@ impl StoppedSnapshot {
         // Here to change nothing for nothing; what counts is the same question below.
         self.check_base(request)?;
         let name = &self.domain.name;
-        let text = format!("domain '{name}' cannot start until this is over");
+        let on_device = self.parts.iter().any(|part| image::is_device(&part.path));
+        let text = if on_device {
+            format!(
+                "do not start domain '{name}' until this is over: block devices cannot be locked \
+                 against it, and the backup would be given up"
+            )
+        } else {
+            format!("domain '{name}' cannot start until this is over")
+        };
         control.notice(NoticeLevel::Info, text);
         self.add_bitmaps(before, control).await?;
         for part in &mut self.parts {
