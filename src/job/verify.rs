@@ -74,6 +74,15 @@ pub async fn run(
     request: Request,
     surroundings: Surroundings<'_>,
 ) -> Result<Report> {
+    let work = Box::pin(verify(repository, request, surroundings));
+    repository.while_held(surroundings.1, work).await
+}
+
+async fn verify(
+    repository: &Repository,
+    request: Request,
+    surroundings: Surroundings<'_>,
+) -> Result<Report> {
     let manifest = points::manifest(repository, &request.point, surroundings.0).await?;
     let chosen = points::choose_disks(&manifest, request.disk.as_slice())?;
     if request.against.is_some() && chosen.len() > 1 {

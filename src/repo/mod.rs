@@ -65,8 +65,8 @@ use run::RunKind;
 use store::ObjectStore;
 
 use crate::block;
-use crate::control::Control;
-use crate::error::Result;
+use crate::control::{Control, NoticeLevel};
+use crate::error::{Kind, Result};
 use crate::vm::{PointId, Uuid};
 use crate::workers::Workers;
 
@@ -184,6 +184,34 @@ impl Repository {
         let lease = Lease::begin(store, keys, RunKind::Read).await?;
         index.refresh().await?;
         Ok(lease)
+    }
+
+    /// Does `work`, which reads points that it looks up itself, under a hold. A repository that cannot
+    /// be written (read-only, full) is read without one: what is forgotten and collected elsewhere
+    /// meanwhile is then lost to `work`.
+    pub async fn while_held<T>(
+        &self,
+        control: &Control,
+        work: impl Future<Output = Result<T>>,
+    ) -> Result<T> {
+        let hold = match self.hold().await {
+            Ok(hold) => Some(hold),
+            Err(error) if matches!(error.kind(), Kind::Permission | Kind::NoSpace) => {
+                let text = format!("points are read without a hold against 'gc': {error}");
+                control.notice(NoticeLevel::Info, text);
+                None
+            }
+            Err(error) => return Err(error),
+        };
+        let done = work.await;
+        if let Some(Err(error)) = match hold {
+            Some(hold) => Some(hold.end().await),
+            None => None,
+        } {
+            // It lapses by itself.
+            tracing::warn!(%error, "cannot end the hold on the repository");
+        }
+        done
     }
 
     /// Forgets a point: it is not listed any more, and the next collection frees its space.

@@ -91,3 +91,28 @@ fn without_terminal(env: &TestEnv, args: &[&str]) -> Outcome {
     command.arg("--wait").arg(env!("CARGO_BIN_EXE_vmbackup")).args(args);
     Outcome::of(command.env("VMBACKUP_REPO", env.repo()))
 }
+
+/// Whoever reads a point is not disturbed by its being forgotten and its space collected.
+#[test]
+fn a_point_that_is_being_copied_stays_readable_whatever_gc_does() {
+    let fixture = crate::fixture::Fixture::new();
+    let env = &fixture.env;
+    let point = fixture.point();
+    let content = fs::read(&fixture.image).unwrap();
+    let from = format!("point:{point}");
+    // About two seconds for what is in it.
+    let copy = ["copy", &from, "slow.raw", "--rate-limit", "150K", "--request-size", "64K"];
+    let mut copy = env.vmbackup_command(&copy).spawn().unwrap();
+    crate::support::wait_until("the hold", 60, || {
+        let runs = fs::read_dir(env.repo().join("runs")).into_iter().flatten().flatten();
+        runs.into_iter().any(|run| run.file_name().to_string_lossy().starts_with("read-"))
+    });
+    env.vmbackup(&["forget", &point]).ok();
+    for _ in 0..2 {
+        let report = env.vmbackup(&["gc", "--json"]).json();
+        assert_eq!(report["freed_bytes"], 0, "{report}");
+    }
+    assert!(copy.try_wait().unwrap().is_none(), "the copy is to outlast the collection");
+    assert!(copy.wait().unwrap().success());
+    assert_eq!(fs::read(env.path("slow.raw")).unwrap(), content);
+}

@@ -18,13 +18,13 @@ struct LoopDevice<'env> {
 impl<'env> LoopDevice<'env> {
     fn new(env: &'env TestEnv) -> Self {
         let file = env.path("device.img");
-        std::fs::write(&file, vec![0x41; 8 << 20]).unwrap();
+        std::fs::write(&file, vec![0x41; 8 << 20]).expect("in the test directory");
         let path = env.run("losetup", &["-f", "--show", &file.to_string_lossy()]).text();
         Self { env, path: path.into() }
     }
 
     fn path(&self) -> &str {
-        self.path.to_str().unwrap()
+        self.path.to_str().expect("a path in /dev")
     }
 
     fn disk(&self) -> String {

@@ -141,7 +141,7 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<()> {
     let source = match source {
         SourceEnd::Ready(source) => source,
         SourceEnd::Point { point, disk } => {
-            let repository = Box::new(context.open(&args.repository).await?);
+            let repository = std::sync::Arc::new(context.open(&args.repository).await?);
             Source::Point { repository, point, disk }
         }
     };

@@ -60,7 +60,7 @@ pub enum Source {
     /// A disk of a restore point.
     Point {
         /// The repository that holds the point.
-        repository: Box<Repository>,
+        repository: Arc<Repository>,
         /// The point, as it was named.
         point: String,
         /// The disk; may be left out where the point has one.
@@ -199,6 +199,15 @@ pub struct Report {
 
 /// Copies. On an error nothing new has a name; a target written in place holds parts of both.
 pub async fn run(request: Request, surroundings: Surroundings<'_>) -> Result<Report> {
+    let Source::Point { repository, .. } = &request.source else {
+        return copy_once(request, surroundings).await;
+    };
+    let repository = Arc::clone(repository);
+    let work = Box::pin(copy_once(request, surroundings));
+    repository.while_held(surroundings.1, work).await
+}
+
+async fn copy_once(request: Request, surroundings: Surroundings<'_>) -> Result<Report> {
     let started = surroundings.0.clock.now();
     check(&request)?;
     let Request { source, source_name, target, target_name, options } = request;

@@ -139,6 +139,15 @@ pub async fn run(
     request: Request,
     surroundings: Surroundings<'_>,
 ) -> Result<Report> {
+    let work = Box::pin(restore(repository, request, surroundings));
+    repository.while_held(surroundings.1, work).await
+}
+
+async fn restore(
+    repository: &Repository,
+    request: Request,
+    surroundings: Surroundings<'_>,
+) -> Result<Report> {
     let (env, _) = surroundings;
     let started = env.clock.now();
     let manifest = points::manifest(repository, &request.point, env).await?;

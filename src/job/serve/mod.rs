@@ -168,7 +168,14 @@ pub async fn open(
     // Before anything is locked or listens.
     let tls = request.tls.as_ref().map(ServerTls::load).transpose()?;
     let hold = match repository {
-        Some(repository) => Some(repository.hold().await?),
+        Some(repository) => match repository.hold().await {
+            // Served all the same: what is forgotten and collected meanwhile then fails to read.
+            Err(error) if matches!(error.kind(), Kind::Permission | Kind::NoSpace) => {
+                tracing::warn!(%error, "points are served without a hold against gc");
+                None
+            }
+            held => Some(held?),
+        },
         None => None,
     };
     let opened = open_disks(repository, (&request, tls), endpoints, env).await;
