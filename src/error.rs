@@ -88,6 +88,14 @@ impl Error {
         self
     }
 
+    /// All of it, with causes and hint, for a place where a line of text is told.
+    pub fn in_one_line(&self) -> String {
+        match &self.0.hint {
+            Some(hint) => format!("{} (hint: {hint})", with_causes(self)),
+            None => with_causes(self),
+        }
+    }
+
     /// Wraps this error into one that says more of the context and keeps kind and hint.
     #[must_use]
     pub fn context(self, message: impl Into<String>) -> Self {
@@ -135,7 +143,9 @@ fn kind_of_io(error: &std::io::Error) -> Kind {
         E::NotFound => Kind::NotFound,
         E::PermissionDenied | E::ReadOnlyFilesystem => Kind::Permission,
         E::AlreadyExists => Kind::AlreadyExists,
-        E::StorageFull | E::QuotaExceeded | E::FileTooLarge => Kind::NoSpace,
+        E::StorageFull | E::QuotaExceeded => Kind::NoSpace,
+        // A limit of the file system, which no room made helps against.
+        E::FileTooLarge => Kind::Unsupported,
         E::TimedOut => Kind::Timeout,
         E::ResourceBusy | E::WouldBlock | E::ExecutableFileBusy => Kind::Busy,
         E::ConnectionRefused
@@ -158,11 +168,7 @@ impl fmt::Display for Error {
 
 impl fmt::Debug for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:?}: {}", self.0.kind, with_causes(self))?;
-        if let Some(hint) = &self.0.hint {
-            write!(f, " (hint: {hint})")?;
-        }
-        Ok(())
+        write!(f, "{:?}: {}", self.0.kind, self.in_one_line())
     }
 }
 

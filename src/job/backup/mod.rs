@@ -372,7 +372,8 @@ impl Backup<'_> {
         control.set_phase("keeping the checkpoint");
         if let Err(error) = snapshot.commit().await {
             let text = format!(
-                "the point is complete, but the next backup may read disks in full: {error:?}"
+                "the point is complete, but the next backup may read disks in full: {}",
+                error.in_one_line()
             );
             control.notice(NoticeLevel::Warning, text);
         }
@@ -385,7 +386,7 @@ impl Backup<'_> {
 
     async fn abort_run(self) {
         if let Err(error) = self.run.abort().await {
-            let text = format!("gc has to remove what this run stored: {error:?}");
+            let text = format!("gc has to remove what this run stored: {}", error.in_one_line());
             self.control.notice(NoticeLevel::Warning, text);
         }
     }
@@ -394,7 +395,7 @@ impl Backup<'_> {
 async fn abort_snapshot(snapshot: Box<dyn VmSnapshot>, control: &Control) {
     control.set_phase("removing the snapshot");
     if let Err(error) = snapshot.abort().await {
-        let text = format!("the snapshot was not removed entirely: {error:?}");
+        let text = format!("the snapshot was not removed entirely: {}", error.in_one_line());
         control.notice(NoticeLevel::Warning, text);
     }
 }

@@ -214,7 +214,10 @@ impl Opened {
             }
         };
         if let Err(error) = removed {
-            control.notice(NoticeLevel::Warning, format!("a file was left behind: {error:?}"));
+            control.notice(
+                NoticeLevel::Warning,
+                format!("a file was left behind: {}", error.in_one_line()),
+            );
         }
         error
     }

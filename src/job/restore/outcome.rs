@@ -44,7 +44,7 @@ impl Outcome {
     pub(super) fn keep(self, control: &Control) {
         for placed in self.placed {
             if let Err(error) = placed.discard() {
-                control.notice(NoticeLevel::Warning, format!("{error:?}"));
+                control.notice(NoticeLevel::Warning, error.in_one_line());
             }
         }
     }
@@ -57,7 +57,7 @@ impl Outcome {
         let mut restored: Result<()> = Ok(());
         for placed in replacing.into_iter().rev() {
             if let Err(error) = placed.put_back() {
-                control.notice(NoticeLevel::Warning, format!("{error:?}"));
+                control.notice(NoticeLevel::Warning, error.in_one_line());
                 restored = restored.and(Err(error));
             }
         }

@@ -392,7 +392,8 @@ pub(super) fn abort_all(targets: Vec<Target>, control: &Control) {
         match target {
             Target::New(image, _) => {
                 if let Err(error) = image.abort() {
-                    let text = format!("a file of this restore was left behind: {error:?}");
+                    let text =
+                        format!("a file of this restore was left behind: {}", error.in_one_line());
                     control.notice(NoticeLevel::Warning, text);
                 }
             }

@@ -155,7 +155,7 @@ async fn lock_all(
 async fn undo_all(disks: &[Begun<'_>], control: &Control) {
     for disk in disks.iter().filter(|disk| disk.has_new) {
         if let Err(error) = disk.checkpoints.undo(&disk.top).await {
-            control.notice(NoticeLevel::Warning, format!("{error:?}"));
+            control.notice(NoticeLevel::Warning, error.in_one_line());
         }
     }
 }

@@ -90,7 +90,7 @@ fn system(message: &str) -> (Kind, Option<&'static str>) {
         (Kind::Permission, Some(ACCESS))
     } else if message.contains("No space left") {
         (Kind::NoSpace, None)
-    } else if message.contains("socket") || message.contains("connect") {
+    } else if message.contains("socket") || message.to_lowercase().contains("connect") {
         (Kind::Connection, Some("is the libvirt daemon running? (systemctl start libvirtd)"))
     } else {
         (Kind::Io, None)

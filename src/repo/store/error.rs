@@ -118,7 +118,10 @@ impl From<StoreError> for Error {
     fn from(error: StoreError) -> Self {
         let kind = error.kind();
         let hint = match kind {
-            Kind::NoSpace => "free space at the repository (forget points, then gc) and run again",
+            Kind::NoSpace => {
+                "make room on the file system of the repository; 'forget' and 'gc' free more, and need \
+                 a few MiB themselves"
+            }
             Kind::Permission => "run as a user who may write to the repository",
             Kind::Connection => "check that the repository's disk is plugged in and mounted",
             _ => "",
