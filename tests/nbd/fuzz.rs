@@ -12,6 +12,7 @@ use vmbackup::block::{BlockSource, Buffer, ByteRange, ExtentKind};
 use vmbackup::error::{Error, Result};
 use vmbackup::nbd::wire::{self, HeaderStyle, chunk, export, option, reply};
 
+use crate::corpus::{Corpus, Parts, watched};
 use crate::script::{Asked, CONTEXT, SIZE, Scripted, chunk_of, greeting, honest, simple};
 
 /// Cookies of the first and the second request.
@@ -27,6 +28,33 @@ const SHORT: Duration = Duration::from_millis(5);
 struct Transcript {
     bytes: Vec<u8>,
     pauses: Vec<usize>,
+}
+
+impl Transcript {
+    /// Cut where it waits.
+    fn parts(&self) -> Parts {
+        let mut parts = Vec::new();
+        let mut start = 0;
+        for pause in &self.pauses {
+            let pause = (*pause).min(self.bytes.len());
+            parts.push(self.bytes[start..pause].to_vec());
+            start = pause;
+        }
+        parts.push(self.bytes[start..].to_vec());
+        parts
+    }
+
+    fn of(parts: &Parts) -> Self {
+        let mut bytes = Vec::new();
+        let mut pauses = Vec::new();
+        for part in parts {
+            bytes.extend(part);
+            pauses.push(bytes.len());
+        }
+        // The last part is followed by the end.
+        pauses.pop();
+        Self { bytes, pauses }
+    }
 }
 
 /// All that a server says in a session of one query and one read.
@@ -166,6 +194,35 @@ async fn a_server_that_hangs_up_anywhere_is_an_error() {
     }
 }
 
+/// The client ends with a result or a reason; the way it ends is one the corpus should have.
+fn ends(transcript: &Transcript) {
+    let parts = transcript.parts();
+    let end = watched("nbd", &parts, || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let session = session(transcript.clone(), SHORT);
+        let result = runtime.block_on(async { tokio::time::timeout(LONG, session).await });
+        match result.expect("the client ends by itself") {
+            Ok(()) => "success".to_owned(),
+            Err(error) => {
+                has_a_reason(&error);
+                error.to_string()
+            }
+        }
+    });
+    Corpus::of("nbd").keep(&end, &parts);
+}
+
+#[test]
+#[allow(clippy::print_stderr, reason = "names the input that fails")]
+fn servers_of_the_corpus_never_crash_or_hang_the_client() {
+    let inputs = Corpus::of("nbd").inputs();
+    assert!(inputs.len() > 10, "the corpus is there");
+    for (name, parts) in inputs {
+        eprintln!("{name}");
+        ends(&Transcript::of(&parts));
+    }
+}
+
 /// A way to damage a transcript.
 #[derive(Clone, Debug)]
 enum Damage {
@@ -216,13 +273,7 @@ proptest! {
         for (at, damage) in damages {
             apply(&mut damaged.bytes, at, damage);
         }
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let result = runtime.block_on(async {
-            tokio::time::timeout(LONG, session(damaged, SHORT)).await
-        });
-        if let Err(error) = result.expect("the client ends by itself") {
-            has_a_reason(&error);
-        }
+        ends(&damaged);
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, unreachable_pub)]
 
+mod corpus;
 mod debian;
 mod fuzz;
 mod hostile;

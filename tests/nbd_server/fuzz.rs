@@ -8,6 +8,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use vmbackup::nbd::server::Limits;
 use vmbackup::nbd::wire::{HeaderStyle, Request, command, command_flag, option};
 
+use crate::corpus::{Corpus, watched};
 use crate::raw::{LONG, Raw, contexts, go, option_bytes};
 use crate::rig::limits;
 
@@ -51,8 +52,8 @@ fn transcript(style: HeaderStyle) -> Vec<u8> {
     out
 }
 
-/// A session with a client that says these bytes and hangs up.
-async fn session(bytes: &[u8]) {
+/// A session with a client that says these bytes and hangs up; how it ended.
+async fn session(bytes: &[u8]) -> String {
     let short = Duration::from_secs(5);
     let limits = Limits { handshake: short, stall: short, ..limits() };
     let mut raw = Raw::connect(limits).await;
@@ -66,8 +67,33 @@ async fn session(bytes: &[u8]) {
     let talk = async { tokio::join!(speak, reading.read_to_end(&mut said)) };
     let _ = tokio::time::timeout(LONG, talk).await.expect("the server hangs up");
     assert!(said.len() < 16 << 20, "a few requests are not answered with {} bytes", said.len());
-    if let Err(error) = raw.end().await {
-        assert!(error.to_string().contains("the script"), "{error:?}");
+    match raw.end().await {
+        Ok(()) => "success".to_owned(),
+        Err(error) => {
+            assert!(error.to_string().contains("the script"), "{error:?}");
+            error.to_string()
+        }
+    }
+}
+
+/// The session ends; the way it ends is one the corpus should have.
+fn ends(bytes: &[u8]) {
+    let parts = vec![bytes.to_vec()];
+    let end = watched("nbd_server", &parts, || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(session(bytes))
+    });
+    Corpus::of("nbd_server").keep(&end, &parts);
+}
+
+#[test]
+#[allow(clippy::print_stderr, reason = "names the input that fails")]
+fn clients_of_the_corpus_never_crash_or_hang_the_server() {
+    let inputs = Corpus::of("nbd_server").inputs();
+    assert!(inputs.len() > 5, "the corpus is there");
+    for (name, parts) in inputs {
+        eprintln!("{name}");
+        ends(&parts.concat());
     }
 }
 
@@ -82,11 +108,6 @@ async fn whole_transcripts_are_served_to_their_end() {
         raw.send(&transcript(style)).await;
         raw.end().await.unwrap_or_else(|e| panic!("{style:?}: {e:?}"));
     }
-}
-
-fn block_on(work: impl Future<Output = ()>) {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    runtime.block_on(work);
 }
 
 proptest! {
@@ -114,7 +135,7 @@ proptest! {
                 break;
             }
         }
-        block_on(session(&bytes));
+        ends(&bytes);
     }
 
     #[test]
@@ -125,6 +146,6 @@ proptest! {
         let mut bytes = 3_u32.to_be_bytes().to_vec();
         bytes.extend(options.iter().flat_map(|(option, payload)| option_bytes(*option, payload)));
         bytes.extend(tail);
-        block_on(session(&bytes));
+        ends(&bytes);
     }
 }

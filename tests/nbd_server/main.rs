@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, unreachable_pub)]
 
+#[path = "../nbd/corpus.rs"]
+mod corpus;
 mod fuzz;
 mod hostile;
 mod own;
