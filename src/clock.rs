@@ -36,6 +36,12 @@ impl ManualClock {
         Self { unix_ms: AtomicI64::new(start.as_millisecond()) }
     }
 
+    /// Sets the clock back, as an administrator or a time server does.
+    pub fn step_back(&self, by: Duration) {
+        let by_ms = i64::try_from(by.as_millis()).unwrap_or(i64::MAX);
+        self.unix_ms.fetch_sub(by_ms, Ordering::Relaxed);
+    }
+
     /// Moves the clock forward.
     pub fn advance(&self, by: Duration) {
         let by_ms = i64::try_from(by.as_millis()).unwrap_or(i64::MAX);

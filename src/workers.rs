@@ -20,6 +20,9 @@ const QUEUED_PER_THREAD: usize = 4;
 #[derive(Clone, Debug)]
 pub struct Workers {
     shared: Arc<Shared>,
+    /// Whether work is done by whoever asks for it: a simulation replays only on one thread.
+    #[cfg(test)]
+    inline: bool,
 }
 
 #[derive(Debug)]
@@ -43,7 +46,18 @@ impl Workers {
                 .spawn(move || run(&work))
                 .map_err(|e| Error::io("cannot start a worker thread", e))?;
         }
-        Ok(Self { shared: Arc::new(Shared { queue, places: Arc::new(Semaphore::new(capacity)) }) })
+        let places = Arc::new(Semaphore::new(capacity));
+        Ok(Self {
+            shared: Arc::new(Shared { queue, places }),
+            #[cfg(test)]
+            inline: false,
+        })
+    }
+
+    /// No threads: whoever asks for work does it.
+    #[cfg(test)]
+    pub(crate) fn inline() -> Result<Self> {
+        Ok(Self { inline: true, ..Self::new(1)? })
     }
 
     /// As many threads as the machine has cores.
@@ -57,6 +71,10 @@ impl Workers {
         &self,
         work: impl FnOnce() -> T + Send + 'static,
     ) -> Result<T> {
+        #[cfg(test)]
+        if self.inline {
+            return Ok(work());
+        }
         let place = Arc::clone(&self.shared.places)
             .acquire_owned()
             .await

@@ -141,6 +141,26 @@ impl Buffer {
     }
 }
 
+/// A share of a budget without the buffer it came with: for what was made of its bytes.
+#[derive(Debug)]
+pub struct Share {
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Buffer {
+    /// Gives the memory back, and keeps a share of the budget for `len` bytes (at most the buffer's
+    /// own); none outside a budget.
+    #[must_use]
+    pub fn into_share(mut self, len: usize) -> Option<Share> {
+        let (shared, mut permit) = self.home.take()?;
+        let bytes = std::mem::take(&mut self.bytes);
+        shared.spare().give(bytes, shared.budget_bytes());
+        let surplus = permit.num_permits().saturating_sub(len.div_ceil(PERMIT_BYTES).max(1));
+        drop(permit.split(surplus));
+        Some(Share { _permit: permit })
+    }
+}
+
 impl Deref for Buffer {
     type Target = [u8];
 
@@ -186,6 +206,15 @@ mod tests {
         assert!(budget.take(4096).await.bytes.capacity() <= 8192);
         drop(budget.take(4 << 20).await);
         assert!(budget.shared.spare().capacity_bytes <= 1 << 20, "no more than the budget is kept");
+    }
+
+    #[tokio::test]
+    async fn a_share_holds_what_it_is_for_and_gives_it_back() {
+        let budget = Budget::new(64 << 10);
+        let share = budget.take(64 << 10).await.into_share(5000).unwrap();
+        assert_eq!(budget.shared.permits.available_permits(), 14);
+        drop(share);
+        assert_eq!(budget.shared.permits.available_permits(), 16);
     }
 
     #[tokio::test]

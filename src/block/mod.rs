@@ -24,7 +24,7 @@ pub mod null;
 pub mod overlay;
 mod range;
 
-pub use buffer::{Budget, Buffer};
+pub use buffer::{Budget, Buffer, Share};
 pub use extent::{Extent, ExtentKind, ExtentMap};
 pub use range::ByteRange;
 

@@ -31,34 +31,65 @@ pub struct CondemnedList {
     pub packs: Vec<PackId>,
 }
 
-/// Every list there is.
+/// What a run must not dedup against.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Condemned {
+    packs: HashSet<PackId>,
+    /// A list does not open: it may name any pack.
+    any: bool,
+}
+
+impl Condemned {
+    /// Whether the pack is condemned, or may be.
+    pub fn contains(&self, pack: &PackId) -> bool {
+        self.any || self.packs.contains(pack)
+    }
+}
+
+/// Every list there is. One that is damaged counts as empty: nothing is deleted on its account, what
+/// is dead of it is condemned anew, and once no run can have missed it, it goes.
 pub async fn lists(store: &dyn ObjectStore, keys: &Keys) -> Result<Vec<CondemnedList>> {
+    Ok(read_lists(store, keys).await?.0)
+}
+
+/// The lists, and whether one of them is damaged.
+async fn read_lists(store: &dyn ObjectStore, keys: &Keys) -> Result<(Vec<CondemnedList>, bool)> {
+    let mut damaged = false;
     let mut objects: Vec<ObjectInfo> = Vec::new();
     for_each(store, Folder::Condemned.prefix(), |object| objects.push(object)).await?;
     let mut lists = Vec::with_capacity(objects.len());
     for ObjectInfo { name, stored, .. } in objects {
         let range = ReadRange::Whole { bytes_max: LIST_BYTES_MAX };
-        match store.read(&name, range).await {
-            Ok(bytes) => {
-                let bytes = keys.open_object(ObjectType::Condemned, &name, bytes)?;
-                let (packs, rest) = bytes.as_chunks::<16>();
-                if !rest.is_empty() {
-                    let message = format!("object {name} is not a list of packs");
-                    return Err(Error::new(Kind::Corrupt, message));
-                }
-                lists.push(CondemnedList { name, stored, packs: packs.to_vec() });
-            }
+        let read = store.read(&name, range).await.map_err(Error::from);
+        let packs = match read.and_then(|bytes| parse(keys, &name, bytes)) {
+            Ok(packs) => packs,
             // Carried out since the listing: its packs are gone, and so are their index entries.
-            Err(error) if error.is_not_found() => {}
-            Err(error) => return Err(error.into()),
-        }
+            Err(error) if error.kind() == Kind::NotFound => continue,
+            Err(error) if matches!(error.kind(), Kind::Corrupt | Kind::TooNew) => {
+                tracing::warn!(%error, "a list of the collector is damaged: run gc");
+                damaged = true;
+                Vec::new()
+            }
+            Err(error) => return Err(error),
+        };
+        lists.push(CondemnedList { name, stored, packs });
     }
-    Ok(lists)
+    Ok((lists, damaged))
+}
+
+fn parse(keys: &Keys, name: &ObjectName, bytes: Vec<u8>) -> Result<Vec<PackId>> {
+    let bytes = keys.open_object(ObjectType::Condemned, name, bytes)?;
+    let (packs, rest) = bytes.as_chunks::<16>();
+    if rest.is_empty() {
+        return Ok(packs.to_vec());
+    }
+    Err(Error::new(Kind::Corrupt, format!("object {name} is not a list of packs")))
 }
 
 /// What all lists together condemn.
-pub async fn packs(store: &dyn ObjectStore, keys: &Keys) -> Result<HashSet<PackId>> {
-    Ok(lists(store, keys).await?.into_iter().flat_map(|list| list.packs).collect())
+pub async fn packs(store: &dyn ObjectStore, keys: &Keys) -> Result<Condemned> {
+    let (lists, any) = read_lists(store, keys).await?;
+    Ok(Condemned { packs: lists.into_iter().flat_map(|list| list.packs).collect(), any })
 }
 
 /// Publishes a list of at most [`LIST_PACKS_MAX`] packs.

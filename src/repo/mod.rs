@@ -42,6 +42,8 @@ pub mod trust;
 pub mod writer;
 
 #[cfg(test)]
+mod model;
+#[cfg(test)]
 mod tests;
 
 use std::sync::Arc;

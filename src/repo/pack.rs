@@ -13,7 +13,7 @@
 //! index says, so that the index can be rebuilt from packs alone. Chunks and tree nodes never share
 //! a pack: reading a tree touches little.
 
-use super::seal::{BlobId, BlobKind, HEADER_BYTES, Keys, ObjectType, TAG_BYTES};
+use super::seal::{BlobId, BlobKind, HEADER_BYTES, Keys, ObjectType, SealError, TAG_BYTES};
 use super::store::{ObjectName, ObjectStore, ReadRange};
 use crate::error::{Error, Kind, Result};
 
@@ -148,7 +148,11 @@ pub async fn read_contents(
         t if t == ObjectType::DataPack as u8 => ObjectType::DataPack,
         _ => ObjectType::TreePack,
     };
-    let opener = keys.opener(object_type, name, &header)?;
+    // The repository is of a version we know: a header that claims a newer one is damaged.
+    let opener = keys.opener(object_type, name, &header).map_err(|error| match error {
+        SealError::TooNew { .. } => corrupt("its header is not one of this version"),
+        error @ SealError::Corrupt { .. } => error.into(),
+    })?;
     let footer = store.read(name, ReadRange::Suffix { len: FOOTER_BYTES as u64 }).await?;
     if footer.len() != FOOTER_BYTES || footer[8..] != MAGIC {
         return Err(corrupt("it has no footer"));

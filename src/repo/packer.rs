@@ -27,7 +27,7 @@ use super::pack::{
 };
 use super::seal::{BlobId, BlobKind, HEADER_BYTES, Keys, ObjectType, Sealer, TAG_BYTES, random};
 use super::store::{ObjectName, ObjectStore, ObjectWriter};
-use crate::block::Buffer;
+use crate::block::{Buffer, Share};
 use crate::error::{Error, Kind, Result};
 
 /// Sealed blobs waiting for a pack's task, in bytes of plain chunks.
@@ -61,8 +61,8 @@ pub struct EncodedBlob {
 /// The bytes of a blob.
 #[derive(Debug)]
 pub enum BlobBytes {
-    /// In memory of their own.
-    Owned(Vec<u8>),
+    /// In memory of their own; with a share of the budget for as many bytes, if they come from there.
+    Owned(Vec<u8>, Option<Share>),
     /// Where they were read to, as a chunk that does not compress is: its share of the budget is
     /// held until it is written.
     AsRead(Buffer),
@@ -70,7 +70,7 @@ pub enum BlobBytes {
 
 impl From<Vec<u8>> for BlobBytes {
     fn from(bytes: Vec<u8>) -> Self {
-        Self::Owned(bytes)
+        Self::Owned(bytes, None)
     }
 }
 
@@ -79,7 +79,7 @@ impl Deref for BlobBytes {
 
     fn deref(&self) -> &[u8] {
         match self {
-            Self::Owned(bytes) => bytes,
+            Self::Owned(bytes, _) => bytes,
             Self::AsRead(buffer) => buffer,
         }
     }
@@ -88,7 +88,7 @@ impl Deref for BlobBytes {
 impl DerefMut for BlobBytes {
     fn deref_mut(&mut self) -> &mut [u8] {
         match self {
-            Self::Owned(bytes) => bytes,
+            Self::Owned(bytes, _) => bytes,
             Self::AsRead(buffer) => buffer,
         }
     }

@@ -219,7 +219,14 @@ impl DiskReader {
         buffer: Buffer,
     ) -> Result<(Buffer, Vec<Piece>)> {
         let (_, first) = &batch.pieces[0];
-        let opener = self.blobs.opener(&first.pack)?;
+        let opener = match self.blobs.opener(&first.pack) {
+            Ok(opener) => opener,
+            // Each piece may have a copy in another pack.
+            Err(error) if may_have_another(&error) => {
+                return Ok((buffer, batch.pieces.into_iter().map(|(piece, _)| piece).collect()));
+            }
+            Err(error) => return Err(error),
+        };
         let work = move || {
             let mut buffer = buffer;
             let mut rest = &mut sealed[..];

@@ -34,7 +34,7 @@ impl Blobs {
         let mut first = None;
         for refreshed in [false, true] {
             if refreshed {
-                self.index.refresh().await?;
+                self.index.refresh_now_and_then().await?;
             }
             let mut copies = self.index.copies(id).await?;
             copies.sort_by_key(|copy| self.damaged.contains(&copy.pack.id));

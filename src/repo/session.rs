@@ -18,7 +18,7 @@ use async_trait::async_trait;
 
 use super::blobs::{self, Blobs};
 use super::catalog;
-use super::condemned::PackId;
+use super::condemned::Condemned;
 use super::failure::Failure;
 use super::forget;
 use super::index::{Index, IndexEntry, Location};
@@ -195,7 +195,10 @@ impl RunShared {
     pub(super) fn seal(&self, claim: Claim, kind: BlobKind, plain: Buffer) -> Result<SealedBlob> {
         let plain_bytes = u32::try_from(plain.len()).expect("a blob is at most 4 MiB");
         let (encoding, bytes) = match blobs::compress(&plain, self.level)? {
-            Some(compressed) => (Encoding::Zstd, BlobBytes::Owned(compressed)),
+            Some(compressed) => {
+                let share = plain.into_share(compressed.len());
+                (Encoding::Zstd, BlobBytes::Owned(compressed, share))
+            }
             None => (Encoding::Raw, BlobBytes::AsRead(plain)),
         };
         let stored_bytes = bytes.len() as u64;
@@ -243,7 +246,7 @@ impl Run {
         blobs: Arc<Blobs>,
         chunk_bytes: u64,
         lease: Lease,
-        condemned: HashSet<PackId>,
+        condemned: Condemned,
         options: RunOptions,
     ) -> Self {
         let durable =
@@ -267,6 +270,12 @@ impl Run {
             failure,
         };
         Self { shared: Arc::new(shared), lease }
+    }
+
+    /// What the lease does by itself every few minutes, for a test whose clock stands still.
+    #[cfg(test)]
+    pub(super) async fn renew(&self) -> Result<()> {
+        self.lease.check().await.map(drop)
     }
 
     /// How many packs of the repository are known to be damaged.

@@ -12,7 +12,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::blobs::Blobs;
-use super::condemned::PackId;
+use super::condemned::{Condemned, PackId};
 use super::index::Location;
 use super::store::{ObjectName, StoreError};
 use crate::error::Result;
@@ -21,7 +21,7 @@ use crate::error::Result;
 #[derive(Debug)]
 pub struct Trust {
     blobs: Arc<Blobs>,
-    condemned: HashSet<PackId>,
+    condemned: Condemned,
     // Locked for map operations, never across an await.
     known: Mutex<Known>,
 }
@@ -35,7 +35,7 @@ struct Known {
 
 impl Trust {
     /// Refuses `condemned` and what is known to be damaged, asks the store for everything else.
-    pub fn new(blobs: Arc<Blobs>, condemned: HashSet<PackId>) -> Self {
+    pub fn new(blobs: Arc<Blobs>, condemned: Condemned) -> Self {
         Self { blobs, condemned, known: Mutex::default() }
     }
 

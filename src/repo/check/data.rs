@@ -86,8 +86,7 @@ impl Reading<'_> {
             Ok(contents) => contents,
             // Collected since the packs were listed.
             Err(error) if error.kind() == Kind::NotFound => return Ok(()),
-            // A header that claims a newer version is a broken one: the repository is not newer.
-            Err(error) if is_finding(&error) || error.kind() == Kind::TooNew => {
+            Err(error) if is_finding(&error) => {
                 blobs.damaged.report(&id, &error).await;
                 report.fault(&name, Fault::of(&error));
                 findings.doubtful.insert(id);

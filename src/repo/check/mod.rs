@@ -268,7 +268,8 @@ async fn check_index(
 ) -> Result<()> {
     blobs.index.refresh().await?;
     for damaged in blobs.index.damaged() {
-        report.fault(&segment_name(&damaged.id), Fault::damage(damaged.what));
+        let fault = Fault { what: damaged.what, is_passing: damaged.is_passing };
+        report.fault(&segment_name(&damaged.id), fault);
     }
     for segment in blobs.index.segments().iter() {
         if let Err(error) = read_segment(blobs, segment, control).await {
@@ -319,7 +320,7 @@ async fn check_points(
                 report.points -= 1;
                 continue;
             }
-            Err(error) if is_finding(&error) => {
+            Err(error) if is_finding(&error) || error.kind() == Kind::TooNew => {
                 report.unreadable_points.push(name.point);
                 report.fault(&name.object(), Fault::of(&error));
                 continue;

@@ -44,8 +44,11 @@ async fn rebuild_under_lease(
     control: &Control,
 ) -> Result<()> {
     blobs.index.refresh().await?;
-    let mut damaged: Vec<_> = blobs.index.damaged().into_iter().map(|d| d.id).collect();
-    let mut partly = Vec::new();
+    // One that could not be read may be whole: treated as one that is damaged in part.
+    let (passing, damaged): (Vec<_>, Vec<_>) =
+        blobs.index.damaged().into_iter().partition(|segment| segment.is_passing);
+    let mut damaged: Vec<_> = damaged.into_iter().map(|segment| segment.id).collect();
+    let mut partly: Vec<_> = passing.into_iter().map(|segment| segment.id).collect();
     let mut sound = Vec::new();
     for segment in blobs.index.segments().iter() {
         match read_segment(blobs, segment, control).await {

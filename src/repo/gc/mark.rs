@@ -9,8 +9,8 @@
 //! point. Of a tree no more than 16 nodes and their children per level are open.
 //!
 //! Of several copies of a blob exactly one is marked: one in a pack that is neither condemned nor
-//! damaged if there is one, one in a damaged pack only if there is no other. A blob that no pack has stops the marking: what the points need is not known then, and
-//! nothing may be deleted.
+//! damaged if there is one, one in a damaged pack only if there is no other. A blob that no pack has
+//! stops the marking: what the points need is not known then, and nothing may be deleted.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -113,20 +113,35 @@ impl Marker {
         self.segments.push(Marked { segment, words: vec![0; words] });
     }
 
-    /// Takes in segments that running backups wrote since. Their packs are durable before them, and
-    /// nobody but us deletes: they are there.
-    pub(super) fn take_in_new(&mut self, segments: &[Arc<Segment>]) {
+    /// Takes in segments that others wrote since. Their packs were durable before them; but a run
+    /// that was suspended while it merged segments may bring back packs that are gone.
+    pub(super) async fn take_in_new(&mut self, segments: &[Arc<Segment>]) -> Result<()> {
         for segment in segments {
-            let known = self.segments.iter().any(|known| known.segment.id == segment.id);
-            if !known {
-                for pack in segment.packs() {
-                    let damaged = self.blobs.damaged.contains(&pack.id);
-                    let standing = if damaged { Standing::Damaged } else { Standing::Fine };
-                    self.packs.entry(pack.id).or_insert(standing);
-                }
-                self.add_segment(segment);
+            if self.segments.iter().any(|known| known.segment.id == segment.id) {
+                continue;
             }
+            for pack in segment.packs() {
+                if self.packs.contains_key(&pack.id) {
+                    continue;
+                }
+                match self.blobs.store.stat(&pack.name()).await {
+                    Ok(_) => {}
+                    Err(error) if error.is_not_found() => continue,
+                    Err(error) => return Err(error.into()),
+                }
+                let damaged = self.blobs.damaged.contains(&pack.id);
+                let standing = if damaged { Standing::Damaged } else { Standing::Fine };
+                self.packs.insert(pack.id, standing);
+            }
+            self.add_segment(segment);
         }
+        Ok(())
+    }
+
+    /// One that knows the same and has marked nothing.
+    pub(super) fn unmarked(&self) -> Self {
+        let segments: Vec<_> = self.segments().map(Arc::clone).collect();
+        Self::new(&self.blobs, self.chunk_levels, &segments, self.packs.clone())
     }
 
     /// The segments it knows.

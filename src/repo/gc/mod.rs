@@ -2,8 +2,8 @@
 //!
 //! ```text
 //!  lease (one collector at a time) ─► lists published earlier ─► survey of runs
-//!    ─► mark what the points need ─► drop forgotten manifests
-//!    ─► repack mostly dead packs ─► publish a new condemned list
+//!    ─► mark what the points need ─► spare what forgotten points need that are still relied on
+//!    ─► repack mostly dead packs ─► publish a new condemned list ─► drop forgotten manifests
 //!    ─► survey again; mark points that appeared since
 //!    ─► for every list that is ripe: index without the dead packs ─► delete packs, segments, list
 //! ```
@@ -13,7 +13,10 @@
 //! began earlier may have, but it is over when the list is ripe, its manifest is seen by the marking
 //! that follows, and what that needs is not deleted; if it lost its lease instead, it does not
 //! commit. What a run keeps from a base, the base's own manifest keeps alive: a run checks at its
-//! commit that the base is still a point. Packs younger than the oldest live run are not condemned
+//! commit that the base is still a point. The base may rest on a pack that was condemned before the
+//! run began (an older run needed it after all), and may be forgotten after that check; so may a
+//! point that is being read. What such a point needs is condemned anew, and a pack on several lists
+//! goes when all of them are ripe. Packs younger than the oldest live run are not condemned
 //! at all, they may be its own. Damage anywhere (a node, a manifest, an index segment) stops the
 //! collector: what is not known to be garbage stays.
 //!
@@ -29,7 +32,7 @@ mod repack;
 #[cfg(test)]
 pub(super) mod tests;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
 use serde::Serialize;
@@ -149,10 +152,20 @@ struct Collector<'a> {
     lease: &'a Lease,
 }
 
+/// A point that was forgotten.
+#[derive(Clone, Copy, Debug)]
+struct Forgotten {
+    point: PointId,
+    /// When, by the store's clock.
+    since: Timestamp,
+    /// Its manifest, if that is still there.
+    name: Option<PointName>,
+}
+
 /// What was found and decided so far.
 struct State {
     marker: Marker,
-    packs: HashMap<PackId, PackInfo>,
+    packs: BTreeMap<PackId, PackInfo>,
     condemned: HashSet<PackId>,
     marked: HashSet<PointId>,
     /// Packs known to be damaged when it began.
@@ -194,19 +207,22 @@ impl Collector<'_> {
         let mut ripe: HashSet<ObjectName> = self.ripe(&lists, &survey);
 
         let mut state = self.load(&lists).await?;
-        let (names, tombstones) = self.points().await?;
+        let (names, forgotten) = self.points().await?;
+        // After the tombstones were listed: who is not in it has seen them.
+        let readers = Survey::take(&**store).await?;
         self.control.set_phase("marking what the points need");
         self.mark(&mut state, &names).await?;
         state.report.points = names.len();
         drop(names);
         self.check_damage(&state).await?;
-        state.report.forgotten = self.drop_forgotten(&tombstones).await?;
+        self.spare(&mut state, &forgotten, &readers).await?;
 
         let oldest = survey.live().map(|run| run.started).min();
         let cutoff = oldest.map_or(self.lease.started(), |o| o.min(self.lease.started()));
         self.repack(&mut state, cutoff).await?;
         let new = self.condemn(&mut state, cutoff).await?;
         lists.extend(new.iter().cloned());
+        state.report.forgotten = self.drop_forgotten(&forgotten).await?;
 
         let survey = Survey::take(&**store).await?;
         ripe.extend(self.ripe(&new, &survey));
@@ -257,12 +273,12 @@ impl Collector<'_> {
         let index = &self.blobs.index;
         index.refresh().await?;
         if let Some(damaged) = index.damaged().first() {
-            let message = format!("an index segment is damaged: {}", damaged.what);
+            let message = format!("an index segment does not open: {}", damaged.what);
             return Err(Error::new(Kind::Corrupt, message)
                 .hint("run 'check --rebuild-index' first: nothing is deleted until then"));
         }
         let segments = index.segments();
-        let mut packs = HashMap::new();
+        let mut packs = BTreeMap::new();
         for_each(&*self.blobs.store, Folder::Packs.prefix(), |object| {
             if let Some(id) = from_hex::<16>(object.name.last()) {
                 let info = PackInfo { size_bytes: object.size_bytes, stored: object.stored };
@@ -284,24 +300,68 @@ impl Collector<'_> {
         Ok(State { marker, packs, condemned, marked: HashSet::new(), damaged, report })
     }
 
-    /// Points that count, and tombstones with the manifests they hide.
-    async fn points(&self) -> Result<(Vec<PointName>, Vec<(PointId, Option<PointName>)>)> {
+    /// Points that count, and those that were forgotten.
+    async fn points(&self) -> Result<(Vec<PointName>, Vec<Forgotten>)> {
         let store = &*self.blobs.store;
-        let mut forgotten: HashMap<PointId, Option<PointName>> = HashMap::new();
-        for_each_name(store, Folder::Tombstones.prefix(), |name| {
-            forgotten.extend(name.last().parse::<PointId>().ok().map(|id| (id, None)));
+        let mut forgotten: BTreeMap<PointId, Forgotten> = BTreeMap::new();
+        for_each(store, Folder::Tombstones.prefix(), |object| {
+            if let Ok(point) = object.name.last().parse::<PointId>() {
+                forgotten.insert(point, Forgotten { point, since: object.stored, name: None });
+            }
         })
         .await?;
         let mut names = Vec::new();
         for_each_name(store, Folder::Points.prefix(), |name| {
             let Some(name) = PointName::parse(&name) else { return };
             match forgotten.get_mut(&name.point) {
-                Some(hidden) => *hidden = Some(name),
+                Some(hidden) => hidden.name = Some(name),
                 None => names.push(name),
             }
         })
         .await?;
-        Ok((names, forgotten.into_iter().collect()))
+        Ok((names, forgotten.into_values().collect()))
+    }
+
+    /// Takes what is needed by points that a live run may have seen before they were forgotten off
+    /// the lists of the condemned: it is condemned anew, and waits for that run.
+    async fn spare(
+        &self,
+        state: &mut State,
+        forgotten: &[Forgotten],
+        readers: &Survey,
+    ) -> Result<()> {
+        let relied_on = |point: &&Forgotten| {
+            readers.live().any(|run| {
+                run.run != self.lease.run() && run.started <= point.since + LEASE_OF_WRITER
+            })
+        };
+        let names = forgotten.iter().filter(relied_on).filter_map(|point| point.name);
+        let names: Vec<PointName> = names.collect();
+        if names.is_empty() || state.condemned.is_empty() {
+            return Ok(());
+        }
+        let mut marker = state.marker.unmarked();
+        match self.mark_forgotten(&mut marker, &names).await {
+            Ok(()) => state.condemned.retain(|id| marker.use_of(id).is_none()),
+            // What a damaged one needs is not known: everything waits. It is forgotten, and must not
+            // stop the collector.
+            Err(error) if matches!(error.kind(), Kind::Corrupt | Kind::TooNew) => {
+                tracing::warn!(%error, "a forgotten point is damaged");
+                state.condemned.clear();
+            }
+            Err(error) => return Err(error),
+        }
+        Ok(())
+    }
+
+    async fn mark_forgotten(&self, marker: &mut Marker, names: &[PointName]) -> Result<()> {
+        let Blobs { store, keys, .. } = &**self.blobs;
+        for some in names.chunks(MANIFESTS_AT_ONCE) {
+            for manifest in points::manifests(store, keys, some).await? {
+                marker.mark(&manifest, self.control).await?;
+            }
+        }
+        marker.finish().await
     }
 
     /// Marks what those of `names` need that were not marked yet.
@@ -311,7 +371,7 @@ impl Collector<'_> {
             names.iter().filter(|name| !state.marked.contains(&name.point)).copied().collect();
         // What a listed manifest needs was indexed before the manifest was there.
         self.blobs.index.refresh().await?;
-        state.marker.take_in_new(&self.blobs.index.segments());
+        state.marker.take_in_new(&self.blobs.index.segments()).await?;
         for some in new.chunks(MANIFESTS_AT_ONCE) {
             for manifest in points::manifests(store, keys, some).await? {
                 state.marker.mark(&manifest, self.control).await?;
@@ -322,16 +382,19 @@ impl Collector<'_> {
     }
 
     /// Deletes the manifests of forgotten points, then their tombstones.
-    async fn drop_forgotten(&self, tombstones: &[(PointId, Option<PointName>)]) -> Result<usize> {
-        let mut dropped = 0;
-        for (point, manifest) in tombstones {
-            if let Some(manifest) = manifest {
-                self.delete(&manifest.object()).await?;
-                dropped += 1;
-            }
+    async fn drop_forgotten(&self, forgotten: &[Forgotten]) -> Result<usize> {
+        let manifests = forgotten.iter().filter_map(|point| point.name);
+        for name in manifests.clone() {
+            self.delete(&name.object()).await?;
+        }
+        if !forgotten.is_empty() {
+            // Else a power cut might bring a manifest back without its tombstone.
+            self.blobs.store.settle_deletions().await?;
+        }
+        for Forgotten { point, .. } in forgotten {
             self.delete(&tombstone(*point)).await?;
         }
-        Ok(dropped)
+        Ok(manifests.count())
     }
 
     /// Empties packs that are mostly dead, and small ones when there are many.
@@ -409,21 +472,17 @@ impl Collector<'_> {
         lists: &[CondemnedList],
         ripe: &HashSet<ObjectName>,
     ) -> Result<()> {
-        let mut doomed = HashSet::new();
+        let (mut doomed, mut waiting) = (BTreeSet::new(), BTreeSet::new());
         for list in lists {
-            for id in list.packs.iter().filter(|id| state.packs.contains_key(*id)) {
-                let size_bytes = state.packs[id].size_bytes;
-                if state.marker.use_of(id).is_some() {
-                    continue;
-                }
-                if ripe.contains(&list.name) {
-                    doomed.insert(*id);
-                } else {
-                    state.report.packs_waiting += 1;
-                    state.report.bytes_waiting += size_bytes;
-                }
-            }
+            let to = if ripe.contains(&list.name) { &mut doomed } else { &mut waiting };
+            let is_dead =
+                |id: &&PackId| state.packs.contains_key(*id) && state.marker.use_of(id).is_none();
+            to.extend(list.packs.iter().filter(is_dead).copied());
         }
+        // One that is on several lists waits for all of them.
+        doomed.retain(|id| !waiting.contains(id));
+        state.report.packs_waiting = waiting.len();
+        state.report.bytes_waiting = waiting.iter().map(|id| state.packs[id].size_bytes).sum();
         self.rewrite_index(state, &doomed).await?;
         for (count, id) in doomed.iter().enumerate() {
             if count % 1000 == 999 {
@@ -461,7 +520,7 @@ impl Collector<'_> {
     }
 
     /// Merges segments that speak of doomed or missing packs, and small ones when there are many.
-    async fn rewrite_index(&self, state: &State, doomed: &HashSet<PackId>) -> Result<()> {
+    async fn rewrite_index(&self, state: &State, doomed: &BTreeSet<PackId>) -> Result<()> {
         let marker = &state.marker;
         let gone = |id: &PackId| doomed.contains(id) || marker.standing(id) == Standing::Missing;
         let many = marker.segments().count() > SEGMENTS_MAX;

@@ -9,7 +9,7 @@ use async_trait::async_trait;
 
 use super::mark::Marker;
 use crate::control::Control;
-use crate::error::Result;
+use crate::error::{Kind, Result};
 use crate::repo::blobs::Blobs;
 use crate::repo::condemned::PackId;
 use crate::repo::failure::Failure;
@@ -66,15 +66,22 @@ pub(super) async fn repack(
     let packer = Arc::new(Packer::new(target, object_type, 256 << 10));
     let mut moved_bytes = 0;
     let mut done = Vec::new();
+    let mut damage = None;
     for id in packs {
         control.check()?;
-        match copy_live(blobs, marker, &packer, id).await {
+        let to = if damage.is_none() { To::Packs(&packer) } else { To::Nowhere };
+        match copy_live(blobs, marker, to, id).await {
             Ok(bytes) => moved_bytes += bytes,
-            Err(error) => {
-                // Known to be damaged, it is left as it is when the collector starts over.
+            // Known to be damaged, it is left as it is when the collector starts over. It looks at
+            // the others first: once for all of them.
+            Err(error) if error.kind() == Kind::Corrupt => {
                 blobs.damaged.report(id, &error).await;
-                return Err(error);
+                damage.get_or_insert(error);
             }
+            Err(error) => return Err(error),
+        }
+        if damage.is_some() {
+            continue;
         }
         done.push(*id);
         if gathered.lock().len() >= SPILL_ENTRIES {
@@ -82,10 +89,22 @@ pub(super) async fn repack(
             settle(blobs, marker, &gathered, &mut done).await?;
         }
     }
+    if let Some(error) = damage {
+        packer.abort().await;
+        return Err(error);
+    }
     packer.flush().await?;
     failure.check()?;
     settle(blobs, marker, &gathered, &mut done).await?;
     Ok(moved_bytes)
+}
+
+/// What becomes of the blobs of a pack that are needed.
+#[derive(Clone, Copy)]
+enum To<'a> {
+    Packs(&'a Arc<Packer>),
+    /// They are only opened, to see whether they do.
+    Nowhere,
 }
 
 /// Indexes what is durable, and lets go of the packs it came from.
@@ -112,12 +131,7 @@ async fn settle(
     Ok(())
 }
 
-async fn copy_live(
-    blobs: &Arc<Blobs>,
-    marker: &Marker,
-    packer: &Arc<Packer>,
-    id: &PackId,
-) -> Result<u64> {
+async fn copy_live(blobs: &Arc<Blobs>, marker: &Marker, to: To<'_>, id: &PackId) -> Result<u64> {
     let name = ObjectName::pack(id);
     let contents = pack::read_contents(&*blobs.store, &blobs.keys, &name).await?;
     let mut live = Vec::new();
@@ -130,7 +144,7 @@ async fn copy_live(
     let mut rest = &live[..];
     while !rest.is_empty() {
         let (run, after) = rest.split_at(run_len(rest));
-        copy_run(blobs, packer, &name, &contents, run.to_vec()).await?;
+        copy_run(blobs, to, &name, &contents, run.to_vec()).await?;
         rest = after;
     }
     Ok(live.iter().map(|blob| u64::from(blob.stored_bytes)).sum())
@@ -153,7 +167,7 @@ fn run_len(blobs: &[PackedBlob]) -> usize {
 
 async fn copy_run(
     blobs: &Arc<Blobs>,
-    packer: &Arc<Packer>,
+    to: To<'_>,
     name: &ObjectName,
     contents: &PackContents,
     run: Vec<PackedBlob>,
@@ -162,21 +176,30 @@ async fn copy_run(
     let range = ReadRange::Exact { offset: u64::from(run[0].offset), len };
     let mut sealed = blobs.store.read(name, range).await?;
     let opener = blobs.keys.opener(contents.object_type, name, &contents.header)?;
-    let sealing = Arc::clone(packer);
+    let packer = match to {
+        To::Packs(packer) => Some(Arc::clone(packer)),
+        To::Nowhere => None,
+    };
+    let sealing = packer.clone();
     let work = move || -> Result<Vec<_>> {
         let mut rest = &mut sealed[..];
         let mut out = Vec::with_capacity(run.len());
         for blob in run {
             let (part, after) = rest.split_at_mut(blob.stored_bytes as usize);
             rest = after;
-            let bytes = opener.open_in_place(u64::from(blob.counter), part)?.to_vec().into();
+            let encoded = opener.open_in_place(u64::from(blob.counter), part)?;
+            let Some(sealing) = &sealing else { continue };
             let PackedBlob { id, kind, encoding, plain_bytes, .. } = blob;
+            let bytes = encoded.to_vec().into();
             out.push(sealing.seal(EncodedBlob { id, kind, encoding, plain_bytes, bytes }));
         }
         Ok(out)
     };
-    for sealed in blobs.workers.run(work).await?? {
-        packer.send(sealed).await?;
+    let sealed = blobs.workers.run(work).await??;
+    if let Some(packer) = packer {
+        for sealed in sealed {
+            packer.send(sealed).await?;
+        }
     }
     Ok(())
 }

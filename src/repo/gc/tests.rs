@@ -464,3 +464,36 @@ proptest! {
         runtime.block_on(play(steps));
     }
 }
+
+/// A pack that was condemned, and needed after all by a run from before, was deleted under whoever
+/// read the point of that run when the point was forgotten: the old list counted as missed by
+/// nobody, because the reader had begun after it.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_condemned_before_a_reader_began_waits_for_it_all_the_same() {
+    let bed = Bed::new().await;
+    let (writer, collector) = (bed.open().await, bed.open().await);
+    add_point(&writer, 1, &[1, 2, 3]).await;
+    bed.pass(MINUTE);
+    let older = writer.begin_run(RunOptions::default()).await.unwrap();
+    let stored = write(&older, &[1, 2, 3], None).await;
+    collector.forget(point(1)).await.unwrap();
+    bed.pass(MINUTE);
+    assert!(collect(&collector).await.packs_waiting > 0);
+    older.commit(point(2), draft(&stored, None)).await.unwrap();
+    bed.pass(LEASE_OF_WRITER + MINUTE);
+    let reader = bed.open().await;
+    let hold = reader.hold().await.unwrap();
+    assert_eq!(reader.point_names(None).await.unwrap().len(), 1);
+    bed.pass(MINUTE);
+    collector.forget(point(2)).await.unwrap();
+    for _ in 0..2 {
+        bed.pass(MINUTE);
+        let report = collect(&collector).await;
+        assert_eq!((report.packs_deleted, report.waiting_for.len()), (0, 1), "{report:?}");
+        assert_holds(&reader, &stored, &[1, 2, 3]).await;
+    }
+    hold.end().await.unwrap();
+    bed.pass(MINUTE);
+    collect(&collector).await;
+    assert_eq!((bed.count(Folder::Packs), bed.count(Folder::Condemned)), (0, 0));
+}

@@ -4,10 +4,12 @@
 //! pile up. In memory are only their directories (an eighth of a byte of first id per entry), their
 //! filters (ten bits per entry, past a bound in a file: [`filter_space`]) and a bounded cache of blocks.
 //! A look-up for a new chunk ends at the filters;
-//! one for a known chunk reads one block of 13 KiB, usually cached.
+//! one for a known chunk reads one block of 13 KiB, usually cached. Nothing is cached on a disk of the
+//! host: for a store in a directory reading the segment itself is as cheap, and what is cached there
+//! could be stale or damaged. A store that is far away may put such a cache below [`ObjectStore`].
 //!
 //! The set is a snapshot: [`Index::refresh`] takes in what other writers and the collector did. A
-//! segment that is damaged is left out with a warning, so that what the others know still restores;
+//! segment that does not open is left out with a warning, so that what the others know still restores;
 //! `check --rebuild-index` puts back what it knew, and until then the collector deletes nothing.
 
 pub mod filter;
@@ -18,16 +20,22 @@ mod tier;
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::Duration;
 
 use filter_space::{FILTER_BYTES_MAX, FilterSpace};
+use tokio::time::Instant;
+
 pub use segment::{IndexEntry, Location, PackRef, Segment, SegmentWriter};
 
 use super::seal::{BlobId, Keys, random};
 use super::store::{Folder, ObjectStore, for_each, from_hex};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, with_causes};
 
 /// Blocks kept in memory: about 30 MiB.
 const CACHED_BLOCKS_MAX: usize = 1500;
+
+/// How old the set may be for [`Index::refresh_now_and_then`].
+const REFRESH_EVERY: Duration = Duration::from_secs(2);
 
 /// Accepts a place to read from or to dedup against.
 pub type Accept<'a> = &'a (dyn Fn(&Location) -> bool + Sync);
@@ -44,6 +52,8 @@ pub struct DamagedSegment {
     pub id: SegmentId,
     /// What is wrong with it.
     pub what: String,
+    /// An error of the storage, which may pass, as opposed to proven damage.
+    pub is_passing: bool,
 }
 
 /// The id of a segment.
@@ -64,6 +74,8 @@ pub struct Index {
     /// Segments that are still stored but replaced by others.
     superseded: Mutex<Vec<SegmentId>>,
     blocks: Mutex<BlockCache>,
+    /// When [`Index::refresh_now_and_then`] did so last.
+    refreshed_then: Mutex<Option<Instant>>,
     filters: Arc<FilterSpace>,
 }
 
@@ -87,6 +99,7 @@ impl Index {
             changing: tokio::sync::Mutex::default(),
             superseded: Mutex::default(),
             blocks: Mutex::default(),
+            refreshed_then: Mutex::default(),
             filters: Arc::new(FilterSpace::new(filter_bytes_max)),
         };
         index.refresh().await?;
@@ -130,9 +143,13 @@ impl Index {
                     // Merged away between the listing and now: what superseded it was listed too,
                     // or will be by the next refresh.
                     Err(error) if error.kind() == Kind::NotFound => {}
-                    Err(error) if error.kind() == Kind::Corrupt => {
-                        tracing::warn!(%error, "an index segment is damaged and left out");
-                        damaged.push(DamagedSegment { id, what: error.to_string() });
+                    // The repository is of a version we know: a header of a newer one is damage.
+                    Err(error)
+                        if matches!(error.kind(), Kind::Corrupt | Kind::TooNew | Kind::Io) =>
+                    {
+                        tracing::warn!(%error, "an index segment does not open and is left out");
+                        let is_passing = error.kind() == Kind::Io;
+                        damaged.push(DamagedSegment { id, what: with_causes(&error), is_passing });
                     }
                     Err(error) => return Err(error),
                 },
@@ -146,6 +163,17 @@ impl Index {
         damaged.retain(|segment: &DamagedSegment| !replaced(&segment.id));
         *lock(&self.damaged) = damaged;
         *self.segments.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(segments);
+        Ok(())
+    }
+
+    /// The same, unless this was asked a moment ago: for who comes once for every blob of a pack.
+    pub async fn refresh_now_and_then(&self) -> Result<()> {
+        let recent = |at: Instant| at.elapsed() < REFRESH_EVERY;
+        if lock(&self.refreshed_then).is_some_and(recent) {
+            return Ok(());
+        }
+        self.refresh().await?;
+        *lock(&self.refreshed_then) = Some(Instant::now());
         Ok(())
     }
 

@@ -97,6 +97,11 @@ pub trait ObjectStore: Send + Sync + std::fmt::Debug {
     /// Deletes an object; one that is not there is [`StoreError::NotFound`].
     async fn delete(&self, name: &ObjectName) -> StoreResult<()>;
 
+    /// Makes the deletions so far durable, where they are not when they return.
+    async fn settle_deletions(&self) -> StoreResult<()> {
+        Ok(())
+    }
+
     /// The store's own clock: comparable with the time stamps of its objects.
     async fn now(&self) -> StoreResult<Timestamp>;
 

@@ -167,6 +167,17 @@ impl ObjectStore for DirectoryStore {
         .await
     }
 
+    /// One call instead of an fsync of every directory that lost an entry: they may be thousands.
+    /// Journals keep the order of deletions mostly, but not where an fsync of one directory
+    /// overtakes the others (btrfs' log, ext4's fast commits).
+    async fn settle_deletions(&self) -> StoreResult<()> {
+        self.run(|root| {
+            let synced = rustix::fs::syncfs(&root.dir);
+            synced.map_err(|e| root.error("syncing", "deletions", e.into()))
+        })
+        .await
+    }
+
     async fn now(&self) -> StoreResult<Timestamp> {
         self.run(|root| root.now()).await
     }
