@@ -4,6 +4,7 @@
 use std::fs;
 
 use crate::fixture::Fixture;
+use crate::support::{Outcome, Process, wait_until};
 
 #[test]
 fn a_repository_that_is_not_there_is_not_made_by_a_backup() {
@@ -186,6 +187,37 @@ fn json_errors_are_one_line_on_stderr() {
     let line: serde_json::Value = serde_json::from_str(last).expect("a JSON line");
     assert_eq!((&line["type"], &line["exit_code"]), (&"error".into(), &3.into()));
     assert!(line["hint"].is_string());
+}
+
+/// A `qemu-img` that is killed may have done its work before.
+#[test]
+fn a_bitmap_that_was_half_added_goes_with_the_run_that_fails() {
+    let fixture = Fixture::new();
+    let env = &fixture.env;
+    let image = env.path("a.qcow2").display().to_string();
+    env.run("qemu-img", &["create", "-q", "-f", "qcow2", &image, "1M"]).ok();
+    let bin = env.path("bin");
+    fs::create_dir(&bin).unwrap();
+    let script = "#!/bin/sh\nPATH=${PATH#*:}\nqemu-img \"$@\" || exit\n\
+                  if [ \"$1$2\" = bitmap--add ]; then kill -KILL $$; fi\n";
+    fs::write(bin.join("qemu-img"), script).unwrap();
+    env.run("chmod", &["755", bin.join("qemu-img").to_str().unwrap()]).ok();
+    // The other disk is in use, which is seen after the first has got its bitmap.
+    let socket = env.path("run/writer.sock");
+    let mut writer = env.command("qemu-nbd");
+    writer.args(["-t", "-f", "raw", "-k"]).arg(&socket).arg(&fixture.image);
+    let _writer = Process::spawn(&mut writer);
+    wait_until("qemu-nbd", 30, || socket.exists());
+
+    let (a, b) =
+        (format!("{image},format=qcow2"), format!("{},format=raw", fixture.image.display()));
+    let mut run = env.vmbackup_command(&["full", "--name", "foo", "--image", &a, "--image", &b]);
+    let path = std::env::var("PATH").unwrap();
+    run.env("PATH", format!("{}:{path}:/usr/sbin:/sbin", bin.display()));
+    let outcome = Outcome::of(&mut run).fails_with(&["next backup reads a in full", "foo.raw"]);
+    assert_eq!(outcome.code, Some(7), "{outcome:?}");
+    let info = env.run("qemu-img", &["info", "--output=json", "-f", "qcow2", &image]).json();
+    assert!(info["format-specific"]["data"]["bitmaps"].is_null(), "{info}");
 }
 
 /// The largest file below a directory: in a repository, a data pack.

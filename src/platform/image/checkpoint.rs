@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Kind, Result};
 use crate::image::bitmap::{self, BitmapNames};
-use crate::image::{Layer, LockedImage};
+use crate::image::{Layer, LockedImage, inspect};
 use crate::platform::{BackupMode, SnapshotRequest, base};
 use crate::vm::{FullReason, ReadMode, Uuid};
 
@@ -50,17 +50,17 @@ impl Checkpoints {
         }
     }
 
-    /// Begins the new bitmap, if the image can hold one; whether it did.
-    pub(super) async fn begin(&self, top: &Layer) -> Result<bool> {
-        if top.info.bitmaps.is_none() {
-            return Ok(false);
-        }
-        bitmap::add(&top.path, &top.format, &self.new).await?;
-        Ok(true)
+    /// Begins the new bitmap in an image that can hold one. It may be there also after an error.
+    pub(super) async fn begin(&self, top: &Layer) -> Result<()> {
+        bitmap::add(&top.path, &top.format, &self.new).await
     }
 
-    /// Removes the new bitmap again.
+    /// Removes the new bitmap again, if it is there.
     pub(super) async fn undo(&self, top: &Layer) -> Result<()> {
+        let now = inspect(&top.path, &top.format).await?;
+        if !now.bitmaps.iter().flatten().any(|bitmap| bitmap.name == self.new) {
+            return Ok(());
+        }
         bitmap::remove(&top.path, &top.format, &self.new).await.map_err(|e| {
             e.context(format!("bitmap {} was left behind", self.new))
                 .hint("it does no harm; the next backup of this VM removes it")

@@ -39,8 +39,18 @@ pub(super) struct ImageSnapshot {
 struct Reading {
     image: LockedImage,
     checkpoints: Checkpoints,
-    /// Whether the new bitmap is in the image.
-    has_new: bool,
+    new: New,
+}
+
+/// The new bitmap of an image.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum New {
+    /// Nobody tried to add it.
+    No,
+    /// It was tried and did not succeed: it may be there all the same.
+    Tried,
+    /// It is there and records.
+    Recording,
 }
 
 /// A disk whose new bitmap may have begun, before it is locked.
@@ -48,7 +58,7 @@ struct Begun<'a> {
     disk: &'a ImageDisk,
     checkpoints: Checkpoints,
     top: Layer,
-    has_new: bool,
+    new: New,
 }
 
 impl ImageSnapshot {
@@ -67,7 +77,7 @@ impl ImageSnapshot {
             let checkpoints = Checkpoints::new(request, identity.uuid, &disk.name)?;
             reads.push((disk.name.clone(), checkpoints.read_mode(disk, &layers, request)));
             let top = layers.into_iter().next().expect("an image has a layer");
-            begun.push(Begun { disk, checkpoints, top, has_new: false });
+            begun.push(Begun { disk, checkpoints, top, new: New::No });
         }
         check_mode(&reads, request)?;
         control.set_phase("locking the images");
@@ -80,7 +90,7 @@ impl ImageSnapshot {
                 let reading = |(begun, image): (Begun<'_>, _)| Reading {
                     image,
                     checkpoints: begun.checkpoints,
-                    has_new: begun.has_new,
+                    new: begun.new,
                 };
                 let images = begun.into_iter().zip(locked).map(reading).collect();
                 // Nobody writes from here on.
@@ -119,8 +129,13 @@ impl ImageSnapshot {
 async fn begin_all(disks: &mut [Begun<'_>], control: &Control) -> Result<()> {
     for disk in disks {
         control.check()?;
+        if disk.top.info.bitmaps.is_none() {
+            continue;
+        }
+        // Before the call: one that fails half way is undone as well.
+        disk.new = New::Tried;
         match disk.checkpoints.begin(&disk.top).await {
-            Ok(has_new) => disk.has_new = has_new,
+            Ok(()) => disk.new = New::Recording,
             Err(error) if error.kind() == Kind::Busy => return Err(error),
             Err(error) => control.notice(
                 NoticeLevel::Warning,
@@ -153,7 +168,7 @@ async fn lock_all(
 
 /// Removes the bitmaps that were begun; the locks are gone when this is called.
 async fn undo_all(disks: &[Begun<'_>], control: &Control) {
-    for disk in disks.iter().filter(|disk| disk.has_new) {
+    for disk in disks.iter().filter(|disk| disk.new != New::No) {
         if let Err(error) = disk.checkpoints.undo(&disk.top).await {
             control.notice(NoticeLevel::Warning, error.in_one_line());
         }
@@ -201,11 +216,11 @@ impl VmSnapshot for ImageSnapshot {
 
     async fn commit(self: Box<Self>) -> Result<()> {
         let mut result = Ok(());
-        for Reading { image, checkpoints, has_new } in self.images {
+        for Reading { image, checkpoints, new } in self.images {
             let top = top(&image).clone();
             result = result.and(image.release().await);
             // Without a new bitmap the old one is still the best there is.
-            if has_new {
+            if new == New::Recording {
                 result = result.and(checkpoints.drop_older(&top).await);
             }
         }
@@ -214,10 +229,10 @@ impl VmSnapshot for ImageSnapshot {
 
     async fn abort(self: Box<Self>) -> Result<()> {
         let mut result = Ok(());
-        for Reading { image, checkpoints, has_new } in self.images {
+        for Reading { image, checkpoints, new } in self.images {
             let top = top(&image).clone();
             result = result.and(image.release().await);
-            if has_new {
+            if new != New::No {
                 result = result.and(checkpoints.undo(&top).await);
             }
         }
