@@ -16,6 +16,9 @@ use super::{FileSink, PageCache, Placed, blocking};
 use crate::block::BlockSink;
 use crate::error::{Error, Kind, Result};
 
+/// Most copies kept under one name: somebody should have looked by then.
+const BESIDE_MAX: u32 = 99;
+
 /// What to do with a file that has the name already.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Existing {
@@ -97,6 +100,11 @@ impl NewFile {
         self.sink.set_len(size_bytes)
     }
 
+    /// The name it is to get.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// The temporary file, for tools that must write to it by name.
     pub fn temporary_path(&self) -> &Path {
         &self.temporary
@@ -126,10 +134,7 @@ impl NewFile {
             if durability == Durability::Cached {
                 return Ok(());
             }
-            // The name is durable when its directory is.
-            File::open(parent(&path)).and_then(|directory| directory.sync_all()).map_err(|e| {
-                Error::io(format!("cannot sync the directory of {}", path.display()), e)
-            })
+            sync_directory_of(&path)
         })
         .await
     }
@@ -153,6 +158,38 @@ impl NewFile {
         .await
     }
 
+    /// Gives a file that was synced a name beside the one it was made for: that name with `suffix`,
+    /// and a number where that is taken. On an error the file is removed. Not cancel-safe.
+    pub async fn keep_beside(self, suffix: &str) -> Result<PathBuf> {
+        let Self { path, mut temporary, .. } = self;
+        let suffix = suffix.to_owned();
+        blocking(move || {
+            for number in 1..=BESIDE_MAX {
+                let mut name = path.clone().into_os_string();
+                name.push(&suffix);
+                if number > 1 {
+                    name.push(format!("-{number}"));
+                }
+                let beside = PathBuf::from(name);
+                match temporary.persist_noclobber(&beside) {
+                    Ok(()) => {
+                        sync_directory_of(&beside)?;
+                        return Ok(beside);
+                    }
+                    Err(error) if error.error.kind() == std::io::ErrorKind::AlreadyExists => {
+                        temporary = error.path;
+                    }
+                    Err(error) => {
+                        let message = format!("cannot rename to {}", beside.display());
+                        return Err(Error::io(message, error.error));
+                    }
+                }
+            }
+            Err(exists(&path))
+        })
+        .await
+    }
+
     /// Removes what was written.
     pub fn abort(self) -> Result<()> {
         let path = self.temporary.to_path_buf();
@@ -167,6 +204,12 @@ pub(super) fn parent(path: &Path) -> &Path {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
     }
+}
+
+/// A name is durable when its directory is.
+fn sync_directory_of(path: &Path) -> Result<()> {
+    let failed = |e| Error::io(format!("cannot sync the directory of {}", path.display()), e);
+    File::open(parent(path)).and_then(|directory| directory.sync_all()).map_err(failed)
 }
 
 fn exists(path: &Path) -> Error {

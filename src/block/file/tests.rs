@@ -170,3 +170,19 @@ fn a_device_that_something_holds_is_not_overwritten() {
     drop(holder);
     FileSink::open(Path::new(&device.0), 1 << 20).unwrap();
 }
+
+#[tokio::test]
+async fn a_copy_kept_beside_takes_no_name_that_is_there() {
+    let dir = dir();
+    let path = dir.path().join("disk.raw");
+    let beside = |end: &str| dir.path().join(format!("disk.raw.kept{end}"));
+    std::fs::write(beside(""), "mine").unwrap();
+    for end in ["-2", "-3"] {
+        let file = NewFile::create(&path, 512, Existing::Refuse).unwrap();
+        file.sync().await.unwrap();
+        assert_eq!(file.keep_beside(".kept").await.unwrap(), beside(end));
+        assert_eq!(beside(end).metadata().unwrap().len(), 512);
+    }
+    assert_eq!(std::fs::read(beside("")).unwrap(), b"mine");
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 3, "no temporary is left");
+}

@@ -4,6 +4,7 @@
 //!  point ► choose disks ► targets ► space? ► copy each to its temporary name ► all complete?
 //!                                                       │ error, or stopped        │
 //!                                                       └► remove temporaries      ▼
+//!                                                  no: keep them beside ◄──────────┤
 //!      remove what was replaced ◄ define ◄ NVRAM, TPM, XML ◄ rename all ◄ domain still stopped?
 //!                  │                 └──────────┴────────────────┴► error: put back what was replaced
 //!                  └► start
@@ -206,10 +207,10 @@ async fn put_in_place(
     control: &Control,
 ) -> Result<Vec<PathBuf>> {
     if let Some(definition) = definition {
-        // Copying took its time. Under its own name the copy would be in the way of the next run.
-        definition.check().await.map_err(|error| {
-            error.context("everything was copied, and the copies are removed again")
-        })?;
+        // Copying took its time.
+        if let Err(error) = definition.check().await {
+            return Err(target::keep_all(images, manifest.point, error).await);
+        }
     }
     let mut outcome = Outcome::default();
     let all = async {

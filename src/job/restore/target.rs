@@ -16,6 +16,7 @@ use crate::error::{Error, Kind, Result};
 use crate::image::{ImageLock, NewImage};
 use crate::repo::ManifestDisk;
 use crate::units::{ByteSize, KIB};
+use crate::vm::PointId;
 
 /// Shortest run of zeroes that becomes a hole: the block of most file systems.
 const HOLE_BYTES: u64 = 4 * KIB;
@@ -362,6 +363,41 @@ pub(super) fn lock_all(disks: &[Complete], outcome: &mut Outcome) -> Result<()> 
         }
     }
     Ok(())
+}
+
+/// Keeps the disks of a restore that cannot end well now, for hours of copying are in them: images
+/// get names of their own beside the ones they were made for. `error`, with where they are and what
+/// to do with them.
+pub(super) async fn keep_all(disks: Vec<Complete>, point: PointId, error: Error) -> Error {
+    let (mut said, mut moves) = (Vec::new(), Vec::new());
+    for disk in disks {
+        match disk {
+            Complete::Device { path, .. } => {
+                said.push(format!("{} holds the restored disk", path.display()));
+            }
+            Complete::New { file, .. } => {
+                let image = file.path().display().to_string();
+                match file.keep_beside(&format!(".restored-{}", point.short())).await {
+                    Ok(copy) => {
+                        said.push(format!("the complete copy is kept as {}", copy.display()));
+                        moves.push(format!("'mv {} {image}'", copy.display()));
+                    }
+                    Err(error) => said.push(error.to_string()),
+                }
+            }
+        }
+    }
+    let again = "restore again; to keep both, restore beside it with --as NAME";
+    let hint = if moves.is_empty() {
+        format!("stop the domain and {again}")
+    } else {
+        format!(
+            "stop the domain, then put the copies in place ({}; description, firmware variables \
+             and TPM stay those it has) or {again}; remove the copies you do not need",
+            moves.join(", ")
+        )
+    };
+    error.context(format!("no existing image was replaced; {}", said.join("; "))).hint(hint)
 }
 
 /// Gives all images their names.
