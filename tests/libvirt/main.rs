@@ -8,6 +8,7 @@ mod support;
 
 mod frozen;
 mod lifecycle;
+mod luks;
 mod online;
 mod refusals;
 mod restore;

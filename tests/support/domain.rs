@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use super::env::TestEnv;
 use super::guest::{Guest, GuestFiles};
+use super::luks::Secret;
 use super::outcome::Outcome;
 use super::tools::wait_until;
 
@@ -24,12 +25,20 @@ pub(crate) enum DiskFormat {
     Qcow2Backed,
     /// raw.
     Raw,
+    /// qcow2 with LUKS inside.
+    Qcow2Luks,
+    /// raw in a LUKS container.
+    RawLuks,
 }
 
 impl DiskFormat {
     /// The name QEMU knows it by.
     pub(crate) fn name(self) -> &'static str {
-        if self == Self::Raw { "raw" } else { "qcow2" }
+        if matches!(self, Self::Raw | Self::RawLuks) { "raw" } else { "qcow2" }
+    }
+
+    fn is_encrypted(self) -> bool {
+        matches!(self, Self::Qcow2Luks | Self::RawLuks)
     }
 }
 
@@ -68,6 +77,8 @@ pub(crate) struct Domain<'env> {
     env: &'env TestEnv,
     name: String,
     disks: Vec<(PathBuf, DiskFormat)>,
+    /// Of its encrypted disks.
+    secret: Option<Secret<'env>>,
 }
 
 impl<'env> Domain<'env> {
@@ -76,11 +87,14 @@ impl<'env> Domain<'env> {
         ensure_libvirt(env);
         let name = env.name(spec.suffix);
         let guest = GuestFiles::into_dir(env.dir());
+        let encrypted = spec.disks.iter().any(|disk| disk.format.is_encrypted());
+        let secret = encrypted.then(|| Secret::define(env, spec.suffix));
         let mut disks = Vec::new();
         for (index, disk) in spec.disks.iter().enumerate() {
-            disks.push((make_disk(env, spec.suffix, index, *disk), disk.format));
+            let image = make_disk(env, (spec.suffix, index), *disk, secret.as_ref());
+            disks.push((image, disk.format));
         }
-        let domain = Self { env, name, disks };
+        let domain = Self { env, name, disks, secret };
         let file = env.path(&format!("domain{}.xml", spec.suffix));
         std::fs::write(&file, domain.xml(&guest, spec)).expect("own directory");
         domain.virsh(&["define", &file.to_string_lossy()]).ok();
@@ -167,7 +181,7 @@ impl<'env> Domain<'env> {
 
     /// A domain somebody else will define under this name; removed on drop like any other.
     pub(crate) fn adopt(env: &'env TestEnv, name: &str) -> Self {
-        Self { env, name: name.to_owned(), disks: Vec::new() }
+        Self { env, name: name.to_owned(), disks: Vec::new(), secret: None }
     }
 
     /// Pauses it.
@@ -221,7 +235,17 @@ impl<'env> Domain<'env> {
         let (disk, format) = &self.disks[index];
         let copy = self.env.path(&format!("oracle-{}-{label}-{index}.raw", self.name));
         let mut command = self.env.command("qemu-img");
-        command.args(["convert", "-U", "-f", format.name(), "-O", "raw"]).arg(disk).arg(&copy);
+        command.args(["convert", "-U", "-O", "raw"]);
+        match &self.secret {
+            Some(secret) if format.is_encrypted() => {
+                command.args(["--object", &secret.object(), "--image-opts"]);
+                command.arg(Secret::image_options(format.name(), disk));
+            }
+            _ => {
+                command.args(["-f", format.name()]).arg(disk);
+            }
+        }
+        command.arg(&copy);
         Outcome::of(&mut command).ok();
         copy
     }
@@ -238,10 +262,14 @@ impl<'env> Domain<'env> {
             let _ = write!(
                 disks,
                 "<disk type='file' device='disk'>\
-                 <driver name='qemu' type='{}' discard='unmap'/><source file='{}'/>\
+                 <driver name='qemu' type='{}' discard='unmap'/><source file='{}'>{}</source>\
                  <target dev='vd{letter}' bus='virtio'/><serial>vmbtest-{index}</serial></disk>",
                 format.name(),
-                path.display()
+                path.display(),
+                self.secret
+                    .as_ref()
+                    .filter(|_| format.is_encrypted())
+                    .map_or_else(String::new, Secret::xml)
             );
         }
         let (machine, firmware) = if spec.uefi {
@@ -304,9 +332,19 @@ fn ensure_libvirt(env: &TestEnv) {
 }
 
 /// Makes an image; the backing file of a backed one has data in it.
-fn make_disk(env: &TestEnv, suffix: &str, index: usize, disk: DiskSpec) -> PathBuf {
+fn make_disk(
+    env: &TestEnv,
+    (suffix, index): (&str, usize),
+    disk: DiskSpec,
+    secret: Option<&Secret<'_>>,
+) -> PathBuf {
     let path = env.path(&format!("disk{suffix}{index}.{}", disk.format.name()));
     let size = format!("{}M", disk.size_mib);
+    if disk.format.is_encrypted() {
+        let secret = secret.expect("defined for the domain");
+        secret.make_image(disk.format.name(), &path, &size);
+        return path;
+    }
     let mut command = env.command("qemu-img");
     command.args(["create", "-q", "-f", disk.format.name()]);
     if disk.format == DiskFormat::Qcow2Backed {

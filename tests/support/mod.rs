@@ -12,6 +12,7 @@
 mod domain;
 mod env;
 mod guest;
+mod luks;
 mod memory;
 mod outcome;
 mod tools;

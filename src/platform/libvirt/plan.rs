@@ -16,7 +16,7 @@ use crate::image::bitmap::BitmapNames;
 use crate::platform::{
     BackupMode, PlannedDisk, Problem, Quiesce, ScratchPlan, SnapshotPlan, SnapshotRequest,
 };
-use crate::vm::{ReadMode, VmIdentity};
+use crate::vm::{DiskLayer, ReadMode, VmIdentity};
 
 /// Plans a backup of the domain.
 pub(super) async fn plan(
@@ -157,6 +157,19 @@ fn scratch(
     let directory = places.scratch;
     let bytes_max = survey.disks.iter().map(|disk| disk.size_bytes).sum();
     let mut bytes_free = None;
+    let luks = survey.set.protected.iter().find(|disk| disk.layer == DiskLayer::DecryptedLuks);
+    if let Some(disk) = luks {
+        problems.push(Problem {
+            fatal: None,
+            what: format!(
+                "disk {} is encrypted; while it is read, what the guest overwrites lies in scratch \
+                 ({}) in the clear",
+                disk.name,
+                directory.display()
+            ),
+            fix: "name a directory on an encrypted file system with --scratch-dir".into(),
+        });
+    }
     if domain.host.is_local() {
         match Space::of(&directory) {
             Ok(space) => {

@@ -33,7 +33,8 @@ use crate::image::bitmap::{self, BitmapNames};
 use crate::image::{self, Layer, LockedImage, file_id, layers};
 use crate::platform::{BackupMode, SnapshotDisk, SnapshotRequest, VmSnapshot, base};
 use crate::vm::{
-    Artifact, Consistency, ExcludedDisk, FullReason, ImageId, NotCaptured, PointId, Quiescence,
+    Artifact, Consistency, DiskLayer, ExcludedDisk, FullReason, ImageId, NotCaptured, PointId,
+    Quiescence,
 };
 
 /// One disk of a stopped domain.
@@ -137,6 +138,13 @@ async fn look(
                 "disk {target} of the stopped domain '{name}' is no file of this host ({origin})"
             )));
         };
+        // libvirt gives QEMU the passphrase. Without it a LUKS container would be read as it is,
+        // which is not what the guest sees.
+        if disk.disk.layer == DiskLayer::DecryptedLuks {
+            let target = &disk.disk.name;
+            let what = format!("disk {target} of the stopped domain '{name}' is encrypted");
+            return Err(start(what));
+        }
         let found = layers(&path, &disk.disk.format).await?;
         parts.push(StoppedDisk {
             path,
