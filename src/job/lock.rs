@@ -26,10 +26,10 @@ pub struct VmLock {
 impl VmLock {
     /// Holds `vm` for `what` ("backup into /srv/repo"); [`Kind::Busy`] when another run does.
     pub fn acquire(state_dir: &Path, vm: &VmIdentity, what: &str) -> Result<Self> {
-        let directory = state_dir.join("locks");
-        std::fs::create_dir_all(&directory)
+        let path = path_of(state_dir, vm);
+        let directory = path.parent().expect("joined");
+        std::fs::create_dir_all(directory)
             .map_err(|e| Error::io(format!("cannot make {}", directory.display()), e))?;
-        let path = directory.join(format!("{}.lock", vm.uuid));
         let fail = |e| Error::io(format!("cannot lock {}", path.display()), e);
         loop {
             let mut file = File::options()
@@ -53,6 +53,26 @@ impl VmLock {
             return Ok(Self { file, path });
         }
     }
+}
+
+/// [`Kind::Busy`] when a run holds `vm` now. Makes nothing; a lock that is free is held for the
+/// moment it takes to find out.
+pub(super) fn probe(state_dir: &Path, vm: &VmIdentity) -> Result<()> {
+    let path = path_of(state_dir, vm);
+    let fail = |e| Error::io(format!("cannot examine {}", path.display()), e);
+    let file = match File::open(&path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        file => file.map_err(fail)?,
+    };
+    match flock(&file, FlockOperation::NonBlockingLockShared) {
+        Ok(()) => Ok(()),
+        Err(Errno::WOULDBLOCK) => Err(held(file, vm)),
+        Err(error) => Err(fail(error.into())),
+    }
+}
+
+fn path_of(state_dir: &Path, vm: &VmIdentity) -> PathBuf {
+    state_dir.join("locks").join(format!("{}.lock", vm.uuid))
 }
 
 impl Drop for VmLock {
@@ -108,7 +128,10 @@ mod tests {
         let error = VmLock::acquire(dir.path(), &vm(1), "backup into /r").unwrap_err();
         assert_eq!(error.kind(), Kind::Busy);
         assert!(error.to_string().contains("backup into /r"), "{error}");
+        let error = probe(dir.path(), &vm(1)).unwrap_err();
+        assert!(error.to_string().contains("backup into /r"), "{error}");
         drop(held);
+        probe(dir.path(), &vm(1)).unwrap();
         drop(VmLock::acquire(dir.path(), &vm(1), "again").unwrap());
         assert!(!dir.path().join("locks").join(format!("{}.lock", vm(1).uuid)).exists());
     }

@@ -16,4 +16,5 @@ mod help;
 mod hints;
 mod journey;
 mod memory;
+mod preview;
 mod repository;

@@ -293,3 +293,71 @@ fn a_definition_that_libvirt_refuses_leaves_the_old_vm_whole() {
     assert_eq!(listing(&env), before, "the old files are gone, and no others are left");
     assert_eq!(sums(&mut domain.start(), &["vda"]), at_the_instant);
 }
+
+/// What a dry run says of a restore, whatever is in its way.
+fn preview(env: &TestEnv, args: &[&str]) -> (Value, Option<i32>) {
+    let outcome = env.vmbackup(&[args, &["--dry-run", "--json"]].concat());
+    (serde_json::from_str(&outcome.stdout).expect("one document"), outcome.code)
+}
+
+fn problems(plan: &Value) -> Vec<&str> {
+    let list = plan["problems"].as_array().expect("problems");
+    list.iter().map(|problem| problem["what"].as_str().expect("text")).collect()
+}
+
+#[test]
+fn a_dry_run_tells_of_the_domain_what_the_restore_then_does() {
+    let env = TestEnv::new();
+    env.init_repo();
+    let spec = DomainSpec { uefi: true, ..DomainSpec::with_disks(&[DiskFormat::Qcow2]) };
+    let (domain, mut guest) = Domain::boot(&env, &spec);
+    let taken = take(&env, &domain, &mut guest, &["full"]);
+    let everything = || {
+        let names = fs::read_dir(env.dir()).expect("own directory");
+        let mut names: Vec<_> = names.map(|entry| entry.expect("entry").file_name()).collect();
+        names.sort();
+        (names, domain.virsh(&["list", "--all", "--name"]).text().matches(domain.name()).count())
+    };
+    let define = ["restore", &taken.id, "--define"];
+    let forced = [&define[..], &["--force", "--format", "raw"]].concat();
+
+    // It runs, its image is there and used.
+    let before = everything();
+    let (plan, code) = preview(&env, &[&define[..], &["--force"]].concat());
+    let found = problems(&plan);
+    assert!(found.iter().any(|what| what.contains("is running")), "{plan}");
+    assert!(found.iter().any(|what| what.contains("is in use")), "{plan}");
+    assert_eq!(code, Some(7), "{plan}");
+
+    // Beside it there is nothing in the way.
+    let copy = env.name("copy");
+    let (plan, code) = preview(&env, &["restore", &taken.id, "--as", &copy, "--start"]);
+    assert_eq!((code, problems(&plan).len()), (Some(0), 0), "{plan}");
+    assert_eq!(plan["domain"]["uuid"], Value::Null, "{plan}");
+    assert_eq!(plan["domain"]["start"], true, "{plan}");
+    assert!(changes(&plan).contains("new MAC address"), "{plan}");
+    assert_eq!(everything(), before);
+
+    // Stopped, it is refused for all that would be lost, or replaced.
+    domain.shut_down(&mut guest);
+    let nvram = env.path("nvram.fd");
+    let mut changed = fs::read(&nvram).expect("made at the first start");
+    let last = changed.len() - 1;
+    changed[last] ^= 0xff;
+    fs::write(&nvram, changed).expect("own file");
+    let before = everything();
+    let (plan, code) = preview(&env, &define);
+    assert_eq!((code, problems(&plan).len()), (Some(5), 3), "image, NVRAM, domain: {plan}");
+    assert_eq!(plan["disks"][0]["replaces"], true, "{plan}");
+    let (plan, code) = preview(&env, &forced);
+    assert_eq!((code, problems(&plan).len()), (Some(0), 0), "{plan}");
+    assert_eq!(plan["domain"]["replaces"], true, "{plan}");
+    let nvram = serde_json::json!([{"path": nvram, "replaces": true}]);
+    assert_eq!(plan["files"], nvram, "{plan}");
+    assert_eq!(everything(), before);
+    let done = env.vmbackup(&[&forced[..], &["--json"]].concat()).json();
+    assert_eq!(plan["domain"]["changes"], done["domain"]["changes"]);
+    assert_eq!(plan["domain"]["uuid"], done["domain"]["uuid"]);
+    assert_eq!(plan["disks"][0]["path"], done["disks"][0]["path"]);
+    assert_eq!(plan["files"][0]["path"], done["files"][0]);
+}

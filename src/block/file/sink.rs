@@ -15,7 +15,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use async_trait::async_trait;
-use rustix::fs::{Advice, FallocateFlags, OFlags, fadvise, fallocate, fdatasync};
+use rustix::fs::{
+    Access as AccessMode, Advice, FallocateFlags, OFlags, access, fadvise, fallocate, fdatasync,
+};
 
 use super::bypass::{Bypass, Gather};
 use super::{Access, FileSource, Medium, blocking, examine, failed, is_unsupported, open};
@@ -84,18 +86,17 @@ impl FileSink {
     /// device that is mounted or otherwise claimed is refused (`O_EXCL`, open(2)).
     pub fn open(path: &Path, size_bytes: u64) -> Result<Self> {
         let sink = Self::open_with(path, PageCache::Bypassed)?;
-        let found = sink.inner.size_bytes;
-        if found != size_bytes {
-            let message = format!(
-                "{} has {found} bytes ({}), the disk has {size_bytes} ({})",
-                path.display(),
-                ByteSize(found),
-                ByteSize(size_bytes)
-            );
-            let hint = format!("make it exactly {size_bytes} bytes long");
-            return Err(Error::new(Kind::Usage, message).hint(hint));
-        }
+        check_size(path, sink.inner.size_bytes, size_bytes)?;
         Ok(sink)
+    }
+
+    /// Fails where [`FileSink::open`] would. Opens it for reading only and changes nothing.
+    pub fn probe(path: &Path, size_bytes: u64) -> Result<()> {
+        let flags = exclusive(path)?;
+        let (_, _, found) = open(path, OpenOptions::new().read(true), flags)?;
+        check_size(path, found, size_bytes)?;
+        access(path, AccessMode::READ_OK | AccessMode::WRITE_OK)
+            .map_err(|e| Error::io(format!("cannot open {}", path.display()), e.into()))
     }
 
     /// The same, whatever its size, through the page cache.
@@ -106,13 +107,7 @@ impl FileSink {
     fn open_with(path: &Path, cache: PageCache) -> Result<Self> {
         let mut options = OpenOptions::new();
         options.read(true).write(true);
-        let is_device = std::fs::metadata(path)
-            .map_err(|e| Error::io(format!("cannot open {}", path.display()), e))?
-            .file_type()
-            .is_block_device();
-        // On a block device: fails while it is mounted or held by a volume group (open(2)).
-        let exclusive = if is_device { OFlags::EXCL } else { OFlags::empty() };
-        let (file, medium, size_bytes) = open(path, &mut options, exclusive)?;
+        let (file, medium, size_bytes) = open(path, &mut options, exclusive(path)?)?;
         Ok(Self::new((file, path), (medium, size_bytes), Access::Once)?.cached(cache))
     }
 
@@ -168,6 +163,27 @@ impl FileSink {
         }
         self
     }
+}
+
+/// What keeps a block device that is mounted or held by a volume group from being opened (open(2)).
+fn exclusive(path: &Path) -> Result<OFlags> {
+    let data = std::fs::metadata(path);
+    let data = data.map_err(|e| Error::io(format!("cannot open {}", path.display()), e))?;
+    Ok(if data.file_type().is_block_device() { OFlags::EXCL } else { OFlags::empty() })
+}
+
+fn check_size(path: &Path, found: u64, size_bytes: u64) -> Result<()> {
+    if found == size_bytes {
+        return Ok(());
+    }
+    let message = format!(
+        "{} has {found} bytes ({}), the disk has {size_bytes} ({})",
+        path.display(),
+        ByteSize(found),
+        ByteSize(size_bytes)
+    );
+    let hint = format!("make it exactly {size_bytes} bytes long");
+    Err(Error::new(Kind::Usage, message).hint(hint))
 }
 
 #[async_trait]

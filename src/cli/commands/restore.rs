@@ -9,7 +9,8 @@ use crate::cli::table::Table;
 use crate::cli::text;
 use crate::cli::vm_args::ConnectArgs;
 use crate::cli::vm_settings;
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::job::restore::preview::{self, Preview};
 use crate::job::restore::{self, Report};
 use crate::units::ByteSize;
 
@@ -18,6 +19,7 @@ use crate::units::ByteSize;
 /// Images are written under a temporary name and take their own name when they are complete and
 /// durable. A running domain's disks are never overwritten.
 #[derive(clap::Args, Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a flag of the command line")]
 #[group(id = "target", required = true, multiple = true, args = ["to", "to_device", "define", "as_name"])]
 #[group(id = "defining", multiple = true, args = ["define", "as_name"])]
 pub(crate) struct Args {
@@ -52,6 +54,12 @@ pub(crate) struct Args {
     /// Replace images and domain definitions that exist, once the new are complete
     #[arg(long)]
     pub(crate) force: bool,
+    /// Show what would be written and replaced, and everything that is in the way; change nothing
+    ///
+    /// When the restore would fail, exits with the code it would fail with; each problem comes with
+    /// the exact fix.
+    #[arg(long)]
+    pub(crate) dry_run: bool,
     #[command(flatten)]
     pub(crate) connect: ConnectArgs,
     #[command(flatten)]
@@ -68,11 +76,57 @@ pub(crate) enum FormatArg {
 }
 
 pub(crate) async fn run(args: Args, context: &Context) -> Result<()> {
+    let dry_run = args.dry_run;
     let (repository_args, request) = vm_settings::restore(args)?;
     let repository = context.open(&repository_args).await?;
-    let job = restore::run(&repository, request, (&context.env, &context.control));
-    let report = context.watch(job).await?;
+    let surroundings = (&context.env, &context.control);
+    if dry_run {
+        let job = preview::run(&repository, request, surroundings);
+        return show(&Box::pin(context.watch(job)).await?, context);
+    }
+    let report = context.watch(restore::run(&repository, request, surroundings)).await?;
     context.output.document("restore", &report, describe)
+}
+
+fn show(preview: &Preview, context: &Context) -> Result<()> {
+    context.output.document("restore-plan", preview, describe_preview)?;
+    let problems = &preview.problems;
+    // As the restore would: it fails at the first.
+    let Some(kind) = problems.iter().find_map(|problem| problem.kind) else { return Ok(()) };
+    let message = format!("a restore of point {} would fail", preview.point.short());
+    let hint = format!("fix {} above", text::count(problems.len(), "problem"));
+    Err(Error::new(kind, message).hint(hint))
+}
+
+fn describe_preview(preview: &Preview) -> String {
+    let lost = |replaces: bool| if replaces { " (replaces what is there)" } else { "" };
+    let mut table = Table::new(&["disk", ">size", "to", ">to read"]);
+    for disk in &preview.disks {
+        let place =
+            disk.path.as_ref().zip(disk.format).map_or("unknown".into(), |(path, format)| {
+                format!("{} ({format}){}", path.display(), lost(disk.replaces))
+            });
+        let expected = disk.expected_bytes.map(|n| ByteSize(n).to_string());
+        let expected = expected.unwrap_or_else(|| "unknown".into());
+        table.row([disk.name.clone(), ByteSize(disk.size_bytes).to_string(), place, expected]);
+    }
+    let (point, vm) = (preview.point.short(), &preview.vm.name);
+    let mut out = format!("point {point} of {vm} would be restored\n{}", table.render());
+    for file in &preview.files {
+        let _ = writeln!(out, "also: {}{}", file.path.display(), lost(file.replaces));
+    }
+    if let Some(domain) = &preview.domain {
+        let state = if domain.start { "defined and started" } else { "defined" };
+        let uuid = domain.uuid.map_or("a new UUID".to_owned(), |uuid| uuid.to_string());
+        let _ = writeln!(out, "{state}: {} ({uuid}){}", domain.name, lost(domain.replaces));
+        for change in &domain.changes {
+            let _ = writeln!(out, "changed: {change}");
+        }
+    }
+    for problem in &preview.problems {
+        let _ = writeln!(out, "problem: {}\n  fix: {}", problem.what, problem.fix);
+    }
+    out
 }
 
 fn describe(report: &Report) -> String {

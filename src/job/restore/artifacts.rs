@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use super::Request;
 use super::outcome::Outcome;
+use super::problems::Problems;
 use crate::block::file::{Existing, Placed};
 use crate::error::{Error, Kind, Result};
 use crate::job::points;
@@ -43,19 +44,21 @@ pub(super) async fn write(
     Ok(written)
 }
 
-/// Fails when a file to be written is there and must not be replaced.
-pub(super) fn check_free(manifest: &Manifest, request: &Request) -> Result<()> {
-    let Some(directory) = &request.directory else { return Ok(()) };
-    if request.existing == Existing::Replace {
-        return Ok(());
-    }
+/// The files that [`write`] would write.
+pub(super) fn paths(manifest: &Manifest, request: &Request) -> Vec<PathBuf> {
+    let Some(directory) = &request.directory else { return Vec::new() };
     let wanted = FILES.iter().filter(|(kind, _)| points::artifact(manifest, *kind).is_some());
-    for path in wanted.map(|(_, name)| directory.join(name)) {
-        if path.symlink_metadata().is_ok() {
-            return Err(exists(&path));
-        }
+    wanted.map(|(_, name)| directory.join(name)).collect()
+}
+
+/// Finds the files to be written that are there and must not be replaced.
+pub(super) fn check_free(manifest: &Manifest, request: &Request, problems: &mut Problems) {
+    if request.existing == Existing::Refuse {
+        let there = |path: &PathBuf| path.symlink_metadata().is_ok();
+        paths(manifest, request).iter().filter(|path| there(path)).for_each(|path| {
+            problems.add(exists(path));
+        });
     }
-    Ok(())
 }
 
 /// Writes a file whole and durable, readable by its owner only; its name is not synced yet.

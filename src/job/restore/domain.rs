@@ -19,13 +19,14 @@ use std::path::{Path, PathBuf};
 
 use super::artifacts::{exists, write_file};
 use super::outcome::Outcome;
-use super::{Define, Domain, Place, Power, Request};
+use super::problems::Problems;
+use super::{Define, Domain, Place, Power, Request, preview};
 use crate::block::file::Existing;
 use crate::error::{Error, Kind, Result};
 use crate::job::points;
 use crate::platform::libvirt::restore::define::{self, Target};
 use crate::platform::libvirt::restore::{
-    DiskPlace, Identity, RestoredDisk, RewriteOptions, Rewritten, choose, rewrite, tpm,
+    DiskPlace, Emulator, Identity, RestoredDisk, RewriteOptions, Rewritten, choose, rewrite, tpm,
 };
 use crate::repo::{Manifest, Repository};
 use crate::vm::{ArtifactKind, Uuid};
@@ -36,6 +37,8 @@ pub(super) struct Prepared {
     rewritten: Rewritten,
     files: Vec<NewFile>,
     tpm_state: Option<Vec<u8>>,
+    /// Whether there is a domain that is replaced.
+    replaces: bool,
     existing: Existing,
     power: Power,
 }
@@ -46,46 +49,61 @@ struct NewFile {
     bytes: Vec<u8>,
 }
 
-/// Everything but copying: fails for whatever would make the definition fail, as far as it can be
-/// known. Changes nothing.
+/// Everything but copying: finds whatever would make the definition fail, as far as it can be
+/// known. Changes nothing. `disks` are those that have a place.
 pub(super) async fn prepare(
-    repository: &Repository,
-    manifest: &Manifest,
+    (repository, manifest): (&Repository, &Manifest),
     disks: &[(String, Place)],
     (request, define): (&Request, &Define),
-) -> Result<Prepared> {
-    let target = Target::open(Some(&define.uri)).await?;
-    if !target.is_local() {
-        let message = format!("{} is another host: it cannot use images of this one", define.uri);
-        return Err(Error::new(Kind::Unsupported, message)
-            .hint("run vmbackup there, with the repository mounted or copied"));
-    }
-    let mut changes = Vec::new();
-    let mut files = Vec::new();
+    problems: &mut Problems,
+) -> Option<Prepared> {
+    let (mut changes, mut files) = (Vec::new(), Vec::new());
     let mut boot = Boot { repository, manifest, request, define, files: &mut files };
-    let nvram = boot.nvram(&mut changes).await?;
-    let kernel = boot.shared(ArtifactKind::Kernel, "kernel").await?;
-    let initrd = boot.shared(ArtifactKind::Initrd, "initrd").await?;
-    let xml = description(repository, manifest).await?;
-    let survey = target.survey(&xml).await?;
-    changes.extend(survey.missing);
+    let nvram = problems.note(boot.nvram(&mut changes).await).flatten();
+    let kernel = problems.note(boot.shared(ArtifactKind::Kernel, "kernel").await).flatten();
+    let initrd = problems.note(boot.shared(ArtifactKind::Initrd, "initrd").await).flatten();
+    let target = problems.note(open_target(define).await);
+    let xml = problems.note(description(repository, manifest).await)?;
+    let mut emulator = Emulator::Keep;
+    if let Some(target) = &target
+        && let Some(survey) = problems.note(target.survey(&xml).await)
+    {
+        changes.extend(survey.missing);
+        emulator = survey.emulator;
+    }
+    let restored = disks.iter().map(|(name, place)| restored(name, place)).collect::<Result<_>>();
     let options = RewriteOptions {
         identity: match &define.as_name {
             None => Identity::Original,
             Some(name) => Identity::New { name: name.clone(), uuid: Uuid::new_v4() },
         },
-        disks: disks.iter().map(|(name, place)| restored(name, place)).collect::<Result<_>>()?,
+        disks: problems.note(restored)?,
         nvram,
         kernel,
         initrd,
-        emulator: survey.emulator,
+        emulator,
     };
-    let mut rewritten = rewrite(&xml, &options)?;
+    let mut rewritten = problems.note(rewrite(&xml, &options))?;
     rewritten.changes.append(&mut changes);
-    target.check(&rewritten.name, rewritten.uuid, in_the_way(request.existing)).await?;
-    let tpm_state = tpm_state(repository, manifest, request, &mut rewritten).await?;
+    let tpm_state = tpm_state(repository, manifest, (request, define), &mut rewritten).await;
+    let tpm_state = problems.note(tpm_state).flatten();
+    let target = target?;
+    let existing = in_the_way(request.existing);
+    let check = target.check(&rewritten.name, rewritten.uuid, existing).await;
+    let replaces = problems.note(check).unwrap_or_default();
     let (existing, power) = (request.existing, define.power);
-    Ok(Prepared { target, rewritten, files, tpm_state, existing, power })
+    Some(Prepared { target, rewritten, files, tpm_state, replaces, existing, power })
+}
+
+/// The libvirt of this host.
+async fn open_target(define: &Define) -> Result<Target> {
+    let target = Target::open(Some(&define.uri)).await?;
+    if target.is_local() {
+        return Ok(target);
+    }
+    let message = format!("{} is another host: it cannot use images of this one", define.uri);
+    Err(Error::new(Kind::Unsupported, message)
+        .hint("run vmbackup there, with the repository mounted or copied"))
 }
 
 impl Prepared {
@@ -93,7 +111,25 @@ impl Prepared {
     /// it is replaced. libvirt has no way to keep others from starting it.
     pub(super) async fn check(&self) -> Result<()> {
         let existing = in_the_way(self.existing);
-        self.target.check(&self.rewritten.name, self.rewritten.uuid, existing).await
+        self.target.check(&self.rewritten.name, self.rewritten.uuid, existing).await.map(drop)
+    }
+
+    /// What would be defined.
+    pub(super) fn preview(&self, define: &Define) -> preview::Domain {
+        preview::Domain {
+            name: self.rewritten.name.clone(),
+            // A new one is made for each run.
+            uuid: define.as_name.is_none().then_some(self.rewritten.uuid),
+            start: self.power == Power::On,
+            replaces: self.replaces,
+            changes: self.rewritten.changes.clone(),
+        }
+    }
+
+    /// The files that would be written.
+    pub(super) fn paths(&self) -> Vec<PathBuf> {
+        let tpm = self.rewritten.tpm_dir.iter().filter(|_| self.tpm_state.is_some());
+        self.files.iter().map(|file| &file.path).chain(tpm).cloned().collect()
     }
 
     /// Writes what is left to write and defines the domain; the files. What was replaced is in
@@ -180,20 +216,23 @@ fn absolute(path: &Path) -> Result<PathBuf> {
 async fn tpm_state(
     repository: &Repository,
     manifest: &Manifest,
-    request: &Request,
+    (request, define): (&Request, &Define),
     rewritten: &mut Rewritten,
 ) -> Result<Option<Vec<u8>>> {
     let Some(directory) = &rewritten.tpm_dir else { return Ok(None) };
     let Some(artifact) = points::artifact(manifest, ArtifactKind::TpmState) else {
-        let text = format!(
-            "TPM state was not captured: {} must exist, or the TPM begins fresh",
-            directory.display()
-        );
-        rewritten.changes.push(text);
+        let become_of_it = match define.as_name {
+            Some(_) => "the TPM begins fresh".to_owned(),
+            None => format!("{} must exist, or the TPM begins fresh", directory.display()),
+        };
+        rewritten.changes.push(format!("TPM state was not captured: {become_of_it}"));
         return Ok(None);
     };
-    if request.existing == Existing::Refuse && directory.symlink_metadata().is_ok() {
-        return Err(exists(directory));
+    if directory.symlink_metadata().is_ok() {
+        if request.existing == Existing::Refuse {
+            return Err(exists(directory));
+        }
+        rewritten.changes.push(format!("TPM state {} is replaced", directory.display()));
     }
     repository.read_bytes(&artifact.stored).await.map(Some)
 }

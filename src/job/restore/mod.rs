@@ -21,6 +21,9 @@ mod domain;
 #[path = "no_domain.rs"]
 mod domain;
 mod outcome;
+mod place;
+pub mod preview;
+mod problems;
 mod target;
 
 use std::path::PathBuf;
@@ -40,8 +43,9 @@ use crate::units::MIB;
 use crate::vm::{PointId, Uuid, VmIdentity};
 
 use outcome::Outcome;
+pub use place::{ImageFormat, Place};
+use problems::Problems;
 use target::{Complete, Target};
-pub use target::{ImageFormat, Place};
 
 /// Size of one request: a few neighbouring chunks come with one read of their pack, and go to the
 /// disk with one write.
@@ -153,25 +157,17 @@ async fn restore(
     let started = env.clock.now();
     let manifest = points::manifest(repository, &request.point, env).await?;
     let chosen = points::choose_disks(&manifest, &request.disks)?;
-    let places = target::places(&chosen, &request)?;
-    target::check_free(&places, request.existing)?;
-    artifacts::check_free(&manifest, &request)?;
     // Nobody backs up or restores it meanwhile.
     let _lock = match &request.define {
         Some(_) => Some(VmLock::acquire(&env.state_dir, &manifest.body.vm, "restore")?),
         None => None,
     };
-    let definition = match &request.define {
-        None => None,
-        Some(define) => {
-            let names = chosen.iter().map(|disk| disk.description.name.clone());
-            let disks: Vec<_> = names.zip(places.iter().cloned()).collect();
-            let asked = (&request, define);
-            Some(domain::prepare(repository, &manifest, &disks, asked).await?)
-        }
-    };
+    let mut problems = Problems::default();
+    let Examined { disks, definition } =
+        examine(repository, (&manifest, &chosen), &request, &mut problems).await;
+    problems.check()?;
     let made = target::make_directory(request.directory.as_deref())?;
-    let result = copy_all(repository, (&manifest, &chosen, &places), &request, surroundings);
+    let result = copy_all((&manifest, disks), &request, surroundings);
     let copied = match result.await {
         Ok((disks, images)) => {
             let control = surroundings.1;
@@ -195,6 +191,58 @@ async fn restore(
         domain,
         elapsed_ms: env.elapsed_ms(started),
     })
+}
+
+/// What is known before anything is changed.
+struct Examined<'m> {
+    /// The disks, in order.
+    disks: Vec<ExaminedDisk<'m>>,
+    /// The domain to be defined, if one is to be and can be.
+    definition: Option<domain::Prepared>,
+}
+
+/// A disk, and what is known of its restore; what is not is a problem.
+struct ExaminedDisk<'m> {
+    disk: &'m ManifestDisk,
+    place: Option<Place>,
+    source: Option<Arc<dyn BlockSource>>,
+    /// Bytes to be read from the repository, before compression.
+    data_bytes: Option<u64>,
+}
+
+/// Looks at everything a restore needs, so that one of hours does not end in a refusal. Changes
+/// nothing.
+async fn examine<'m>(
+    repository: &Repository,
+    (manifest, chosen): (&Manifest, &[&'m ManifestDisk]),
+    request: &Request,
+    problems: &mut Problems,
+) -> Examined<'m> {
+    let places = place::choose(chosen, request, problems);
+    artifacts::check_free(manifest, request, problems);
+    let definition = match &request.define {
+        None => None,
+        Some(define) => {
+            let names = chosen.iter().map(|disk| disk.description.name.clone());
+            let disks = names.zip(places.iter().cloned());
+            let disks: Vec<_> = disks.filter_map(|(name, place)| Some((name, place?))).collect();
+            let of = (repository, manifest);
+            domain::prepare(of, &disks, (request, define), problems).await
+        }
+    };
+    let mut disks = Vec::new();
+    for (disk, place) in chosen.iter().zip(places) {
+        let source = problems.note(repository.open_disk(&disk.stored).await);
+        let source = source.map(|source| Arc::new(source) as Arc<dyn BlockSource>);
+        let data_bytes = match &source {
+            Some(source) => problems.note(target::data_bytes(source.as_ref()).await),
+            None => None,
+        };
+        disks.push(ExaminedDisk { disk, place, source, data_bytes });
+    }
+    let known = disks.iter().filter_map(|disk| Some((disk.place.as_ref()?, disk.data_bytes?)));
+    target::check_space(&known.collect::<Vec<_>>(), problems);
+    Examined { disks, definition }
 }
 
 /// Gives everything its name and defines the domain; the files that were written. When something
@@ -235,20 +283,20 @@ async fn put_in_place(
 
 /// Copies all disks, each to its temporary name.
 async fn copy_all(
-    repository: &Repository,
-    (manifest, chosen, places): (&Manifest, &[&ManifestDisk], &[Place]),
+    (manifest, examined): (&Manifest, Vec<ExaminedDisk<'_>>),
     request: &Request,
     surroundings: Surroundings<'_>,
 ) -> Result<(Vec<DiskReport>, Vec<Complete>)> {
     let control = surroundings.1;
-    let mut sources: Vec<Arc<dyn BlockSource>> = Vec::new();
-    for disk in chosen {
-        sources.push(Arc::new(repository.open_disk(&disk.stored).await?));
+    let (mut chosen, mut places, mut sources) = (Vec::new(), Vec::new(), Vec::new());
+    for ExaminedDisk { disk, place, source, .. } in examined {
+        chosen.push(disk);
+        places.push(place.expect("a disk without a place is a problem"));
+        sources.push(source.expect("a disk that cannot be opened is a problem"));
     }
-    target::check_space(&sources, places).await?;
-    let devices = Target::open_devices(places, &sources).await?;
+    let devices = Target::open_devices(&places, &sources).await?;
     let (mut targets, mut disks) = (Vec::new(), Vec::new());
-    for (((disk, source), place), device) in chosen.iter().zip(sources).zip(places).zip(devices) {
+    for (((disk, source), place), device) in chosen.iter().zip(sources).zip(&places).zip(devices) {
         let opened = match device {
             Some(device) => Ok(device),
             None => Target::open(place, disk.description.size_bytes, request.existing).await,

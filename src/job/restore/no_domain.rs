@@ -4,29 +4,44 @@ use std::convert::Infallible;
 use std::path::PathBuf;
 
 use super::outcome::Outcome;
-use super::{Define, Domain, Place, Request};
+use super::problems::Problems;
+use super::{Define, Domain, Place, Request, preview};
 use crate::error::{Error, Kind, Result};
 use crate::repo::{Manifest, Repository};
 
 /// Never made.
 pub(super) struct Prepared(Infallible);
 
-/// Fails.
+/// Says so.
 #[expect(clippy::unused_async, reason = "the same signature as with libvirt")]
 pub(super) async fn prepare(
-    _: &Repository,
-    _: &Manifest,
+    _: (&Repository, &Manifest),
     _: &[(String, Place)],
     _: (&Request, &Define),
-) -> Result<Prepared> {
-    Err(Error::new(Kind::Unsupported, "this program was built without libvirt")
-        .hint("build it with the cargo feature 'libvirt', or restore the images with --to DIR"))
+    problems: &mut Problems,
+) -> Option<Prepared> {
+    let error = Error::new(Kind::Unsupported, "this program was built without libvirt");
+    problems
+        .add(error.hint(
+            "build it with the cargo feature 'libvirt', or restore the images with --to DIR",
+        ));
+    None
 }
 
 #[expect(clippy::unused_async, reason = "the same signatures as with libvirt")]
 impl Prepared {
     /// Never called.
     pub(super) async fn check(&self) -> Result<()> {
+        match self.0 {}
+    }
+
+    /// Never called.
+    pub(super) fn preview(&self, _: &Define) -> preview::Domain {
+        match self.0 {}
+    }
+
+    /// Never called.
+    pub(super) fn paths(&self) -> Vec<PathBuf> {
         match self.0 {}
     }
 

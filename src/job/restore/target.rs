@@ -1,196 +1,21 @@
-//! Where restored disks go: which place each gets, whether there is room, the file in the making.
+//! Disks being restored: the directory they go to, whether there is room, the file in the making.
 
 use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::artifacts::{exists, no_room};
+use super::artifacts::no_room;
 use super::outcome::Outcome;
-use super::{Define, Request};
+use super::place::{Place, nearest_directory};
+use super::problems::Problems;
 use crate::block::file::{Existing, FileSink, NewFile};
 use crate::block::{BlockSink, BlockSource, ByteRange, ExtentKind};
 use crate::control::{Control, NoticeLevel};
-use crate::copy::Zeroes;
 use crate::error::{Error, Kind, Result};
 use crate::image::{ImageLock, NewImage};
-use crate::repo::ManifestDisk;
-use crate::units::{ByteSize, KIB};
+use crate::units::ByteSize;
 use crate::vm::PointId;
-
-/// Shortest run of zeroes that becomes a hole: the block of most file systems.
-const HOLE_BYTES: u64 = 4 * KIB;
-
-/// Format of a restored image.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ImageFormat {
-    /// A sparse file.
-    Raw,
-    /// qcow2, version 3.
-    Qcow2,
-}
-
-impl ImageFormat {
-    /// Its name, which is the extension of the file as well.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Raw => "raw",
-            Self::Qcow2 => "qcow2",
-        }
-    }
-}
-
-/// Where a disk goes.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Place {
-    /// A new image.
-    Image {
-        /// Its name when it is complete.
-        path: PathBuf,
-        /// Its format.
-        format: ImageFormat,
-    },
-    /// A device or a file that is there already, of exactly the size.
-    Device(PathBuf),
-}
-
-impl Place {
-    /// The path.
-    pub fn path(&self) -> &Path {
-        match self {
-            Self::Image { path, .. } | Self::Device(path) => path,
-        }
-    }
-
-    pub(super) fn format_name(&self) -> &'static str {
-        match self {
-            Self::Image { format, .. } => format.name(),
-            Self::Device(_) => "device",
-        }
-    }
-
-    /// An image gets holes, also where a stored chunk is zero in part; on a device every zero is
-    /// written.
-    pub(super) fn zeroes(&self) -> Zeroes {
-        match self {
-            Self::Image { .. } => Zeroes::Sparse { detect_bytes: Some(HOLE_BYTES) },
-            Self::Device(_) => Zeroes::Allocated,
-        }
-    }
-}
-
-/// The place of each of `disks`, in order.
-pub(super) fn places(disks: &[&ManifestDisk], request: &Request) -> Result<Vec<Place>> {
-    let names: Vec<&str> = disks.iter().map(|disk| disk.description.name.as_str()).collect();
-    let unknown = request.devices.iter().find(|(name, _)| !names.contains(&name.as_str()));
-    if let Some((name, _)) = unknown {
-        let message = format!("no disk '{name}' is restored");
-        return Err(Error::new(Kind::NotFound, message)
-            .hint(format!("disks of this point: {}", names.join(", "))));
-    }
-    check_devices(&request.devices)?;
-    let places: Vec<Place> =
-        disks.iter().map(|disk| place(disk, request)).collect::<Result<_>>()?;
-    check_images(&places)?;
-    Ok(places)
-}
-
-/// Fails when a disk is sent to two devices, or two disks to one, by whatever path: the second
-/// would overwrite the first, and the report would call both restored.
-fn check_devices(devices: &[(String, PathBuf)]) -> Result<()> {
-    // A path that does not exist fails when it is opened, and says so better.
-    let real = |path: &PathBuf| path.canonicalize().unwrap_or_else(|_| path.clone());
-    for (at, (name, path)) in devices.iter().enumerate() {
-        for (other, other_path) in &devices[..at] {
-            if name == other {
-                let message = format!("--to-device is given twice for disk {name}");
-                return Err(Error::new(Kind::Usage, message).hint("give it once per disk"));
-            }
-            if real(path) == real(other_path) {
-                let message = format!("{other} and {name} would both go to {}", path.display());
-                return Err(Error::new(Kind::Usage, message).hint("give each disk its own device"));
-            }
-        }
-    }
-    Ok(())
-}
-
-fn place(disk: &ManifestDisk, request: &Request) -> Result<Place> {
-    let name = disk.description.name.as_str();
-    if let Some((_, device)) = request.devices.iter().find(|(disk, _)| disk == name) {
-        return Ok(Place::Device(device.clone()));
-    }
-    // A domain gets what it had; what QEMU cannot write in place becomes raw.
-    let had = match (&request.define, disk.description.format.as_str()) {
-        (Some(_), "qcow2") => ImageFormat::Qcow2,
-        _ => ImageFormat::Raw,
-    };
-    let format = request.format.unwrap_or(had);
-    let path = match (&request.directory, &request.define) {
-        (Some(directory), _) => {
-            // Names come from the VM's description, which somebody else may have written.
-            if name.is_empty() || name.starts_with('.') || name.contains('/') {
-                let message = format!("'{name}' cannot be a file name");
-                return Err(Error::new(Kind::Unsupported, message)
-                    .hint("restore this disk with --to-device"));
-            }
-            directory.join(format!("{name}.{}", format.name()))
-        }
-        (None, Some(define)) => where_it_was(disk, define, format)?,
-        (None, None) => {
-            let message = format!("it is not said where {name} goes");
-            return Err(Error::new(Kind::Usage, message).hint(format!(
-                "add --to-device {name}=DEVICE or --to DIR, or leave it out with --disk"
-            )));
-        }
-    };
-    Ok(Place::Image { path, format })
-}
-
-/// The image of a domain to be defined: the file the disk was in, or one beside it for a new
-/// domain.
-fn where_it_was(disk: &ManifestDisk, define: &Define, format: ImageFormat) -> Result<PathBuf> {
-    let (name, origin) = (&disk.description.name, Path::new(&disk.description.origin));
-    let directory = origin.parent().filter(|_| origin.is_absolute() && !origin.starts_with("/dev"));
-    let Some(directory) = directory else {
-        let message = format!("{name} was no image file, but {}", origin.display());
-        return Err(Error::new(Kind::Usage, message).hint(format!(
-            "say where it goes: --to-device {name}=DEVICE, or --to DIR for all disks"
-        )));
-    };
-    if !directory.is_dir() {
-        let message = format!("{}, where {name} was, does not exist", directory.display());
-        return Err(Error::new(Kind::NotFound, message)
-            .hint("make it (or mount it), or restore somewhere else with --to DIR"));
-    }
-    Ok(match &define.as_name {
-        Some(new) => directory.join(format!("{new}-{name}.{}", format.name())),
-        None if disk.description.format == format.name() => origin.to_owned(),
-        // Another format under the old name would lie.
-        None => origin.with_extension(format.name()),
-    })
-}
-
-/// Fails when two images would be one file.
-fn check_images(places: &[Place]) -> Result<()> {
-    for (at, place) in places.iter().enumerate() {
-        if places[..at].iter().any(|other| other.path() == place.path()) {
-            let message = format!("two disks would both go to {}", place.path().display());
-            return Err(Error::new(Kind::Usage, message).hint("restore them with --to DIR"));
-        }
-    }
-    Ok(())
-}
-
-/// Fails when an image to be made is there and must not be replaced. Asked again, race-free, when
-/// each gets its name; here so that nobody learns it after hours of copying.
-pub(super) fn check_free(places: &[Place], existing: Existing) -> Result<()> {
-    let images = places.iter().filter(|place| matches!(place, Place::Image { .. }));
-    match images.map(Place::path).find(|path| path.symlink_metadata().is_ok()) {
-        Some(path) if existing == Existing::Refuse => Err(exists(path)),
-        _ => Ok(()),
-    }
-}
 
 /// Makes the directory if it is missing, but not the one it is in: a mistyped mount point must not
 /// become a directory tree. What was made.
@@ -199,17 +24,35 @@ pub(super) fn make_directory(directory: Option<&Path>) -> Result<Option<PathBuf>
     match std::fs::create_dir(directory) {
         Ok(()) => Ok(Some(directory.to_owned())),
         Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Ok(None),
-        Err(error) => {
-            let missing = error.kind() == std::io::ErrorKind::NotFound;
-            let failed = Error::io(format!("cannot make {}", directory.display()), error);
-            Err(match directory.parent() {
-                Some(parent) if missing => failed.hint(format!(
-                    "{} does not exist: make it ('mkdir -p {0}'), or mount what belongs there",
-                    parent.display()
-                )),
-                _ => no_room(failed),
-            })
-        }
+        Err(error) => Err(not_made(directory, error)),
+    }
+}
+
+/// Fails where [`make_directory`] would, as far as can be seen without making it.
+pub(super) fn check_directory(directory: &Path) -> Result<()> {
+    if directory.is_dir() {
+        return Ok(());
+    }
+    if directory.symlink_metadata().is_ok() {
+        let message = format!("{} is no directory", directory.display());
+        return Err(Error::new(Kind::AlreadyExists, message).hint("choose another with --to DIR"));
+    }
+    let absolute = std::path::absolute(directory).map_err(|e| not_made(directory, e))?;
+    if absolute.parent().is_some_and(Path::is_dir) {
+        return Ok(());
+    }
+    Err(not_made(directory, std::io::ErrorKind::NotFound.into()))
+}
+
+fn not_made(directory: &Path, error: std::io::Error) -> Error {
+    let missing = error.kind() == std::io::ErrorKind::NotFound;
+    let failed = Error::io(format!("cannot make {}", directory.display()), error);
+    match directory.parent() {
+        Some(parent) if missing => failed.hint(format!(
+            "{} does not exist: make it ('mkdir -p {0}'), or mount what belongs there",
+            parent.display()
+        )),
+        _ => no_room(failed),
     }
 }
 
@@ -221,39 +64,47 @@ pub(super) fn remove_directory(made: Option<PathBuf>) {
     }
 }
 
-/// Fails when the data of the disks will not fit where their images go. Only the free space of
-/// now is known: a target may still fill up while it is written.
-pub(super) async fn check_space(sources: &[Arc<dyn BlockSource>], places: &[Place]) -> Result<()> {
-    let mut needed: BTreeMap<u64, (&Path, u64)> = BTreeMap::new();
-    for (source, place) in sources.iter().zip(places) {
+/// Fails when the data of the disks, in bytes, will not fit where their images go, whose directory
+/// may not have been made yet. Only the free space of now is known: a target may still fill up
+/// while it is written.
+pub(super) fn check_space(disks: &[(&Place, u64)], problems: &mut Problems) {
+    let mut needed: BTreeMap<u64, (PathBuf, u64)> = BTreeMap::new();
+    for (place, bytes) in disks {
         let Place::Image { path, .. } = place else { continue };
-        let directory = path.parent().expect("an image is in a directory");
-        let failed = |e| Error::io(format!("cannot examine {}", directory.display()), e);
-        let file_system = directory.metadata().map_err(failed)?.dev();
-        let bytes = data_bytes(source.as_ref()).await?;
-        let (_, sum) = needed.entry(file_system).or_insert((directory, 0));
-        *sum = sum.saturating_add(bytes);
+        let file_system = path.parent().map_or_else(|| Ok(PathBuf::from("/")), nearest_directory);
+        let file_system = file_system.and_then(|directory| {
+            let data = directory.metadata();
+            let failed = |e| Error::io(format!("cannot examine {}", directory.display()), e);
+            data.map_err(failed).map(|data| (data.dev(), directory))
+        });
+        let Some((device, directory)) = problems.note(file_system) else { continue };
+        let (_, sum) = needed.entry(device).or_insert((directory, 0));
+        *sum = sum.saturating_add(*bytes);
     }
     for (directory, needed_bytes) in needed.into_values() {
-        let space = rustix::fs::statvfs(directory)
-            .map_err(|e| Error::io(format!("cannot examine {}", directory.display()), e.into()))?;
-        let free_bytes = space.f_bavail.saturating_mul(space.f_frsize);
-        if needed_bytes > free_bytes {
-            let message = format!(
-                "{} has {} free and the disks hold {}",
-                directory.display(),
-                ByteSize(free_bytes),
-                ByteSize(needed_bytes)
-            );
-            return Err(Error::new(Kind::NoSpace, message)
-                .hint("restore to another directory, or single disks with --disk"));
-        }
+        problems.note(has_room(&directory, needed_bytes));
     }
-    Ok(())
+}
+
+fn has_room(directory: &Path, needed_bytes: u64) -> Result<()> {
+    let space = rustix::fs::statvfs(directory)
+        .map_err(|e| Error::io(format!("cannot examine {}", directory.display()), e.into()))?;
+    let free_bytes = space.f_bavail.saturating_mul(space.f_frsize);
+    if needed_bytes <= free_bytes {
+        return Ok(());
+    }
+    let message = format!(
+        "{} has {} free and the disks hold {}",
+        directory.display(),
+        ByteSize(free_bytes),
+        ByteSize(needed_bytes)
+    );
+    let hint = "restore to another directory, or single disks with --disk";
+    Err(Error::new(Kind::NoSpace, message).hint(hint))
 }
 
 /// Bytes of a disk that are not known to be zero.
-async fn data_bytes(source: &dyn BlockSource) -> Result<u64> {
+pub(super) async fn data_bytes(source: &dyn BlockSource) -> Result<u64> {
     let range = source.geometry().range();
     let (mut at, mut bytes) = (0, 0);
     while at < range.end() {
@@ -318,10 +169,19 @@ impl Target {
 
 /// Makes sure that no VM writes what is to be overwritten, nor begins to while it is.
 fn unused(path: &Path) -> Result<ImageLock> {
-    ImageLock::acquire_to_write(path).map_err(|error| match error.kind() {
+    ImageLock::acquire_to_write(path).map_err(in_use)
+}
+
+/// Fails where [`unused`] would. Takes no lock.
+pub(super) fn check_unused(path: &Path) -> Result<()> {
+    ImageLock::probe(path).map_err(in_use)
+}
+
+fn in_use(error: Error) -> Error {
+    match error.kind() {
         Kind::Busy => error.hint("stop the VM that uses it, or restore to another place"),
         _ => error,
-    })
+    }
 }
 
 /// A disk that is complete and durable.

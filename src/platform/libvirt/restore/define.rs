@@ -57,9 +57,9 @@ impl Target {
         self.host.is_local()
     }
 
-    /// Fails unless a domain of this name and UUID can be defined. Asked before anything is copied,
-    /// before anything is replaced, and again by [`Target::define`].
-    pub async fn check(&self, name: &str, uuid: Uuid, existing: Existing) -> Result<()> {
+    /// Fails unless a domain of this name and UUID can be defined; whether that replaces one. Asked
+    /// before anything is copied, before anything is replaced, and again by [`Target::define`].
+    pub async fn check(&self, name: &str, uuid: Uuid, existing: Existing) -> Result<bool> {
         let (by_name, by_uuid) = (name.to_owned(), uuid.to_string());
         let found = self
             .host
@@ -72,6 +72,7 @@ impl Target {
             .await?
             .map_err(|error| wrap("cannot look for existing domains", error))?;
         let uuid = uuid.to_string();
+        let replaces = found.iter().any(Option::is_some);
         for found in found.into_iter().flatten() {
             let (old, is) = (&found.name, &found.uuid);
             if found.active {
@@ -106,7 +107,7 @@ impl Target {
                 .hint("replace it with --force, or restore beside it with --as NAME"));
             }
         }
-        Ok(())
+        Ok(replaces)
     }
 
     /// What this host lacks for a captured description. An error when it has no such machine: then

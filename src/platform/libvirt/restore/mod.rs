@@ -212,7 +212,8 @@ impl<'a> Rewriter<'a> {
         }
         let old = root.text_at(&["name"]).unwrap_or_default();
         self.say(format!("name: {name} (was {old})"));
-        self.say(format!("UUID: {uuid}"));
+        let old = root.text_at(&["uuid"]).unwrap_or_default();
+        self.say(format!("UUID: a new one (was {old})"));
         if let Some(element) = root.child("name") {
             self.set_text(element, name);
         }
