@@ -16,3 +16,4 @@ mod rig;
 mod space;
 mod stopped;
 mod testbed;
+mod volumes;

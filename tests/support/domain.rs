@@ -60,6 +60,8 @@ pub(crate) struct DomainSpec {
     pub(crate) uefi: bool,
     /// Whether it has an emulated TPM.
     pub(crate) tpm: bool,
+    /// Whether its disks are volumes of a directory pool of its own.
+    pub(crate) pool: bool,
     /// Distinguishes several domains of one test; part of name and file names.
     pub(crate) suffix: &'static str,
 }
@@ -68,7 +70,7 @@ impl DomainSpec {
     /// A domain with BIOS firmware and disks of the given formats, 64 MiB each.
     pub(crate) fn with_disks(formats: &[DiskFormat]) -> Self {
         let disks = formats.iter().map(|&format| DiskSpec { format, size_mib: 64 }).collect();
-        Self { disks, uefi: false, tpm: false, suffix: "" }
+        Self { disks, uefi: false, tpm: false, pool: false, suffix: "" }
     }
 }
 
@@ -79,6 +81,38 @@ pub(crate) struct Domain<'env> {
     disks: Vec<(PathBuf, DiskFormat)>,
     /// Of its encrypted disks.
     secret: Option<Secret<'env>>,
+    pool: Option<Pool<'env>>,
+}
+
+/// A directory pool of libvirt, gone on drop; its files stay.
+pub(crate) struct Pool<'env> {
+    env: &'env TestEnv,
+    /// Its name.
+    pub(crate) name: String,
+}
+
+impl<'env> Pool<'env> {
+    /// Defines and starts a pool of the files of a directory.
+    pub(crate) fn make(env: &'env TestEnv, name: &str, directory: &Path) -> Self {
+        ensure_libvirt(env);
+        let pool = Self { env, name: name.to_owned() };
+        virsh(env, &["pool-define-as", name, "dir", "--target", &directory.to_string_lossy()]).ok();
+        pool.virsh("pool-start");
+        pool
+    }
+
+    /// Runs a command of virsh on it: `pool-start`, `pool-destroy` (which only stops it), ….
+    pub(crate) fn virsh(&self, command: &str) {
+        virsh(self.env, &[command, &self.name]).ok();
+    }
+}
+
+impl Drop for Pool<'_> {
+    fn drop(&mut self) {
+        for command in ["pool-destroy", "pool-undefine"] {
+            virsh(self.env, &[command, &self.name]);
+        }
+    }
 }
 
 impl<'env> Domain<'env> {
@@ -90,11 +124,13 @@ impl<'env> Domain<'env> {
         let encrypted = spec.disks.iter().any(|disk| disk.format.is_encrypted());
         let secret = encrypted.then(|| Secret::define(env, spec.suffix));
         let mut disks = Vec::new();
+        let directory = if spec.pool { env.open_dir("pool") } else { env.dir().to_owned() };
         for (index, disk) in spec.disks.iter().enumerate() {
-            let image = make_disk(env, (spec.suffix, index), *disk, secret.as_ref());
+            let image = make_disk(env, (&directory, spec.suffix, index), *disk, secret.as_ref());
             disks.push((image, disk.format));
         }
-        let domain = Self { env, name, disks, secret };
+        let pool = spec.pool.then(|| Pool::make(env, &format!("{name}-pool"), &directory));
+        let domain = Self { env, name, disks, secret, pool };
         let file = env.path(&format!("domain{}.xml", spec.suffix));
         std::fs::write(&file, domain.xml(&guest, spec)).expect("own directory");
         domain.virsh(&["define", &file.to_string_lossy()]).ok();
@@ -116,6 +152,11 @@ impl<'env> Domain<'env> {
     /// Image file of a disk by index.
     pub(crate) fn disk(&self, index: usize) -> &Path {
         &self.disks[index].0
+    }
+
+    /// The pool its disks are in.
+    pub(crate) fn pool(&self) -> &Pool<'env> {
+        self.pool.as_ref().expect("a domain with a pool")
     }
 
     /// Number of disks.
@@ -181,7 +222,7 @@ impl<'env> Domain<'env> {
 
     /// A domain somebody else will define under this name; removed on drop like any other.
     pub(crate) fn adopt(env: &'env TestEnv, name: &str) -> Self {
-        Self { env, name: name.to_owned(), disks: Vec::new(), secret: None }
+        Self { env, name: name.to_owned(), disks: Vec::new(), secret: None, pool: None }
     }
 
     /// Pauses it.
@@ -259,13 +300,19 @@ impl<'env> Domain<'env> {
         let mut disks = String::new();
         for (index, (path, format)) in self.disks.iter().enumerate() {
             let letter = char::from(b'a' + u8::try_from(index).expect("a few disks"));
+            let (kind, source) = match &self.pool {
+                None => ("file", format!("file='{}'", path.display())),
+                Some(pool) => {
+                    let volume = path.file_name().expect("a file").to_string_lossy();
+                    ("volume", format!("pool='{}' volume='{volume}'", pool.name))
+                }
+            };
             let _ = write!(
                 disks,
-                "<disk type='file' device='disk'>\
-                 <driver name='qemu' type='{}' discard='unmap'/><source file='{}'>{}</source>\
+                "<disk type='{kind}' device='disk'>\
+                 <driver name='qemu' type='{}' discard='unmap'/><source {source}>{}</source>\
                  <target dev='vd{letter}' bus='virtio'/><serial>vmbtest-{index}</serial></disk>",
                 format.name(),
-                path.display(),
                 self.secret
                     .as_ref()
                     .filter(|_| format.is_encrypted())
@@ -334,11 +381,11 @@ fn ensure_libvirt(env: &TestEnv) {
 /// Makes an image; the backing file of a backed one has data in it.
 fn make_disk(
     env: &TestEnv,
-    (suffix, index): (&str, usize),
+    (directory, suffix, index): (&Path, &str, usize),
     disk: DiskSpec,
     secret: Option<&Secret<'_>>,
 ) -> PathBuf {
-    let path = env.path(&format!("disk{suffix}{index}.{}", disk.format.name()));
+    let path = directory.join(format!("disk{suffix}{index}.{}", disk.format.name()));
     let size = format!("{}M", disk.size_mib);
     if disk.format.is_encrypted() {
         let secret = secret.expect("defined for the domain");

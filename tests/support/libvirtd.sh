@@ -3,7 +3,7 @@
 #
 #   libvirtd.sh start      starts virtlogd and libvirtd if qemu:///system does not answer
 #   libvirtd.sh stop       stops what `start` started, unless domains run
-#   libvirtd.sh with CMD…  start, remove domains of killed tests, run CMD, stop when nobody else
+#   libvirtd.sh with CMD…  start, remove what killed tests left, run CMD, stop when nobody else
 #                          uses it
 #
 # One daemon serves all test runs of a machine: libvirt's QEMU driver locks its state directory,
@@ -16,7 +16,7 @@ uri=qemu:///system
 
 answers() { timeout 10 virsh -q -c "$uri" uri >/dev/null 2>&1; }
 
-# Domains of test processes that were killed before they could clean up (a run that hung, say).
+# Domains and storage pools of test processes that were killed before they could clean up (a run that hung, say).
 sweep() {
   local name pid
   for name in $(virsh -q -c "$uri" list --all --name); do
@@ -26,6 +26,14 @@ sweep() {
       virsh -q -c "$uri" destroy "$name" >/dev/null 2>&1 || true
       virsh -q -c "$uri" undefine --checkpoints-metadata --managed-save --nvram "$name" \
         >/dev/null 2>&1 || true
+    fi
+  done
+  for name in $(virsh -q -c "$uri" pool-list --all --name); do
+    pid=${name#vmbtest-}
+    pid=${pid%%-*}
+    if [[ $name == vmbtest-* && $pid =~ ^[0-9]+$ && ! -d /proc/$pid ]]; then
+      virsh -q -c "$uri" pool-destroy "$name" >/dev/null 2>&1 || true
+      virsh -q -c "$uri" pool-undefine "$name" >/dev/null 2>&1 || true
     fi
   done
 }

@@ -17,7 +17,7 @@ mod memory;
 mod outcome;
 mod tools;
 
-pub(crate) use domain::{DiskFormat, DiskSpec, Domain, DomainSpec};
+pub(crate) use domain::{DiskFormat, DiskSpec, Domain, DomainSpec, Pool};
 pub(crate) use env::TestEnv;
 pub(crate) use guest::{Guest, GuestFiles};
 pub(crate) use memory::with_peak_mib;

@@ -8,7 +8,7 @@
 //!                                   (images get their names)
 //!  define:  write NVRAM, kernel, initrd ► TPM state ► define
 //!                                   (what was replaced is removed, or put back)
-//!  start
+//!  refresh storage pools ► start
 //! ```
 //!
 //! A file that is there already with the right content is not in the way. A kernel or initrd that
@@ -26,7 +26,8 @@ use crate::error::{Error, Kind, Result};
 use crate::job::points;
 use crate::platform::libvirt::restore::define::{self, Target};
 use crate::platform::libvirt::restore::{
-    DiskPlace, Emulator, Identity, RestoredDisk, RewriteOptions, Rewritten, choose, rewrite, tpm,
+    DiskPlace, Emulator, Identity, PoolVolume, RestoredDisk, RewriteOptions, Rewritten, choose,
+    rewrite, tpm,
 };
 use crate::repo::{Manifest, Repository};
 use crate::vm::{ArtifactKind, Uuid};
@@ -71,7 +72,10 @@ pub(super) async fn prepare(
         changes.extend(survey.missing);
         emulator = survey.emulator;
     }
-    let restored = disks.iter().map(|(name, place)| restored(name, place)).collect::<Result<_>>();
+    let volumes =
+        volumes(target.as_ref(), &xml, (manifest, disks), (request, define), problems).await;
+    let restored = disks.iter().map(|(name, place)| restored(name, place, &volumes));
+    let restored = restored.collect::<Result<_>>();
     let options = RewriteOptions {
         identity: match &define.as_name {
             None => Identity::Original,
@@ -149,8 +153,12 @@ impl Prepared {
         Ok(written)
     }
 
-    /// Starts the domain if that was asked for; what it is now.
+    /// Lets the pools of its disks know them, and starts the domain if that was asked for; what it
+    /// is now.
     pub(super) async fn start(self) -> Result<Domain> {
+        for pool in &self.rewritten.pools {
+            self.target.refresh(pool, &self.rewritten.name).await?;
+        }
         if self.power == Power::On {
             self.target.start(&self.rewritten).await?;
         }
@@ -197,9 +205,36 @@ async fn text(
     String::from_utf8(bytes).map(Some).map_err(|_| error)
 }
 
-fn restored(name: &str, place: &Place) -> Result<RestoredDisk> {
+/// The disks that were volumes of storage pools. Those that go where they were need their pools.
+async fn volumes(
+    target: Option<&Target>,
+    xml: &str,
+    (manifest, disks): (&Manifest, &[(String, Place)]),
+    (request, define): (&Request, &Define),
+    problems: &mut Problems,
+) -> Vec<PoolVolume> {
+    let Some(target) = target else { return Vec::new() };
+    let volumes = problems.note(target.volumes(xml).await).unwrap_or_default();
+    let is_image = |volume: &&PoolVolume| {
+        disks
+            .iter()
+            .any(|(name, place)| *name == volume.disk && matches!(place, Place::Image { .. }))
+    };
+    if request.directory.is_none() && define.as_name.is_none() {
+        for volume in volumes.iter().filter(is_image) {
+            problems.note(volume.check(&manifest.body.vm.name));
+        }
+    }
+    volumes
+}
+
+fn restored(name: &str, place: &Place, volumes: &[PoolVolume]) -> Result<RestoredDisk> {
     let path = absolute(place.path())?;
+    let volume = volumes.iter().find(|volume| volume.disk == name).and_then(PoolVolume::path);
     let place = match place {
+        Place::Image { format, .. } if volume.as_ref() == Some(&path) => {
+            DiskPlace::Volume { path, format: format.name().to_owned() }
+        }
         Place::Image { format, .. } => DiskPlace::File { path, format: format.name().to_owned() },
         Place::Device(_) if path.is_file() => DiskPlace::File { path, format: "raw".to_owned() },
         Place::Device(_) => DiskPlace::Device { path },

@@ -150,8 +150,8 @@ fn place(disk: &ManifestDisk, request: &Request) -> Result<Place> {
     Ok(Place::Image { path, format })
 }
 
-/// The image of a domain to be defined: the file the disk was in, or one beside it for a new
-/// domain.
+/// The image of a domain to be defined: the file the disk was in (also as a volume of a storage
+/// pool), or one beside it for a new domain.
 fn where_it_was(disk: &ManifestDisk, define: &Define, format: ImageFormat) -> Result<PathBuf> {
     let (name, origin) = (&disk.description.name, Path::new(&disk.description.origin));
     let directory = origin.parent().filter(|_| origin.is_absolute() && !origin.starts_with("/dev"));

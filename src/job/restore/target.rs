@@ -174,7 +174,7 @@ fn unused(path: &Path) -> Result<ImageLock> {
 
 /// Fails where [`unused`] would. Takes no lock.
 pub(super) fn check_unused(path: &Path) -> Result<()> {
-    ImageLock::probe(path).map_err(in_use)
+    ImageLock::probe_to_write(path).map_err(in_use)
 }
 
 fn in_use(error: Error) -> Error {

@@ -23,14 +23,50 @@ pub(super) struct Disk {
     /// Its images, the active one first, then what lies below as far as the XML tells. The files
     /// are filled in by whoever can look at them.
     pub(super) layers: Vec<ImageId>,
-    /// The active image, when it is a file or block device of the host.
+    /// The active image, when it is a file or block device of the host. Of a volume it is filled
+    /// in by whoever can ask for it.
     pub(super) path: Option<PathBuf>,
+    /// The layers that are volumes of storage pools.
+    pub(super) volumes: Vec<VolumeLayer>,
     /// Which layer QEMU shows.
     pub(super) layer: DiskLayer,
     /// Why no bitmap can be kept for it, if so.
     pub(super) untracked: Option<FullReason>,
     /// A block job (copy, commit) runs on it.
     pub(super) mirrored: bool,
+}
+
+/// A layer of a disk that is a volume of a storage pool.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct VolumeLayer {
+    /// Which of the disk's layers.
+    pub(super) layer: usize,
+    /// The volume.
+    pub(super) name: VolumeName,
+    /// Number of the layer in a running domain.
+    pub(super) index: Option<u32>,
+    /// QEMU reaches it by network, past the host's device (`mode='direct'`).
+    pub(super) direct: bool,
+}
+
+/// A volume of a storage pool.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct VolumeName {
+    /// The pool.
+    pub(super) pool: String,
+    /// Its name there.
+    pub(super) volume: String,
+}
+
+impl VolumeName {
+    /// The volume that the `<source>` of a disk or layer names, if it is one.
+    pub(super) fn of(element: &Element) -> Option<Self> {
+        if element.attr("type") != Some("volume") {
+            return None;
+        }
+        let attr = |key| element.attr_at(&["source"], key).map(str::to_owned);
+        Some(Self { pool: attr("pool")?, volume: attr("volume")? })
+    }
 }
 
 /// All disks of a domain, sorted out.
@@ -198,13 +234,25 @@ fn place(kind: &str, element: &Element) -> (String, Option<PathBuf>) {
     }
 }
 
+fn volume(layer: usize, element: &Element, index: Option<&str>) -> Option<VolumeLayer> {
+    Some(VolumeLayer {
+        layer,
+        name: VolumeName::of(element)?,
+        index: index.and_then(|index| index.parse().ok()),
+        direct: element.attr_at(&["source"], "mode") == Some("direct"),
+    })
+}
+
 fn disk(name: &str, kind: &str, element: &Element) -> Disk {
     let format = element.attr_at(&["driver"], "type").unwrap_or("raw").to_owned();
     let (origin, path) = place(kind, element);
     let mut layers = vec![ImageId { origin, file: None }];
+    // The number of the active layer is in its source, of those below in the element itself.
+    let mut volumes = Vec::from_iter(volume(0, element, element.attr_at(&["source"], "index")));
     let mut below = element.child("backingStore");
     while let Some(layer) = below {
         let Some(kind) = layer.attr("type") else { break };
+        volumes.extend(volume(layers.len(), layer, layer.attr("index")));
         layers.push(ImageId { origin: place(kind, layer).0, file: None });
         below = layer.child("backingStore");
     }
@@ -225,6 +273,7 @@ fn disk(name: &str, kind: &str, element: &Element) -> Disk {
         format,
         layers,
         path,
+        volumes,
         layer: if encrypted { DiskLayer::DecryptedLuks } else { DiskLayer::Plain },
         untracked,
         mirrored: element.child("mirror").is_some(),
@@ -274,6 +323,21 @@ mod tests {
         set(&both, &["sda", "hostdev7"]).unwrap().check("foo", false).unwrap();
         let vhost = VDA.replace("type='file' device", "type='vhostuser' device");
         assert!(set(&vhost, &[]).unwrap().check("foo", false).is_err());
+    }
+
+    #[test]
+    fn volumes_are_found_in_every_layer() {
+        let xml = "<disk type='volume'><driver type='qcow2'/><source pool='p' volume='a' index='3'/>\
+            <backingStore type='file' index='2'><source file='/i/b'/><backingStore type='volume' \
+            index='1'><source pool='q' volume='c' mode='direct'/></backingStore></backingStore>\
+            <target dev='vda'/></disk>";
+        let set = set(xml, &[]).unwrap();
+        let disk = &set.protected[0];
+        let found: Vec<_> = disk.volumes.iter().map(|v| (v.layer, v.index, v.direct)).collect();
+        assert_eq!(found, [(0, Some(3), false), (2, Some(1), true)]);
+        assert_eq!((&*disk.volumes[1].name.pool, &*disk.volumes[1].name.volume), ("q", "c"));
+        let origins: Vec<_> = disk.layers.iter().map(|layer| &*layer.origin).collect();
+        assert_eq!((origins, &disk.path), (vec!["p/a", "/i/b", "q/c"], &None));
     }
 
     #[test]

@@ -12,6 +12,7 @@
 //! - A libvirt object is freed exactly once, by the guard that owns it; freeing never panics.
 #![allow(unsafe_code)] // Calls into libvirt.so; each block says why it is sound.
 
+use std::collections::BTreeMap;
 use std::ffi::{CStr, CString};
 use std::os::raw::{c_char, c_int, c_uint, c_ulonglong, c_void};
 use std::ptr;
@@ -40,6 +41,10 @@ const EVENTS_MAX: usize = 64;
 
 /// Most parameters read from one job: libvirt 11 has fewer than 60.
 const PARAMETERS_MAX: usize = 512;
+
+/// Most parameters read of the block statistics of a domain: libvirt has some 15 for each layer, and
+/// 200 layers of 16 disks are more than anybody has.
+const BLOCK_PARAMETERS_MAX: usize = 50_000;
 
 /// Makes libvirt quiet and its events delivered: installs a silent error handler (the default one
 /// prints every error to stderr) and starts the event loop on a thread of its own.
@@ -168,6 +173,53 @@ pub(super) fn file_systems(domain: &Domain) -> VirtResult<Vec<FileSystem>> {
     // SAFETY: the array itself is the caller's to free.
     unsafe { libc_free(list.cast()) };
     Ok(systems)
+}
+
+/// Paths of the images that the disks of a running domain have open, by the numbers its XML gives
+/// the layers; of those that are files or devices of the host.
+pub(super) fn layer_paths(domain: &Domain) -> VirtResult<Vec<(u32, String)>> {
+    // SAFETY: borrowed from the domain, which lives through this function.
+    let mut domains = [unsafe { domain.as_ptr() }, ptr::null_mut()];
+    let mut records: *mut sys::virDomainStatsRecordPtr = ptr::null_mut();
+    // SAFETY: the list of domains ends with NULL and outlives the call, which stores a list of
+    // `count` owned records on success.
+    let count = check(unsafe {
+        sys::virDomainListGetStats(
+            domains.as_mut_ptr(),
+            sys::VIR_DOMAIN_STATS_BLOCK,
+            &raw mut records,
+            sys::VIR_CONNECT_GET_ALL_DOMAINS_STATS_BACKING,
+        )
+    })?;
+    let (mut indices, mut paths) = (BTreeMap::new(), BTreeMap::new());
+    for record in 0..usize::try_from(count).unwrap_or(0) {
+        // SAFETY: the list has `count` records, each with `nparams` valid parameters that live until
+        // the list is freed; the union member read is the one `type_` names, and text is copied.
+        unsafe {
+            let record = *records.add(record);
+            let count = usize::try_from((*record).nparams).unwrap_or(0);
+            for at in 0..count.min(BLOCK_PARAMETERS_MAX) {
+                let parameter = &*(*record).params.add(at);
+                let name = CStr::from_ptr(parameter.field.as_ptr()).to_string_lossy();
+                let kind = c_uint::try_from(parameter.type_).unwrap_or(0);
+                if let Some(block) = name.strip_suffix(".backingIndex")
+                    && kind == sys::VIR_TYPED_PARAM_UINT
+                {
+                    indices.insert(block.to_owned(), parameter.value.ui);
+                } else if let Some(block) = name.strip_suffix(".path")
+                    && kind == sys::VIR_TYPED_PARAM_STRING
+                    && !parameter.value.s.is_null()
+                {
+                    let path = CStr::from_ptr(parameter.value.s).to_string_lossy().into_owned();
+                    paths.insert(block.to_owned(), path);
+                }
+            }
+        }
+    }
+    // SAFETY: frees the list and its records, once.
+    unsafe { sys::virDomainStatsRecordListFree(records) };
+    let index = |(block, path)| Some((*indices.get(&block)?, path));
+    Ok(paths.into_iter().filter_map(index).collect())
 }
 
 /// What a domain's job is doing or did.

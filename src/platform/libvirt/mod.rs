@@ -13,7 +13,7 @@
 //! migrated and managed as any other.
 //!
 //! Files: `ffi` (the C calls), `connection` (deadlines, look-up), `survey`, `disks`, `xml` (what a
-//! domain is), `names`, `lock` (ownership), `checkpoint` (bases), `job`, `quiesce`, `agent`,
+//! domain is), `pools` (volumes of storage pools), `names`, `lock` (ownership), `checkpoint` (bases), `job`, `quiesce`, `agent`,
 //! `scratch`, `watch`, `reach`, `restore` (the way back), `open`, `snapshot` (the transaction), `stopped`
 //! (the same for images), `plan`, `artifacts`.
 //!
@@ -32,6 +32,7 @@ mod lock;
 mod names;
 mod open;
 mod plan;
+mod pools;
 mod quiesce;
 mod reach;
 pub mod restore;

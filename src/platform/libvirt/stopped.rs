@@ -111,6 +111,20 @@ pub(super) async fn open(
     Ok(snapshot)
 }
 
+/// The error about a stopped domain of another host.
+pub(super) fn elsewhere(domain: &DomainHandle) -> Error {
+    let name = &domain.name;
+    start_it(&format!("domain '{name}' is stopped, and its images are on another host"), name)
+}
+
+/// The error about images that only a QEMU can read.
+pub(super) fn start_it(what: &str, domain: &str) -> Error {
+    Error::new(Kind::Unsupported, what).hint(format!(
+        "start the domain ('virsh start {domain}', or 'virsh start --paused {domain}') and back it \
+         up running"
+    ))
+}
+
 /// The images with their bitmaps.
 async fn look(
     domain: &DomainHandle,
@@ -118,32 +132,27 @@ async fn look(
     request: &SnapshotRequest,
     names: &BitmapNames,
 ) -> Result<Vec<StoppedDisk>> {
-    let name = &domain.name;
-    let start = |what: String| {
-        Error::new(Kind::Unsupported, what).hint(format!(
-            "start the domain ('virsh start {name}', or 'virsh start --paused {name}') and back it up running"
-        ))
-    };
     if !domain.host.is_local() {
-        return Err(start(format!(
-            "domain '{name}' is stopped, and its images are on another host"
-        )));
+        return Err(elsewhere(domain));
     }
     let mut parts = Vec::new();
     for disk in &survey.disks {
         let Some(path) = disk.disk.path.clone() else {
             let target = &disk.disk.name;
             let origin = &disk.disk.image().origin;
-            return Err(start(format!(
+            let name = &domain.name;
+            let what = format!(
                 "disk {target} of the stopped domain '{name}' is no file of this host ({origin})"
-            )));
+            );
+            return Err(start_it(&what, name));
         };
         // libvirt gives QEMU the passphrase. Without it a LUKS container would be read as it is,
         // which is not what the guest sees.
         if disk.disk.layer == DiskLayer::DecryptedLuks {
             let target = &disk.disk.name;
+            let name = &domain.name;
             let what = format!("disk {target} of the stopped domain '{name}' is encrypted");
-            return Err(start(what));
+            return Err(start_it(&what, name));
         }
         let found = layers(&path, &disk.disk.format).await?;
         parts.push(StoppedDisk {

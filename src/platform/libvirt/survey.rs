@@ -9,9 +9,10 @@ use virt::sys;
 
 use super::checkpoint::SizedDisk;
 use super::connection::DomainHandle;
-use super::disks::DiskSet;
+use super::disks::{Disk, DiskSet};
 use super::error::code;
 use super::xml::Element;
+use super::{pools, stopped};
 use crate::error::Result;
 use crate::image::{ImageInfo, file_id, inspect};
 use crate::platform::SnapshotRequest;
@@ -67,6 +68,9 @@ impl Description {
         let raw = domain.call("read the description of", read).await?;
         let root = Element::parse("the domain XML", &raw.live)?;
         let mut set = DiskSet::from_xml(&root, &request.exclude_disks)?;
+        for disk in set.protected.iter_mut().filter(|disk| !disk.volumes.is_empty()) {
+            pools::locate(domain, disk, raw.running).await?;
+        }
         let layers = set.protected.iter_mut().flat_map(|disk| &mut disk.layers);
         for layer in layers.filter(|layer| layer.origin.starts_with('/')) {
             if domain.host.is_local() {
@@ -98,25 +102,39 @@ impl Survey {
             }
             images.push(info);
         }
-        let names: Vec<String> = set.protected.iter().map(|disk| disk.name.clone()).collect();
-        let sizes = domain
-            .call("read the disk sizes of", move |domain| {
-                names.iter().map(|name| domain.block_info(name, 0)).collect::<Result<Vec<_>, _>>()
-            })
-            .await?;
-        let disks = set.protected.iter().zip(sizes);
-        let disks = disks
-            .map(|(disk, info)| SizedDisk {
-                disk: disk.clone(),
-                // Of a raw file of a stopped domain libvirt tells the length, of a running one
-                // the whole sectors that QEMU makes of it.
-                size_bytes: info.capacity.next_multiple_of(SECTOR_BYTES),
-                allocation_bytes: info.allocation,
-            })
-            .collect();
+        let mut disks = Vec::new();
+        for disk in &set.protected {
+            disks.push(size(domain, disk, raw.running).await?);
+        }
         let Raw { live, inactive, running, paused, id } = raw;
         Ok(Self { live, inactive, root, running, paused, id, set, disks, images })
     }
+}
+
+/// The disk with its size.
+async fn size(domain: &DomainHandle, disk: &Disk, running: bool) -> Result<SizedDisk> {
+    let is_volume = disk.volumes.iter().any(|volume| volume.layer == 0);
+    let (size_bytes, allocation_bytes) = match &disk.path {
+        // libvirt asks the pool only when it starts the domain, and knows no size before.
+        Some(path) if is_volume && !running && domain.host.is_local() => {
+            let info = inspect(path, &disk.format).await?;
+            (info.size_bytes, info.allocated_bytes.unwrap_or(info.size_bytes))
+        }
+        _ if is_volume && !running => return Err(stopped::elsewhere(domain)),
+        _ => {
+            let name = disk.name.clone();
+            let read = move |domain: &virt::domain::Domain| domain.block_info(&name, 0);
+            let info = domain.call(&format!("read the size of {} of", disk.name), read).await?;
+            (info.capacity, info.allocation)
+        }
+    };
+    Ok(SizedDisk {
+        disk: disk.clone(),
+        // Of a raw file of a stopped domain libvirt tells the length, of a running one the whole
+        // sectors that QEMU makes of it.
+        size_bytes: size_bytes.next_multiple_of(SECTOR_BYTES),
+        allocation_bytes,
+    })
 }
 
 fn read(domain: &virt::domain::Domain) -> super::ffi::VirtResult<Raw> {

@@ -52,6 +52,10 @@ impl Target {
         Ok(Self { host: Host::open(uri).await? })
     }
 
+    pub(super) fn host(&self) -> &Host {
+        &self.host
+    }
+
     /// Whether the daemon runs on this machine: only then are the restored images its images.
     pub fn is_local(&self) -> bool {
         self.host.is_local()

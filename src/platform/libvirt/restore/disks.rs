@@ -2,6 +2,7 @@
 
 use super::{DiskPlace, RestoredDisk, Rewriter};
 use crate::error::{Error, Kind, Result};
+use crate::platform::libvirt::disks::VolumeName;
 use crate::platform::libvirt::xml::{Element, escaped};
 
 /// What belongs to the old storage: flattened, decrypted and local, the restored image has none.
@@ -39,8 +40,15 @@ impl<'a> Rewriter<'a> {
 
     /// Points a disk at its restored image.
     fn restored(&mut self, disk: &Element, restored: &RestoredDisk) {
+        if let DiskPlace::Volume { format, .. } = &restored.place
+            && self.keep_volume(disk, format)
+        {
+            return;
+        }
         let (kind, attribute, path, format) = match &restored.place {
-            DiskPlace::File { path, format } => ("file", "file", path, format.as_str()),
+            DiskPlace::File { path, format } | DiskPlace::Volume { path, format } => {
+                ("file", "file", path, format.as_str())
+            }
             DiskPlace::Device { path } => ("block", "dev", path, "raw"),
         };
         let path = path.to_string_lossy();
@@ -81,11 +89,32 @@ impl<'a> Rewriter<'a> {
             (None, Some(_)) => self.edits.insert_first(self.xml, disk, &source),
             (None, None) => self.edits.insert_first(self.xml, disk, &(driver + &source)),
         }
-        for child in disk.children.iter().filter(|c| STORAGE_CHILDREN.contains(&c.name.as_str())) {
-            self.remove(child);
-        }
+        self.remove_storage(disk);
         if disk.child("encryption").is_some() || disk.at(&["source", "encryption"]).is_some() {
             self.say(format!("disk {name}: no longer encrypted; it was read decrypted"));
+        }
+    }
+
+    /// Leaves a disk the volume it was, if nothing of its source speaks of other content.
+    fn keep_volume(&mut self, disk: &Element, format: &str) -> bool {
+        let (Some(name), Some(source)) = (VolumeName::of(disk), disk.child("source")) else {
+            return false;
+        };
+        let encrypted = disk.child("encryption").is_some();
+        if encrypted || !source.children.is_empty() || format_of(disk) != format {
+            return false;
+        }
+        self.remove_attr(source, "index");
+        self.remove_storage(disk);
+        self.pools.retain(|pool| *pool != name.pool);
+        self.pools.push(name.pool);
+        true
+    }
+
+    /// Removes what belongs to the old storage.
+    fn remove_storage(&mut self, disk: &Element) {
+        for child in disk.children.iter().filter(|c| STORAGE_CHILDREN.contains(&c.name.as_str())) {
+            self.remove(child);
         }
     }
 
@@ -113,9 +142,13 @@ impl<'a> Rewriter<'a> {
     }
 }
 
+fn format_of(disk: &Element) -> &str {
+    disk.attr_at(&["driver"], "type").unwrap_or("raw")
+}
+
 /// Where a disk was, and in which format.
 fn describe(disk: &Element) -> String {
-    let format = disk.attr_at(&["driver"], "type").unwrap_or("raw");
+    let format = format_of(disk);
     let Some(source) = disk.child("source") else { return "nothing".to_owned() };
     let attr = |name| source.attr(name);
     let place = if let Some(path) = attr("file").or(attr("dev")).or(attr("dir")) {

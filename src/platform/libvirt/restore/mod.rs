@@ -10,6 +10,7 @@
 //! |---|---|---|
 //! | name, UUID, MACs | kept | new (libvirt makes MACs, generation id) |
 //! | restored disks | their new images, flat | the same |
+//! | those in their storage pool again | its volumes, as before | does not occur |
 //! | writable disks not restored | kept, listed | removed: they are the original's |
 //! | CD-ROM, floppy | kept, optional at start | the same |
 //! | host devices | kept, listed | removed: they are the original's |
@@ -23,9 +24,11 @@ pub mod define;
 mod devices;
 mod disks;
 pub mod tpm;
+mod volumes;
 
 use std::path::PathBuf;
 
+pub use self::volumes::PoolVolume;
 use super::xml::{Edits, Element};
 use crate::error::{Error, Kind, Result};
 use crate::vm::Uuid;
@@ -89,6 +92,13 @@ pub enum DiskPlace {
         /// `qcow2` or `raw`.
         format: String,
     },
+    /// The file that the volume is which the description names: the pool is here and active.
+    Volume {
+        /// Absolute path on the host that will run the domain.
+        path: PathBuf,
+        /// `qcow2` or `raw`.
+        format: String,
+    },
     /// A raw block device.
     Device {
         /// Absolute path on the host that will run the domain.
@@ -107,6 +117,8 @@ pub struct Rewritten {
     pub name: String,
     /// Its UUID.
     pub uuid: Uuid,
+    /// Storage pools that are to find restored volumes.
+    pub pools: Vec<String>,
     /// Directory its TPM state is unpacked into, if it has an emulated TPM.
     pub tpm_dir: Option<PathBuf>,
 }
@@ -148,14 +160,15 @@ pub fn rewrite(xml: &str, options: &RewriteOptions) -> Result<Rewritten> {
         options,
         edits: Edits::default(),
         changes: Vec::new(),
+        pools: Vec::new(),
         tpm_dir: None,
     };
     rewriter.identity(&name, uuid);
     rewriter.boot();
     rewriter.disks()?;
     rewriter.devices(uuid);
-    let Rewriter { edits, changes, tpm_dir, .. } = rewriter;
-    Ok(Rewritten { xml: edits.apply(xml), changes, name, uuid, tpm_dir })
+    let Rewriter { edits, changes, pools, tpm_dir, .. } = rewriter;
+    Ok(Rewritten { xml: edits.apply(xml), changes, name, uuid, pools, tpm_dir })
 }
 
 /// A rewriting in progress.
@@ -165,6 +178,7 @@ struct Rewriter<'a> {
     options: &'a RewriteOptions,
     edits: Edits,
     changes: Vec<String>,
+    pools: Vec<String>,
     tpm_dir: Option<PathBuf>,
 }
 
