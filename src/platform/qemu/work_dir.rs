@@ -1,13 +1,16 @@
 //! The directory of one run: scratch files, and the socket that QEMU makes in it.
 //!
 //! Readable by nobody but QEMU's user and us: it holds what the guest's disks held. The owner is
-//! taken from the monitor socket, which QEMU made. Removal follows no link: it removes the names
+//! taken from the monitor socket, which QEMU made. That user owns the directory once it has it, and
+//! may be hostile: everything is made and given away by descriptor, never by name. Removal follows no link: it removes the names
 //! we gave and the directory, nothing else.
 
-use std::fs::{self, DirBuilder, OpenOptions, Permissions};
-use std::io::ErrorKind;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt, chown};
+use std::fs::{self, File, Metadata, Permissions};
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, fchown};
 use std::path::{Path, PathBuf};
+
+use rustix::fs::{CWD, Mode, OFlags, mkdirat, openat};
 
 use super::names;
 use crate::error::{Error, Result};
@@ -17,6 +20,8 @@ use crate::vm::{PointId, Uuid};
 #[derive(Debug)]
 pub(super) struct WorkDir {
     path: PathBuf,
+    /// The directory that was made, whatever has its name now.
+    dir: File,
     /// User and group of QEMU.
     owner: (u32, u32),
 }
@@ -26,15 +31,14 @@ impl WorkDir {
     pub(super) fn create(base: &Path, monitor: &Path, vm: Uuid, point: PointId) -> Result<Self> {
         let socket = fs::metadata(monitor)
             .map_err(|error| Error::io(format!("cannot look at {}", monitor.display()), error))?;
+        let owner = (socket.uid(), socket.gid());
         let path = names::work_dir(base, vm, point);
-        let failed = |error| {
+        let dir = make_directory(&path).and_then(|dir| hand_over(&dir, owner).map(|()| dir));
+        let dir = dir.map_err(|error| {
             Error::io(format!("cannot make the scratch directory {}", path.display()), error)
                 .hint("give a local directory that QEMU may write to (--scratch-dir)")
-        };
-        DirBuilder::new().mode(0o700).create(&path).map_err(failed)?;
-        let dir = Self { path: path.clone(), owner: (socket.uid(), socket.gid()) };
-        dir.hand_over(&dir.path).map_err(failed)?;
-        Ok(dir)
+        })?;
+        Ok(Self { path, dir, owner })
     }
 
     /// Where the socket of the exports goes.
@@ -44,35 +48,23 @@ impl WorkDir {
 
     /// Where a disk's scratch file is.
     pub(super) fn scratch(&self, disk: usize) -> PathBuf {
-        self.path.join(format!("{disk}.raw"))
+        self.path.join(scratch_name(disk))
     }
 
     /// Makes a disk's scratch file: a hole of exactly the disk's size, as the job demands.
     pub(super) fn create_scratch(&self, disk: usize, size_bytes: u64) -> Result<PathBuf> {
         let path = self.scratch(disk);
         let create = || {
-            let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path)?;
+            let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW;
+            let mode = Mode::RUSR | Mode::WUSR;
+            let file: File =
+                openat(&self.dir, scratch_name(disk), flags | OFlags::CLOEXEC, mode)?.into();
             file.set_len(size_bytes)?;
-            self.hand_over(&path)
+            hand_over(&file, self.owner)
         };
         let what = || format!("cannot make the scratch file {}", path.display());
-        create().map_err(|error| Error::io(what(), error))?;
+        create().map_err(|error: io::Error| Error::io(what(), error))?;
         Ok(path)
-    }
-
-    fn hand_over(&self, path: &Path) -> std::io::Result<()> {
-        let ours = fs::symlink_metadata(path)?;
-        if (ours.uid(), ours.gid()) == self.owner {
-            return Ok(());
-        }
-        match chown(path, Some(self.owner.0), Some(self.owner.1)) {
-            // Not root, and QEMU is somebody else: the group is all we can share with.
-            Err(error) if error.kind() == ErrorKind::PermissionDenied => {
-                let mode = if ours.is_dir() { 0o770 } else { 0o660 };
-                fs::set_permissions(path, Permissions::from_mode(mode))
-            }
-            result => result,
-        }
     }
 
     /// Removes the directory and what is in it. What is gone already is no error.
@@ -94,6 +86,41 @@ pub(super) fn sweep(base: &Path, vm: Uuid) -> Result<usize> {
         }
     }
     Ok(count)
+}
+
+fn scratch_name(disk: usize) -> String {
+    format!("{disk}.raw")
+}
+
+/// Makes a directory and opens it: what is open is what was made, empty and nobody else's.
+fn make_directory(path: &Path) -> io::Result<File> {
+    mkdirat(CWD, path, Mode::RWXU)?;
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let dir: File = openat(CWD, path, flags, Mode::empty())?.into();
+    let there = dir.metadata()?;
+    let is_ours = there.uid() == rustix::process::geteuid().as_raw();
+    // In a directory of somebody else the name may have changed hands.
+    if !is_ours || there.mode() & 0o077 != 0 {
+        return Err(io::Error::other("somebody else has replaced it"));
+    }
+    Ok(dir)
+}
+
+/// Gives QEMU's user what is open. By descriptor, because that user may put a link to a file of
+/// ours under any name in its directory.
+fn hand_over(file: &File, owner: (u32, u32)) -> io::Result<()> {
+    let ours: Metadata = file.metadata()?;
+    if (ours.uid(), ours.gid()) == owner {
+        return Ok(());
+    }
+    match fchown(file, Some(owner.0), Some(owner.1)) {
+        // Not root, and QEMU is somebody else: the group is all we can share with.
+        Err(error) if error.kind() == ErrorKind::PermissionDenied => {
+            let mode = if ours.is_dir() { 0o770 } else { 0o660 };
+            file.set_permissions(Permissions::from_mode(mode))
+        }
+        result => result,
+    }
 }
 
 fn remove(path: &Path) -> Result<()> {
@@ -127,5 +154,42 @@ mod tests {
         dead.create_scratch(0, 1).unwrap();
         assert_eq!(sweep(base.path(), vm).unwrap(), 1);
         assert!(!dead.path.exists() && foreign.path.exists());
+    }
+
+    #[test]
+    fn what_the_owner_of_the_directory_puts_there_is_not_touched() {
+        let base = tempfile::tempdir().unwrap();
+        let monitor = base.path().join("m.sock");
+        fs::write(&monitor, "").unwrap();
+        let run =
+            WorkDir::create(base.path(), &monitor, Uuid::from_u128(1), PointId([1; 16])).unwrap();
+        let secret = base.path().join("secret");
+        fs::write(&secret, "secret").unwrap();
+        std::os::unix::fs::symlink(&secret, run.scratch(0)).unwrap();
+        assert!(run.create_scratch(0, 1).is_err());
+        // The whole directory changes hands after it was made.
+        fs::rename(&run.path, base.path().join("moved")).unwrap();
+        fs::create_dir(base.path().join("trap")).unwrap();
+        std::os::unix::fs::symlink(base.path().join("trap"), &run.path).unwrap();
+        run.create_scratch(1, 1).unwrap();
+        assert_eq!(fs::read_dir(base.path().join("trap")).unwrap().count(), 0);
+        assert!(base.path().join("moved").join("1.raw").exists());
+        assert_eq!(fs::read(&secret).unwrap(), b"secret");
+    }
+
+    #[test]
+    fn a_file_is_given_away_by_its_descriptor() {
+        if !rustix::process::geteuid().is_root() {
+            return;
+        }
+        let base = tempfile::tempdir().unwrap();
+        let (name, secret) = (base.path().join("0.raw"), base.path().join("secret"));
+        let file = File::create_new(&name).unwrap();
+        fs::write(&secret, "").unwrap();
+        fs::remove_file(&name).unwrap();
+        std::os::unix::fs::symlink(&secret, &name).unwrap();
+        hand_over(&file, (12345, 12345)).unwrap();
+        assert_eq!(fs::metadata(&secret).unwrap().uid(), 0);
+        assert_eq!(file.metadata().unwrap().uid(), 12345);
     }
 }
