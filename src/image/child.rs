@@ -25,16 +25,31 @@ const STDERR_BYTES_MAX: usize = 4096;
 const LAST_WORDS: (usize, Duration) = (20, Duration::from_millis(5));
 
 /// SIGTERM on our death, at which servers close their disks properly. setpriv is part of
-/// util-linux; without it the other ways to end remain. With a listening socket on standard input
-/// it becomes the first socket passed (`sd_listen_fds(3)`), whose environment names the process.
+/// util-linux; without it the other ways to end remain. What is passed comes on standard input and
+/// becomes descriptor 3, which is where `sd_listen_fds(3)` has the first socket; its environment
+/// names the process.
 const WRAPPER: &str = r#"
-if [ "$1" = listening ]; then export LISTEN_PID=$$ LISTEN_FDS=1; exec 3<&0; fi
+if [ "$1" = listening ]; then export LISTEN_PID=$$ LISTEN_FDS=1; fi
+if [ "$1" != nothing ]; then exec 3<&0; fi
 shift
 exec </dev/null
 command -v "$1" >/dev/null || { echo "$1: No such file or directory" >&2; exit 127; }
 command -v setpriv >/dev/null && exec setpriv --pdeathsig TERM -- "$@"
 exec "$@"
 "#;
+
+/// The name of a [`Passed::File`] in the child. It is the open file, whatever has its name.
+pub(super) const PASSED_FILE: &str = "/proc/self/fd/3";
+
+/// What a child gets besides its arguments.
+#[derive(Debug)]
+pub(super) enum Passed {
+    Nothing,
+    /// A listening socket, as socket activation passes it.
+    Listening(OwnedFd),
+    /// A file, as [`PASSED_FILE`].
+    File(OwnedFd),
+}
 
 /// A running child.
 #[derive(Debug)]
@@ -46,14 +61,14 @@ pub(super) struct OwnChild {
 }
 
 impl OwnChild {
-    /// Starts `line`, program and arguments; a listening socket is passed on.
-    pub(super) async fn spawn(line: Vec<OsString>, listening: Option<OwnedFd>) -> io::Result<Self> {
+    /// Starts `line`, program and arguments.
+    pub(super) async fn spawn(line: Vec<OsString>, passed: Passed) -> io::Result<Self> {
         let runtime = tokio::runtime::Handle::current();
         let (done, child) = oneshot::channel();
         let (keep, kept) = mpsc::channel::<()>();
         std::thread::Builder::new().name("parent of a child".to_owned()).spawn(move || {
             let _inside = runtime.enter();
-            if done.send(spawn_here(&line, listening)).is_ok() {
+            if done.send(spawn_here(&line, passed)).is_ok() {
                 // An error means that the sender is gone: that is what is waited for.
                 let _ = kept.recv();
             }
@@ -84,13 +99,18 @@ impl OwnChild {
     }
 }
 
-fn spawn_here(line: &[OsString], listening: Option<OwnedFd>) -> io::Result<Child> {
+fn spawn_here(line: &[OsString], passed: Passed) -> io::Result<Child> {
+    let (kind, stdin) = match passed {
+        Passed::Nothing => ("nothing", Stdio::null()),
+        Passed::Listening(socket) => ("listening", Stdio::from(socket)),
+        Passed::File(file) => ("file", Stdio::from(file)),
+    };
     let mut command = Command::new("sh");
-    command.args(["-c", WRAPPER, "sh", if listening.is_some() { "listening" } else { "alone" }]);
+    command.args(["-c", WRAPPER, "sh", kind]);
     command
         .args(line)
         .env("LC_ALL", "C")
-        .stdin(listening.map_or_else(Stdio::null, Stdio::from))
+        .stdin(stdin)
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
         .process_group(0)

@@ -16,7 +16,7 @@ use tempfile::TempDir;
 use tokio::net::UnixStream;
 use tokio::sync::Mutex;
 
-use super::child::OwnChild;
+use super::child::{OwnChild, Passed};
 use super::tool::failed;
 use crate::error::{Error, Kind, Result};
 use crate::nbd::{Client, ClientOptions, Connector, Stream};
@@ -44,7 +44,7 @@ impl CommandServer {
         let listening = UnixListener::bind(directory.path().join("nbd"))
             .map_err(|e| Error::io("cannot listen on a private socket", e))?;
         let line: Vec<OsString> = line.iter().map(OsString::from).collect();
-        let child = OwnChild::spawn(line, Some(listening.into()))
+        let child = OwnChild::spawn(line, Passed::Listening(listening.into()))
             .await
             .map_err(|e| Error::io(format!("cannot start {name}"), e))?;
         Ok(Arc::new(Self { name, child: Mutex::new(child), directory }))

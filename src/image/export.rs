@@ -1,5 +1,6 @@
 //! An image file of any format as a disk, through a qemu-nbd of its own.
 
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -32,13 +33,14 @@ impl ImageExport {
     /// Unchanged.
     pub(super) async fn read(path: &Path, format: &str, options: ClientOptions) -> Result<Self> {
         let bitmaps: Vec<_> = options.changes.iter().cloned().collect();
-        let serve = Serve { path, format, mode: ServeMode::Read, bitmaps: &bitmaps };
+        let serve = Serve { path, format, open: None, mode: ServeMode::Read, bitmaps: &bitmaps };
         Self::start(serve, options).await
     }
 
-    /// Serves an image for writing; `options` say how, and what it holds.
+    /// Serves an image for writing, the open one if there is one; `options` say how, and what it
+    /// holds.
     pub(super) async fn write(
-        (path, format): (&Path, &str),
+        (path, format, open): (&Path, &str, Option<OwnedFd>),
         compression: Compression,
         options: ClientOptions,
     ) -> Result<Self> {
@@ -46,12 +48,12 @@ impl ImageExport {
             Compression::None => ServeMode::Write,
             Compression::Clusters => ServeMode::WriteCompressed,
         };
-        Self::start(Serve { path, format, mode, bitmaps: &[] }, options).await
+        Self::start(Serve { path, format, open, mode, bitmaps: &[] }, options).await
     }
 
     async fn start(serve: Serve<'_>, options: ClientOptions) -> Result<Self> {
-        let mut process = QemuNbd::start(&serve).await?;
         let name = serve.path.display().to_string();
+        let mut process = QemuNbd::start(serve).await?;
         let connector = Private { socket: process.socket(), name: name.clone() };
         // Boxed: a handshake is a large future, and every caller would carry it.
         let client = match Box::pin(Client::open(&connector, "", options)).await {

@@ -144,7 +144,7 @@ pub async fn open_to_overwrite(
     let layers = layers(path, format).await?;
     // The server's own locks do not reach every user of a device.
     ImageLock::probe_to_write(&layers[0].path)?;
-    ImageExport::write((&layers[0].path, format), Compression::None, options).await
+    ImageExport::write((&layers[0].path, format, None), Compression::None, options).await
 }
 
 /// A source with its lock.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::export::{Compression, ImageExport};
 use super::info::check_format;
-use super::tool::{absolute, qemu_img};
+use super::tool::{STDIN_FILE, absolute, qemu_img_on};
 use crate::block::file::{Durability, Existing, NewFile, PageCache};
 use crate::block::{BlockSink, BlockSource};
 use crate::error::{Error, Kind, Result};
@@ -88,21 +88,7 @@ impl NewImage {
             return Ok(Self { file, sink: NewImageSink::Raw });
         }
         let file = NewFile::create(&path, 0, existing)?;
-        let temporary = file.temporary_path().to_owned();
-        let what = format!("create {} as {format}", path.display());
-        let size = size_bytes.to_string();
-        let mut args: Vec<&OsStr> = ["create", "-q", "-f", format].map(OsStr::new).into();
-        args.extend([temporary.as_os_str(), OsStr::new(&size)]);
-        qemu_img(args, &what).await?;
-        let access = Access::Write(InitialContent::Zero);
-        let client = ClientOptions { access, changes: None, ..client };
-        let export = ImageExport::write((&temporary, format), compression, client).await?;
-        let made_bytes = BlockSink::geometry(&export).size_bytes;
-        if made_bytes != size_bytes {
-            // Some formats round up (vpc to cylinders): the guest would see another disk.
-            let message = format!("cannot {what}: {size_bytes} bytes become {made_bytes}");
-            return Err(Error::new(Kind::Unsupported, message).hint("choose qcow2 or raw"));
-        }
+        let export = make(&file, (&path, format, size_bytes), compression, client).await?;
         Ok(Self { file, sink: NewImageSink::Served(Arc::new(export)) })
     }
 
@@ -159,5 +145,64 @@ impl NewImage {
     pub fn abort(self) -> Result<()> {
         drop(self.sink);
         self.file.abort()
+    }
+}
+
+/// Makes an empty image of `file` and serves it. The tools get the file and not its name: whoever
+/// owns the directory may have put a link to something else there.
+async fn make(
+    file: &NewFile,
+    (path, format, size_bytes): (&Path, &str, u64),
+    compression: Compression,
+    client: ClientOptions,
+) -> Result<ImageExport> {
+    let open = || {
+        let failed = |e| Error::io(format!("cannot open {}", path.display()), e);
+        file.descriptor().map_err(failed)
+    };
+    let what = format!("create {} as {format}", path.display());
+    let size = size_bytes.to_string();
+    let args = ["create", "-q", "-f", format, STDIN_FILE, &size].map(OsStr::new);
+    qemu_img_on(open()?.into(), args.into(), &what).await?;
+    let client =
+        ClientOptions { access: Access::Write(InitialContent::Zero), changes: None, ..client };
+    let export = ImageExport::write((path, format, Some(open()?)), compression, client).await?;
+    let made_bytes = BlockSink::geometry(&export).size_bytes;
+    if made_bytes != size_bytes {
+        // Some formats round up (vpc to cylinders): the guest would see another disk.
+        let message = format!("cannot {what}: {size_bytes} bytes become {made_bytes}");
+        return Err(Error::new(Kind::Unsupported, message).hint("choose qcow2 or raw"));
+    }
+    Ok(export)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn what_takes_the_temporary_name_is_not_written() {
+        let base = tempfile::tempdir().unwrap();
+        let (path, secret) = (base.path().join("a.qcow2"), base.path().join("secret"));
+        for compression in [Compression::None, Compression::Clusters] {
+            std::fs::write(&secret, "secret").unwrap();
+            let file = NewFile::create(&path, 0, Existing::Refuse).unwrap();
+            std::fs::remove_file(file.temporary_path()).unwrap();
+            std::os::unix::fs::symlink(&secret, file.temporary_path()).unwrap();
+            let image = (path.as_path(), "qcow2", 1 << 20);
+            let export = make(&file, image, compression, ClientOptions::default()).await.unwrap();
+            export.close().await.unwrap();
+            assert_eq!(std::fs::read(&secret).unwrap(), b"secret");
+            let mut magic = [0; 4];
+            std::os::unix::fs::FileExt::read_exact_at(
+                &std::fs::File::from(file.descriptor().unwrap()),
+                &mut magic,
+                0,
+            )
+            .unwrap();
+            assert_eq!(&magic, b"QFI\xfb");
+            assert!(file.commit().await.is_err(), "something else has the name");
+            assert!(!path.exists());
+        }
     }
 }

@@ -6,6 +6,7 @@
 use std::ffi::OsString;
 use std::io;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 use std::time::Duration;
@@ -13,7 +14,7 @@ use std::time::Duration;
 use tempfile::TempDir;
 use tokio::net::UnixStream;
 
-use super::child::OwnChild;
+use super::child::{OwnChild, PASSED_FILE, Passed};
 use super::tool::{failed, missing};
 use crate::error::{Error, Kind, Result};
 
@@ -29,11 +30,14 @@ const BROKEN: Duration = Duration::from_millis(500);
 const SHARED: &str = "8";
 
 /// How an image is served.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub(super) struct Serve<'a> {
     pub(super) path: &'a Path,
     pub(super) format: &'a str,
+    /// Its name, in messages only if it is open.
     pub(super) mode: ServeMode,
+    /// The file itself, for an image in a directory where others may change names.
+    pub(super) open: Option<OwnedFd>,
     /// Bitmaps to offer.
     pub(super) bitmaps: &'a [String],
 }
@@ -58,14 +62,15 @@ pub(super) struct QemuNbd {
 
 impl QemuNbd {
     /// Starts it and waits until its socket answers.
-    pub(super) async fn start(serve: &Serve<'_>) -> Result<Self> {
+    pub(super) async fn start(serve: Serve<'_>) -> Result<Self> {
         let what = format!("open {} as {}", serve.path.display(), serve.format);
         let directory = tempfile::Builder::new()
             .prefix("vmbackup-")
             .tempdir()
             .map_err(|e| Error::io("cannot create a directory for a socket", e))?;
-        let arguments = arguments(serve, &directory.path().join("nbd"));
-        let child = OwnChild::spawn(arguments, None).await.map_err(|e| missing("qemu-nbd", e))?;
+        let arguments = arguments(&serve, &directory.path().join("nbd"));
+        let passed = serve.open.map_or(Passed::Nothing, Passed::File);
+        let child = OwnChild::spawn(arguments, passed).await.map_err(|e| missing("qemu-nbd", e))?;
         let mut started = Self { child, what, directory };
         let Ok(answers) = tokio::time::timeout(START, started.answers()).await else {
             let message = format!("cannot {}: qemu-nbd does not start", started.what);
@@ -137,6 +142,7 @@ fn arguments(serve: &Serve<'_>, socket: &Path) -> Vec<OsString> {
     let mut arguments: Vec<OsString> =
         ["qemu-nbd", "--shared", SHARED].iter().map(OsString::from).collect();
     match serve.mode {
+    let path = if serve.open.is_some() { Path::new(PASSED_FILE) } else { serve.path };
         ServeMode::Read => arguments.push("--read-only".into()),
         // Zeroes may become holes: whoever writes to the image says what it holds.
         ServeMode::Write | ServeMode::WriteCompressed => arguments.push("--discard=unmap".into()),
@@ -152,13 +158,13 @@ fn arguments(serve: &Serve<'_>, socket: &Path) -> Vec<OsString> {
              file.file.driver=file,file.file.filename="
         ));
         // A comma in an option is written twice.
-        let path = serve.path.as_os_str().as_bytes();
+        let path = path.as_os_str().as_bytes();
         let doubled: Vec<u8> =
             path.iter().flat_map(|byte| vec![*byte; 1 + usize::from(*byte == b',')]).collect();
         node.push(OsString::from_vec(doubled));
         arguments.extend(["--image-opts".into(), node]);
     } else {
-        arguments.extend(["--format".into(), serve.format.into(), serve.path.into()]);
+        arguments.extend(["--format".into(), serve.format.into(), path.into()]);
     }
     arguments
 }
@@ -175,5 +181,21 @@ pub(super) async fn connect(socket: &Path) -> io::Result<UnixStream> {
             }
             result => return result,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn nobody_else_gets_to_the_socket() {
+        let image = tempfile::NamedTempFile::new().unwrap();
+        image.as_file().set_len(4096).unwrap();
+        let (path, mode) = (image.path(), ServeMode::Write);
+        let serve = Serve { path, open: None, format: "raw", mode, bitmaps: &[] };
+        let served = QemuNbd::start(serve).await.unwrap();
+        let mode = served.directory.path().metadata().unwrap().permissions().mode();
+        assert_eq!(mode & 0o7777, 0o700, "whatever the umask");
     }
 }

@@ -21,11 +21,19 @@ const OUTPUT_BYTES_MAX: u64 = 16 << 20;
 /// Most of the error output kept.
 const STDERR_BYTES_MAX: u64 = 4096;
 
+/// The name of what [`qemu_img_on`] is given. It is the open file, whatever has its name.
+pub(super) const STDIN_FILE: &str = "/proc/self/fd/0";
+
 /// Runs `qemu-img` with `args`; `what` says in errors what it was for ("add bitmap x to a.qcow2").
 /// Yields its output. Not cancel-safe in effect: dropped, the call still happens.
 pub(super) async fn qemu_img(args: Vec<&OsStr>, what: &str) -> Result<Vec<u8>> {
+    qemu_img_on(Stdio::null(), args, what).await
+}
+
+/// The same with an open file, which `args` name as [`STDIN_FILE`].
+pub(super) async fn qemu_img_on(stdin: Stdio, args: Vec<&OsStr>, what: &str) -> Result<Vec<u8>> {
     let mut command = Command::new("qemu-img");
-    command.args(args).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command.args(args).stdin(stdin).stdout(Stdio::piped()).stderr(Stdio::piped());
     // Messages are looked at below: not translated.
     command.env("LC_ALL", "C").process_group(0);
     let mut child = command.spawn().map_err(|e| missing("qemu-img", e))?;

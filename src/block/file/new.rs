@@ -7,6 +7,8 @@
 //! ```
 
 use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -105,7 +107,13 @@ impl NewFile {
         &self.path
     }
 
-    /// The temporary file, for tools that must write to it by name.
+    /// Another handle of the file, for tools that write to it: in a directory of somebody else its
+    /// name may lead elsewhere.
+    pub fn descriptor(&self) -> std::io::Result<OwnedFd> {
+        self.sink.handle().map(OwnedFd::from)
+    }
+
+    /// The name of the temporary file.
     pub fn temporary_path(&self) -> &Path {
         &self.temporary
     }
@@ -121,9 +129,10 @@ impl NewFile {
         if durability == Durability::Synced {
             self.sink.flush().await?;
         }
-        let Self { path, temporary, existing, .. } = self;
+        let Self { path, temporary, existing, sink } = self;
         blocking(move || {
             let renamed = match existing {
+            check_unmoved(&sink, &temporary)?;
                 Existing::Refuse => temporary.persist_noclobber(&path),
                 Existing::Replace => temporary.persist(&path),
             };
@@ -148,9 +157,10 @@ impl NewFile {
     /// name is not synced yet. On an error everything is as it was, but for the new file, which is
     /// removed. Not cancel-safe.
     pub async fn place(self) -> Result<Placed> {
-        let Self { path, temporary, existing, .. } = self;
+        let Self { path, temporary, existing, sink } = self;
         blocking(move || {
             let placed = Placed::place(&temporary, &path, existing)?;
+            check_unmoved(&sink, &temporary)?;
             // Under the temporary name is nothing now, or what must not be lost.
             let _ = temporary.keep();
             Ok(placed)
@@ -197,6 +207,19 @@ impl NewFile {
             .close()
             .map_err(|e| Error::io(format!("cannot remove {}", path.display()), e))
     }
+}
+
+/// Fails when the temporary name is no longer that of the file that was written.
+fn check_unmoved(sink: &FileSink, temporary: &Path) -> Result<()> {
+    let failed = |e| Error::io(format!("cannot find {}", temporary.display()), e);
+    let written = sink.handle().and_then(|file| file.metadata()).map_err(failed)?;
+    let named = temporary.symlink_metadata().map_err(failed)?;
+    if (written.dev(), written.ino()) == (named.dev(), named.ino()) {
+        return Ok(());
+    }
+    let message = format!("{} was replaced while it was written", temporary.display());
+    Err(Error::new(Kind::Io, message)
+        .hint("somebody else changes names in this directory: choose one that is only yours"))
 }
 
 pub(super) fn parent(path: &Path) -> &Path {

@@ -111,6 +111,10 @@ impl FileSink {
         Ok(Self::new((file, path), (medium, size_bytes), Access::Once)?.cached(cache))
     }
 
+    pub(super) fn handle(&self) -> std::io::Result<File> {
+        self.inner.file.try_clone()
+    }
+
     pub(super) fn set_len(&self, size_bytes: u64) -> Result<()> {
         let failed = |e| Error::io(format!("cannot size {}", self.inner.name), e);
         self.inner.file.set_len(size_bytes).map_err(failed)
