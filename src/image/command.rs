@@ -6,6 +6,8 @@
 //! every [`OwnChild`] does.
 
 use std::ffi::OsString;
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -39,6 +41,7 @@ impl CommandServer {
         let name = format!("[ {} ]", line.join(" "));
         let directory = tempfile::Builder::new()
             .prefix("vmbackup-")
+            .permissions(Permissions::from_mode(0o700))
             .tempdir()
             .map_err(|e| Error::io("cannot create a directory for a socket", e))?;
         let listening = UnixListener::bind(directory.path().join("nbd"))

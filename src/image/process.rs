@@ -4,9 +4,11 @@
 //! to all other ways.
 
 use std::ffi::OsString;
+use std::fs::Permissions;
 use std::io;
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::fd::OwnedFd;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 use std::time::Duration;
@@ -32,12 +34,12 @@ const SHARED: &str = "8";
 /// How an image is served.
 #[derive(Debug)]
 pub(super) struct Serve<'a> {
-    pub(super) path: &'a Path,
-    pub(super) format: &'a str,
     /// Its name, in messages only if it is open.
-    pub(super) mode: ServeMode,
+    pub(super) path: &'a Path,
     /// The file itself, for an image in a directory where others may change names.
     pub(super) open: Option<OwnedFd>,
+    pub(super) format: &'a str,
+    pub(super) mode: ServeMode,
     /// Bitmaps to offer.
     pub(super) bitmaps: &'a [String],
 }
@@ -66,6 +68,7 @@ impl QemuNbd {
         let what = format!("open {} as {}", serve.path.display(), serve.format);
         let directory = tempfile::Builder::new()
             .prefix("vmbackup-")
+            .permissions(Permissions::from_mode(0o700))
             .tempdir()
             .map_err(|e| Error::io("cannot create a directory for a socket", e))?;
         let arguments = arguments(&serve, &directory.path().join("nbd"));
@@ -139,10 +142,10 @@ impl QemuNbd {
 }
 
 fn arguments(serve: &Serve<'_>, socket: &Path) -> Vec<OsString> {
+    let path = if serve.open.is_some() { Path::new(PASSED_FILE) } else { serve.path };
     let mut arguments: Vec<OsString> =
         ["qemu-nbd", "--shared", SHARED].iter().map(OsString::from).collect();
     match serve.mode {
-    let path = if serve.open.is_some() { Path::new(PASSED_FILE) } else { serve.path };
         ServeMode::Read => arguments.push("--read-only".into()),
         // Zeroes may become holes: whoever writes to the image says what it holds.
         ServeMode::Write | ServeMode::WriteCompressed => arguments.push("--discard=unmap".into()),

@@ -5,6 +5,8 @@
 //! SSH may read the socket, nothing is opened on the network, and no option is needed. The ssh
 //! process lives as long as the snapshot.
 
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
@@ -84,8 +86,11 @@ impl Reach {
             }
             (Server::Unix(socket), Some(_)) => socket,
         };
-        let directory = tempfile::Builder::new().prefix("vmbackup-").tempdir();
-        let directory = directory.map_err(|e| Error::io("cannot make a temporary directory", e))?;
+        let directory = tempfile::Builder::new()
+            .prefix("vmbackup-")
+            .permissions(Permissions::from_mode(0o700))
+            .tempdir()
+            .map_err(|e| Error::io("cannot make a temporary directory", e))?;
         let local = directory.path().join("nbd.sock");
         let child = forward(host.uri(), &local, socket).await?;
         Ok(Self { address: Address::Unix(local), _forward: Some((child, directory)) })

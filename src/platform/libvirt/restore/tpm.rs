@@ -6,9 +6,9 @@
 //! as at each start (`qemuTPMEmulatorCreateStorage`, libvirt 9.0), and sets up a new TPM only where
 //! there is no directory.
 
-use std::fs::{DirBuilder, File, OpenOptions};
+use std::fs::{DirBuilder, File, OpenOptions, Permissions};
 use std::io::Write;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 
 use crate::block::file::{Existing, Placed};
@@ -26,7 +26,12 @@ pub fn put(dir: &Path, archive: &[u8]) -> Result<Placed> {
     let parent = dir.parent().ok_or_else(|| failed(std::io::ErrorKind::InvalidInput.into()))?;
     // libvirt's own mode for the directory of a domain: its TPM may be of another user.
     DirBuilder::new().recursive(true).mode(0o711).create(parent).map_err(failed)?;
-    let fresh = tempfile::Builder::new().prefix(".tpm-").tempdir_in(parent).map_err(failed)?;
+    let fresh = tempfile::Builder::new()
+        .prefix(".tpm-")
+        // libvirt's own for the files of a TPM, whose owner it sets at each start.
+        .permissions(Permissions::from_mode(0o700))
+        .tempdir_in(parent)
+        .map_err(failed)?;
     for (name, bytes) in files {
         let mut options = OpenOptions::new();
         let file = options.write(true).create_new(true).mode(0o600).open(fresh.path().join(name));
