@@ -38,6 +38,26 @@ fn a_target_that_is_too_small_is_refused_before_the_first_write() {
 }
 
 #[test]
+fn what_is_no_file_is_not_replaced_by_one() {
+    let env = TestEnv::new();
+    let source = source(&env, 4096);
+    let (fifo, link) = (env.path("fifo.raw"), env.path("link.raw"));
+    env.run("mkfifo", &[&fifo]).ok();
+    std::os::unix::fs::symlink("/dev/null", &link).unwrap();
+    fs::create_dir(env.path("dir.raw")).unwrap();
+    for target in [&fifo, &link, &env.path("dir.raw")] {
+        let before = fs::symlink_metadata(target).unwrap();
+        for how in [&["--force"][..], &["--in-place"], &[]] {
+            let args = [&["copy", text(&source), text(target)], how].concat();
+            let outcome = env.vmbackup(&args).fails_with(&["is no file"]);
+            assert!(!outcome.stderr.contains("--force"), "{outcome:?}");
+        }
+        let now = fs::symlink_metadata(target).unwrap();
+        assert_eq!(before.file_type(), now.file_type());
+    }
+}
+
+#[test]
 fn a_full_target_ends_the_copy_with_its_name_and_the_offset() {
     let env = TestEnv::new();
     let source = source(&env, 4 << 20);

@@ -30,7 +30,7 @@ mod tests;
 
 pub use bypass::{Bypass, Gather, MEMORY_BYTES};
 pub use disk::FileDisk;
-pub use new::{Durability, Existing, NewFile};
+pub use new::{Durability, Existing, NewFile, refuse_special};
 pub use pipe::{PipeReader, PipeSink};
 pub use placed::Placed;
 pub use sink::{FileSink, PageCache};

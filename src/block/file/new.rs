@@ -74,6 +74,7 @@ impl NewFile {
             let message = format!("'{}' does not name a file", path.display());
             return Err(Error::new(Kind::Usage, message));
         };
+        refuse_special(path)?;
         if existing == Existing::Refuse && path.symlink_metadata().is_ok() {
             return Err(exists(path));
         }
@@ -131,8 +132,8 @@ impl NewFile {
         }
         let Self { path, temporary, existing, sink } = self;
         blocking(move || {
-            let renamed = match existing {
             check_unmoved(&sink, &temporary)?;
+            let renamed = match existing {
                 Existing::Refuse => temporary.persist_noclobber(&path),
                 Existing::Replace => temporary.persist(&path),
             };
@@ -159,8 +160,8 @@ impl NewFile {
     pub async fn place(self) -> Result<Placed> {
         let Self { path, temporary, existing, sink } = self;
         blocking(move || {
-            let placed = Placed::place(&temporary, &path, existing)?;
             check_unmoved(&sink, &temporary)?;
+            let placed = Placed::place(&temporary, &path, existing)?;
             // Under the temporary name is nothing now, or what must not be lost.
             let _ = temporary.keep();
             Ok(placed)
@@ -206,6 +207,18 @@ impl NewFile {
         self.temporary
             .close()
             .map_err(|e| Error::io(format!("cannot remove {}", path.display()), e))
+    }
+}
+
+/// Fails when `path` is, or leads to, something that a file never takes the place of: a device, a
+/// FIFO, a socket, a directory.
+pub fn refuse_special(path: &Path) -> Result<()> {
+    match path.metadata() {
+        Ok(there) if !there.is_file() => {
+            let message = format!("{} is no file, and is not replaced by one", path.display());
+            Err(Error::new(Kind::AlreadyExists, message).hint("choose another name"))
+        }
+        _ => Ok(()),
     }
 }
 

@@ -45,7 +45,11 @@ impl Placed {
             Err(error) => return Err(failed(error.into())),
         }
         let is_directory = |path: &Path| path.symlink_metadata().map(|data| data.is_dir());
-        if is_directory(temporary).map_err(failed)? != is_directory(path).map_err(failed)? {
+        let is_directory_now = is_directory(path).map_err(failed)?;
+        if !is_directory_now {
+            super::refuse_special(path)?;
+        }
+        if is_directory(temporary).map_err(failed)? != is_directory_now {
             let message =
                 format!("{} is in the way and not of the kind it should be", path.display());
             return Err(Error::new(Kind::AlreadyExists, message).hint("move it away"));

@@ -5,7 +5,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::{Copying, OnExisting, Target};
-use crate::block::file::{Durability, Existing, FileSink, NewFile, PageCache, PipeSink};
+use crate::block::file::{
+    Durability, Existing, FileSink, NewFile, PageCache, PipeSink, refuse_special,
+};
 use crate::block::null::NullSink;
 use crate::block::{BlockSink, BlockSource};
 use crate::control::{Control, NoticeLevel};
@@ -87,6 +89,9 @@ impl Opened {
         client: ClientOptions,
     ) -> Result<Self> {
         let ImageSpec { path, format } = image;
+        if !is_device(path) {
+            refuse_special(path)?;
+        }
         if existing == OnExisting::WriteInPlace || is_device(path) {
             if compression != Compression::None {
                 let message = format!("{} is written in place", path.display());

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use super::artifacts::exists;
 use super::problems::Problems;
 use super::{Define, Request};
-use crate::block::file::Existing;
+use crate::block::file::{Existing, refuse_special};
 use crate::copy::Zeroes;
 use crate::error::{Error, Kind, Result};
 use crate::repo::ManifestDisk;
@@ -185,7 +185,9 @@ fn check_images(places: &[Option<Place>], existing: Existing, problems: &mut Pro
             let message = format!("two disks would both go to {}", path.display());
             problems.add(Error::new(Kind::Usage, message).hint("restore them with --to DIR"));
         }
-        if existing == Existing::Refuse && path.symlink_metadata().is_ok() {
+        if let Err(error) = refuse_special(path) {
+            problems.add(error);
+        } else if existing == Existing::Refuse && path.symlink_metadata().is_ok() {
             problems.add(exists(path));
         }
     }
