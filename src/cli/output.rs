@@ -11,6 +11,7 @@ use serde::Serialize;
 use serde_json::json;
 
 use super::exit;
+use super::text::{lines_shown, shown};
 use crate::control::{Notice, NoticeLevel};
 use crate::error::{Error, Result};
 
@@ -52,7 +53,7 @@ impl Output {
             let written = serde_json::to_writer_pretty(&mut stdout, &envelope);
             written.map_err(std::io::Error::from).and_then(|()| stdout.write_all(b"\n"))
         } else {
-            stdout.write_all(text(data).as_bytes())
+            stdout.write_all(lines_shown(&text(data)).as_bytes())
         };
         match written.and_then(|()| stdout.flush()) {
             // The reader has seen enough (`| head`).
@@ -71,7 +72,7 @@ impl Output {
         if self.json {
             line(&json!({"type": "notice", "level": level, "message": notice.text}));
         } else {
-            say(&format!("{level}: {}", notice.text));
+            say(&format!("{level}: {}", shown(&notice.text)));
         }
     }
 
@@ -89,12 +90,12 @@ impl Output {
             }));
             return;
         }
-        let mut text = format!("error: {error}");
+        let mut text = format!("error: {}", shown(&error.to_string()));
         for cause in causes {
-            let _ = write!(text, "\n  because: {cause}");
+            let _ = write!(text, "\n  because: {}", shown(&cause));
         }
         if let Some(hint) = error.hint_text() {
-            let _ = write!(text, "\nhint: {hint}");
+            let _ = write!(text, "\nhint: {}", shown(hint));
         }
         say(&text);
     }

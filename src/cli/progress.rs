@@ -11,6 +11,7 @@ use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
 
 use super::output::{Output, line, say};
+use super::text::shown;
 use crate::control::{Control, DiskProgress};
 use crate::units::ByteSize;
 
@@ -122,7 +123,7 @@ impl View {
             )
             .expect("the template is valid");
             let bar = ProgressBar::new(disk.total_bytes).with_style(style);
-            let bar = self.bars.add(bar.with_prefix(disk.name.clone()));
+            let bar = self.bars.add(bar.with_prefix(shown(&disk.name).into_owned()));
             self.disks.push(bar);
         }
         for (bar, disk) in self.disks.iter().zip(disks) {
@@ -164,7 +165,7 @@ impl View {
                 let _ = write!(text, ", {seconds} s left");
             }
         }
-        say(&text);
+        say(&shown(&text));
     }
 
     fn notices(&mut self, control: &Control) {

@@ -2,6 +2,8 @@
 //!
 //! Only used by the human side of outputs; machines get JSON.
 
+use super::text::shown;
+
 /// A table being filled row by row.
 #[derive(Debug)]
 pub(crate) struct Table {
@@ -39,7 +41,7 @@ impl Columns {
     pub(crate) fn measure(&mut self, cells: &[String]) {
         assert_eq!(cells.len(), self.0.len(), "a row has as many cells as there are columns");
         for (column, cell) in self.0.iter_mut().zip(cells) {
-            column.width = column.width.max(cell.chars().count());
+            column.width = column.width.max(shown(cell).chars().count());
         }
     }
 
@@ -55,13 +57,13 @@ impl Columns {
 
     fn join<'a>(&self, cells: impl Iterator<Item = &'a str>) -> String {
         let mut line = String::new();
-        for (cell, column) in cells.zip(&self.0) {
+        for (cell, column) in cells.map(shown).zip(&self.0) {
             let padding = " ".repeat(column.width.saturating_sub(cell.chars().count()));
             if column.right {
                 line.push_str(&padding);
-                line.push_str(cell);
+                line.push_str(&cell);
             } else {
-                line.push_str(cell);
+                line.push_str(&cell);
                 line.push_str(&padding);
             }
             line.push_str("  ");
@@ -98,6 +100,13 @@ impl Table {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_cell_stays_on_its_line() {
+        let mut table = Table::new(&["VM"]);
+        table.row(["a\nb\u{1b}[2J".into()]);
+        assert_eq!(table.render(), "VM\na\\u{a}b\\u{1b}[2J\n");
+    }
 
     #[test]
     fn columns_align_and_lines_have_no_trailing_blanks() {

@@ -6,6 +6,7 @@ use std::time::Duration;
 use super::args::RepositoryArgs;
 use super::commands::restore::{Args as RestoreArgs, FormatArg};
 use super::settings::image;
+use super::text::shown;
 use super::vm_args::{ConnectArgs, QuiesceArg, SnapshotArgs, SourceArgs};
 use crate::error::{Error, Kind, Result};
 use crate::job::backup::Sample;
@@ -18,6 +19,10 @@ const LIBVIRT_URI: &str = "qemu:///system";
 
 /// The VM that is meant.
 pub(crate) fn source(args: SourceArgs) -> Result<SourceSpec> {
+    if let Some(name) = args.name.as_deref().filter(|name| has_control(name)) {
+        let message = format!("--name: '{}' has control characters", shown(name));
+        return Err(Error::new(Kind::Usage, message).hint("choose a name without them"));
+    }
     if let Some(domain) = args.domain {
         return Ok(SourceSpec::Libvirt { uri: libvirt_uri(&args.connect), domain });
     }
@@ -27,6 +32,10 @@ pub(crate) fn source(args: SourceArgs) -> Result<SourceSpec> {
     let images = args.image.iter().map(|text| image(text)).collect::<Result<_>>()?;
     let name = args.name.expect("the parser demands --name with --image");
     Ok(SourceSpec::Images { name, images })
+}
+
+fn has_control(name: &str) -> bool {
+    name.contains(char::is_control)
 }
 
 /// The libvirt that is meant.
@@ -70,13 +79,13 @@ fn scratch_dir(path: &Path) -> Result<PathBuf> {
 pub(crate) fn restore(args: RestoreArgs) -> Result<(RepositoryArgs, restore::Request)> {
     if let Some(name) = args.as_name.as_deref().filter(|name| {
         // It becomes part of file names; libvirt itself refuses the slash.
-        name.is_empty() || name.starts_with('.') || name.contains('/')
+        name.is_empty() || name.starts_with('.') || name.contains('/') || has_control(name)
     }) {
         return Err(Error::new(
             Kind::Usage,
-            format!("--as: '{name}' cannot be the name of a domain"),
+            format!("--as: '{}' cannot be the name of a domain", shown(name)),
         )
-        .hint("choose a name without '/' that does not begin with a dot"));
+        .hint("choose a name without '/' and control characters that does not begin with a dot"));
     }
     let define = (args.define || args.as_name.is_some()).then(|| Define {
         uri: libvirt_uri(&args.connect),

@@ -143,7 +143,7 @@ fn describe(report: &Report) -> String {
     let mut out = format!(
         "point {} of {}, in {}\n{}",
         report.point.short(),
-        report.vm.name,
+        text::shown(&report.vm.name),
         text::duration_ms(report.elapsed_ms),
         table.render(),
     );

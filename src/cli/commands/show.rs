@@ -31,7 +31,7 @@ fn describe(point: &Point, context: &Context) -> String {
     let mut out = format!(
         "point        {}\nVM           {} ({})\nhost         {} ({})\ntime         {}\nconsistency  {}\n\n",
         point.id,
-        point.vm.name,
+        text::shown(&point.vm.name),
         point.vm.uuid,
         point.vm.host,
         point.vm.platform,
