@@ -77,6 +77,10 @@ fn scratch_dir(path: &Path) -> Result<PathBuf> {
 
 /// Where a restore goes.
 pub(crate) fn restore(args: RestoreArgs) -> Result<(RepositoryArgs, restore::Request)> {
+    if args.start && !args.define && args.as_name.is_none() {
+        return Err(Error::new(Kind::Usage, "--start has no domain to start")
+            .hint("add --define, or --as NAME for a new domain"));
+    }
     if let Some(name) = args.as_name.as_deref().filter(|name| {
         // It becomes part of file names; libvirt itself refuses the slash.
         name.is_empty() || name.starts_with('.') || name.contains('/') || has_control(name)
@@ -149,6 +153,24 @@ mod tests {
         assert_eq!(scratch_dir(Path::new("scratch")).unwrap(), here.join("scratch"));
         assert_eq!(scratch_dir(Path::new("/s")).unwrap(), Path::new("/s"));
         assert_eq!(scratch_dir(Path::new("")).unwrap_err().kind(), Kind::Io);
+    }
+
+    #[test]
+    fn what_is_restored_is_started_only_as_a_domain() {
+        use crate::cli::{Cli, Command};
+        use clap::Parser;
+        let request = |args: &[&str]| {
+            let line = [&["vmbackup", "restore", "web1@latest"], args].concat();
+            let Command::Restore(args) = Cli::try_parse_from(line).unwrap().command else {
+                panic!("another command");
+            };
+            restore(args).map(drop).map_err(|error| error.kind())
+        };
+        assert_eq!(request(&["--to", "d", "--start"]), Err(Kind::Usage));
+        assert_eq!(request(&["--to", "d", "--define", "--start"]), Ok(()));
+        assert_eq!(request(&["--to", "d", "--as", "web2", "--start"]), Ok(()));
+        assert_eq!(request(&["--to", "d", "--as", "a\nb"]), Err(Kind::Usage));
+        assert!(Cli::try_parse_from(["vmbackup", "restore", "web1@latest"]).is_err());
     }
 
     #[test]

@@ -21,7 +21,6 @@ use crate::units::ByteSize;
 #[derive(clap::Args, Debug)]
 #[expect(clippy::struct_excessive_bools, reason = "each is a flag of the command line")]
 #[group(id = "target", required = true, multiple = true, args = ["to", "to_device", "define", "as_name"])]
-#[group(id = "defining", multiple = true, args = ["define", "as_name"])]
 pub(crate) struct Args {
     /// The point: digits of its id, VM@latest, or VM@TIME
     #[arg(value_name = "POINT")]
@@ -44,7 +43,7 @@ pub(crate) struct Args {
     #[arg(long)]
     pub(crate) define: bool,
     /// Start the domain once it is defined
-    #[arg(long, requires = "defining")]
+    #[arg(long)]
     pub(crate) start: bool,
     /// Define it as a new domain of this name: new UUID, MAC addresses, disk and NVRAM paths
     ///
