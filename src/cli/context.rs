@@ -4,6 +4,7 @@ use std::io::IsTerminal;
 use std::path::Path;
 use std::sync::Arc;
 use std::task::Poll;
+use std::time::{Duration, Instant};
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
@@ -17,6 +18,9 @@ use crate::control::Control;
 use crate::error::{Error, Kind, Result};
 use crate::job::{self, Credentials};
 use crate::workers::Workers;
+
+/// Signals this close together are one request to stop.
+const ONE_REQUEST: Duration = Duration::from_secs(1);
 
 /// The surroundings of a command.
 #[derive(Debug)]
@@ -78,10 +82,18 @@ impl Context {
         if !self.output.json {
             say("stopping; once more leaves without cleaning up");
         }
+        let asked = Instant::now();
+        let again = async {
+            // `timeout` signals the process and then its group: one request, two signals.
+            any(&mut signals).await;
+            while asked.elapsed() < ONE_REQUEST {
+                any(&mut signals).await;
+            }
+        };
         tokio::select! {
             biased;
             result = &mut work => result,
-            () = any(&mut signals) => Err(Error::new(Kind::Cancelled, "left without cleaning up")
+            () = again => Err(Error::new(Kind::Cancelled, "left without cleaning up")
                 .hint("the next backup of the same VM removes what is left")),
         }
     }
