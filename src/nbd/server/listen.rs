@@ -7,6 +7,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
+use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use tokio::net::{TcpListener, UnixListener};
 
@@ -160,12 +161,14 @@ fn remove_stale(path: &Path) -> Result<()> {
             return Err(Error::new(Kind::AlreadyExists, message));
         }
     }
-    match std::os::unix::net::UnixStream::connect(path) {
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-            fs::remove_file(path).map_err(failed)
-        }
-        Err(error) => Err(failed(error)),
-        Ok(_) => Err(Error::new(Kind::Busy, format!("another server listens on {shown}"))),
+    // Not waiting: a server whose backlog is full (EAGAIN) is one as well.
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let tried = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
+        .and_then(|fd| rustix::net::connect(&fd, &rustix::net::SocketAddrUnix::new(path)?));
+    match tried {
+        Err(Errno::CONNREFUSED) => fs::remove_file(path).map_err(failed),
+        Err(error) if error != Errno::AGAIN => Err(failed(error.into())),
+        _ => Err(Error::new(Kind::Busy, format!("another server listens on {shown}"))),
     }
 }
 
@@ -194,4 +197,35 @@ impl Drop for SocketFile {
 fn inode(path: &Path) -> io::Result<(u64, u64)> {
     let metadata = fs::symlink_metadata(path)?;
     Ok((metadata.dev(), metadata.ino()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_server_that_takes_no_more_clients_is_not_waited_for() {
+        let base = tempfile::tempdir().unwrap();
+        let path = base.path().join("s");
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket = || {
+            rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).unwrap()
+        };
+        let address = rustix::net::SocketAddrUnix::new(&path).unwrap();
+        let server = socket();
+        rustix::net::bind(&server, &address).unwrap();
+        rustix::net::listen(&server, 0).unwrap();
+        let mut waiting = Vec::new();
+        loop {
+            let client = socket();
+            if rustix::net::connect(&client, &address).is_err() {
+                break;
+            }
+            waiting.push(client);
+        }
+        assert_eq!(remove_stale(&path).unwrap_err().kind(), Kind::Busy);
+        drop((server, waiting));
+        remove_stale(&path).unwrap();
+        assert!(!path.exists());
+    }
 }
