@@ -33,8 +33,10 @@ pub(crate) struct RepositoryArgs {
     /// The repository [default: /var/lib/vmbackup/repo for root, else the XDG data directory]
     #[arg(long, env = "VMBACKUP_REPO", value_name = "DIR")]
     pub(crate) repo: Option<String>,
-    /// File that holds the password (asked for on a terminal otherwise)
-    #[arg(long, env = "VMBACKUP_PASSWORD_FILE", value_name = "FILE")]
+    // Not the parser's `env`: an option that conflicts with it has to win over the environment.
+    /// File that holds the password (asked for on a terminal otherwise) [env:
+    /// VMBACKUP_PASSWORD_FILE=]
+    #[arg(long, value_name = "FILE")]
     pub(crate) password_file: Option<PathBuf>,
     /// File that holds a key
     #[arg(long, value_name = "FILE", conflicts_with = "password_file")]

@@ -107,8 +107,8 @@ impl Context {
     ) -> Result<T> {
         let choice = settings::repository(args, &self.paths)?;
         let location = choice.path();
-        let keys = settings::key_source(args.password_file.as_ref(), args.key_file.as_ref());
-        if let Some(given) = secret(&keys)? {
+        let keys = settings::repository_key(args.password_file.as_ref(), args.key_file.as_ref());
+        if let Some(given) = secret(&keys, &self.control).await? {
             return work(location, &given).await;
         }
         let error = match work(location, &Credentials::None).await {
@@ -124,11 +124,12 @@ impl Context {
 }
 
 /// The secret in a file; `None` when it is to be asked for.
-pub(crate) fn secret(source: &KeySource) -> Result<Option<Credentials>> {
+pub(crate) async fn secret(source: &KeySource, control: &Control) -> Result<Option<Credentials>> {
     Ok(match source {
         KeySource::Ask => None,
         KeySource::PasswordFile(file) => {
-            let password = prompt::password_file(file).map_err(|error| match error.kind() {
+            let password = prompt::password_file(file, control).await;
+            let password = password.map_err(|error| match error.kind() {
                 Kind::NotFound | Kind::Permission => error.hint(
                     "--password-file or VMBACKUP_PASSWORD_FILE names it: name one this user can read",
                 ),
@@ -136,7 +137,9 @@ pub(crate) fn secret(source: &KeySource) -> Result<Option<Credentials>> {
             });
             Some(Credentials::Password(password?))
         }
-        KeySource::KeyFile(file) => Some(Credentials::KeyFile(prompt::key_file(file)?)),
+        KeySource::KeyFile(file) => {
+            Some(Credentials::KeyFile(prompt::key_file(file, control).await?))
+        }
     })
 }
 

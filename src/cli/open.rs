@@ -15,8 +15,9 @@ impl Context {
     /// Opens the repository a backup goes into; makes the default one on first use.
     pub(crate) async fn open_for_backup(&self, args: &RepositoryArgs) -> Result<Repository> {
         if let RepositoryChoice::Default(path) = settings::repository(args, &self.paths)? {
-            let keys = settings::key_source(args.password_file.as_ref(), args.key_file.as_ref());
-            let given = context::secret(&keys)?.unwrap_or(Credentials::None);
+            let keys =
+                settings::repository_key(args.password_file.as_ref(), args.key_file.as_ref());
+            let given = context::secret(&keys, &self.control).await?.unwrap_or(Credentials::None);
             job::keys::make_default(&path, &given, (&self.env, &self.control)).await?;
         }
         self.open(args).await

@@ -24,9 +24,10 @@ const SECRET_BYTES_MAX: u64 = 64 * 1024;
 /// How often a waiting prompt looks whether it is to stop.
 const POLL: Duration = Duration::from_millis(100);
 
-/// The password in `path`: its content without one line end.
-pub(crate) fn password_file(path: &Path) -> Result<Secret> {
-    let mut secret = read_file(path)?;
+/// The password in `path`: its content without one line end. Waits for a FIFO, at most until
+/// `control` is cancelled, as does [`key_file`].
+pub(crate) async fn password_file(path: &Path, control: &Control) -> Result<Secret> {
+    let mut secret = wait_for(path, control).await?;
     if secret.last() == Some(&b'\n') {
         secret.pop();
         if secret.last() == Some(&b'\r') {
@@ -40,8 +41,17 @@ pub(crate) fn password_file(path: &Path) -> Result<Secret> {
 }
 
 /// The key in `path`: all of its content.
-pub(crate) fn key_file(path: &Path) -> Result<Secret> {
-    read_file(path).map(sealed)
+pub(crate) async fn key_file(path: &Path, control: &Control) -> Result<Secret> {
+    wait_for(path, control).await.map(sealed)
+}
+
+/// Reads on a thread that is left behind when we are to stop: a FIFO nobody writes to holds it.
+async fn wait_for(path: &Path, control: &Control) -> Result<Bytes> {
+    let path = path.to_owned();
+    let read = tokio::task::spawn_blocking(move || read_file(&path));
+    control
+        .run(async { read.await.map_err(|e| crate::job::internal("reading a file died", e))? })
+        .await
 }
 
 /// Moves the bytes, so that no copy stays behind.
@@ -146,26 +156,50 @@ fn read_silently(mut terminal: File, question: &str, control: &Control) -> Resul
 mod tests {
     use super::*;
 
-    #[test]
-    fn a_password_file_loses_one_line_end_only() {
+    #[tokio::test]
+    async fn a_password_file_loses_one_line_end_only() {
         let file = tempfile::NamedTempFile::new().unwrap();
         for (content, password) in
             [("pw", "pw"), ("pw\n", "pw"), ("pw\r\n", "pw"), ("p w \n\n", "p w \n")]
         {
             std::fs::write(file.path(), content).unwrap();
-            assert_eq!(password_file(file.path()).unwrap().expose(), password.as_bytes());
+            let read = password_file(file.path(), &Control::new()).await;
+            assert_eq!(read.unwrap().expose(), password.as_bytes());
         }
         for content in ["", "\n"] {
             std::fs::write(file.path(), content).unwrap();
-            assert_eq!(password_file(file.path()).unwrap_err().kind(), Kind::Usage);
+            let read = password_file(file.path(), &Control::new()).await;
+            assert_eq!(read.unwrap_err().kind(), Kind::Usage);
         }
     }
 
-    #[test]
-    fn a_file_that_cannot_be_a_secret_is_refused() {
+    #[tokio::test]
+    async fn a_file_that_cannot_be_a_secret_is_refused() {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), vec![1; 70_000]).unwrap();
-        assert_eq!(key_file(file.path()).unwrap_err().kind(), Kind::Usage);
-        assert_eq!(key_file(Path::new("/nonexistent")).unwrap_err().kind(), Kind::NotFound);
+        let control = Control::new();
+        let kind = async |path: &Path| key_file(path, &control).await.unwrap_err().kind();
+        assert_eq!(kind(file.path()).await, Kind::Usage);
+        assert_eq!(kind(Path::new("/nonexistent")).await, Kind::NotFound);
+    }
+
+    #[test]
+    fn a_fifo_that_nobody_writes_to_is_waited_for_until_the_end_only() {
+        let base = tempfile::tempdir().unwrap();
+        let fifo = base.path().join("fifo");
+        let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
+        rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, mode, 0).unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        let control = Control::new();
+        let stopped = runtime.block_on(async {
+            let stop = async {
+                tokio::task::yield_now().await;
+                control.cancel();
+            };
+            tokio::join!(password_file(&fifo, &control), stop).0
+        });
+        assert_eq!(stopped.unwrap_err().kind(), Kind::Cancelled);
+        // The thread is let go, so that it does not outlive the test.
+        drop(File::options().write(true).open(&fifo).unwrap());
     }
 }

@@ -95,11 +95,22 @@ pub(crate) enum KeySource {
     KeyFile(PathBuf),
 }
 
+/// What opens the repository: what the options name, else the file the environment names.
+pub(crate) fn repository_key(password: Option<&PathBuf>, key: Option<&PathBuf>) -> KeySource {
+    match key_source(password, key) {
+        KeySource::Ask => {
+            let named = std::env::var_os("VMBACKUP_PASSWORD_FILE");
+            let named = named.filter(|file| !file.is_empty());
+            named.map_or(KeySource::Ask, |file| KeySource::PasswordFile(file.into()))
+        }
+        given => given,
+    }
+}
+
 /// The key the options name.
 pub(crate) fn key_source(password: Option<&PathBuf>, key: Option<&PathBuf>) -> KeySource {
     match (password, key) {
-        // A key file is only ever given by hand: it wins over a password file, which the
-        // environment may name.
+        // The parser takes only one of them.
         (_, Some(file)) => KeySource::KeyFile(file.clone()),
         (Some(file), None) => KeySource::PasswordFile(file.clone()),
         (None, None) => KeySource::Ask,

@@ -40,6 +40,23 @@ fn a_password_is_changed_by_adding_one_and_removing_the_other() {
 }
 
 #[test]
+fn a_key_that_is_named_wins_over_a_password_of_the_environment() {
+    let env = TestEnv::new();
+    let key = env.path("key");
+    fs::write(&key, [7; 32]).unwrap();
+    let key = key.to_str().unwrap();
+    let with = |password: &str, args: &[&str]| {
+        Outcome::of(env.vmbackup_command(args).env("VMBACKUP_PASSWORD_FILE", password))
+    };
+    with("/nonexistent", &["repo", "init", "--key-file", key]).ok();
+    with("/nonexistent", &["list", "--key-file", key]).ok();
+    with("", &["list", "--key-file", key]).ok();
+    with("/nonexistent", &["list"]).fails_with(&["VMBACKUP_PASSWORD_FILE"]);
+    let both = ["list", "--key-file", key, "--password-file", key];
+    assert_eq!(env.vmbackup(&both).fails().code, Some(2));
+}
+
+#[test]
 fn the_last_key_is_not_removed() {
     let env = TestEnv::new();
     let key = env.path("key");

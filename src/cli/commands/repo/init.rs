@@ -19,8 +19,8 @@ pub(crate) struct Args {
     /// Where [default: /var/lib/vmbackup/repo for root, else the XDG data directory]
     #[arg(long, env = "VMBACKUP_REPO", value_name = "DIR")]
     repo: Option<String>,
-    /// File that holds the password
-    #[arg(long, env = "VMBACKUP_PASSWORD_FILE", value_name = "FILE")]
+    /// File that holds the password [env: VMBACKUP_PASSWORD_FILE=]
+    #[arg(long, value_name = "FILE")]
     password_file: Option<PathBuf>,
     /// File that holds the key
     #[arg(long, value_name = "FILE", conflicts_with = "password_file")]
@@ -31,13 +31,13 @@ pub(crate) struct Args {
 }
 
 pub(crate) async fn run(args: Args, context: &Context) -> Result<()> {
-    let source = settings::key_source(args.password_file.as_ref(), args.key_file.as_ref());
+    let source = settings::repository_key(args.password_file.as_ref(), args.key_file.as_ref());
     let choice = RepositoryArgs { repo: args.repo, password_file: None, key_file: None };
     let location = settings::repository(&choice, &context.paths)?.path().to_owned();
     // `--no-key` also wins over a password file that the environment names.
     let credentials = if args.no_key {
         Credentials::None
-    } else if let Some(given) = context::secret(&source)? {
+    } else if let Some(given) = context::secret(&source, &context.control).await? {
         given
     } else {
         let what = location.display().to_string();

@@ -57,7 +57,7 @@ async fn add(args: AddArgs, context: &Context) -> Result<()> {
     let source = settings::key_source(new.new_password_file.as_ref(), new.new_key_file.as_ref());
     // Opened first: nobody should think of a password for a repository that does not open.
     context.unlock(&args.repository, keys::info).await?;
-    let new = if let Some(given) = context::secret(&source)? {
+    let new = if let Some(given) = context::secret(&source, &context.control).await? {
         given
     } else {
         let password = prompt::ask_new("the repository", &context.control).await?;
