@@ -146,13 +146,23 @@ pub(crate) fn options(args: &Args) -> Result<Options> {
             end if end.no_flush => Flush::Never,
             _ => Flush::Try,
         },
-        rate_bytes: size("--rate-limit", speed.rate_limit.as_ref())?,
+        rate_bytes: rate(speed.rate_limit.as_ref())?,
         verify: if place.end.verify { Verify::ReadBack } else { Verify::No },
         retries: Retries {
             attempts: speed.retry.retries,
             delay: Duration::from_secs(speed.retry.retry_delay.into()),
         },
     })
+}
+
+/// `--rate-limit`, bytes per second.
+fn rate(text: Option<&String>) -> Result<Option<u64>> {
+    let rate_bytes = size("--rate-limit", text)?;
+    if rate_bytes == Some(0) {
+        return Err(Error::new(Kind::Usage, "--rate-limit: nothing would ever be copied")
+            .hint("leave it out for no limit"));
+    }
+    Ok(rate_bytes)
 }
 
 /// Fails when standard output would get two things.
