@@ -9,7 +9,7 @@ use crate::error::Result;
 use crate::job::list::{self, Line, List};
 use crate::units::ByteSize;
 
-/// List the points of a repository, oldest first
+/// List the points of a repository by VM, oldest first
 #[derive(clap::Args, Debug)]
 pub(crate) struct Args {
     /// Only points of this VM (name, UUID, or the first eight digits of it)
