@@ -75,6 +75,7 @@ fn a_repository_is_not_made_over_another() {
     env.init_repo();
     let id = env.vmbackup(&["repo", "info", "--json"]).json()["id"].clone();
     let outcome = env.vmbackup(&["repo", "init", "--no-key"]).fails();
+    let outcome = outcome.fails_with(&["a repository exists"]);
     assert_eq!(outcome.code, Some(5), "{outcome:?}");
     assert_eq!(env.vmbackup(&["repo", "info", "--json"]).json()["id"], id);
 }

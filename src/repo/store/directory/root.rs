@@ -64,14 +64,21 @@ impl Root {
             Err(error) => return Err(Error::io(what(), error.into())),
         }
         let root = Self::open(path)?;
-        let foreign = root.names_in("").map_err(Error::from)?.into_iter().find(|name| {
+        let names = root.names_in("").map_err(Error::from)?;
+        if names.iter().any(|name| name == "config") {
+            let message = format!("a repository exists in {}", path.display());
+            return Err(Error::new(Kind::AlreadyExists, message)
+                .hint("use it, it needs no init, or name another place"));
+        }
+        let foreign = names.into_iter().find(|name| {
             // What mkfs leaves, and what a failed attempt of ours left.
             name != "lost+found" && name != TEMPORARY && name != "keys"
         });
         if let Some(name) = foreign {
             let message = format!("directory {} is not empty ('{name}')", path.display());
-            return Err(Error::new(Kind::AlreadyExists, message)
-                .hint("name a new or empty directory; an existing repository needs no init"));
+            return Err(
+                Error::new(Kind::AlreadyExists, message).hint("name a new or empty directory")
+            );
         }
         let parent = path.canonicalize().ok().and_then(|p| p.parent().map(Path::to_owned));
         if let Some(parent) = parent {
