@@ -94,6 +94,11 @@ pub(super) async fn prepare(
     let target = target?;
     let existing = in_the_way(request.existing);
     let check = target.check(&rewritten.name, rewritten.uuid, existing).await;
+    let check = check.map_err(|error| match (error.kind(), &define.as_name) {
+        // Its UUID is new: the name is what clashes.
+        (Kind::Busy | Kind::AlreadyExists, Some(_)) => error.hint("choose another name for --as"),
+        _ => error,
+    });
     let replaces = problems.note(check).unwrap_or_default();
     let (existing, power) = (request.existing, define.power);
     Some(Prepared { target, rewritten, files, tpm_state, replaces, existing, power })
