@@ -28,7 +28,7 @@ impl Server {
             .unwrap_or_else(|e| panic!("{program} is needed: {e}"));
         let mut server = Self { child, dir };
         let begun = Instant::now();
-        while !server.socket().exists() {
+        while !is_listening(&server.socket()) {
             assert!(begun.elapsed() < START, "{program} {args:?} has no socket");
             if let Some(status) = server.child.try_wait().unwrap() {
                 panic!("{program} {args:?} ended with {status}");
@@ -79,6 +79,17 @@ impl Drop for Server {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// Whether a process listens on this socket: its file is there a moment earlier (proc(5), flags
+/// `__SO_ACCEPTCON`).
+fn is_listening(socket: &Path) -> bool {
+    let table = std::fs::read_to_string("/proc/net/unix").expect("proc is mounted");
+    let path = socket.to_str().expect("a path of ours");
+    table.lines().any(|line| {
+        let mut fields = line.split_whitespace();
+        fields.nth(3) == Some("00010000") && fields.nth(3) == Some(path)
+    })
 }
 
 pub fn writing() -> ClientOptions {

@@ -103,7 +103,7 @@ impl NbdServer {
         let mut process = Process::spawn(&mut command);
         wait_until("the NBD server's socket", 20, || {
             assert!(process.is_running(), "{command:?} ended at once");
-            socket.exists()
+            is_listening(&socket)
         });
         Self { socket, process }
     }
@@ -117,6 +117,17 @@ impl NbdServer {
     pub(crate) fn process(&mut self) -> &mut Process {
         &mut self.process
     }
+}
+
+/// Whether a process listens on this socket: its file is there a moment earlier (proc(5), flags
+/// `__SO_ACCEPTCON`).
+pub(crate) fn is_listening(socket: &Path) -> bool {
+    let table = std::fs::read_to_string("/proc/net/unix").expect("proc is mounted");
+    let path = socket.to_str().expect("a path of ours");
+    table.lines().any(|line| {
+        let mut fields = line.split_whitespace();
+        fields.nth(3) == Some("00010000") && fields.nth(3) == Some(path)
+    })
 }
 
 fn unique() -> u32 {
