@@ -148,6 +148,8 @@ pub enum FullReason {
     Shareable,
     /// The bitmap was found to miss changes.
     BitmapDistrusted,
+    /// The base is damaged in the repository: what did not change cannot be taken from it.
+    BaseDamaged,
     /// The platform has no change tracking for this disk.
     NoChangeTracking,
 }
@@ -168,6 +170,7 @@ impl FullReason {
             Self::FormatWithoutBitmaps => "image format cannot hold bitmaps",
             Self::Shareable => "shared disk",
             Self::BitmapDistrusted => "bitmap missed changes",
+            Self::BaseDamaged => "base damaged in the repository",
             Self::NoChangeTracking => "no change tracking for this disk",
         }
     }

@@ -65,7 +65,7 @@ async fn read_lists(store: &dyn ObjectStore, keys: &Keys) -> Result<(Vec<Condemn
             Ok(packs) => packs,
             // Carried out since the listing: its packs are gone, and so are their index entries.
             Err(error) if error.kind() == Kind::NotFound => continue,
-            Err(error) if matches!(error.kind(), Kind::Corrupt | Kind::TooNew) => {
+            Err(error) if error.kind() == Kind::Corrupt => {
                 tracing::warn!(%error, "a list of the collector is damaged: run gc");
                 damaged = true;
                 Vec::new()

@@ -143,8 +143,7 @@ async fn read_many(
             Some(Ok((at, Ok(manifest)))) => drop(read.insert(at, manifest)),
             Some(Ok((_, Err(error)))) if error.kind() == Kind::NotFound => {}
             Some(Ok((at, Err(error))))
-                if damage == Damage::LeavesOut
-                    && matches!(error.kind(), Kind::Corrupt | Kind::TooNew) =>
+                if damage == Damage::LeavesOut && error.kind() == Kind::Corrupt =>
             {
                 let point = names[at].point;
                 tracing::warn!(%point, ?error, "the manifest of a point cannot be read");

@@ -92,3 +92,22 @@ fn a_share_that_is_none_is_refused() {
         assert!(outcome.stderr.contains("percentage"), "{outcome:?}");
     }
 }
+
+/// An incremental that cannot read its base's tree is none; what is read in full heals.
+#[test]
+fn a_damaged_base_is_read_in_full_and_healed() {
+    let (env, image) = disk_with_a_point();
+    let packs = env.run("find", &[env.repo().join("packs").to_str().unwrap(), "-type", "f"]).text();
+    let size = |path: &&str| fs::metadata(path).unwrap().len();
+    let nodes = packs.lines().min_by_key(size).unwrap();
+    let mut bytes = fs::read(nodes).unwrap();
+    let middle = bytes.len() / 3;
+    bytes[middle] ^= 1;
+    env.run("chmod", &["u+w", nodes]).ok();
+    fs::write(nodes, bytes).unwrap();
+    let report = backup(&env, &image, &[]);
+    assert_eq!(report["disks"][0]["read"]["reason"], "base-damaged", "{report}");
+    let to = env.path("restored");
+    env.vmbackup(&["restore", "foo@latest", "--to", to.to_str().unwrap()]).ok();
+    assert_same_content(&env, (&image, "qcow2"), (&to.join("a.raw"), "raw"));
+}

@@ -29,12 +29,11 @@ use crate::clock::Timestamp;
 use crate::content::ContentRoot;
 use crate::control::{Control, DiskProgress, NoticeLevel};
 use crate::copy;
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::platform::{BackupMode, Platform, SnapshotDisk, SnapshotRequest, VmSnapshot};
 use crate::repo::seal::random;
 use crate::repo::{
-    DiskReader, DiskWriter, ManifestDisk, ManifestDraft, Repository, Run, RunOptions, StoredDisk,
-    WriteStats,
+    ManifestDisk, ManifestDraft, Repository, Run, RunOptions, StoredDisk, WriteStats,
 };
 use crate::vm::{
     Audit, ExcludedDisk, FullReason, NotCaptured, PointId, Quiescence, ReadMode, VmIdentity,
@@ -119,6 +118,9 @@ pub async fn run(
     report.elapsed_ms = env.elapsed_ms(started);
     Ok(report)
 }
+
+/// A disk that was stored, and what became of its chunks.
+type Stored = (StoredDisk, WriteStats);
 
 /// A backup whose run is open.
 struct Backup<'a> {
@@ -241,16 +243,18 @@ impl Backup<'_> {
         let base = self.bases.of(&disk)?;
         let (mut copied, mut stored, mut audit) = (copy::Report::default(), None, None);
         if let Some(base) = base {
-            let writer = self.run.disk_writer(size_bytes, Some(base));
-            let base = repository.open_disk(base).await?;
-            (copied, audit) =
-                self.copy_changes((&source, &writer), Arc::new(base), &progress).await?;
-            match audit.and_then(|audit| audit.differs_at) {
-                None => stored = Some(writer.finish().await?),
-                Some(offset) => {
-                    self.tell_of_lie(&name, offset);
-                    disk.read = ReadMode::Full { reason: FullReason::BitmapDistrusted };
+            match self.copy_onto(repository, base, &source, &progress).await {
+                Ok(done) => (copied, stored, audit) = done,
+                // Only the repository is ever damaged; what is read in full stores it anew.
+                Err(error) if error.kind() == Kind::Corrupt => {
+                    self.tell_of_damaged_base(&name, &error);
+                    disk.read = ReadMode::Full { reason: FullReason::BaseDamaged };
                 }
+                Err(error) => return Err(error),
+            }
+            if let Some(offset) = audit.and_then(|audit| audit.differs_at) {
+                self.tell_of_lie(&name, offset);
+                disk.read = ReadMode::Full { reason: FullReason::BitmapDistrusted };
             }
         }
         let stored = if let Some(stored) = stored {
@@ -283,7 +287,7 @@ impl Backup<'_> {
         name: &str,
         source: Arc<dyn BlockSource>,
         progress: &Arc<DiskProgress>,
-    ) -> Result<(copy::Report, (StoredDisk, WriteStats))> {
+    ) -> Result<(copy::Report, Stored)> {
         let writer = self.run.disk_writer(source.geometry().size_bytes, None);
         let options = copy::Options { unchanged: copy::Unchanged::Read, ..self.options(name) };
         let sink = Arc::clone(&writer) as Arc<dyn BlockSink>;
@@ -291,24 +295,35 @@ impl Backup<'_> {
         Ok((copied, writer.finish().await?))
     }
 
-    /// Copies what a bitmap calls changed, and looks at a sample of the rest.
-    async fn copy_changes(
+    /// Copies what a bitmap calls changed onto `base`, and looks at a sample of the rest; nothing is
+    /// stored where the bitmap lied.
+    async fn copy_onto(
         &self,
-        (source, writer): (&Arc<dyn BlockSource>, &Arc<DiskWriter>),
-        base: Arc<DiskReader>,
+        repository: &Repository,
+        base: &StoredDisk,
+        source: &Arc<dyn BlockSource>,
         progress: &Arc<DiskProgress>,
-    ) -> Result<(copy::Report, Option<Audit>)> {
-        let name = &progress.name;
-        let (options, source) = (self.options(name), Arc::clone(source));
-        let (control, writer) = (self.control, Arc::clone(writer));
+    ) -> Result<(copy::Report, Option<Stored>, Option<Audit>)> {
+        let (name, control) = (&progress.name, self.control);
+        let options = self.options(name);
+        let writer = self.run.disk_writer(base.size_bytes, Some(base));
         let Sample::Share(share) = self.audit else {
-            return Ok((copy::copy(source, writer, &options, control, progress).await?, None));
+            let ends = (Arc::clone(source), Arc::clone(&writer));
+            let copied = copy::copy(ends.0, ends.1, &options, control, progress).await?;
+            return Ok((copied, Some(writer.finish().await?), None));
         };
-        let sink = Arc::new(Sampled::new(writer, share, u32::from_le_bytes(random())));
-        let ends = (Arc::clone(&source), Arc::clone(&sink) as Arc<dyn BlockSink>);
-        let copied = copy::copy(ends.0, ends.1, &options, control, progress).await?;
+        let base = Arc::new(repository.open_disk(base).await?);
+        let sampled =
+            Arc::new(Sampled::new(Arc::clone(&writer), share, u32::from_le_bytes(random())));
+        let sink = Arc::clone(&sampled) as Arc<dyn BlockSink>;
+        let copied = copy::copy(Arc::clone(source), sink, &options, control, progress).await?;
         control.set_phase(format!("auditing the dirty bitmap of {name}"));
-        Ok((copied, Some(sink.audit(&source, &base, control).await?)))
+        let audit = sampled.audit(source, &base, control).await?;
+        let stored = match audit.differs_at {
+            None => Some(writer.finish().await?),
+            Some(_) => None,
+        };
+        Ok((copied, stored, Some(audit)))
     }
 
     fn options(&self, disk: &str) -> copy::Options {
@@ -317,6 +332,14 @@ impl Backup<'_> {
             zeroes: copy::Zeroes::Sparse { detect_bytes: None },
             ..copy::Options::new(format!("{disk} of {}", self.vm.name), "the repository")
         }
+    }
+
+    fn tell_of_damaged_base(&self, disk: &str, error: &Error) {
+        let text = format!(
+            "the point that {disk} builds on is damaged; all of {disk} is read now: {}",
+            error.in_one_line()
+        );
+        self.control.notice(NoticeLevel::Warning, text);
     }
 
     fn tell_of_lie(&self, disk: &str, offset: u64) {

@@ -247,7 +247,7 @@ fn check(request: &Request) -> Result<()> {
     }
     let is_new = |existing| existing != OnExisting::WriteInPlace;
     let made = matches!(&request.target, Target::Image { image, existing, .. }
-        if is_new(*existing) && !target::is_device(&image.path));
+        if is_new(*existing) && !crate::image::is_device(&image.path));
     if request.options.target_bytes.is_some() && !made {
         let message = format!("{target} is not made by this copy and keeps its size");
         return refuse(message, "leave out --target-size");

@@ -1,6 +1,5 @@
 //! The target of a copy: opened for writing, committed or aborted.
 
-use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -89,10 +88,10 @@ impl Opened {
         client: ClientOptions,
     ) -> Result<Self> {
         let ImageSpec { path, format } = image;
-        if !is_device(path) {
+        if !crate::image::is_device(path) {
             refuse_special(path)?;
         }
-        if existing == OnExisting::WriteInPlace || is_device(path) {
+        if existing == OnExisting::WriteInPlace || crate::image::is_device(path) {
             if compression != Compression::None {
                 let message = format!("{} is written in place", path.display());
                 return Err(Error::new(Kind::Usage, message).hint("compress a new image only"));
@@ -226,11 +225,6 @@ impl Opened {
         }
         error
     }
-}
-
-/// Whether `path` is a block device, which is never made or replaced.
-pub(super) fn is_device(path: &Path) -> bool {
-    path.metadata().is_ok_and(|data| data.file_type().is_block_device())
 }
 
 /// Makes sure that no VM writes what is to be overwritten, nor begins to while it is.

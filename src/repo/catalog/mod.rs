@@ -165,7 +165,7 @@ impl Catalog {
                 }
                 // Collected since it was listed: what it knew is elsewhere, maybe not listed yet.
                 Err(error) if error.kind() == Kind::NotFound => catalog.is_partial = true,
-                Err(error) if matches!(error.kind(), Kind::Corrupt | Kind::TooNew) => {
+                Err(error) if error.kind() == Kind::Corrupt => {
                     tracing::warn!(%error, "a segment of the catalog cannot be read: listing is slow");
                     catalog.is_partial = true;
                     if error.kind() == Kind::Corrupt {

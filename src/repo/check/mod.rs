@@ -320,7 +320,7 @@ async fn check_points(
                 report.points -= 1;
                 continue;
             }
-            Err(error) if is_finding(&error) || error.kind() == Kind::TooNew => {
+            Err(error) if is_finding(&error) => {
                 report.unreadable_points.push(name.point);
                 report.fault(&name.object(), Fault::of(&error));
                 continue;

@@ -345,7 +345,7 @@ impl Collector<'_> {
             Ok(()) => state.condemned.retain(|id| marker.use_of(id).is_none()),
             // What a damaged one needs is not known: everything waits. It is forgotten, and must not
             // stop the collector.
-            Err(error) if matches!(error.kind(), Kind::Corrupt | Kind::TooNew) => {
+            Err(error) if error.kind() == Kind::Corrupt => {
                 tracing::warn!(%error, "a forgotten point is damaged");
                 state.condemned.clear();
             }

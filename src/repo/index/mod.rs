@@ -144,9 +144,7 @@ impl Index {
                     // or will be by the next refresh.
                     Err(error) if error.kind() == Kind::NotFound => {}
                     // The repository is of a version we know: a header of a newer one is damage.
-                    Err(error)
-                        if matches!(error.kind(), Kind::Corrupt | Kind::TooNew | Kind::Io) =>
-                    {
+                    Err(error) if matches!(error.kind(), Kind::Corrupt | Kind::Io) => {
                         tracing::warn!(%error, "an index segment does not open and is left out");
                         let is_passing = error.kind() == Kind::Io;
                         damaged.push(DamagedSegment { id, what: with_causes(&error), is_passing });
