@@ -6,11 +6,13 @@
 //! number: a device is in use when another process has it open (`/proc`), and was written when the
 //! kernel has counted writes to it (`/sys`).
 //!
-//! Only root sees the files of all processes; others are told of their own alone.
+//! Only root sees the files of all processes. Others are not told that nobody uses a device.
 
 use std::fs::File;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
+
+use rustix::fs::{AtFlags, CWD, FileType, StatxFlags, makedev, statx};
 
 /// What another process does with a device that keeps us from it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,34 +42,41 @@ pub(super) fn number(file: &File) -> Option<u64> {
     data.file_type().is_block_device().then(|| data.rdev())
 }
 
-/// Another process that uses the device with this number in this way, if there is one. What cannot
-/// be looked at (a process that just ended, or of another user) is passed over.
-pub(super) fn user(number: u64, how: Use) -> Option<User> {
-    let processes = std::fs::read_dir("/proc").ok()?;
-    for entry in processes.flatten() {
+/// Who was found to use a device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Users {
+    Nobody,
+    /// Nobody that we may see.
+    Hidden,
+    One(User),
+}
+
+/// Another process that uses the device with this number in this way, if there is one. A process
+/// that ends meanwhile uses nothing.
+pub(super) fn users(number: u64, how: Use) -> std::io::Result<Users> {
+    for entry in std::fs::read_dir("/proc")?.flatten() {
         let name = entry.file_name();
         let Some(process) = name.to_str().and_then(|name| name.parse::<u32>().ok()) else {
             continue;
         };
-        if process == std::process::id() || !has_open(&entry.path(), number, how) {
-            continue;
-        }
-        let name = std::fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
-        let name = name.trim_end().to_owned();
-        // Looks at every device for a moment after it was written (udev(7)).
-        if !(name.starts_with("(udev-worker") || name.starts_with("systemd-udevd")) {
-            return Some(User { process, name });
+        if process != std::process::id() && has_open(&entry.path(), number, how) {
+            let name = std::fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
+            return Ok(Users::One(User { process, name: name.trim_end().to_owned() }));
         }
     }
-    None
+    let all = rustix::process::geteuid().is_root();
+    Ok(if all { Users::Nobody } else { Users::Hidden })
 }
 
 fn has_open(process: &Path, number: u64, how: Use) -> bool {
     let Ok(descriptors) = std::fs::read_dir(process.join("fd")) else { return false };
     descriptors.flatten().any(|descriptor| {
-        // The link leads to the open file itself, also into another mount namespace (proc(5)).
-        let Ok(data) = std::fs::metadata(descriptor.path()) else { return false };
-        let same = data.file_type().is_block_device() && data.rdev() == number;
+        // The link leads to the open file itself, also into another mount namespace (proc(5)). Not
+        // synced: a file on a server that is gone would hang us.
+        let flags = AtFlags::STATX_DONT_SYNC;
+        let Ok(data) = statx(CWD, descriptor.path(), flags, StatxFlags::TYPE) else { return false };
+        let same = FileType::from_raw_mode(data.stx_mode.into()) == FileType::BlockDevice
+            && makedev(data.stx_rdev_major, data.stx_rdev_minor) == number;
         same && (how == Use::Opens || writes(&process.join("fdinfo").join(descriptor.file_name())))
     })
 }
@@ -84,11 +93,14 @@ fn writes(info: &Path) -> bool {
 /// Sectors of the device written and discarded so far; `None` where the kernel does not tell. What
 /// is written but still in the page cache is counted, too: it is synced first (which is a request
 /// itself, of no sectors).
-pub(super) fn written_so_far(file: &File, number: u64) -> Option<[u64; 2]> {
-    file.sync_all().ok()?;
+pub(super) fn written_so_far(file: &File, number: u64) -> std::io::Result<Option<[u64; 2]>> {
+    file.sync_all()?;
     let (major, minor) = (rustix::fs::major(number), rustix::fs::minor(number));
-    let stat = std::fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/stat")).ok()?;
+    let Ok(stat) = std::fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/stat")) else {
+        return Ok(None);
+    };
     let fields: Vec<u64> = stat.split_whitespace().filter_map(|n| n.parse().ok()).collect();
     // Linux, Documentation/block/stat.rst: sectors written, and discarded (since 4.18).
-    Some([*fields.get(6)?, fields.get(13).copied().unwrap_or(0)])
+    let discarded = fields.get(13).copied().unwrap_or(0);
+    Ok(fields.get(6).map(|written| [*written, discarded]))
 }

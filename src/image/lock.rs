@@ -12,13 +12,16 @@
 //! open file, and one that starts meanwhile by that or by what it wrote, at the end.
 
 use std::fs::{File, OpenOptions};
+use std::io::{Seek, SeekFrom};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+
+use std::time::{Duration, Instant};
 
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
 
-use super::device::{self, Use};
+use super::device::{self, Use, Users};
 use crate::error::{Error, Kind, Result};
 
 /// First byte of "in use".
@@ -31,6 +34,9 @@ const CONSISTENT_READ: i64 = 0;
 const WRITE: i64 = 1;
 /// `BLK_PERM_RESIZE` is bit 3.
 const RESIZE: i64 = 3;
+
+/// How long programs may go on reading a device that is to be written.
+const READERS_MAX: Duration = Duration::from_secs(3);
 
 /// An image nobody can begin to write while this lives.
 #[derive(Debug)]
@@ -106,6 +112,12 @@ impl ImageLock {
         self.file.try_clone().map_err(failed)
     }
 
+    /// [`Kind::Busy`] if another process may write the device: no lock keeps a domain of libvirt from
+    /// starting on it.
+    pub fn check_alone(&self) -> Result<()> {
+        refuse_if_open(&self.file, &self.path, Use::Writes)
+    }
+
     /// [`Kind::SnapshotLost`] if the file was written, resized or replaced since it was locked.
     pub fn check_unchanged(&self) -> Result<()> {
         let failed = |e| Error::io(format!("cannot examine {}", self.path.display()), e);
@@ -122,14 +134,24 @@ impl ImageLock {
 }
 
 impl Stamp {
-    fn of(path: &Path, file: &File) -> std::io::Result<Self> {
+    fn of(path: &Path, mut file: &File) -> std::io::Result<Self> {
         let data = path.metadata()?;
+        if let Some(number) = device::number(file) {
+            // Not the node's times: udev sets them whenever somebody closed the device.
+            return Ok(Self {
+                device: data.rdev(),
+                inode: 0,
+                size_bytes: file.seek(SeekFrom::End(0))?,
+                modified: (0, 0),
+                written: device::written_so_far(file, number)?,
+            });
+        }
         Ok(Self {
             device: data.dev(),
             inode: data.ino(),
             size_bytes: data.size(),
             modified: (data.mtime(), data.mtime_nsec()),
-            written: device::number(file).and_then(|number| device::written_so_far(file, number)),
+            written: None,
         })
     }
 }
@@ -160,14 +182,34 @@ fn refuse_if_taken(file: &File, path: &Path, byte: i64) -> Result<()> {
     Ok(())
 }
 
-/// [`Kind::Busy`] if another process uses the device in this way; files have their locks.
+/// [`Kind::Busy`] if another process uses the device in this way; files have their locks. One that
+/// only reads is given a moment: udev and its programs look at each device that was written. Without
+/// the right to see all processes a device is not written.
 fn refuse_if_open(file: &File, path: &Path, how: Use) -> Result<()> {
-    let Some(user) = device::number(file).and_then(|number| device::user(number, how)) else {
-        return Ok(());
-    };
-    let message =
-        format!("{} is in use by {} (process {})", path.display(), user.name, user.process);
-    Err(Error::new(Kind::Busy, message).hint("a running VM? stop it, or back up the VM running"))
+    let Some(number) = device::number(file) else { return Ok(()) };
+    let failed = |e| Error::io(format!("cannot see who uses {}", path.display()), e);
+    let begun = Instant::now();
+    loop {
+        let user = match device::users(number, how).map_err(failed)? {
+            Users::Nobody => return Ok(()),
+            Users::Hidden if how == Use::Writes => return Ok(()),
+            Users::Hidden => {
+                let message = format!("cannot see whether a VM uses {}", path.display());
+                return Err(Error::new(Kind::Permission, message)
+                    .hint("run as root, who sees the files of all processes"));
+            }
+            Users::One(user) => user,
+        };
+        let writes =
+            how == Use::Writes || matches!(device::users(number, Use::Writes), Ok(Users::One(_)));
+        if writes || begun.elapsed() > READERS_MAX {
+            let message =
+                format!("{} is in use by {} (process {})", path.display(), user.name, user.process);
+            return Err(Error::new(Kind::Busy, message)
+                .hint("a running VM? stop it, or back up the VM running"));
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
 }
 
 /// Takes the locks. Before looking at those of others: whoever does the same at this moment sees us

@@ -67,9 +67,14 @@ fn a_device_that_a_running_domain_uses_is_neither_overwritten_nor_taken_for_stop
         assert!(outcome.stderr.contains("is in use by qemu"), "{args:?}: {outcome:?}");
     }
     drop(domain);
+    // One that only looks for a moment, as udev's programs do, is waited for.
+    let mut reader = env.command("sh");
+    reader.args(["-c", &format!("exec 3<{}; sleep 1", device.path())]);
+    let mut reader = reader.spawn().unwrap();
     let now = std::fs::read(&device.path).unwrap();
     assert!(now.iter().all(|byte| *byte == 0x41), "the device was overwritten");
     env.vmbackup(refused[0]).ok();
+    reader.wait().unwrap();
     assert!(std::fs::read(&device.path).unwrap().iter().all(|byte| *byte == 0x42));
 }
 
@@ -80,6 +85,8 @@ async fn a_domain_that_writes_its_device_during_the_backup_makes_the_snapshot_lo
     let bare = Bare::define(&env, "", &device.disk(), "");
     let platform = bare.platform().await;
     let mut snapshot = platform.open_snapshot(&request(1), &Control::new()).await.unwrap();
+    // As udev does when somebody closed the device.
+    env.run("touch", &[device.path()]).ok();
     snapshot.still_valid().await.unwrap();
     bare.virsh(&["start", "--paused", &bare.name]).ok();
     bare.io(0, "write -P 9 1M 64k");

@@ -159,6 +159,18 @@ impl Target {
         Ok(opened)
     }
 
+    async fn complete(self) -> Result<Complete> {
+        match self {
+            Self::New(image, old) => Ok(Complete::New { file: image.complete().await?, old }),
+            Self::Device { path, lock, .. } => {
+                lock.check_alone().map_err(|error| {
+                    error.context("something began to write a device while it was restored")
+                })?;
+                Ok(Complete::Device { path, lock })
+            }
+        }
+    }
+
     pub(super) fn sink(&self) -> Arc<dyn BlockSink> {
         match self {
             Self::New(image, _) => image.sink(),
@@ -197,22 +209,26 @@ pub(super) async fn complete_all(targets: Vec<Target>, control: &Control) -> Res
     let mut targets = targets.into_iter();
     let mut complete = Vec::new();
     while let Some(target) = targets.next() {
-        let (image, old) = match target {
-            Target::New(image, old) => (image, old),
-            Target::Device { path, lock, .. } => {
-                complete.push(Complete::Device { path, lock });
-                continue;
-            }
-        };
-        match Box::pin(image.complete()).await {
-            Ok(file) => complete.push(Complete::New { file, old }),
+        match Box::pin(target.complete()).await {
+            Ok(disk) => complete.push(disk),
             Err(error) => {
+                for disk in &complete {
+                    if let Complete::Device { path, .. } = disk {
+                        tell_overwritten(path, control);
+                    }
+                }
                 abort_all(targets.collect(), control);
                 return Err(no_room(error));
             }
         }
     }
     Ok(complete)
+}
+
+fn tell_overwritten(device: &Path, control: &Control) {
+    let text =
+        format!("{} was overwritten, at least in part: what it held is lost", device.display());
+    control.notice(NoticeLevel::Warning, text);
 }
 
 /// Keeps domains from being started with the images before they are known to stay.
@@ -294,11 +310,7 @@ pub(super) fn abort_all(targets: Vec<Target>, control: &Control) {
                 }
             }
             Target::Device { path, .. } => {
-                let text = format!(
-                    "{} was overwritten, at least in part: what it held is lost",
-                    path.display()
-                );
-                control.notice(NoticeLevel::Warning, text);
+                tell_overwritten(&path, control);
             }
         }
     }
