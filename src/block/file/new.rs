@@ -170,11 +170,13 @@ impl NewFile {
     }
 
     /// Gives a file that was synced a name beside the one it was made for: that name with `suffix`,
-    /// and a number where that is taken. On an error the file is removed. Not cancel-safe.
+    /// and a number where that is taken. When it cannot have one, it stays under its temporary name,
+    /// which the error tells. Not cancel-safe.
     pub async fn keep_beside(self, suffix: &str) -> Result<PathBuf> {
-        let Self { path, mut temporary, .. } = self;
+        let Self { path, mut temporary, sink, .. } = self;
         let suffix = suffix.to_owned();
         blocking(move || {
+            check_unmoved(&sink, &temporary)?;
             for number in 1..=BESIDE_MAX {
                 let mut name = path.clone().into_os_string();
                 name.push(&suffix);
@@ -191,12 +193,20 @@ impl NewFile {
                         temporary = error.path;
                     }
                     Err(error) => {
-                        let message = format!("cannot rename to {}", beside.display());
+                        let message = format!(
+                            "cannot rename {} to {}",
+                            error.path.display(),
+                            beside.display()
+                        );
+                        // Complete, and perhaps hours of copying.
+                        let _ = error.path.keep();
                         return Err(Error::io(message, error.error));
                     }
                 }
             }
-            Err(exists(&path))
+            let left = temporary.display().to_string();
+            let _ = temporary.keep();
+            Err(exists(&path).context(format!("the copy stays as {left}")))
         })
         .await
     }
