@@ -10,6 +10,7 @@ use super::text::shown;
 use super::vm_args::{ConnectArgs, QuiesceArg, SnapshotArgs, SourceArgs};
 use crate::error::{Error, Kind, Result};
 use crate::job::backup::Sample;
+use crate::job::restore::salvage::Damaged;
 use crate::job::restore::{self, Define, ImageFormat, Power};
 use crate::job::source::{SnapshotOptions, SourceSpec};
 use crate::job::{Existing, Quiesce};
@@ -108,6 +109,7 @@ pub(crate) fn restore(args: RestoreArgs) -> Result<(RepositoryArgs, restore::Req
         devices,
         existing: if args.force { Existing::Replace } else { Existing::Refuse },
         define,
+        damaged: if args.salvage { Damaged::Zeroes } else { Damaged::Fails },
     };
     Ok((args.repository, request))
 }

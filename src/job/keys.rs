@@ -20,6 +20,7 @@ pub struct Info {
     /// Its id.
     pub id: String,
     /// Where it is.
+    #[serde(serialize_with = "crate::job::lossy::path")]
     pub location: PathBuf,
     /// When it was made.
     pub created: Timestamp,

@@ -28,6 +28,7 @@ pub mod hash;
 pub mod keys;
 pub mod list;
 pub mod lock;
+mod lossy;
 pub mod plan;
 mod points;
 pub mod restore;

@@ -55,6 +55,7 @@ pub struct Disk {
 #[derive(Clone, Debug, Serialize)]
 pub struct Scratch {
     /// Where.
+    #[serde(serialize_with = "crate::job::lossy::path")]
     pub directory: PathBuf,
     /// Most that can be needed.
     pub bytes_max: u64,

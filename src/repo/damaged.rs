@@ -15,7 +15,7 @@
 //! repository was opened or the last run began, and those that were found since.
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};

@@ -25,8 +25,10 @@ pub mod damaged;
 mod failure;
 pub mod forget;
 pub mod gc;
+pub mod hold;
 pub mod index;
 pub mod keys;
+pub mod losses;
 pub mod manifest;
 pub mod pack;
 pub mod packer;
@@ -52,6 +54,8 @@ pub use catalog::{PointsOf, Summary, SummaryPages};
 pub use changes::ChangedDisk;
 pub use check::{CheckOptions, CheckReport, Depth, Repair};
 pub use gc::{CollectOptions, CollectReport};
+pub use hold::Hold;
+pub use losses::{Loss, Losses};
 pub use manifest::{Manifest, ManifestArtifact, ManifestDisk, ManifestDraft};
 use points::Domains;
 pub use points::PointName;
@@ -67,8 +71,8 @@ use run::RunKind;
 use store::ObjectStore;
 
 use crate::block;
-use crate::control::{Control, NoticeLevel};
-use crate::error::{Kind, Result};
+use crate::control::Control;
+use crate::error::Result;
 use crate::vm::{PointId, Uuid};
 use crate::workers::Workers;
 
@@ -188,32 +192,15 @@ impl Repository {
         Ok(lease)
     }
 
-    /// Does `work`, which reads points that it looks up itself, under a hold. A repository that cannot
-    /// be written (read-only, full) is read without one: what is forgotten and collected elsewhere
-    /// meanwhile is then lost to `work`.
+    /// Does `work`, which reads points that it looks up itself, under a hold as far as one can be
+    /// had.
     pub async fn while_held<T>(
         &self,
         control: &Control,
         work: impl Future<Output = Result<T>>,
     ) -> Result<T> {
-        let hold = match self.hold().await {
-            Ok(hold) => Some(hold),
-            Err(error) if matches!(error.kind(), Kind::Permission | Kind::NoSpace) => {
-                let text = format!("points are read without a hold against 'gc': {error}");
-                control.notice(NoticeLevel::Info, text);
-                None
-            }
-            Err(error) => return Err(error),
-        };
-        let done = work.await;
-        if let Some(Err(error)) = match hold {
-            Some(hold) => Some(hold.end().await),
-            None => None,
-        } {
-            // It lapses by itself.
-            tracing::warn!(%error, "cannot end the hold on the repository");
-        }
-        done
+        let hold = Hold::begin(self, control).await?;
+        hold.end(work.await).await
     }
 
     /// Forgets a point: it is not listed any more, and the next collection frees its space.
@@ -239,6 +226,16 @@ impl Repository {
     pub async fn open_disk(&self, stored: &StoredDisk) -> Result<DiskReader> {
         let levels = self.unlocked.config.chunk.levels();
         DiskReader::open(Arc::clone(&self.blobs), levels, stored).await
+    }
+
+    /// Opens a stored disk to read what can be read of it: what is proven to be damaged reads as
+    /// zeroes and is noted.
+    pub async fn open_disk_salvaging(
+        &self,
+        stored: &StoredDisk,
+    ) -> Result<(DiskReader, Arc<Losses>)> {
+        let levels = self.unlocked.config.chunk.levels();
+        DiskReader::open_salvaging(Arc::clone(&self.blobs), levels, stored).await
     }
 
     /// Reads a stored artefact.

@@ -3,6 +3,9 @@
 //! Every chunk is proven against the tree, the tree against the top, the top against the content
 //! root: what reads without an error is what the disk held. Chunks that lie side by side in a pack,
 //! as a full backup leaves them, are fetched with one read.
+//!
+//! A reader that salvages ([`super::losses`]) is the one exception: what is proven to be damaged reads
+//! as zeroes there, and is on its list. Every other error stays one.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -11,8 +14,9 @@ use async_trait::async_trait;
 
 use super::blobs::{self, Blobs};
 use super::index::Location;
+use super::losses::Losses;
 use super::salvage::may_have_another;
-use super::seal::BlobKind;
+use super::seal::{BlobId, BlobKind};
 use super::tree::{FANOUT, Node, Shape};
 use super::writer::StoredDisk;
 use crate::block::{BlockSource, Buffer, ByteRange, ExtentKind, ExtentMap, Geometry};
@@ -33,6 +37,8 @@ pub struct DiskReader {
     blobs: Arc<Blobs>,
     shape: Shape,
     stored: StoredDisk,
+    /// Where damage is noted instead of ending a read.
+    losses: Option<Arc<Losses>>,
 }
 
 /// A chunk, or part of one, that a read needs.
@@ -48,8 +54,16 @@ struct Piece {
     skip: usize,
     /// Which chunk.
     hash: ContentHash,
-    /// Its first byte on the disk, for messages.
+    /// Its first byte on the disk.
     disk_offset: u64,
+}
+
+/// A node that cannot be read.
+struct Unreadable {
+    id: BlobId,
+    error: Error,
+    /// The first chunk past those below it.
+    until_chunk: u64,
 }
 
 /// Chunks that lie side by side in one pack.
@@ -64,20 +78,51 @@ impl DiskReader {
         chunk_levels: u32,
         stored: &StoredDisk,
     ) -> Result<Self> {
+        let reader = Self::new(blobs, chunk_levels, stored, None);
+        reader.prove_root().await?;
+        Ok(reader)
+    }
+
+    /// The same, to read what can be read; the rest is zero and on the list.
+    pub(super) async fn open_salvaging(
+        blobs: Arc<Blobs>,
+        chunk_levels: u32,
+        stored: &StoredDisk,
+    ) -> Result<(Self, Arc<Losses>)> {
+        let losses = Arc::new(Losses::new(Arc::clone(&blobs)));
+        let reader = Self::new(blobs, chunk_levels, stored, Some(Arc::clone(&losses)));
+        let (height, top) = (reader.shape.height(), &stored.top);
+        match reader.blobs.node(height, top).await {
+            Ok(_) => reader.prove_root().await?,
+            // Nothing of the disk is known then, which its extents tell.
+            Err(error) => drop(losses.admit(&reader.node_id(height, top), error).await?),
+        }
+        Ok((reader, losses))
+    }
+
+    fn new(
+        blobs: Arc<Blobs>,
+        chunk_levels: u32,
+        stored: &StoredDisk,
+        losses: Option<Arc<Losses>>,
+    ) -> Self {
         let shape = Shape::new(stored.size_bytes, chunk_levels);
-        let reader = Self { blobs, shape, stored: stored.clone() };
-        let root = if stored.top.is_zero() {
-            reader.shape.zero_root()
+        Self { blobs, shape, stored: stored.clone(), losses }
+    }
+
+    async fn prove_root(&self) -> Result<()> {
+        let root = if self.stored.top.is_zero() {
+            self.shape.zero_root()
         } else {
-            let top = reader.blobs.node(reader.shape.height(), &stored.top).await?;
-            let children = reader.shape.children_of(reader.shape.height(), 0);
-            reader.shape.root(&top.children()[..children])
+            let top = self.blobs.node(self.shape.height(), &self.stored.top).await?;
+            let children = self.shape.children_of(self.shape.height(), 0);
+            self.shape.root(&top.children()[..children])
         };
-        if root != stored.root {
+        if root != self.stored.root {
             let what = "the tree of a stored disk does not have the content root of its manifest";
             return Err(Error::new(Kind::Corrupt, what));
         }
-        Ok(reader)
+        Ok(())
     }
 
     /// What is stored.
@@ -121,22 +166,43 @@ impl DiskReader {
 
     /// The node of height 1 over `chunk`, or the zero range around it: `(node, None)` or
     /// `(empty node, Some(first chunk past the zeroes))`.
-    async fn node_over(&self, chunk: u64) -> Result<(Arc<Node>, Option<u64>)> {
+    async fn node_over(&self, chunk: u64) -> Result<(Arc<Node>, Option<u64>), Unreadable> {
         let mut hash = self.stored.top;
         let mut height = self.shape.height();
         loop {
+            let below = Shape::chunks_below(height);
+            let end = (chunk / below + 1).saturating_mul(below).min(self.shape.chunks());
             if hash.is_zero() {
-                let below = Shape::chunks_below(height);
-                let end = (chunk / below + 1).saturating_mul(below).min(self.shape.chunks());
                 return Ok((Arc::new(Node::new(Vec::new())), Some(end)));
             }
-            let node = self.blobs.node(height, &hash).await.map_err(|e| self.at_chunk(chunk, e))?;
+            let node = self.blobs.node(height, &hash).await.map_err(|error| Unreadable {
+                id: self.node_id(height, &hash),
+                error,
+                until_chunk: end,
+            })?;
             if height == 1 {
                 return Ok((node, None));
             }
             height -= 1;
             let slot = chunk / Shape::chunks_below(height) % FANOUT as u64;
             hash = node.child(usize::try_from(slot).expect("below 256"));
+        }
+    }
+
+    fn node_id(&self, height: u8, hash: &ContentHash) -> BlobId {
+        self.blobs.keys.blob_id(BlobKind::Node { height }, hash)
+    }
+
+    /// Notes that `range` is lost because of `error`, where damage does not end a read.
+    async fn lost(&self, range: ByteRange, id: &BlobId, error: Error) -> Result<()> {
+        let at_range = |e| self.at_chunk(range.offset() / self.shape.chunk_bytes(), e);
+        match &self.losses {
+            Some(losses) => {
+                let reason = losses.admit(id, error).await.map_err(at_range)?;
+                losses.note(range, reason);
+                Ok(())
+            }
+            None => Err(at_range(error)),
         }
     }
 
@@ -157,11 +223,16 @@ impl DiskReader {
             let over = chunk / FANOUT as u64;
             let current = match &node {
                 Some((index, node)) if *index == over => Arc::clone(node),
-                _ => {
-                    let (found, _) = self.node_over(chunk).await?;
-                    node = Some((over, Arc::clone(&found)));
-                    found
-                }
+                _ => match self.node_over(chunk).await {
+                    Ok((found, _)) => {
+                        node = Some((over, Arc::clone(&found)));
+                        found
+                    }
+                    Err(unreadable) => {
+                        self.lost(part, &unreadable.id, unreadable.error).await?;
+                        continue;
+                    }
+                },
             };
             let hash = current.child(to_usize(chunk % FANOUT as u64));
             if hash.is_zero() {
@@ -179,13 +250,19 @@ impl DiskReader {
         Ok(pieces)
     }
 
-    /// Finds the pieces and gathers those that lie side by side.
-    async fn batches(&self, pieces: Vec<Piece>) -> Result<Vec<Batch>> {
+    /// Finds the pieces and gathers those that lie side by side; also those that are nowhere.
+    async fn batches(&self, pieces: Vec<Piece>) -> Result<(Vec<Batch>, Vec<Piece>)> {
         let mut batches: Vec<Batch> = Vec::new();
+        let mut nowhere = Vec::new();
         for piece in pieces {
-            let id = self.blobs.keys.blob_id(BlobKind::Chunk, &piece.hash);
-            let location = self.blobs.locate(&id).await;
-            let location = location.map_err(|e| self.at_piece(&piece, e))?;
+            let location = match self.blobs.locate(&self.chunk_id(&piece)).await {
+                Ok(location) => location,
+                Err(error) if self.losses.is_some() && error.kind() == Kind::Corrupt => {
+                    nowhere.push(piece);
+                    continue;
+                }
+                Err(error) => return Err(self.at_piece(&piece, error)),
+            };
             let neighbour = batches.last_mut().filter(|batch| {
                 let (_, last) = &batch.pieces[batch.pieces.len() - 1];
                 last.pack.id == location.pack.id
@@ -196,7 +273,11 @@ impl DiskReader {
                 None => batches.push(Batch { pieces: vec![(piece, location)] }),
             }
         }
-        Ok(batches)
+        Ok((batches, nowhere))
+    }
+
+    fn chunk_id(&self, piece: &Piece) -> BlobId {
+        self.blobs.keys.blob_id(BlobKind::Chunk, &piece.hash)
     }
 
     fn at_piece(&self, piece: &Piece, error: Error) -> Error {
@@ -246,11 +327,18 @@ impl DiskReader {
 
     /// Reads a piece from whichever copy of its chunk proves itself.
     async fn salvage(&self, piece: Piece, buffer: &mut Buffer) -> Result<()> {
-        let id = self.blobs.keys.blob_id(BlobKind::Chunk, &piece.hash);
+        let id = self.chunk_id(&piece);
         let (hash, levels) = (piece.hash, piece.levels);
         let prove = move |copy: &Location, plain: Vec<u8>| prove(copy, plain, &hash, levels);
-        let plain = self.blobs.salvage(&id, prove).await.map_err(|e| self.at_piece(&piece, e))?;
-        copy_part(&plain, &piece, &mut buffer[piece.at..piece.at + piece.len]);
+        let target = piece.at..piece.at + piece.len;
+        match self.blobs.salvage(&id, prove).await {
+            Ok(plain) => copy_part(&plain, &piece, &mut buffer[target]),
+            Err(error) => {
+                let range = ByteRange::new(piece.disk_offset, piece.len as u64);
+                self.lost(range, &id, error).await?;
+                buffer[target].fill(0);
+            }
+        }
         Ok(())
     }
 }
@@ -319,10 +407,18 @@ impl BlockSource for DiskReader {
                 break;
             }
             let chunk = map.end() / chunk_bytes;
-            let (node, zero_until) = self.node_over(chunk).await?;
+            let until = |chunk: u64| chunk.saturating_mul(chunk_bytes).min(range.end());
+            let (node, zero_until) = match self.node_over(chunk).await {
+                Ok(found) => found,
+                Err(Unreadable { id, error, until_chunk }) => {
+                    let lost = ByteRange::between(map.end(), until(until_chunk));
+                    self.lost(lost, &id, error).await?;
+                    map.push(lost.len(), ExtentKind::Zero);
+                    continue;
+                }
+            };
             if let Some(end) = zero_until {
-                let end = end.saturating_mul(chunk_bytes).min(range.end());
-                map.push(end - map.end(), ExtentKind::Zero);
+                map.push(until(end) - map.end(), ExtentKind::Zero);
                 continue;
             }
             let first = usize::try_from(chunk % FANOUT as u64).expect("below 256");
@@ -345,7 +441,11 @@ impl BlockSource for DiskReader {
         if pieces.iter().map(|piece| piece.len).sum::<usize>() < buffer.len() {
             buffer.fill(0);
         }
-        let mut batches = VecDeque::from(self.batches(pieces).await?);
+        let (batches, nowhere) = self.batches(pieces).await?;
+        let mut batches = VecDeque::from(batches);
+        for piece in nowhere {
+            self.salvage(piece, &mut buffer).await?;
+        }
         while let Some(batch) = batches.pop_front() {
             let failed = match self.fetch(&batch).await {
                 Ok(Some(sealed)) => {
@@ -356,8 +456,9 @@ impl BlockSource for DiskReader {
                 // Ends: a pack that is gone is not located again.
                 Ok(None) => {
                     let pieces = batch.pieces.into_iter().map(|(piece, _)| piece).collect();
-                    batches.extend(self.batches(pieces).await?);
-                    continue;
+                    let (found, nowhere) = self.batches(pieces).await?;
+                    batches.extend(found);
+                    nowhere
                 }
                 Err(error) if may_have_another(&error) => {
                     batch.pieces.into_iter().map(|(piece, _)| piece).collect()

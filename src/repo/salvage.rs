@@ -23,7 +23,7 @@ pub(super) fn may_have_another(error: &Error) -> bool {
 impl Blobs {
     /// Reads `id` from the first of its copies that opens and that `prove` accepts, given its
     /// plaintext; packs that are known to be damaged come last. Fails with what is wrong with the
-    /// first. Cancel-safe.
+    /// first, or with an error of the store if that hides one: it may pass. Cancel-safe.
     pub(super) async fn salvage<T: Send + 'static>(
         &self,
         id: &BlobId,
@@ -31,7 +31,7 @@ impl Blobs {
     ) -> Result<T> {
         let prove = Arc::new(prove);
         let mut tried = HashSet::new();
-        let mut first = None;
+        let mut first: Option<Error> = None;
         for refreshed in [false, true] {
             if refreshed {
                 self.index.refresh_now_and_then().await?;
@@ -44,7 +44,13 @@ impl Blobs {
                 }
                 let prove = Arc::clone(&prove);
                 match self.read_copy(copy, move |copy, plain| prove(copy, plain)).await {
-                    Err(error) if may_have_another(&error) => drop(first.get_or_insert(error)),
+                    Err(error) if may_have_another(&error) => {
+                        let was_damage = |first: &Error| first.kind() == Kind::Corrupt;
+                        let is_passing = error.kind() != Kind::Corrupt;
+                        if first.as_ref().is_none_or(|first| is_passing && was_damage(first)) {
+                            first = Some(error);
+                        }
+                    }
                     read => return read,
                 }
             }

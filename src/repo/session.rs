@@ -18,6 +18,7 @@ use async_trait::async_trait;
 
 use super::blobs::{self, Blobs};
 use super::catalog;
+use super::check;
 use super::condemned::Condemned;
 use super::failure::Failure;
 use super::forget;
@@ -30,8 +31,9 @@ use super::run::{LEASE_OF_WRITER, Lease};
 use super::seal::{BlobId, BlobKind, ObjectType};
 use super::trust::Trust;
 use super::writer::{DiskWriter, StoredDisk};
-use crate::block::{BlockSink, Buffer, ZeroMode};
+use crate::block::{BlockSink, Buffer, ByteRange, ZeroMode};
 use crate::content;
+use crate::control::Control;
 use crate::error::{Error, Kind, Result};
 use crate::vm::{PointId, ReadMode};
 
@@ -278,9 +280,14 @@ impl Run {
         self.lease.check().await.map(drop)
     }
 
-    /// How many packs of the repository are known to be damaged.
-    pub fn damaged_packs(&self) -> usize {
-        self.shared.blobs.damaged.count()
+    /// The ranges of a stored disk that do not restore, as far as that is known or seen without
+    /// reading all of it. Sorted.
+    pub async fn damage_of(
+        &self,
+        stored: &StoredDisk,
+        control: &Control,
+    ) -> Result<Vec<ByteRange>> {
+        check::damage_of(&self.shared.blobs, self.shared.chunk_levels, stored, control).await
     }
 
     /// A disk to be written, against `base` if that has the same size.
@@ -299,7 +306,7 @@ impl Run {
         let mut offset = 0;
         for piece in bytes.chunks(usize::try_from(chunk).expect("a chunk is at most 4 MiB")) {
             if content::is_zero(piece) {
-                let range = crate::block::ByteRange::new(offset, piece.len() as u64);
+                let range = ByteRange::new(offset, piece.len() as u64);
                 writer.zero(range, ZeroMode::Sparse).await?;
             } else {
                 writer.write(offset, Buffer::unbudgeted(piece.to_vec())).await?;

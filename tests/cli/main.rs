@@ -18,3 +18,4 @@ mod journey;
 mod memory;
 mod preview;
 mod repository;
+mod salvage;

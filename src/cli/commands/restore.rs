@@ -9,10 +9,14 @@ use crate::cli::table::Table;
 use crate::cli::text;
 use crate::cli::vm_args::ConnectArgs;
 use crate::cli::vm_settings;
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::job::restore::preview::{self, Preview};
+use crate::job::restore::salvage::Salvage;
 use crate::job::restore::{self, Report};
 use crate::units::ByteSize;
+
+/// Damaged ranges that a person gets; all are in the list and the JSON document.
+const LINES_MAX: usize = 20;
 
 /// Restore a point to image files, to devices, or as a domain
 ///
@@ -59,6 +63,12 @@ pub(crate) struct Args {
     /// the exact fix.
     #[arg(long)]
     pub(crate) dry_run: bool,
+    /// Restore what can be read of a damaged point: zeroes are written where data is damaged
+    ///
+    /// DIR/damaged.json lists where that is and why (without --to a file that is named). Ends with exit
+    /// code 10 if anything was damaged. Look at the disks before you start a VM on them.
+    #[arg(long, conflicts_with = "start")]
+    pub(crate) salvage: bool,
     #[command(flatten)]
     pub(crate) connect: ConnectArgs,
     #[command(flatten)]
@@ -84,7 +94,19 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<()> {
         return show(&Box::pin(context.watch(job)).await?, context);
     }
     let report = context.watch(restore::run(&repository, request, surroundings)).await?;
-    context.output.document("restore", &report, describe)
+    context.output.document("restore", &report, describe)?;
+    match &report.salvage {
+        Some(salvage) if !salvage.is_whole() => {
+            let point = report.point.short();
+            let message = format!("point {point} is damaged: only a part of it was restored");
+            let list = salvage.list.display();
+            Err(Error::new(Kind::Corrupt, message).hint(format!(
+                "{list} lists what is zero or left out; other points may have it, or 'full' may \
+                 store it again if the VM still has it"
+            )))
+        }
+        _ => Ok(()),
+    }
 }
 
 fn show(preview: &Preview, context: &Context) -> Result<()> {
@@ -156,5 +178,28 @@ fn describe(report: &Report) -> String {
             let _ = writeln!(out, "changed: {change}");
         }
     }
+    if let Some(salvage) = &report.salvage {
+        describe_salvage(&mut out, salvage);
+    }
     out
+}
+
+fn describe_salvage(out: &mut String, salvage: &Salvage) {
+    let list = salvage.list.display();
+    if salvage.is_whole() {
+        let _ = writeln!(out, "nothing was damaged ({list} says so)");
+        return;
+    }
+    let _ = writeln!(out, "damaged: {} are zeroes", ByteSize(salvage.damaged_bytes));
+    for range in salvage.ranges.iter().take(LINES_MAX) {
+        let (disk, offset, bytes) = (text::shown(&range.disk), range.offset, range.bytes);
+        let _ = writeln!(out, "  {disk} at {offset}, {bytes} bytes: {}", range.reason);
+    }
+    if salvage.ranges.len() > LINES_MAX {
+        let _ = writeln!(out, "  and {} more", salvage.ranges.len() - LINES_MAX);
+    }
+    for artifact in &salvage.artifacts {
+        let _ = writeln!(out, "  {:?} left out: {}", artifact.kind, artifact.reason);
+    }
+    let _ = writeln!(out, "all of it is in {list}");
 }

@@ -12,6 +12,7 @@
 //! is the repository's, also for a disk that had to be read in full.
 
 mod audit;
+mod heal;
 
 use std::sync::Arc;
 
@@ -19,22 +20,24 @@ use serde::Serialize;
 
 pub use audit::Sample;
 use audit::Sampled;
+use heal::Reread;
 
 use super::lock::VmLock;
 use super::points::{self, Bases};
 use super::source::{self, SnapshotOptions, SourceSpec};
 use super::{Env, Surroundings};
-use crate::block::{BlockSink, BlockSource};
+use crate::block::{BlockSink, BlockSource, ByteRange};
 use crate::clock::Timestamp;
 use crate::content::ContentRoot;
 use crate::control::{Control, DiskProgress, NoticeLevel};
 use crate::copy;
 use crate::error::{Error, Kind, Result};
-use crate::platform::{BackupMode, Platform, SnapshotDisk, SnapshotRequest, VmSnapshot};
+use crate::platform::{BackupMode, Platform, SnapshotRequest, VmSnapshot};
 use crate::repo::seal::random;
 use crate::repo::{
     ManifestDisk, ManifestDraft, Repository, Run, RunOptions, StoredDisk, WriteStats,
 };
+use crate::units::ByteSize;
 use crate::vm::{
     Audit, ExcludedDisk, FullReason, NotCaptured, PointId, Quiescence, ReadMode, VmIdentity,
 };
@@ -203,7 +206,6 @@ impl Backup<'_> {
         for artifact in snapshot.artifacts() {
             artifacts.push(points::store_artifact(&self.run, artifact).await?);
         }
-        self.tell_of_damage(snapshot);
         let (mut disks, mut reports) = (Vec::new(), Vec::new());
         for index in 0..snapshot.disks().len() {
             let (disk, report) = self.copy_disk(repository, snapshot, index).await?;
@@ -295,8 +297,8 @@ impl Backup<'_> {
         Ok((copied, writer.finish().await?))
     }
 
-    /// Copies what a bitmap calls changed onto `base`, and looks at a sample of the rest; nothing is
-    /// stored where the bitmap lied.
+    /// Copies what a bitmap calls changed, and what the base has lost, onto `base`, and looks at a
+    /// sample of the rest; nothing is stored where the bitmap lied.
     async fn copy_onto(
         &self,
         repository: &Repository,
@@ -305,20 +307,27 @@ impl Backup<'_> {
         progress: &Arc<DiskProgress>,
     ) -> Result<(copy::Report, Option<Stored>, Option<Audit>)> {
         let (name, control) = (&progress.name, self.control);
+        let lost = self.run.damage_of(base, control).await?;
+        let source: Arc<dyn BlockSource> = if lost.is_empty() {
+            Arc::clone(source)
+        } else {
+            self.tell_of_healing(name, &lost);
+            Arc::new(Reread::new(Arc::clone(source), lost))
+        };
         let options = self.options(name);
         let writer = self.run.disk_writer(base.size_bytes, Some(base));
         let Sample::Share(share) = self.audit else {
-            let ends = (Arc::clone(source), Arc::clone(&writer));
-            let copied = copy::copy(ends.0, ends.1, &options, control, progress).await?;
+            let sink = Arc::clone(&writer) as Arc<dyn BlockSink>;
+            let copied = copy::copy(source, sink, &options, control, progress).await?;
             return Ok((copied, Some(writer.finish().await?), None));
         };
         let base = Arc::new(repository.open_disk(base).await?);
         let sampled =
             Arc::new(Sampled::new(Arc::clone(&writer), share, u32::from_le_bytes(random())));
         let sink = Arc::clone(&sampled) as Arc<dyn BlockSink>;
-        let copied = copy::copy(Arc::clone(source), sink, &options, control, progress).await?;
+        let copied = copy::copy(Arc::clone(&source), sink, &options, control, progress).await?;
         control.set_phase(format!("auditing the dirty bitmap of {name}"));
-        let audit = sampled.audit(source, &base, control).await?;
+        let audit = sampled.audit(&source, &base, control).await?;
         let stored = match audit.differs_at {
             None => Some(writer.finish().await?),
             Some(_) => None,
@@ -351,24 +360,17 @@ impl Backup<'_> {
         self.control.notice(NoticeLevel::Warning, text);
     }
 
-    /// A disk read in full although the VM has points here is worth a word: it costs time.
-    /// An incremental shares what did not change with its base, damaged or not.
-    fn tell_of_damage(&self, snapshot: &dyn VmSnapshot) {
-        let packs = self.run.damaged_packs();
-        let incremental = |disk: &SnapshotDisk| matches!(disk.read, ReadMode::Incremental { .. });
-        if packs > 0 && snapshot.disks().iter().any(incremental) {
-            let packs = match packs {
-                1 => "1 pack of the repository is".to_owned(),
-                packs => format!("{packs} packs of the repository are"),
-            };
-            let text = format!(
-                "{packs} damaged, and what this point shares with its base may lie there; a full \
-                 backup stores it anew ('vmbackup check --read-data' names the points)"
-            );
-            self.control.notice(NoticeLevel::Warning, text);
-        }
+    fn tell_of_healing(&self, disk: &str, lost: &[ByteRange]) {
+        let bytes = lost.iter().map(|range| range.len()).sum();
+        let text = format!(
+            "{} that {disk} shares with its base are damaged in the repository: they are read from \
+             the VM again and stored anew",
+            ByteSize(bytes)
+        );
+        self.control.notice(NoticeLevel::Warning, text);
     }
 
+    /// A disk read in full although the VM has points here is worth a word: it costs time.
     fn tell_why(&self, disk: &str, read: &ReadMode) {
         let ReadMode::Full { reason } = read else { return };
         if !matches!(reason, FullReason::Requested | FullReason::FirstBackup) {

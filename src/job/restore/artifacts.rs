@@ -9,10 +9,12 @@ use std::path::{Path, PathBuf};
 use super::Request;
 use super::outcome::Outcome;
 use super::problems::Problems;
+use super::salvage::{self, DamagedArtifact};
+use crate::block;
 use crate::block::file::{Existing, Placed};
 use crate::error::{Error, Kind, Result};
 use crate::job::points;
-use crate::repo::{Manifest, Repository};
+use crate::repo::{ARTIFACT_BYTES_MAX, Manifest, Repository};
 use crate::vm::ArtifactKind;
 
 /// The files, by what they hold. A checkpoint is of no use to anybody but the next backup.
@@ -25,18 +27,19 @@ const FILES: [(ArtifactKind, &str); 6] = [
     (ArtifactKind::Initrd, "initrd"),
 ];
 
-/// Writes what the point holds into the directory of the request, if it has one; the files made.
+/// Writes what the point holds into the directory of the request, if it has one, less what is left
+/// out; the files made.
 pub(super) async fn write(
-    repository: &Repository,
-    manifest: &Manifest,
+    (repository, manifest): (&Repository, &Manifest),
     request: &Request,
+    left_out: &[ArtifactKind],
     outcome: &mut Outcome,
 ) -> Result<Vec<PathBuf>> {
     let Some(directory) = &request.directory else { return Ok(Vec::new()) };
     let mut written = Vec::new();
-    for (kind, name) in FILES {
+    for (kind, name) in FILES.into_iter().filter(|(kind, _)| !left_out.contains(kind)) {
         let Some(artifact) = points::artifact(manifest, kind) else { continue };
-        let bytes = repository.read_bytes(&artifact.stored).await?;
+        let bytes = repository.read_bytes(&artifact.stored).await.map_err(salvage::advise)?;
         let path = directory.join(name);
         outcome.add(write_file(directory, &path, &bytes, request.existing)?)?;
         written.push(path);
@@ -48,7 +51,26 @@ pub(super) async fn write(
 pub(super) fn paths(manifest: &Manifest, request: &Request) -> Vec<PathBuf> {
     let Some(directory) = &request.directory else { return Vec::new() };
     let wanted = FILES.iter().filter(|(kind, _)| points::artifact(manifest, *kind).is_some());
-    wanted.map(|(_, name)| directory.join(name)).collect()
+    let list = salvage::path_beside_images(request);
+    list.into_iter().chain(wanted.map(|(_, name)| directory.join(name))).collect()
+}
+
+/// What [`write`] would write that is damaged.
+pub(super) async fn damaged(
+    repository: &Repository,
+    manifest: &Manifest,
+    request: &Request,
+) -> Result<Vec<DamagedArtifact>> {
+    let mut damaged = Vec::new();
+    for (kind, _) in FILES.iter().filter(|_| request.directory.is_some()) {
+        let Some(artifact) = points::artifact(manifest, *kind) else { continue };
+        let (reader, losses) = repository.open_disk_salvaging(&artifact.stored).await?;
+        block::read_all(&reader, ARTIFACT_BYTES_MAX).await?;
+        if let Some(loss) = losses.take().first() {
+            damaged.push(DamagedArtifact { kind: *kind, reason: loss.reason.to_string() });
+        }
+    }
+    Ok(damaged)
 }
 
 /// Finds the files to be written that are there and must not be replaced.

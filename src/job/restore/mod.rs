@@ -13,6 +13,8 @@
 //! Nothing existing is replaced before everything new is complete and durable, and what is replaced
 //! is kept until libvirt has the definition: a restore that fails leaves the old VM whole. A device is written
 //! in place, all of it, zeroes included: what a discarded block reads as is the device's whim.
+//!
+//! Damaged data ends a restore, unless it is to salvage what can be read ([`salvage`]).
 
 mod artifacts;
 #[cfg(feature = "libvirt")]
@@ -24,6 +26,7 @@ mod outcome;
 mod place;
 pub mod preview;
 mod problems;
+pub mod salvage;
 mod target;
 
 use std::path::PathBuf;
@@ -33,18 +36,18 @@ use serde::Serialize;
 
 use super::lock::VmLock;
 use super::{Repository, Surroundings, points};
-use crate::block::BlockSource;
 use crate::block::file::Existing;
 use crate::control::Control;
 use crate::copy;
 use crate::error::Result;
-use crate::repo::{Manifest, ManifestDisk};
+use crate::repo::{Hold, Manifest, ManifestDisk};
 use crate::units::MIB;
 use crate::vm::{PointId, Uuid, VmIdentity};
 
 use outcome::Outcome;
 pub use place::{ImageFormat, Place};
 use problems::Problems;
+use salvage::{Damaged, DamagedRange, Salvage, Source};
 use target::{Complete, Target};
 
 /// Size of one request: a few neighbouring chunks come with one read of their pack, and go to the
@@ -68,6 +71,8 @@ pub struct Request {
     pub existing: Existing,
     /// Define a domain with the restored disks.
     pub define: Option<Define>,
+    /// What becomes of damaged data.
+    pub damaged: Damaged,
 }
 
 /// The domain to define.
@@ -100,9 +105,12 @@ pub struct Report {
     /// The disks.
     pub disks: Vec<DiskReport>,
     /// Other files that were written.
+    #[serde(serialize_with = "crate::job::lossy::list")]
     pub files: Vec<PathBuf>,
     /// The domain that was defined.
     pub domain: Option<Domain>,
+    /// What was damaged, if that did not end the restore.
+    pub salvage: Option<Salvage>,
     /// The whole run.
     pub elapsed_ms: u64,
 }
@@ -115,11 +123,15 @@ pub struct DiskReport {
     /// Virtual size.
     pub size_bytes: u64,
     /// Where it is now.
+    #[serde(serialize_with = "crate::job::lossy::path")]
     pub path: PathBuf,
     /// Format of the image, or `device`.
     pub format: String,
     /// Bytes written as data; the rest of the disk is zero.
     pub written_bytes: u64,
+    /// Bytes that are zero because they are damaged in the repository. With any, the disk does not
+    /// have the content root of the point.
+    pub damaged_bytes: u64,
     /// Reading and writing it.
     pub elapsed_ms: u64,
 }
@@ -144,16 +156,17 @@ pub async fn run(
     request: Request,
     surroundings: Surroundings<'_>,
 ) -> Result<Report> {
-    let work = Box::pin(restore(repository, request, surroundings));
-    repository.while_held(surroundings.1, work).await
+    let hold = Hold::begin(repository, surroundings.1).await?;
+    let done = Box::pin(restore((repository, &hold), request, surroundings)).await;
+    hold.end(done).await
 }
 
 async fn restore(
-    repository: &Repository,
+    (repository, hold): (&Repository, &Hold),
     request: Request,
     surroundings: Surroundings<'_>,
 ) -> Result<Report> {
-    let (env, _) = surroundings;
+    let (env, control) = surroundings;
     let started = env.clock.now();
     let manifest = points::manifest(repository, &request.point, env).await?;
     let chosen = points::choose_disks(&manifest, &request.disks)?;
@@ -169,16 +182,21 @@ async fn restore(
     let made = target::make_directory(request.directory.as_deref())?;
     let result = copy_all((&manifest, disks), &request, surroundings);
     let copied = match result.await {
-        Ok((disks, images)) => {
-            let control = surroundings.1;
+        Ok(Copied { disks, images, damaged }) => {
             control.set_phase("putting everything in place");
-            let all = (images, definition.as_ref());
-            let files = put_in_place(repository, &manifest, &request, all, control).await;
-            files.map(|files| (disks, files))
+            let from = (repository, hold);
+            match salvage::record(from, &manifest, &request, damaged, surroundings).await {
+                Ok(salvage) => {
+                    let all = Everything { images, definition: definition.as_ref(), salvage };
+                    let placed = put_in_place(repository, &manifest, &request, all, control).await;
+                    placed.map(|(files, salvage)| (disks, files, salvage))
+                }
+                Err(error) => Err(target::keep_none(images, error, control)),
+            }
         }
         Err(error) => Err(error),
     };
-    let (disks, files) = copied.inspect_err(|_| target::remove_directory(made))?;
+    let (disks, files, salvage) = copied.inspect_err(|_| target::remove_directory(made))?;
     let domain = match definition {
         None => None,
         Some(definition) => Some(definition.start().await?),
@@ -189,6 +207,7 @@ async fn restore(
         disks,
         files,
         domain,
+        salvage,
         elapsed_ms: env.elapsed_ms(started),
     })
 }
@@ -205,7 +224,7 @@ struct Examined<'m> {
 struct ExaminedDisk<'m> {
     disk: &'m ManifestDisk,
     place: Option<Place>,
-    source: Option<Arc<dyn BlockSource>>,
+    source: Option<Source>,
     /// Bytes to be read from the repository, before compression.
     data_bytes: Option<u64>,
 }
@@ -232,10 +251,12 @@ async fn examine<'m>(
     };
     let mut disks = Vec::new();
     for (disk, place) in chosen.iter().zip(places) {
-        let source = problems.note(repository.open_disk(&disk.stored).await);
-        let source = source.map(|source| Arc::new(source) as Arc<dyn BlockSource>);
+        let source = problems.note(salvage::open(repository, disk, request.damaged).await);
         let data_bytes = match &source {
-            Some(source) => problems.note(target::data_bytes(source.as_ref()).await),
+            Some(source) => {
+                let bytes = target::data_bytes(source.blocks.as_ref()).await;
+                problems.note(bytes.map_err(|error| source.failed(error)))
+            }
             None => None,
         };
         disks.push(ExaminedDisk { disk, place, source, data_bytes });
@@ -245,15 +266,22 @@ async fn examine<'m>(
     Examined { disks, definition }
 }
 
+/// What a restore ends with, once all is copied.
+struct Everything<'a> {
+    images: Vec<Complete>,
+    definition: Option<&'a domain::Prepared>,
+    salvage: Option<Salvage>,
+}
+
 /// Gives everything its name and defines the domain; the files that were written. When something
 /// fails, what was replaced is put back. Not cancel-safe.
 async fn put_in_place(
     repository: &Repository,
     manifest: &Manifest,
     request: &Request,
-    (images, definition): (Vec<Complete>, Option<&domain::Prepared>),
+    Everything { images, definition, salvage }: Everything<'_>,
     control: &Control,
-) -> Result<Vec<PathBuf>> {
+) -> Result<(Vec<PathBuf>, Option<Salvage>)> {
     if let Some(definition) = definition {
         // Copying took its time.
         if let Err(error) = definition.check().await {
@@ -266,7 +294,9 @@ async fn put_in_place(
             target::lock_all(&images, &mut outcome)?;
         }
         target::place_all(images, &mut outcome).await?;
-        let mut files = artifacts::write(repository, manifest, request, &mut outcome).await?;
+        let left_out: Vec<_> = salvage.iter().flat_map(Salvage::left_out).collect();
+        let from = (repository, manifest);
+        let mut files = artifacts::write(from, request, &left_out, &mut outcome).await?;
         if let Some(definition) = definition {
             files.extend(definition.define(&mut outcome).await?);
         }
@@ -275,10 +305,17 @@ async fn put_in_place(
     match all.await {
         Ok(files) => {
             outcome.keep(control);
-            Ok(files)
+            Ok((files, salvage))
         }
         Err(error) => Err(outcome.put_back(error, control)),
     }
+}
+
+/// The disks under their temporary names.
+struct Copied {
+    disks: Vec<DiskReport>,
+    images: Vec<Complete>,
+    damaged: Vec<DamagedRange>,
 }
 
 /// Copies all disks, each to its temporary name.
@@ -286,7 +323,7 @@ async fn copy_all(
     (manifest, examined): (&Manifest, Vec<ExaminedDisk<'_>>),
     request: &Request,
     surroundings: Surroundings<'_>,
-) -> Result<(Vec<DiskReport>, Vec<Complete>)> {
+) -> Result<Copied> {
     let control = surroundings.1;
     let (mut chosen, mut places, mut sources) = (Vec::new(), Vec::new(), Vec::new());
     for ExaminedDisk { disk, place, source, .. } in examined {
@@ -294,8 +331,8 @@ async fn copy_all(
         places.push(place.expect("a disk without a place is a problem"));
         sources.push(source.expect("a disk that cannot be opened is a problem"));
     }
-    let devices = Target::open_devices(&places, &sources).await?;
-    let (mut targets, mut disks) = (Vec::new(), Vec::new());
+    let devices = Target::open_devices(&places, &chosen).await?;
+    let (mut targets, mut disks, mut damaged) = (Vec::new(), Vec::new(), Vec::new());
     for (((disk, source), place), device) in chosen.iter().zip(sources).zip(&places).zip(devices) {
         let opened = match device {
             Some(device) => Ok(device),
@@ -306,9 +343,10 @@ async fn copy_all(
             Err(error) => Err(error),
         };
         match restored {
-            Ok((target, report)) => {
+            Ok((target, report, lost)) => {
                 targets.push(target);
                 disks.push(report);
+                damaged.extend(lost);
             }
             Err(error) => {
                 target::abort_all(targets, control);
@@ -321,15 +359,15 @@ async fn copy_all(
         }
     }
     control.set_phase("making the images durable");
-    Ok((disks, target::complete_all(targets, control).await?))
+    Ok(Copied { disks, images: target::complete_all(targets, control).await?, damaged })
 }
 
 /// Copies a disk to its place, under a temporary name where it is a file.
 async fn restore_disk(
-    (disk, source, target): (&ManifestDisk, Arc<dyn BlockSource>, Target),
+    (disk, source, target): (&ManifestDisk, Source, Target),
     place: &Place,
     (env, control): Surroundings<'_>,
-) -> Result<(Target, DiskReport)> {
+) -> Result<(Target, DiskReport, Vec<DamagedRange>)> {
     let started = env.clock.now();
     let (name, size_bytes) = (&disk.description.name, disk.description.size_bytes);
     control.set_phase(format!("restoring {name}"));
@@ -342,21 +380,25 @@ async fn restore_disk(
             place.path().display().to_string(),
         )
     };
-    match copy::copy(source, target.sink(), &options, control, &progress).await {
+    source.begin();
+    let blocks = Arc::clone(&source.blocks);
+    match copy::copy(blocks, target.sink(), &options, control, &progress).await {
         Ok(copied) => {
+            let lost = source.lost(name);
             let report = DiskReport {
                 name: name.clone(),
                 size_bytes,
                 path: place.path().to_owned(),
                 format: place.format_name().to_owned(),
                 written_bytes: copied.written_bytes,
+                damaged_bytes: lost.iter().map(|range| range.bytes).sum(),
                 elapsed_ms: env.elapsed_ms(started),
             };
-            Ok((target, report))
+            Ok((target, report, lost))
         }
         Err(error) => {
             target::abort_all(vec![target], control);
-            Err(error)
+            Err(source.failed(error))
         }
     }
 }

@@ -45,6 +45,7 @@ pub struct Disk {
     /// Virtual size.
     pub size_bytes: u64,
     /// Where it would go; `None` where that is not known (a problem says why).
+    #[serde(serialize_with = "crate::job::lossy::optional")]
     pub path: Option<PathBuf>,
     /// Format of the image, or `device`.
     pub format: Option<&'static str>,
@@ -58,6 +59,7 @@ pub struct Disk {
 #[derive(Clone, Debug, Serialize)]
 pub struct File {
     /// Its path.
+    #[serde(serialize_with = "crate::job::lossy::path")]
     pub path: PathBuf,
     /// Whether one is there already, which is lost.
     pub replaces: bool,

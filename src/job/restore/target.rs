@@ -14,6 +14,7 @@ use crate::block::{BlockSink, BlockSource, ByteRange, ExtentKind};
 use crate::control::{Control, NoticeLevel};
 use crate::error::{Error, Kind, Result};
 use crate::image::{ImageLock, NewImage};
+use crate::repo::ManifestDisk;
 use crate::units::ByteSize;
 use crate::vm::PointId;
 
@@ -146,11 +147,11 @@ impl Target {
     /// it is known that all can be.
     pub(super) async fn open_devices(
         places: &[Place],
-        sources: &[Arc<dyn BlockSource>],
+        disks: &[&ManifestDisk],
     ) -> Result<Vec<Option<Self>>> {
         let mut opened = Vec::new();
-        for (place, source) in places.iter().zip(sources) {
-            let size_bytes = source.geometry().size_bytes;
+        for (place, disk) in places.iter().zip(disks) {
+            let size_bytes = disk.stored.size_bytes;
             opened.push(match place {
                 Place::Device(_) => Some(Self::open(place, size_bytes, Existing::Refuse).await?),
                 Place::Image { .. } => None,
@@ -274,6 +275,17 @@ pub(super) async fn keep_all(disks: Vec<Complete>, point: PointId, error: Error)
         )
     };
     error.context(format!("no existing image was replaced; {}", said.join("; "))).hint(hint)
+}
+
+/// Gives up disks that are complete, before any image got its name. `error`.
+pub(super) fn keep_none(disks: Vec<Complete>, error: Error, control: &Control) -> Error {
+    for disk in disks {
+        // A new file vanishes with its guard.
+        if let Complete::Device { path, .. } = disk {
+            tell_overwritten(&path, control);
+        }
+    }
+    error
 }
 
 /// Gives all images their names.

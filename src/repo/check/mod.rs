@@ -17,6 +17,7 @@
 //! beyond [`FINDINGS_MAX`] of a sort are counted only.
 
 mod data;
+mod disk;
 mod rebuild;
 #[cfg(test)]
 mod tests;
@@ -36,6 +37,7 @@ use crate::block::ByteRange;
 use crate::control::Control;
 use crate::error::{Error, Kind, Result, with_causes};
 use crate::vm::PointId;
+pub(super) use disk::damage_of;
 use trees::Walker;
 
 /// Findings of each sort that are listed.

@@ -17,16 +17,16 @@ use crate::repo::{CheckOptions, CheckReport, Depth, Repair, Repository, RunOptio
 const DATA: CheckOptions = CheckOptions { depth: Depth::Data, repair: Repair::Nothing };
 const STRUCTURE: CheckOptions = CheckOptions { depth: Depth::Structure, repair: Repair::Nothing };
 
-async fn check(bed: &Bed, options: CheckOptions) -> CheckReport {
+pub(in crate::repo) async fn check(bed: &Bed, options: CheckOptions) -> CheckReport {
     bed.open().await.check(options, &Control::new()).await.unwrap()
 }
 
-async fn bytes(bed: &Bed, name: &ObjectName) -> Vec<u8> {
+pub(in crate::repo) async fn bytes(bed: &Bed, name: &ObjectName) -> Vec<u8> {
     bed.store.read(name, ReadRange::Whole { bytes_max: 1 << 30 }).await.unwrap()
 }
 
 /// The packs of chunks (2) or of tree nodes (3).
-async fn packs(bed: &Bed, type_byte: u8) -> Vec<ObjectName> {
+pub(in crate::repo) async fn packs(bed: &Bed, type_byte: u8) -> Vec<ObjectName> {
     let mut found = Vec::new();
     for name in bed.store.names() {
         if name.as_str().starts_with("packs/") && bytes(bed, &name).await[6] == type_byte {
@@ -37,13 +37,13 @@ async fn packs(bed: &Bed, type_byte: u8) -> Vec<ObjectName> {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum Harm {
+pub(in crate::repo) enum Harm {
     Rot,
     Cut,
     Remove,
 }
 
-async fn harm(bed: &Bed, pack: &ObjectName, harm: Harm) {
+pub(in crate::repo) async fn harm(bed: &Bed, pack: &ObjectName, harm: Harm) {
     let mut whole = bytes(bed, pack).await;
     match harm {
         Harm::Remove => return bed.store.delete(pack).await.unwrap(),
