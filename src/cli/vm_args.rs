@@ -39,6 +39,16 @@ pub(crate) struct ConnectArgs {
     pub(crate) connect: Option<String>,
 }
 
+/// What to do while another run works on the VM.
+#[derive(Args, Debug)]
+pub(crate) struct WaitArgs {
+    /// If another run works on the VM, wait for its end, at most so long (seconds, or with a unit),
+    /// instead of failing at once
+    #[arg(long, value_name = "TIME", num_args = 0..=1, require_equals = true)]
+    #[arg(default_missing_value = "1h")]
+    pub(crate) wait: Option<String>,
+}
+
 /// How the point in time is taken.
 #[derive(Args, Debug)]
 #[command(next_help_heading = "Snapshot")]
@@ -82,6 +92,8 @@ pub(crate) struct BackupArgs {
     /// at least 64 blocks of each disk; 0 for none
     #[arg(long, value_name = "PERCENT", default_value = "0.1%", help_heading = "Snapshot")]
     pub(crate) audit: String,
+    #[command(flatten)]
+    pub(crate) wait: WaitArgs,
     #[command(flatten)]
     pub(crate) repository: RepositoryArgs,
 }

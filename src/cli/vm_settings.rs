@@ -7,9 +7,10 @@ use super::args::RepositoryArgs;
 use super::commands::restore::{Args as RestoreArgs, FormatArg};
 use super::settings::image;
 use super::text::shown;
-use super::vm_args::{ConnectArgs, QuiesceArg, SnapshotArgs, SourceArgs};
+use super::vm_args::{ConnectArgs, QuiesceArg, SnapshotArgs, SourceArgs, WaitArgs};
 use crate::error::{Error, Kind, Result};
 use crate::job::backup::Sample;
+use crate::job::lock::Wait;
 use crate::job::restore::salvage::Damaged;
 use crate::job::restore::{self, Define, ImageFormat, Power};
 use crate::job::source::{SnapshotOptions, SourceSpec};
@@ -70,6 +71,14 @@ pub(crate) fn audit(percent: &str) -> Result<Sample> {
     }
 }
 
+/// `--wait`.
+pub(crate) fn wait(args: &WaitArgs) -> Result<Wait> {
+    match &args.wait {
+        None => Ok(Wait::No),
+        Some(text) => Ok(Wait::AtMost(duration("--wait", text)?)),
+    }
+}
+
 /// libvirt and QEMU have working directories of their own.
 fn scratch_dir(path: &Path) -> Result<PathBuf> {
     std::path::absolute(path)
@@ -110,6 +119,7 @@ pub(crate) fn restore(args: RestoreArgs) -> Result<(RepositoryArgs, restore::Req
         existing: if args.force { Existing::Replace } else { Existing::Refuse },
         define,
         damaged: if args.salvage { Damaged::Zeroes } else { Damaged::Fails },
+        wait: wait(&args.wait)?,
     };
     Ok((args.repository, request))
 }

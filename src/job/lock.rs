@@ -3,18 +3,35 @@
 //! The lock is the kernel's (`flock`): a killed run leaves none behind. The file says who holds
 //! it, for the message the second run gets; it is removed with the lock. The race of "removed
 //! between open and lock" is closed by comparing the locked file with the one under the name.
+//!
+//! Who waits asks again and again, so that it can be stopped; among several who wait there is no order.
 
 use std::fmt::Write as _;
 use std::fs::File;
 use std::io::{Read, Seek, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
+use tokio::time::Instant;
 
+use crate::control::{Control, NoticeLevel};
 use crate::error::{Error, Kind, Result};
 use crate::vm::VmIdentity;
+
+/// How often a run that waits looks whether the other has ended.
+const LOOK_EVERY: Duration = Duration::from_millis(200);
+
+/// What to do while another run works on the VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wait {
+    /// Fail.
+    No,
+    /// Wait for its end, and fail if that takes longer.
+    AtMost(Duration),
+}
 
 /// A VM held for one run. Released when dropped, or by the kernel when the process ends.
 #[derive(Debug)]
@@ -24,6 +41,42 @@ pub struct VmLock {
 }
 
 impl VmLock {
+    /// The same as [`VmLock::acquire`], after the run that holds the VM has ended if there is to be a
+    /// wait; who that is is said once. Cancel-safe, and stopped by `control`.
+    pub async fn acquire_after(
+        wait: Wait,
+        state_dir: &Path,
+        vm: &VmIdentity,
+        what: &str,
+        control: &Control,
+    ) -> Result<Self> {
+        let began = Instant::now();
+        let mut is_told = false;
+        loop {
+            let error = match (Self::acquire(state_dir, vm, what), wait) {
+                (Err(error), Wait::AtMost(_)) if error.kind() == Kind::Busy => error,
+                (done, _) => return done,
+            };
+            let Wait::AtMost(bound) = wait else { return Err(error) };
+            let waited = began.elapsed();
+            let Some(left) = bound.checked_sub(waited).filter(|left| !left.is_zero()) else {
+                let seconds = waited.as_secs();
+                return Err(error.context(format!("waited {seconds} s for the end of another run")));
+            };
+            if !is_told {
+                is_told = true;
+                control.set_phase("waiting for another run to end");
+                let text = format!("{error}: waiting up to {} s for its end", bound.as_secs());
+                control.notice(NoticeLevel::Info, text);
+            }
+            let pause = async {
+                tokio::time::sleep(left.min(LOOK_EVERY)).await;
+                Ok(())
+            };
+            control.run(pause).await?;
+        }
+    }
+
     /// Holds `vm` for `what` ("backup into /srv/repo"); [`Kind::Busy`] when another run does.
     pub fn acquire(state_dir: &Path, vm: &VmIdentity, what: &str) -> Result<Self> {
         let path = path_of(state_dir, vm);
@@ -103,7 +156,8 @@ fn held(mut file: File, vm: &VmIdentity) -> Error {
     if !holder.is_empty() {
         let _ = write!(message, " ({holder})");
     }
-    Error::new(Kind::Busy, message).hint("wait until it has ended, or stop it with SIGTERM")
+    Error::new(Kind::Busy, message)
+        .hint("wait until it has ended ('--wait' does), or stop it with SIGTERM")
 }
 
 #[cfg(test)]

@@ -19,3 +19,4 @@ mod memory;
 mod preview;
 mod repository;
 mod salvage;
+mod wait;

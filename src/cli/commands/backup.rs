@@ -30,6 +30,7 @@ pub(super) async fn run_as(mode: BackupMode, args: BackupArgs, context: &Context
         mode,
         options: vm_settings::snapshot(args.snapshot)?,
         audit: vm_settings::audit(&args.audit)?,
+        wait: vm_settings::wait(&args.wait)?,
     };
     let repository = context.open_for_backup(&args.repository).await?;
     let job = backup::run(&repository, request, (&context.env, &context.control));

@@ -7,7 +7,7 @@ use crate::cli::args::RepositoryArgs;
 use crate::cli::context::Context;
 use crate::cli::table::Table;
 use crate::cli::text;
-use crate::cli::vm_args::ConnectArgs;
+use crate::cli::vm_args::{ConnectArgs, WaitArgs};
 use crate::cli::vm_settings;
 use crate::error::{Error, Kind, Result};
 use crate::job::restore::preview::{self, Preview};
@@ -69,6 +69,8 @@ pub(crate) struct Args {
     /// code 10 if anything was damaged. Look at the disks before you start a VM on them.
     #[arg(long, conflicts_with = "start")]
     pub(crate) salvage: bool,
+    #[command(flatten)]
+    pub(crate) wait: WaitArgs,
     #[command(flatten)]
     pub(crate) connect: ConnectArgs,
     #[command(flatten)]

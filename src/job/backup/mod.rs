@@ -22,7 +22,7 @@ pub use audit::Sample;
 use audit::Sampled;
 use heal::Reread;
 
-use super::lock::VmLock;
+use super::lock::{VmLock, Wait};
 use super::points::{self, Bases};
 use super::source::{self, SnapshotOptions, SourceSpec};
 use super::{Env, Surroundings};
@@ -53,6 +53,8 @@ pub struct Request {
     pub options: SnapshotOptions,
     /// How much of what dirty bitmaps call clean is looked at.
     pub audit: Sample,
+    /// What to do while another run works on the VM.
+    pub wait: Wait,
 }
 
 /// What a backup did.
@@ -111,7 +113,7 @@ pub async fn run(
     let platform = source::platform(&request.source, env).await?;
     let vm = platform.identify().await?;
     let what = format!("backup into repository {}", repository.id());
-    let _lock = VmLock::acquire(&env.state_dir, &vm, &what)?;
+    let _lock = VmLock::acquire_after(request.wait, &env.state_dir, &vm, &what, control).await?;
     let bases = Bases::read(repository, vm.uuid).await?;
     let run = repository.begin_run(RunOptions::default()).await?;
     let point = PointId(random());

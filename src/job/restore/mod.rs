@@ -34,7 +34,7 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
-use super::lock::VmLock;
+use super::lock::{VmLock, Wait};
 use super::{Repository, Surroundings, points};
 use crate::block::file::Existing;
 use crate::control::Control;
@@ -73,6 +73,8 @@ pub struct Request {
     pub define: Option<Define>,
     /// What becomes of damaged data.
     pub damaged: Damaged,
+    /// What to do while another run works on the VM (with `define`).
+    pub wait: Wait,
 }
 
 /// The domain to define.
@@ -171,8 +173,10 @@ async fn restore(
     let manifest = points::manifest(repository, &request.point, env).await?;
     let chosen = points::choose_disks(&manifest, &request.disks)?;
     // Nobody backs up or restores it meanwhile.
+    let lock =
+        VmLock::acquire_after(request.wait, &env.state_dir, &manifest.body.vm, "restore", control);
     let _lock = match &request.define {
-        Some(_) => Some(VmLock::acquire(&env.state_dir, &manifest.body.vm, "restore")?),
+        Some(_) => Some(lock.await?),
         None => None,
     };
     let mut problems = Problems::default();

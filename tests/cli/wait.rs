@@ -1,0 +1,99 @@
+//! Two runs on one VM at the same time, with real processes: the second fails at once, or waits.
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use crate::support::{Process, TestEnv, wait_until};
+
+/// A VM whose backup takes long enough to be stopped in the middle of.
+struct Bed {
+    env: TestEnv,
+    image: PathBuf,
+}
+
+impl Bed {
+    fn new() -> Self {
+        let env = TestEnv::new();
+        let image = env.path("a.raw");
+        let mut bytes = vec![0; 64 << 20];
+        blake3::Hasher::new().finalize_xof().fill(&mut bytes);
+        std::fs::write(&image, bytes).unwrap();
+        env.init_repo();
+        Self { env, image }
+    }
+
+    fn args(&self, extra: &[&str]) -> Vec<String> {
+        let spec = format!("{},format=raw", self.image.display());
+        let common = ["full", "--image", &spec, "--name", "foo", "--no-progress"];
+        [&common[..], extra].concat().into_iter().map(str::to_owned).collect()
+    }
+
+    /// A backup that stands still in the middle, holding the VM.
+    fn held(&self) -> Process {
+        let process = self.env.spawn_vmbackup(&self.args(&[]));
+        let locks = self.env.path("state/locks");
+        let is_held = || {
+            let mut entries = std::fs::read_dir(&locks).into_iter().flatten();
+            let lock = entries.next().map(|entry| entry.unwrap().path());
+            lock.is_some_and(|lock| std::fs::read(lock).is_ok_and(|holder| !holder.is_empty()))
+        };
+        let began = Instant::now();
+        while !is_held() {
+            assert!(began.elapsed() < Duration::from_secs(60), "the backup never began");
+        }
+        process.signal("STOP");
+        assert!(is_held(), "the backup ended before it was stopped");
+        process
+    }
+}
+
+#[test]
+fn a_second_run_is_refused_at_once_and_told_who_is_at_work() {
+    let bed = Bed::new();
+    let first = bed.held();
+    let began = Instant::now();
+    let refused = bed.env.vmbackup(&bed.args(&[]));
+    assert_eq!(refused.code, Some(7), "{refused:?}");
+    assert!(began.elapsed() < Duration::from_secs(20));
+    assert!(refused.stderr.contains(&format!("process {}", first.id())), "{refused:?}");
+    assert!(refused.stderr.contains("--wait"), "{refused:?}");
+    first.signal("CONT");
+    first.wait().ok();
+}
+
+#[test]
+fn a_second_run_that_waits_runs_once_the_first_has_ended() {
+    let bed = Bed::new();
+    let first = bed.held();
+    let second = bed.env.spawn_vmbackup(&bed.args(&["--wait"]));
+    std::thread::sleep(Duration::from_secs(2));
+    first.signal("CONT");
+    let first_id = first.id();
+    first.wait().ok();
+    let second = second.wait().ok();
+    let told = format!("process {first_id}");
+    assert_eq!(second.stderr.matches(&told).count(), 1, "one word about it: {second:?}");
+    let list = bed.env.vmbackup(&["list", "--json"]).json();
+    assert_eq!(list["points"].as_array().unwrap().len(), 2, "{list}");
+}
+
+#[test]
+fn the_wait_is_bounded_and_can_be_stopped() {
+    let bed = Bed::new();
+    let first = bed.held();
+    let began = Instant::now();
+    let late = bed.env.vmbackup(&bed.args(&["--wait=1"]));
+    assert_eq!(late.code, Some(7), "{late:?}");
+    assert!(began.elapsed() >= Duration::from_secs(1), "it waited");
+    assert!(late.stderr.contains("waited 1 s"), "{late:?}");
+
+    let mut waiting = bed.env.spawn_vmbackup(&bed.args(&["--wait=600"]));
+    std::thread::sleep(Duration::from_secs(1));
+    assert!(waiting.is_running());
+    waiting.signal("INT");
+    wait_until("the end of the wait", 10, || !waiting.is_running());
+    let stopped = waiting.wait();
+    assert_eq!(stopped.code, Some(130), "{stopped:?}");
+    first.signal("CONT");
+    first.wait().ok();
+}
