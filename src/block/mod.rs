@@ -79,6 +79,11 @@ pub trait BlockingWrite: Send + Sync {
 
     /// Makes `range` read as zeroes.
     fn zero_at(&self, range: ByteRange, mode: ZeroMode) -> Result<()>;
+
+    /// Whether a write waits for a disk: more at a time are faster.
+    fn waits(&self) -> bool {
+        false
+    }
 }
 
 /// A disk that can be read and does not change meanwhile.

@@ -6,8 +6,8 @@
 //! ```
 //!
 //! The same plan, policy, errors and report as the pipeline. As many threads as cores keep a copy
-//! within the page cache busy; a read that waits for a disk brings in more, because a disk wants
-//! many requests at a time. A stop is noticed between steps.
+//! within the page cache busy; a read that waits for a disk, or writes past the cache, bring in more,
+//! because a disk wants many requests at a time. A stop is noticed between steps.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -31,7 +31,7 @@ const BATCH: usize = 32;
 const AHEAD: usize = 4;
 /// Threads while all reads come out of memory; no more than cores.
 const THREADS_CACHED_MAX: usize = 4;
-/// Threads once a read had to wait for a disk: keeps an NVMe device busy.
+/// Threads where writes wait for a disk, and once a read had to: keeps an NVMe device busy.
 const THREADS_DISK: usize = 8;
 
 type Ends = (Arc<dyn BlockingRead>, Arc<dyn BlockingWrite>);
@@ -72,7 +72,8 @@ pub(super) async fn run(
     let mut threads = Threads { shared: Arc::clone(&shared), running: JoinSet::new(), count: 0 };
     let cores = std::thread::available_parallelism().map_or(2, usize::from);
     let most = options.requests.unwrap_or(usize::MAX);
-    threads.start(cores.min(THREADS_CACHED_MAX).min(most), options);
+    let first = if shared.ends.1.waits() { THREADS_DISK } else { cores.min(THREADS_CACHED_MAX) };
+    threads.start(first.min(most), options);
     let copied = async {
         let planned = plan(&job, send, (&mut threads, most), options);
         control.run(planned).await?;

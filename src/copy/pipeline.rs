@@ -4,10 +4,8 @@
 //! looks at completions whatever it waits for: an error is never found out about late.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use tokio::task::JoinSet;
-use tokio::time::Instant;
 
 use super::plan::{Planner, Step};
 use super::step::Copying;
@@ -30,7 +28,6 @@ pub(super) async fn run(
         progress,
         steps: JoinSet::new(),
         report: Report::default(),
-        first: First::NotAsked,
     };
     match flight.copy(&options.budget).await {
         Ok(()) => {
@@ -54,17 +51,6 @@ struct Flight<'a> {
     progress: &'a DiskProgress,
     steps: JoinSet<Result<Report>>,
     report: Report,
-    first: First,
-}
-
-/// How long the source takes for its first answer, with many requests at it: one that is far away
-/// takes its latency, one that is merely busy answers the first at once.
-#[derive(Clone, Copy, Debug)]
-enum First {
-    NotAsked,
-    Asked(Instant),
-    Answered(Duration),
-    Noted,
 }
 
 impl Flight<'_> {
@@ -81,10 +67,6 @@ impl Flight<'_> {
                 planner.push(extent);
                 while let Some(step) = planner.pop() {
                     self.begin(step, budget).await?;
-                    if let First::Answered(after) = self.first {
-                        self.first = First::Noted;
-                        planner.set_request_bytes(shape.request_bytes_at(after));
-                    }
                 }
             }
         }
@@ -108,9 +90,6 @@ impl Flight<'_> {
             }
             Step::Zero(_) | Step::Keep(_) => None,
         };
-        if buffer.is_some() && matches!(self.first, First::NotAsked) {
-            self.first = First::Asked(Instant::now());
-        }
         let job = Arc::clone(&self.job);
         self.steps.spawn(async move { job.run(step, buffer).await });
         Ok(())
@@ -141,9 +120,6 @@ impl Flight<'_> {
 
     fn count(&mut self, done: Result<Report>) -> Result<()> {
         let done = done?;
-        if let (First::Asked(at), true) = (self.first, done.read_bytes > 0) {
-            self.first = First::Answered(at.elapsed());
-        }
         let covered = done.written_bytes + done.zero_bytes + done.kept_bytes;
         self.progress.add(covered, done.read_bytes);
         self.report.written_bytes += done.written_bytes;

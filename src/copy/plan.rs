@@ -98,26 +98,7 @@ impl Planner {
         if self.at == self.shape.size_bytes {
             self.ready.extend(self.last.take());
         }
-        let mut step = self.ready.pop_front()?;
-        // Cut when requests were smaller.
-        while let Some(next) = self.ready.front() {
-            let (Step::Read { range: a, span: x }, Step::Read { range: b, span: y }) =
-                (step, *next)
-            else {
-                break;
-            };
-            let whole = a == x && b == y;
-            let Some(merged) = self.merge(step, *next).filter(|_| whole) else { break };
-            step = merged;
-            self.ready.pop_front();
-        }
-        Some(step)
-    }
-
-    /// Makes the steps to come as large as this, a multiple of what they were.
-    pub(super) fn set_request_bytes(&mut self, request_bytes: u64) {
-        assert!(request_bytes.is_multiple_of(self.shape.request_bytes), "requests only grow");
-        self.shape.request_bytes = request_bytes;
+        self.ready.pop_front()
     }
 
     /// Where the cell with `offset` in it ends.
@@ -217,7 +198,7 @@ mod tests {
     }
 
     fn shape(size_bytes: u64, cell_bytes: u64, request_bytes: u64) -> Shape {
-        Shape { size_bytes, cell_bytes, request_bytes, requests: 1, request_bytes_max: 0 }
+        Shape { size_bytes, cell_bytes, request_bytes, requests: 1 }
     }
 
     #[test]
@@ -231,25 +212,6 @@ mod tests {
         let (range, span) = (ByteRange::new(0, 16), ByteRange::new(0, 9));
         let expected = vec![Step::Read { range, span }, Step::Keep(ByteRange::new(16, 16))];
         assert_eq!(plan(&map, shape(32, 16, 16)), expected);
-    }
-
-    #[test]
-    fn steps_that_wait_grow_with_the_requests() {
-        let mut planner = Planner::new(shape(1024, 16, 64));
-        let mut map = ExtentMap::starting_at(0);
-        map.push(700, ExtentKind::Data);
-        map.push(324, ExtentKind::Zero);
-        map.iter().for_each(|extent| planner.push(extent));
-        assert_eq!(planner.pop().unwrap().range(), ByteRange::new(0, 64));
-        planner.set_request_bytes(256);
-        let mut at = 64;
-        let mut lens = Vec::new();
-        while let Some(step) = planner.pop() {
-            assert_eq!(step.range().offset(), at);
-            at = step.range().end();
-            lens.push(step.range().len());
-        }
-        assert_eq!(lens, [192, 256, 128, 64, 320], "a cell with zeroes in it, then the zeroes");
     }
 
     proptest! {

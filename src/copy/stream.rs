@@ -5,7 +5,7 @@ use std::sync::Arc;
 use tokio::task::JoinSet;
 
 use super::step::Copying;
-use super::{Flush, Options, Report, Shape, clear};
+use super::{Flush, Options, REQUEST_BYTES_DIRECT, Report, Shape, clear};
 use crate::block::file::PipeReader;
 use crate::block::memory::MemoryDisk;
 use crate::block::{BlockSink, ByteRange};
@@ -25,7 +25,7 @@ pub async fn copy_pipe(
     progress: &Arc<DiskProgress>,
 ) -> Result<Report> {
     let geometry = sink.geometry();
-    let shape = Shape::between(&geometry, &geometry, options)?;
+    let shape = Shape::between((&geometry, &geometry), options, REQUEST_BYTES_DIRECT)?;
     let zeroes = control.run(clear::prepare(&*sink, options, shape)).await?;
     // Steps only write here; what they would read from is never asked.
     let nothing = Arc::new(MemoryDisk::zeroed(0));

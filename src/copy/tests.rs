@@ -177,7 +177,7 @@ proptest! {
         };
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
         runtime.block_on(async {
-            let options = Options { request_bytes: 1 << request_shift, ..options() };
+            let options = Options { request_bytes: Some(1 << request_shift), ..options() };
             let inner = Arc::new(MemoryDisk::with_content(content.clone()));
             let faults = Faults { read_at: Some(at), ..Faults::default() };
             let source = Arc::new(FaultySource::new(inner.clone(), faults));
@@ -476,7 +476,8 @@ async fn a_failing_read_of_a_file_ends_the_copy_with_its_place() {
         let inner = FileSource::open(&from, Access::Once).unwrap();
         let source = Arc::new(FailingReads { inner, from: 1 << 20 });
         let new = NewFile::create(&to, 64 << 20, Existing::Refuse).unwrap();
-        let options = Options { request_bytes: 65536, budget: Budget::new(budget), ..options() };
+        let options =
+            Options { request_bytes: Some(65536), budget: Budget::new(budget), ..options() };
         let error = run(source, new.sink(), &options).await.unwrap_err();
         assert_eq!(error.kind(), Kind::Io, "{error:?}");
         assert!(error.to_string().contains("of the source"), "{error}");

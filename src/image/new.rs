@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::export::{Compression, ImageExport};
 use super::info::check_format;
 use super::tool::{STDIN_FILE, absolute, qemu_img_on};
-use crate::block::file::{Durability, Existing, NewFile, PageCache};
+use crate::block::file::{Durability, Existing, NewFile};
 use crate::block::{BlockSink, BlockSource};
 use crate::error::{Error, Kind, Result};
 use crate::nbd::{Access, ClientOptions, InitialContent};
@@ -26,8 +26,6 @@ pub struct NewImageOptions {
     pub existing: Existing,
     /// Whether it is compressed.
     pub compression: Compression,
-    /// Whether a raw image is written through the page cache.
-    pub cache: PageCache,
     /// How the server of the format is spoken to.
     pub client: ClientOptions,
 }
@@ -56,7 +54,6 @@ impl NewImage {
         let options = NewImageOptions {
             existing,
             compression: Compression::None,
-            cache: PageCache::Bypassed,
             client: ClientOptions::default(),
         };
         Self::create_with(path, format, size_bytes, options).await
@@ -67,7 +64,7 @@ impl NewImage {
         path: &Path,
         format: &str,
         size_bytes: u64,
-        NewImageOptions { existing, compression, cache, client }: NewImageOptions,
+        NewImageOptions { existing, compression, client }: NewImageOptions,
     ) -> Result<Self> {
         check_format(format)?;
         let path = absolute(path)?;
@@ -81,10 +78,7 @@ impl NewImage {
                 .hint("leave out --compressed, or use qemu-img convert -c"));
         }
         if format == "raw" {
-            let file = match cache {
-                PageCache::Used => NewFile::create(&path, size_bytes, existing)?,
-                PageCache::Bypassed => NewFile::create_uncached(&path, size_bytes, existing)?,
-            };
+            let file = NewFile::create(&path, size_bytes, existing)?;
             return Ok(Self { file, sink: NewImageSink::Raw });
         }
         let file = NewFile::create(&path, 0, existing)?;

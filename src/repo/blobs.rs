@@ -8,8 +8,9 @@ use super::index::{Index, Location, PackRef, missing};
 use super::pack::Encoding;
 use super::salvage::may_have_another;
 use super::seal::{BlobId, BlobKind, Keys, Opener};
-use super::store::{ObjectStore, ReadRange};
+use super::store::{BlockingObjects, ObjectStore, ReadRange, StoreResult};
 use super::tree::{FANOUT, Node};
+use crate::block::Waited;
 use crate::content::ContentHash;
 use crate::error::{Error, Kind, Result};
 use crate::workers::Workers;
@@ -145,8 +146,22 @@ impl Blobs {
     /// when the pack is gone: [`Blobs::locate`] then finds what it held elsewhere, if it is.
     pub async fn read_run(&self, pack: &PackRef, offset: u32, len: u64) -> Result<Option<Vec<u8>>> {
         let range = ReadRange::Exact { offset: u64::from(offset), len };
-        match self.store.read(&pack.name(), range).await {
-            Ok(bytes) => Ok(Some(bytes)),
+        self.if_there(pack, self.store.read(&pack.name(), range).await)
+    }
+
+    /// The same on the caller's thread, for as many bytes as `bytes` has.
+    pub fn read_run_at(
+        &self,
+        objects: &dyn BlockingObjects,
+        (pack, offset): (&PackRef, u32),
+        bytes: &mut [u8],
+    ) -> Result<Option<Waited>> {
+        self.if_there(pack, objects.read_at(&pack.name(), u64::from(offset), bytes))
+    }
+
+    fn if_there<T>(&self, pack: &PackRef, read: StoreResult<T>) -> Result<Option<T>> {
+        match read {
+            Ok(read) => Ok(Some(read)),
             Err(error) if error.is_not_found() => {
                 lock(&self.gone).insert(pack.id);
                 Ok(None)

@@ -22,7 +22,7 @@ struct Counts {
 }
 
 impl Counts {
-    /// Requires at most so many writes of the copy (their size follows the latency of the source),
+    /// Requires at most so many writes of the copy (their size follows what the server takes),
     /// and exactly so many zero requests of it and writes of 256 KiB at the disk.
     #[track_caller]
     fn are(&self, (sent_max, zeroes): (usize, usize), stored: usize) {

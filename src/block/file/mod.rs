@@ -33,8 +33,8 @@ pub use disk::FileDisk;
 pub use new::{Durability, Existing, NewFile, refuse_special};
 pub use pipe::{PipeReader, PipeSink};
 pub use placed::Placed;
-pub use sink::{FileSink, PageCache};
-pub use source::{Access, FileSource};
+pub use sink::FileSink;
+pub use source::{Access, FileSource, read_cached};
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};

@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use tempfile::TempPath;
 
-use super::{FileSink, PageCache, Placed, blocking};
+use super::{FileSink, Placed, blocking};
 use crate::block::BlockSink;
 use crate::error::{Error, Kind, Result};
 
@@ -51,25 +51,16 @@ pub struct NewFile {
 impl NewFile {
     /// Begins a sparse file of `size_bytes` that will be `path`. Its directory must exist.
     pub fn create(path: &Path, size_bytes: u64, existing: Existing) -> Result<Self> {
-        Self::begin(path, Some(size_bytes), (existing, PageCache::Used))
-    }
-
-    /// The same, written past the page cache where that is worth it.
-    pub fn create_uncached(path: &Path, size_bytes: u64, existing: Existing) -> Result<Self> {
-        Self::begin(path, Some(size_bytes), (existing, PageCache::Bypassed))
+        Self::begin(path, Some(size_bytes), existing)
     }
 
     /// The same as [`NewFile::create`] for content whose size is not known yet:
     /// [`NewFile::set_len`] tells it.
     pub fn create_unsized(path: &Path, existing: Existing) -> Result<Self> {
-        Self::begin(path, None, (existing, PageCache::Used))
+        Self::begin(path, None, existing)
     }
 
-    fn begin(
-        path: &Path,
-        size_bytes: Option<u64>,
-        (existing, cache): (Existing, PageCache),
-    ) -> Result<Self> {
+    fn begin(path: &Path, size_bytes: Option<u64>, existing: Existing) -> Result<Self> {
         let Some(name) = path.file_name() else {
             let message = format!("'{}' does not name a file", path.display());
             return Err(Error::new(Kind::Usage, message));
@@ -88,7 +79,7 @@ impl NewFile {
             .tempfile_in(parent(path))
             .map_err(|e| Error::io(format!("cannot create {}", path.display()), e))?
             .into_parts();
-        let sink = Arc::new(FileSink::on_new(file, path, size_bytes, cache)?);
+        let sink = Arc::new(FileSink::on_new(file, path, size_bytes)?);
         Ok(Self { path: path.to_owned(), temporary, existing, sink })
     }
 

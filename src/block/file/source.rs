@@ -120,6 +120,25 @@ impl BlockSource for FileSource {
     }
 }
 
+/// Fills as much of `bytes` as the page cache holds of a file, from the front; how much that was, and
+/// whether the file system tells.
+pub fn read_cached(file: &File, offset: u64, bytes: &mut [u8]) -> (usize, bool) {
+    let mut done = 0;
+    while done < bytes.len() {
+        let mut rest = [IoSliceMut::new(&mut bytes[done..])];
+        let at = offset + done as u64;
+        match rustix::io::preadv2(file, &mut rest, at, ReadWriteFlags::NOWAIT) {
+            // The end of the file is for the blocking read to report.
+            Ok(0) | Err(Errno::AGAIN) => break,
+            Ok(count) => done += count,
+            Err(Errno::INTR) => {}
+            // A real error comes back in the blocking read, with nothing lost.
+            Err(error) => return (done, !is_unsupported(error)),
+        }
+    }
+    (done, true)
+}
+
 impl BlockingRead for Inner {
     fn read_at(&self, offset: u64, bytes: &mut [u8]) -> Result<Waited> {
         let done = self.read_cached(offset, bytes);
@@ -134,24 +153,11 @@ impl BlockingRead for Inner {
 impl Inner {
     /// Fills as much of `bytes` as the page cache holds, from the front.
     fn read_cached(&self, offset: u64, bytes: &mut [u8]) -> usize {
-        let mut done = 0;
-        while done < bytes.len() && self.try_cache.load(Ordering::Relaxed) {
-            let mut rest = [IoSliceMut::new(&mut bytes[done..])];
-            let at = offset + done as u64;
-            match rustix::io::preadv2(&self.file, &mut rest, at, ReadWriteFlags::NOWAIT) {
-                // The end of the file is for the blocking read to report.
-                Ok(0) | Err(Errno::AGAIN) => break,
-                Ok(count) => done += count,
-                Err(Errno::INTR) => {}
-                Err(error) => {
-                    if is_unsupported(error) {
-                        self.try_cache.store(false, Ordering::Relaxed);
-                    }
-                    // A real error comes back in the blocking read, with nothing lost.
-                    break;
-                }
-            }
+        if !self.try_cache.load(Ordering::Relaxed) {
+            return 0;
         }
+        let (done, known) = read_cached(&self.file, offset, bytes);
+        self.try_cache.store(known, Ordering::Relaxed);
         done
     }
 

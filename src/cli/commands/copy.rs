@@ -103,7 +103,7 @@ pub(crate) struct SpeedArgs {
     /// Requests in flight on each connection [default: what the ends make use of]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub(crate) requests: Option<u16>,
-    /// Bytes of one request, a power of two up to 32M [default: 256k, more where answers are late]
+    /// Bytes of one request, a power of two up to 32M [default: 1M, 256k between files]
     #[arg(long, value_name = "SIZE")]
     pub(crate) request_size: Option<String>,
     /// Bytes in flight [default: 64M]

@@ -382,11 +382,7 @@ impl Copying<'_> {
         let requests = options.requests.map(|requests| usize::from(requests) * connections);
         Ok(engine::Options {
             requests,
-            request_bytes: options.request_bytes.unwrap_or(default.request_bytes),
-            latency: match (options.request_bytes, options.queue_bytes) {
-                (None, None) => engine::Latency::Adapt,
-                _ => engine::Latency::Ignore,
-            },
+            request_bytes: options.request_bytes,
             budget: Budget::new(options.queue_bytes.unwrap_or(QUEUE_BYTES)),
             zeroes: match target {
                 // Nobody reads what is not kept.

@@ -4,9 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::{Copying, OnExisting, Target};
-use crate::block::file::{
-    Durability, Existing, FileSink, NewFile, PageCache, PipeSink, refuse_special,
-};
+use crate::block::file::{Durability, Existing, FileSink, NewFile, PipeSink, refuse_special};
 use crate::block::null::NullSink;
 use crate::block::{BlockSink, BlockSource};
 use crate::control::{Control, NoticeLevel};
@@ -119,7 +117,7 @@ impl Opened {
             }
             return Ok(Self::Growing(NewFile::create_unsized(path, existing)?, lock));
         };
-        let options = NewImageOptions { existing, compression, cache: PageCache::Used, client };
+        let options = NewImageOptions { existing, compression, client };
         Ok(Self::New(NewImage::create_with(path, format, size_bytes, options).await?, lock))
     }
 

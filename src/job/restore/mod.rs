@@ -378,7 +378,7 @@ async fn restore_disk(
     let progress = control.add_disk(name, size_bytes);
     let options = copy::Options {
         zeroes: place.zeroes(),
-        request_bytes: REQUEST_BYTES,
+        request_bytes: Some(REQUEST_BYTES),
         ..copy::Options::new(
             format!("{name} in the repository"),
             place.path().display().to_string(),

@@ -8,7 +8,7 @@ use crate::block::{BlockSource, Buffer};
 use crate::content::LEAF_BYTES;
 use crate::control::Control;
 use crate::repo::gc::tests::{
-    Bed, MINUTE, add_point, assert_holds, chunk, collect, draft, point, write,
+    Bed, MINUTE, add_point, assert_holds, chunk, collect, draft, point, read_directly, write,
 };
 use crate::repo::store::ReadRange;
 use crate::repo::store::memory::{Fault, Operation};
@@ -55,8 +55,14 @@ pub(in crate::repo) async fn harm(bed: &Bed, pack: &ObjectName, harm: Harm) {
     assert!(bed.store.stat(pack).await.unwrap().stored >= stored);
 }
 
+/// Both ways to read it come to the same.
 async fn restores(repository: &Repository, stored: &StoredDisk) -> Result<Vec<u8>> {
-    repository.read_bytes(stored).await
+    let bytes = repository.read_bytes(stored).await;
+    let directly = read_directly(repository, stored).await;
+    let (bytes_or_kind, directly) =
+        (bytes.as_ref().map_err(Error::kind), directly.as_ref().map_err(Error::kind));
+    assert!(bytes_or_kind == directly, "{bytes_or_kind:?} {directly:?}");
+    bytes
 }
 
 #[tokio::test(flavor = "multi_thread")]

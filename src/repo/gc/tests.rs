@@ -134,6 +134,27 @@ pub(in crate::repo) async fn assert_holds(
         let read = reader.read(at * LEAF_BYTES, buffer).await.unwrap();
         assert!(read[..] == chunk(*content)[..], "chunk {at} of {contents:?}");
     }
+    let expected: Vec<u8> = contents.iter().flat_map(|content| chunk(*content)).collect();
+    assert!(read_directly(repository, stored).await.unwrap() == expected, "directly: {contents:?}");
+}
+
+/// A disk, read on a thread that may wait, as a restore to a file does, in requests of three chunks.
+pub(in crate::repo) async fn read_directly(
+    repository: &Repository,
+    stored: &StoredDisk,
+) -> crate::error::Result<Vec<u8>> {
+    let reader = repository.open_disk(stored).await?;
+    let direct = reader.blocking().expect("the store is in memory");
+    let len = usize::try_from(stored.size_bytes).unwrap();
+    let read = move || {
+        let mut bytes = vec![0xee; len];
+        let step = 3 * usize::try_from(LEAF_BYTES).unwrap();
+        for (at, part) in (0_u64..).step_by(step).zip(bytes.chunks_mut(step)) {
+            direct.read_at(at, part)?;
+        }
+        Ok(bytes)
+    };
+    tokio::task::spawn_blocking(read).await.unwrap()
 }
 
 pub(in crate::repo) async fn collect(repository: &Repository) -> CollectReport {

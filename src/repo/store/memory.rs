@@ -9,8 +9,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use async_trait::async_trait;
 
 use super::{
-    ObjectInfo, ObjectName, ObjectStore, ObjectWriter, PAGE_MAX, ReadRange, StoreError, StoreResult,
+    BlockingObjects, ObjectInfo, ObjectName, ObjectStore, ObjectWriter, PAGE_MAX, ReadRange,
+    StoreError, StoreResult,
 };
+use crate::block::Waited;
 use crate::clock::{Clock, Timestamp};
 
 /// A call to the store, as a fault hook sees it.
@@ -121,6 +123,16 @@ impl MemoryStore {
     }
 }
 
+impl MemoryStore {
+    fn read_now(&self, name: &ObjectName, range: ReadRange) -> StoreResult<Vec<u8>> {
+        let object =
+            self.call(&Operation::Read(name.clone()), |s| s.find(name).map(|o| Arc::clone(&o.0)))?;
+        let (offset, len) = range.resolve(name, object.len() as u64)?;
+        let offset = usize::try_from(offset).expect("resolved within an object in memory");
+        Ok(object[offset..offset + len].to_vec())
+    }
+}
+
 impl fmt::Debug for MemoryStore {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("MemoryStore").field("objects", &self.lock().objects.len()).finish()
@@ -139,11 +151,7 @@ impl ObjectStore for MemoryStore {
     }
 
     async fn read(&self, name: &ObjectName, range: ReadRange) -> StoreResult<Vec<u8>> {
-        let object =
-            self.call(&Operation::Read(name.clone()), |s| s.find(name).map(|o| Arc::clone(&o.0)))?;
-        let (offset, len) = range.resolve(name, object.len() as u64)?;
-        let offset = usize::try_from(offset).expect("resolved within an object in memory");
-        Ok(object[offset..offset + len].to_vec())
+        self.read_now(name, range)
     }
 
     async fn stat(&self, name: &ObjectName) -> StoreResult<ObjectInfo> {
@@ -178,6 +186,18 @@ impl ObjectStore for MemoryStore {
 
     async fn now(&self) -> StoreResult<Timestamp> {
         self.call(&Operation::Now, |_| Ok(self.clock.now()))
+    }
+
+    fn blocking(&self) -> Option<Arc<dyn BlockingObjects>> {
+        Some(Arc::new(self.clone()))
+    }
+}
+
+impl BlockingObjects for MemoryStore {
+    fn read_at(&self, name: &ObjectName, offset: u64, bytes: &mut [u8]) -> StoreResult<Waited> {
+        let range = ReadRange::Exact { offset, len: bytes.len() as u64 };
+        bytes.copy_from_slice(&self.read_now(name, range)?);
+        Ok(Waited::No)
     }
 }
 

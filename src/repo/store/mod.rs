@@ -22,8 +22,11 @@ mod error;
 pub mod memory;
 mod name;
 
+use std::sync::Arc;
+
 use async_trait::async_trait;
 
+use crate::block::Waited;
 use crate::clock::Timestamp;
 
 pub use error::{StoreError, StoreResult};
@@ -111,6 +114,11 @@ pub trait ObjectStore: Send + Sync + std::fmt::Debug {
         Ok(0)
     }
 
+    /// The same objects for threads that may wait, if it needs no reactor.
+    fn blocking(&self) -> Option<Arc<dyn BlockingObjects>> {
+        None
+    }
+
     /// Creates a small object whole.
     async fn put(&self, name: &ObjectName, bytes: Vec<u8>) -> StoreResult<ObjectInfo> {
         let mut writer = self.create(name).await?;
@@ -122,6 +130,13 @@ pub trait ObjectStore: Send + Sync + std::fmt::Debug {
             }
         }
     }
+}
+
+/// Reading objects on the caller's own thread, for stores whose bytes are a system call away.
+pub trait BlockingObjects: Send + Sync {
+    /// Fills `bytes` from `offset` on of an object, and says whether that had to wait for a disk; an
+    /// object that ends earlier is [`StoreError::Short`].
+    fn read_at(&self, name: &ObjectName, offset: u64, bytes: &mut [u8]) -> StoreResult<Waited>;
 }
 
 /// An object being created. Dropping it is like [`ObjectWriter::abort`], without the report of

@@ -20,6 +20,7 @@ mod writer;
 
 use std::fmt;
 use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -29,9 +30,11 @@ use rustix::fs::{AtFlags, Mode, OFlags};
 use rustix::io::Errno;
 
 use super::{
-    Folder, NAMES_MAX, ObjectInfo, ObjectName, ObjectStore, ObjectWriter, PAGE_MAX, ReadRange,
-    StoreError, StoreResult,
+    BlockingObjects, Folder, NAMES_MAX, ObjectInfo, ObjectName, ObjectStore, ObjectWriter,
+    PAGE_MAX, ReadRange, StoreError, StoreResult,
 };
+use crate::block::Waited;
+use crate::block::file::read_cached;
 use crate::clock::Timestamp;
 use crate::error::{Error, Kind, Result};
 use root::Root;
@@ -116,9 +119,7 @@ impl ObjectStore for DirectoryStore {
         let name = name.clone();
         self.run(move |root| {
             let error = |e: std::io::Error| root.error("reading", name.as_str(), e);
-            let file = root.open_object(&name)?;
-            let size_bytes = file.metadata().map_err(error)?.len();
-            let (offset, len) = range.resolve(&name, size_bytes)?;
+            let (file, offset, len) = open(root, &name, range)?;
             read_exact_at(&file, offset, len).map_err(error)
         })
         .await
@@ -185,6 +186,30 @@ impl ObjectStore for DirectoryStore {
     async fn sweep(&self, before: Timestamp) -> StoreResult<u64> {
         self.run(move |root| root.sweep(before)).await
     }
+
+    fn blocking(&self) -> Option<Arc<dyn BlockingObjects>> {
+        Some(self.root.clone())
+    }
+}
+
+impl BlockingObjects for Root {
+    fn read_at(&self, name: &ObjectName, offset: u64, bytes: &mut [u8]) -> StoreResult<Waited> {
+        let (file, ..) = open(self, name, ReadRange::Exact { offset, len: bytes.len() as u64 })?;
+        let (done, _) = read_cached(&file, offset, bytes);
+        if done == bytes.len() {
+            return Ok(Waited::No);
+        }
+        let rest = file.read_exact_at(&mut bytes[done..], offset + done as u64);
+        rest.map(|()| Waited::ForDisk).map_err(|e| self.error("reading", name.as_str(), e))
+    }
+}
+
+/// An object, and where `range` begins in it and how long it is.
+fn open(root: &Root, name: &ObjectName, range: ReadRange) -> StoreResult<(File, u64, usize)> {
+    let file = root.open_object(name)?;
+    let data = file.metadata().map_err(|e| root.error("reading", name.as_str(), e))?;
+    let (offset, len) = range.resolve(name, data.len())?;
+    Ok((file, offset, len))
 }
 
 /// Exactly `len` bytes, into memory that is not zeroed before.

@@ -6,6 +6,12 @@
 //!
 //! A reader that salvages ([`super::losses`]) is the one exception: what is proven to be damaged reads
 //! as zeroes there, and is on its list. Every other error stays one.
+//!
+//! Two ways lead through it. Over the reactor (here): the store answers when it can, a worker opens
+//! and proves. On the caller's own thread (`direct`), where the store is a system call away: a
+//! restore to a file then does a whole step on one thread, and no byte changes hands.
+
+mod direct;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -13,13 +19,13 @@ use std::sync::Arc;
 use async_trait::async_trait;
 
 use super::blobs::{self, Blobs};
-use super::index::Location;
+use super::index::{Location, PackRef};
 use super::losses::Losses;
 use super::salvage::may_have_another;
-use super::seal::{BlobId, BlobKind};
+use super::seal::{BlobId, BlobKind, Opener};
 use super::tree::{FANOUT, Node, Shape};
 use super::writer::StoredDisk;
-use crate::block::{BlockSource, Buffer, ByteRange, ExtentKind, ExtentMap, Geometry};
+use crate::block::{BlockSource, BlockingRead, Buffer, ByteRange, ExtentKind, ExtentMap, Geometry};
 use crate::content::ContentHash;
 use crate::error::{Error, Kind, Result};
 
@@ -33,6 +39,7 @@ const REQUEST_BYTES_MAX: u64 = 4 << 20;
 const EXTENT_NODES_MAX: usize = 64;
 
 /// A disk of a restore point.
+#[derive(Clone)]
 pub struct DiskReader {
     blobs: Arc<Blobs>,
     shape: Shape,
@@ -69,6 +76,35 @@ struct Unreadable {
 /// Chunks that lie side by side in one pack.
 struct Batch {
     pieces: Vec<(Piece, Location)>,
+}
+
+impl Batch {
+    /// Its pack, where it begins there, and its sealed length.
+    fn run(&self) -> (&PackRef, u32, u64) {
+        let (_, first) = &self.pieces[0];
+        let len = self.pieces.iter().map(|(_, l)| u64::from(l.stored_bytes)).sum();
+        (&first.pack, first.offset, len)
+    }
+
+    /// The pieces, to be looked for elsewhere.
+    fn into_pieces(self) -> Vec<Piece> {
+        self.pieces.into_iter().map(|(piece, _)| piece).collect()
+    }
+
+    /// Opens and proves what was read, each piece to where it belongs; those that do not open. CPU
+    /// work.
+    fn open(self, opener: &Opener, sealed: &mut [u8], target: &mut [u8]) -> Vec<Piece> {
+        let (mut rest, mut failed) = (sealed, Vec::new());
+        for (piece, location) in self.pieces {
+            let (blob, after) = rest.split_at_mut(location.stored_bytes as usize);
+            rest = after;
+            let target = &mut target[piece.at..piece.at + piece.len];
+            if decode_piece(opener, &location, &piece, blob, target).is_err() {
+                failed.push(piece);
+            }
+        }
+        failed
+    }
 }
 
 impl DiskReader {
@@ -280,16 +316,36 @@ impl DiskReader {
         self.blobs.keys.blob_id(BlobKind::Chunk, &piece.hash)
     }
 
+    /// What has to be read for the window at `offset`, and what no pack that is there is known to
+    /// have. Zeroes are in place when it returns; everything else is overwritten.
+    async fn find(&self, offset: u64, window: &mut [u8]) -> Result<(VecDeque<Batch>, Vec<Piece>)> {
+        let pieces = self.pieces(ByteRange::new(offset, window.len() as u64)).await?;
+        // Chunks that are zero are not among the pieces.
+        if pieces.iter().map(|piece| piece.len).sum::<usize>() < window.len() {
+            window.fill(0);
+        }
+        let (batches, nowhere) = self.batches(pieces).await?;
+        Ok((batches.into(), nowhere))
+    }
+
     fn at_piece(&self, piece: &Piece, error: Error) -> Error {
         self.at_chunk(piece.disk_offset / self.shape.chunk_bytes(), error)
     }
 
     /// Reads a batch; none when its pack was collected meanwhile.
     async fn fetch(&self, batch: &Batch) -> Result<Option<Vec<u8>>> {
-        let (piece, first) = &batch.pieces[0];
-        let len = batch.pieces.iter().map(|(_, l)| u64::from(l.stored_bytes)).sum();
-        let sealed = self.blobs.read_run(&first.pack, first.offset, len).await;
-        sealed.map_err(|e| self.at_piece(piece, e))
+        let (pack, offset, len) = batch.run();
+        let sealed = self.blobs.read_run(pack, offset, len).await;
+        sealed.map_err(|e| self.at_piece(&batch.pieces[0].0, e))
+    }
+
+    /// What opens a batch; none when that is damaged: each piece may have a copy in another pack.
+    fn opener(&self, batch: &Batch) -> Result<Option<Arc<Opener>>> {
+        match self.blobs.opener(batch.run().0) {
+            Ok(opener) => Ok(Some(opener)),
+            Err(error) if may_have_another(&error) => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     /// Opens a batch and puts its plaintext where it belongs; also the pieces that do not open.
@@ -297,46 +353,28 @@ impl DiskReader {
         &self,
         batch: Batch,
         mut sealed: Vec<u8>,
-        buffer: Buffer,
+        mut buffer: Buffer,
     ) -> Result<(Buffer, Vec<Piece>)> {
-        let (_, first) = &batch.pieces[0];
-        let opener = match self.blobs.opener(&first.pack) {
-            Ok(opener) => opener,
-            // Each piece may have a copy in another pack.
-            Err(error) if may_have_another(&error) => {
-                return Ok((buffer, batch.pieces.into_iter().map(|(piece, _)| piece).collect()));
-            }
-            Err(error) => return Err(error),
-        };
+        let Some(opener) = self.opener(&batch)? else { return Ok((buffer, batch.into_pieces())) };
         let work = move || {
-            let mut buffer = buffer;
-            let mut rest = &mut sealed[..];
-            let mut failed = Vec::new();
-            for (piece, location) in batch.pieces {
-                let (blob, after) = rest.split_at_mut(location.stored_bytes as usize);
-                rest = after;
-                let target = &mut buffer[piece.at..piece.at + piece.len];
-                if decode_piece(&opener, &location, &piece, blob, target).is_err() {
-                    failed.push(piece);
-                }
-            }
+            let failed = batch.open(&opener, &mut sealed, &mut buffer);
             (buffer, failed)
         };
         self.blobs.workers.run(work).await
     }
 
     /// Reads a piece from whichever copy of its chunk proves itself.
-    async fn salvage(&self, piece: Piece, buffer: &mut Buffer) -> Result<()> {
+    async fn salvage(&self, piece: Piece, target: &mut [u8]) -> Result<()> {
         let id = self.chunk_id(&piece);
         let (hash, levels) = (piece.hash, piece.levels);
         let prove = move |copy: &Location, plain: Vec<u8>| prove(copy, plain, &hash, levels);
-        let target = piece.at..piece.at + piece.len;
+        let target = &mut target[piece.at..piece.at + piece.len];
         match self.blobs.salvage(&id, prove).await {
-            Ok(plain) => copy_part(&plain, &piece, &mut buffer[target]),
+            Ok(plain) => copy_part(&plain, &piece, target),
             Err(error) => {
                 let range = ByteRange::new(piece.disk_offset, piece.len as u64);
                 self.lost(range, &id, error).await?;
-                buffer[target].fill(0);
+                target.fill(0);
             }
         }
         Ok(())
@@ -345,7 +383,7 @@ impl DiskReader {
 
 /// Opens a chunk, proves it, and copies the part that was asked for. CPU work.
 fn decode_piece(
-    opener: &super::seal::Opener,
+    opener: &Opener,
     location: &Location,
     piece: &Piece,
     sealed: &mut [u8],
@@ -435,14 +473,7 @@ impl BlockSource for DiskReader {
     }
 
     async fn read(&self, offset: u64, mut buffer: Buffer) -> Result<Buffer> {
-        let range = ByteRange::new(offset, buffer.len() as u64);
-        let pieces = self.pieces(range).await?;
-        // Chunks that are zero are not among the pieces; everything else is overwritten.
-        if pieces.iter().map(|piece| piece.len).sum::<usize>() < buffer.len() {
-            buffer.fill(0);
-        }
-        let (batches, nowhere) = self.batches(pieces).await?;
-        let mut batches = VecDeque::from(batches);
+        let (mut batches, nowhere) = self.find(offset, &mut buffer).await?;
         for piece in nowhere {
             self.salvage(piece, &mut buffer).await?;
         }
@@ -455,14 +486,11 @@ impl BlockSource for DiskReader {
                 }
                 // Ends: a pack that is gone is not located again.
                 Ok(None) => {
-                    let pieces = batch.pieces.into_iter().map(|(piece, _)| piece).collect();
-                    let (found, nowhere) = self.batches(pieces).await?;
+                    let (found, nowhere) = self.batches(batch.into_pieces()).await?;
                     batches.extend(found);
                     nowhere
                 }
-                Err(error) if may_have_another(&error) => {
-                    batch.pieces.into_iter().map(|(piece, _)| piece).collect()
-                }
+                Err(error) if may_have_another(&error) => batch.into_pieces(),
                 Err(error) => return Err(error),
             };
             for piece in failed {
@@ -470,5 +498,10 @@ impl BlockSource for DiskReader {
             }
         }
         Ok(buffer)
+    }
+
+    fn blocking(&self) -> Option<Arc<dyn BlockingRead>> {
+        let direct = direct::DirectReader::new(self.clone())?;
+        Some(Arc::new(direct))
     }
 }
