@@ -22,6 +22,11 @@ for argument in "$@"; do
 done
 if [ "$inner" = no ]; then
   tests/setup.sh || exit 1
+  if [ "$soak" = yes ] && ! command -v guestfish >/dev/null; then
+    echo "set-up: installing guestfish, for the soak tier alone"
+    DEBIAN_FRONTEND=noninteractive apt-get -q -y install --no-install-recommends guestfish \
+      >/dev/null || exit 1
+  fi
   exec tests/support/libvirtd.sh with "$0" --inner "$@"
 fi
 

@@ -8,6 +8,7 @@ mod support;
 mod changed_by_hand;
 mod changes;
 mod guest;
+mod guestfish;
 mod images;
 mod inspect;
 mod points;
