@@ -33,6 +33,8 @@ pub mod clock;
 pub mod content;
 pub mod control;
 pub mod copy;
+#[cfg(test)]
+mod dice;
 pub mod error;
 pub mod freeze;
 pub mod image;

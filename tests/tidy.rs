@@ -11,11 +11,12 @@ const FILE_LINES_MAX: usize = 800;
 
 /// Layer of each top-level module, times ten; imports go to a lower one only. Within L1, `image`
 /// stands on `nbd`.
-const LAYERS: [(&str, u8); 19] = [
+const LAYERS: [(&str, u8); 20] = [
     ("block", 0),
     ("clock", 0),
     ("content", 0),
     ("control", 0),
+    ("dice", 0),
     ("error", 0),
     ("units", 0),
     ("vm", 0),

@@ -93,7 +93,12 @@ impl Budget {
             .await
             .expect("the semaphore of a budget is never closed");
         let mut bytes = self.shared.spare().take(len);
-        bytes.resize(len + ALIGN_BYTES, 0);
+        if bytes.is_empty() {
+            // Fresh memory is zero already, most of the time.
+            bytes = vec![0; len + ALIGN_BYTES];
+        } else {
+            bytes.resize(len + ALIGN_BYTES, 0);
+        }
         let start = bytes.as_ptr().align_offset(ALIGN_BYTES).min(ALIGN_BYTES);
         let whole = start..start + len;
         let home = Some((Arc::clone(&self.shared), permit));

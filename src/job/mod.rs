@@ -35,6 +35,8 @@ pub mod restore;
 pub mod select;
 pub mod serve;
 pub mod show;
+#[cfg(test)]
+mod simulation;
 pub mod source;
 pub mod verify;
 

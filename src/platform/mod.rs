@@ -26,6 +26,8 @@ pub mod image;
 #[cfg(feature = "libvirt")]
 pub mod libvirt;
 pub mod qemu;
+#[cfg(test)]
+pub(crate) mod simulated;
 
 use std::collections::HashSet;
 use std::path::PathBuf;

@@ -149,7 +149,7 @@ impl fmt::Debug for BlobId {
 pub fn random<const N: usize>() -> [u8; N] {
     let mut bytes = [0; N];
     #[cfg(test)]
-    if super::model::fill_from_seed(&mut bytes) {
+    if crate::dice::fill_from_seed(&mut bytes) {
         return bytes;
     }
     // It fails only where the system call is missing or forbidden: no key may be made there.

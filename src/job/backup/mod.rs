@@ -111,6 +111,18 @@ pub async fn run(
     let started = env.clock.now();
     control.set_phase("looking at the VM");
     let platform = source::platform(&request.source, env).await?;
+    let mut report = run_on(repository, platform.as_ref(), &request, surroundings).await?;
+    report.elapsed_ms = env.elapsed_ms(started);
+    Ok(report)
+}
+
+/// The same for a VM that is reached already.
+pub(super) async fn run_on(
+    repository: &Repository,
+    platform: &dyn Platform,
+    request: &Request,
+    (env, control): Surroundings<'_>,
+) -> Result<Report> {
     let vm = platform.identify().await?;
     let what = format!("backup into repository {}", repository.id());
     let _lock = VmLock::acquire_after(request.wait, &env.state_dir, &vm, &what, control).await?;
@@ -118,10 +130,8 @@ pub async fn run(
     let run = repository.begin_run(RunOptions::default()).await?;
     let point = PointId(random());
     let backup = Backup { run, point, vm, bases, audit: request.audit, env, control };
-    let result = backup.with_snapshot(repository, platform.as_ref(), &request).await;
-    let mut report = result.map_err(|error| error.context("the backup was not made"))?;
-    report.elapsed_ms = env.elapsed_ms(started);
-    Ok(report)
+    let result = backup.with_snapshot(repository, platform, request).await;
+    result.map_err(|error| error.context("the backup was not made"))
 }
 
 /// A disk that was stored, and what became of its chunks.

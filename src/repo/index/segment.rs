@@ -319,7 +319,7 @@ impl Segment {
 /// A filter past the bound goes to a file.
 async fn place(space: &Arc<FilterSpace>, filter: Filter) -> Result<PlacedFilter> {
     #[cfg(test)]
-    if crate::repo::model::is_simulated() {
+    if crate::dice::is_simulated() {
         return Ok(space.place(filter));
     }
     let space = Arc::clone(space);

@@ -19,9 +19,9 @@ mod oracle;
 mod wire;
 mod world;
 
-use std::cell::RefCell;
-
 use world::World;
+
+use crate::dice::{Dice, simulate};
 
 /// Seeds of an ordinary run: a few seconds.
 const SEEDS: u64 = 60;
@@ -32,52 +32,14 @@ const SEEDS_OF_SOAK: u64 = 5000;
 /// Replays one seed, with every action on stderr.
 const SEED_VARIABLE: &str = "VMBACKUP_MODEL_SEED";
 
-thread_local! {
-    /// What ids and salts come from while a simulation runs on this thread.
-    static SIMULATED: RefCell<Option<blake3::OutputReader>> = const { RefCell::new(None) };
-}
-
-/// Fills `bytes` from the seed of the simulation on this thread, if there is one.
-pub(super) fn fill_from_seed(bytes: &mut [u8]) -> bool {
-    SIMULATED.with_borrow_mut(|source| source.as_mut().map(|source| source.fill(bytes)).is_some())
-}
-
-/// Whether a simulation runs on this thread: then nothing may run on another.
-pub(super) fn is_simulated() -> bool {
-    SIMULATED.with_borrow(Option::is_some)
-}
-
-/// Numbers that follow from a seed.
-struct Dice(blake3::OutputReader);
-
-impl Dice {
-    fn new(seed: u64) -> Self {
-        Self(blake3::Hasher::new().update(&seed.to_le_bytes()).finalize_xof())
-    }
-
-    /// One of `0..below`.
-    fn below(&mut self, below: usize) -> usize {
-        let mut bytes = [0; 8];
-        self.0.fill(&mut bytes);
-        let below = below as u64;
-        usize::try_from(u64::from_le_bytes(bytes) % below).expect("below a usize")
-    }
-
-    /// True once in `n` times.
-    fn once_in(&mut self, n: usize) -> bool {
-        self.below(n) == 0
-    }
-}
-
 fn play(seed: u64, trace: bool) {
-    SIMULATED.with_borrow_mut(|source| *source = Some(Dice::new(!seed).0));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    runtime.block_on(async {
+    let life = async {
         let mut world = World::new(Dice::new(seed), trace).await;
         world.live().await;
         world.end().await;
-    });
-    SIMULATED.with_borrow_mut(|source| *source = None);
+    };
+    simulate(seed, || runtime.block_on(life));
 }
 
 /// Plays seeds; the first that fails says how to play it again.

@@ -7,11 +7,11 @@ use std::time::Duration;
 
 use tokio::sync::mpsc;
 
-use super::Dice;
 use super::wire::{Disturbance, Paused, Wire};
 use crate::block::{BlockSink, BlockSource, Buffer, ByteRange};
 use crate::content::LEAF_BYTES;
 use crate::control::Control;
+use crate::dice::Dice;
 use crate::error::{Kind, Result};
 use crate::repo::gc::tests::{Bed, draft, point};
 use crate::repo::points::PointName;

@@ -87,6 +87,18 @@ impl MemoryStore {
         self.lock().objects.insert(name.clone(), (Arc::new(bytes), stored));
     }
 
+    /// Breaks the promise of a durable object: it is gone.
+    pub fn lose(&self, name: &ObjectName) {
+        self.lock().objects.remove(name);
+    }
+
+    /// Breaks the promise of a whole object: half of it is there.
+    pub fn tear(&self, name: &ObjectName) {
+        if let Some((bytes, _)) = self.lock().objects.get_mut(name) {
+            *bytes = Arc::new(bytes[..bytes.len() / 2].to_vec());
+        }
+    }
+
     /// Every name there is.
     pub fn names(&self) -> Vec<ObjectName> {
         self.lock().objects.keys().cloned().collect()

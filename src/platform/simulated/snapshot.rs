@@ -1,0 +1,242 @@
+//! The instant of a simulated VM: the steps of a real one, each of which may fail, be the last thing
+//! its process does, or take effect without anybody learning of it.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+
+use super::guest::{Freeze, Guest, Instant, Job, JobState};
+use super::source::Export;
+use super::{Line, Simulated, checkpoint};
+use crate::block::BlockSource;
+use crate::clock::Timestamp;
+use crate::control::{Control, NoticeLevel};
+use crate::error::{Error, Kind, Result};
+use crate::platform::{Quiesce, SnapshotDisk, SnapshotRequest, VmSnapshot};
+use crate::vm::{
+    Artifact, ArtifactKind, Consistency, ExcludedDisk, NotCaptured, PointId, Quiescence, ReadMode,
+};
+
+/// How often a thaw is tried before it is left to the guardian.
+const THAWS: usize = 3;
+
+pub(super) struct Snapshot {
+    line: Line,
+    point: PointId,
+    repository: String,
+    disks: Vec<SnapshotDisk>,
+    artifacts: Vec<Artifact>,
+    taken: Timestamp,
+    quiescence: Quiescence,
+}
+
+/// Takes the instant; undoes what it did when it fails.
+pub(super) async fn open(
+    platform: &Simulated,
+    request: &SnapshotRequest,
+    control: &Control,
+) -> Result<Box<dyn VmSnapshot>> {
+    platform.reconcile(request).await?;
+    let line = platform.line.clone();
+    let disks = line.ask("guest: survey", |guest| checkpoint::survey(guest, request)).await?;
+    control.check()?;
+    let definition =
+        Artifact { kind: ArtifactKind::DomainXmlLive, origin: None, bytes: b"<domain/>".to_vec() };
+    let mut snapshot = Snapshot {
+        line,
+        point: request.point,
+        repository: request.repository.clone(),
+        disks,
+        artifacts: vec![definition],
+        taken: request.clock.now(),
+        quiescence: Quiescence { level: Consistency::Crash, frozen_ms: None, reason: None },
+    };
+    match snapshot.set_up(request, control).await {
+        Ok(()) => Ok(Box::new(snapshot)),
+        Err(error) => {
+            if let Err(undo) = snapshot.undo().await {
+                control.notice(NoticeLevel::Warning, undo.in_one_line());
+            }
+            Err(error)
+        }
+    }
+}
+
+impl Snapshot {
+    async fn set_up(&mut self, request: &SnapshotRequest, control: &Control) -> Result<()> {
+        let point = self.point;
+        let scratch = |guest: &mut Guest| {
+            guest.open.scratch.insert(point);
+            Ok(())
+        };
+        self.line.ask("guest: scratch", scratch).await?;
+        let server = |guest: &mut Guest| {
+            guest.open.server = Some(point);
+            Ok(())
+        };
+        self.line.ask("guest: server", server).await?;
+        control.check()?;
+        let frozen = self.freeze(request).await?;
+        self.taken = request.clock.now();
+        let (repository, disks) = (&self.repository, &self.disks);
+        let taken = self.line.ask("guest: transaction", |guest| {
+            guest.take(point, repository, disks);
+            Ok(())
+        });
+        let taken = taken.await;
+        if frozen {
+            self.quiescence = self.thaw().await;
+        }
+        taken?;
+        control.check()?;
+        let export = |guest: &mut Guest| {
+            guest.open.exports.insert(point);
+            Ok(())
+        };
+        self.line.ask("guest: export", export).await
+    }
+
+    /// Whether a thaw is owed.
+    async fn freeze(&self, request: &SnapshotRequest) -> Result<bool> {
+        if request.quiesce == Quiesce::Never {
+            return Ok(false);
+        }
+        let (now_ms, budget) = (self.line.time.now_ms(), request.freeze_budget.as_millis());
+        let until_ms = now_ms + i64::try_from(budget).expect("seconds");
+        let frozen = self.line.ask("guest: freeze", |guest| {
+            if !guest.has_agent {
+                return Err(Error::new(Kind::Unsupported, "there is no guest agent"));
+            }
+            guest.freeze = Some(Freeze { since_ms: now_ms, until_ms, guarded: true });
+            Ok(())
+        });
+        match frozen.await {
+            Ok(()) => Ok(true),
+            Err(error) => {
+                // It may have happened all the same.
+                self.thaw().await;
+                if request.quiesce == Quiesce::Require { Err(error) } else { Ok(false) }
+            }
+        }
+    }
+
+    async fn thaw(&self) -> Quiescence {
+        let mut reason = "the thaw failed".to_owned();
+        for _ in 0..THAWS {
+            let now_ms = self.line.time.now_ms();
+            let thawed = self.line.ask("guest: thaw", |guest| Ok(guest.freeze.take()));
+            match thawed.await {
+                Ok(Some(freeze)) if now_ms < freeze.until_ms => {
+                    let frozen_ms = u64::try_from(now_ms - freeze.since_ms).ok();
+                    let level = Consistency::Filesystem;
+                    return Quiescence { level, frozen_ms, reason: None };
+                }
+                Ok(_) => {
+                    reason = "thawed before the end".to_owned();
+                    break;
+                }
+                Err(error) => reason = error.to_string(),
+            }
+        }
+        Quiescence { level: Consistency::Crash, frozen_ms: None, reason: Some(reason) }
+    }
+
+    /// Ends the snapshot and removes its bitmaps.
+    async fn undo(&self) -> Result<()> {
+        let ended = self.line.take_down(self.point).await;
+        let (repository, point) = (self.repository.clone(), self.point);
+        let removed = self
+            .line
+            .remove_bitmaps(move |name| name.repository == repository && name.point == point);
+        ended.and(removed.await)
+    }
+}
+
+impl Guest {
+    /// The transaction: all of it at once.
+    fn take(&mut self, point: PointId, repository: &str, disks: &[SnapshotDisk]) {
+        let mut job = Job { state: JobState::Holds, disks: Vec::new() };
+        for disk in disks {
+            let name = &disk.description.name;
+            let changed = match disk.read {
+                ReadMode::Incremental { base } => Some(self.bitmap_name(repository, name, base)),
+                ReadMode::Full { .. } => None,
+            };
+            let new = self.bitmap_name(repository, name, point);
+            let found = self.disks.iter_mut().find(|found| found.name == *name);
+            let image = &mut found.expect("nobody unplugs a disk meanwhile").image;
+            let changed = changed.map(|base| image.bitmaps[&base].dirty.clone());
+            image.add_bitmap(new);
+            job.disks.push((name.clone(), image.content.clone(), changed));
+        }
+        let oracle = job.disks.iter().map(|(name, content, _)| (name.clone(), content.clone()));
+        let instant = Instant { repository: repository.to_owned(), disks: oracle.collect() };
+        self.instants.insert(point, instant);
+        self.open.jobs.insert(point, job);
+    }
+}
+
+#[async_trait]
+impl VmSnapshot for Snapshot {
+    fn disks(&self) -> &[SnapshotDisk] {
+        &self.disks
+    }
+
+    fn excluded(&self) -> &[ExcludedDisk] {
+        &[]
+    }
+
+    fn taken(&self) -> Timestamp {
+        self.taken
+    }
+
+    fn quiescence(&self) -> &Quiescence {
+        &self.quiescence
+    }
+
+    fn artifacts(&self) -> &[Artifact] {
+        &self.artifacts
+    }
+
+    fn not_captured(&self) -> &[NotCaptured] {
+        &[]
+    }
+
+    async fn source(&mut self, index: usize) -> Result<Arc<dyn BlockSource>> {
+        let point = self.point;
+        let opened = self.line.ask("guest: open export", |guest| {
+            let is_there = guest.open.exports.contains(&point);
+            is_there.then_some(()).ok_or_else(|| Error::new(Kind::Connection, "no such export"))
+        });
+        opened.await?;
+        let size_bytes = self.disks[index].description.size_bytes;
+        Ok(Arc::new(Export { line: self.line.clone(), point, index, size_bytes }))
+    }
+
+    async fn still_valid(&mut self) -> Result<()> {
+        let point = self.point;
+        let lost = || Error::new(Kind::SnapshotLost, "the job ended before the last read");
+        let asked = self.line.ask("guest: still valid", |guest| {
+            let job = guest.open.jobs.get(&point);
+            let holds = job.is_some_and(|job| job.state == JobState::Holds);
+            if holds { Ok(()) } else { Err(lost()) }
+        });
+        asked.await.map_err(|error| match error.kind() {
+            Kind::SnapshotLost => error,
+            _ => lost().source(error),
+        })
+    }
+
+    async fn commit(self: Box<Self>) -> Result<()> {
+        let ended = self.line.take_down(self.point).await;
+        let (repository, point) = (self.repository.clone(), self.point);
+        let older = self
+            .line
+            .remove_bitmaps(move |name| name.repository == repository && name.point != point);
+        ended.and(older.await)
+    }
+
+    async fn abort(self: Box<Self>) -> Result<()> {
+        self.undo().await
+    }
+}
