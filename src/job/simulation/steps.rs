@@ -73,7 +73,9 @@ impl World<'_> {
             }
             None => self.tally.count("backup: killed"),
         }
-        if ended.error().is_some() && !ended.met(QEMU_DIES) {
+        // Of a point that the store lost, the bitmap goes as well.
+        let may_cost = ended.met(QEMU_DIES) || self.depots[depot].is_damaged;
+        if ended.error().is_some() && !may_cost {
             assert_eq!(self.bases(depot), bases, "a failure cost a checkpoint");
         }
         let left = ended.life.is_dead || ended.met_at(&TAKING_DOWN);
