@@ -17,7 +17,7 @@
 //! | L6 | [`cli`] |
 //! | L3 | [`job`]: the only place where platform meets repository |
 //! | L2 | [`copy`], [`repo`], [`platform`], [`policy`]; none sees another |
-//! | L1 | [`freeze`]; [`nbd`], and [`image`] on top of it |
+//! | L1 | [`freeze`], [`journal`]; [`nbd`], and [`image`] on top of it |
 //! | L0 | [`block`], [`clock`], [`content`], [`control`], [`error`], [`units`], [`vm`], [`workers`] |
 //!
 //! The crate `qmp` beside this one speaks to QEMU monitors and knows nothing of backup.
@@ -39,6 +39,7 @@ pub mod error;
 pub mod freeze;
 pub mod image;
 pub mod job;
+pub mod journal;
 pub mod nbd;
 pub mod platform;
 pub mod policy;

@@ -22,6 +22,7 @@ const LAYERS: [(&str, u8); 20] = [
     ("vm", 0),
     ("workers", 0),
     ("freeze", 10),
+    ("journal", 10),
     ("nbd", 10),
     ("image", 15),
     ("copy", 20),

@@ -13,6 +13,7 @@ use super::output::{Output, say};
 use super::progress::{self, Style};
 use super::prompt;
 use super::settings::{self, KeySource, Paths};
+use super::stop;
 use crate::clock::SystemClock;
 use crate::control::Control;
 use crate::error::{Error, Kind, Result};
@@ -55,6 +56,7 @@ impl Context {
             runtime_dir: paths.runtime.clone(),
             cache_dir: paths.cache.clone(),
             guardian: std::env::current_exe().ok(),
+            probe: stop::probe()?,
         };
         Ok(Self { output, control: Control::new(), paths, env, style })
     }

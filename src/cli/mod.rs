@@ -22,6 +22,7 @@ mod output;
 mod progress;
 mod prompt;
 mod settings;
+mod stop;
 mod stream;
 mod table;
 mod text;
@@ -74,6 +75,7 @@ enum Command {
     Check(commands::check::Args),
     Forget(commands::forget::Args),
     Gc(commands::gc::Args),
+    Recover(commands::recover::Args),
     Nbd(commands::nbd::Args),
     Repo(commands::repo::Args),
     /// Thaws a guest when the backup that froze it is gone; started by backups, not by people
@@ -98,6 +100,7 @@ impl Command {
             Self::Check(args) => commands::check::run(args, context).await,
             Self::Forget(args) => commands::forget::run(args, context).await,
             Self::Gc(args) => commands::gc::run(args, context).await,
+            Self::Recover(args) => commands::recover::run(args, context).await,
             Self::Nbd(args) => commands::nbd::run(args, context).await,
             Self::Repo(args) => commands::repo::run(args, context).await,
             Self::Guardian => unreachable!("runs before there is a context"),

@@ -6,19 +6,17 @@
 //! every [`OwnChild`] does.
 
 use std::ffi::OsString;
-use std::fs::Permissions;
-use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use tempfile::TempDir;
 use tokio::net::UnixStream;
 use tokio::sync::Mutex;
 
 use super::child::{OwnChild, Passed};
+use super::private::PrivateDir;
 use super::tool::failed;
 use crate::error::{Error, Kind, Result};
 use crate::nbd::{Client, ClientOptions, Connector, Stream};
@@ -32,18 +30,14 @@ const BROKEN: Duration = Duration::from_millis(500);
 pub struct CommandServer {
     name: String,
     child: Mutex<OwnChild>,
-    directory: TempDir,
+    directory: PrivateDir,
 }
 
 impl CommandServer {
     /// Starts `line`: program and arguments.
     pub async fn start(line: &[String]) -> Result<Arc<Self>> {
         let name = format!("[ {} ]", line.join(" "));
-        let directory = tempfile::Builder::new()
-            .prefix("vmbackup-")
-            .permissions(Permissions::from_mode(0o700))
-            .tempdir()
-            .map_err(|e| Error::io("cannot create a directory for a socket", e))?;
+        let directory = PrivateDir::create()?;
         let listening = UnixListener::bind(directory.path().join("nbd"))
             .map_err(|e| Error::io("cannot listen on a private socket", e))?;
         let line: Vec<OsString> = line.iter().map(OsString::from).collect();

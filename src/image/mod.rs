@@ -19,6 +19,7 @@ mod info;
 mod lock;
 mod new;
 mod padded;
+mod private;
 mod process;
 mod tool;
 mod writable;
@@ -40,6 +41,7 @@ pub use identity::file_id;
 pub use info::{BitmapInfo, ImageInfo, Layer, inspect, layers};
 pub use lock::ImageLock;
 pub use new::{NewImage, NewImageOptions};
+pub use private::sweep_sockets;
 pub use writable::WritableImage;
 
 use padded::PaddedFile;

@@ -4,19 +4,17 @@
 //! to all other ways.
 
 use std::ffi::OsString;
-use std::fs::Permissions;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 use std::time::Duration;
 
-use tempfile::TempDir;
 use tokio::net::UnixStream;
 
 use super::child::{OwnChild, PASSED_FILE, Passed};
+use super::private::PrivateDir;
 use super::tool::{failed, missing};
 use crate::error::{Error, Kind, Result};
 
@@ -59,18 +57,14 @@ pub(super) struct QemuNbd {
     child: OwnChild,
     what: String,
     /// Holds the socket; removed with the handle.
-    directory: TempDir,
+    directory: PrivateDir,
 }
 
 impl QemuNbd {
     /// Starts it and waits until its socket answers.
     pub(super) async fn start(serve: Serve<'_>) -> Result<Self> {
         let what = format!("open {} as {}", serve.path.display(), serve.format);
-        let directory = tempfile::Builder::new()
-            .prefix("vmbackup-")
-            .permissions(Permissions::from_mode(0o700))
-            .tempdir()
-            .map_err(|e| Error::io("cannot create a directory for a socket", e))?;
+        let directory = PrivateDir::create()?;
         let arguments = arguments(&serve, &directory.path().join("nbd"));
         let passed = serve.open.map_or(Passed::Nothing, Passed::File);
         let child = OwnChild::spawn(arguments, passed).await.map_err(|e| missing("qemu-nbd", e))?;
@@ -189,6 +183,8 @@ pub(super) async fn connect(socket: &Path) -> io::Result<UnixStream> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
 
     #[tokio::test]

@@ -31,6 +31,7 @@ pub mod lock;
 mod lossy;
 pub mod plan;
 mod points;
+pub mod recover;
 pub mod restore;
 pub mod select;
 pub mod serve;
@@ -48,6 +49,7 @@ use jiff::tz::TimeZone;
 use crate::clock::{Clock, Timestamp};
 use crate::control::Control;
 use crate::error::{Error, Kind, Result};
+use crate::journal::{Journals, Probe};
 use crate::repo::store::directory::DirectoryStore;
 use crate::workers::Workers;
 
@@ -75,9 +77,16 @@ pub struct Env {
     pub guardian: Option<PathBuf>,
     /// Copies of what a repository can give again.
     pub cache_dir: PathBuf,
+    /// Called at each step that a journal knows; only tests do anything in it.
+    pub probe: Option<Probe>,
 }
 
 impl Env {
+    /// Where it is written down what runs have to undo.
+    fn journals(&self) -> Journals {
+        Journals::new(self.state_dir.join("journal"), self.probe.clone())
+    }
+
     /// Milliseconds since `start`; zero where the clock went back.
     fn elapsed_ms(&self, start: Timestamp) -> u64 {
         u64::try_from(self.clock.now().duration_since(start).as_millis()).unwrap_or(0)

@@ -95,6 +95,7 @@ pub(super) async fn platform(spec: &SourceSpec, env: &Env) -> Result<Box<dyn Pla
                 uri: Some(uri.clone()),
                 domain: domain.clone(),
                 runtime_dir: env.runtime_dir.clone(),
+                journals: env.journals(),
                 metadata: CheckpointMetadata::Remove,
             };
             Ok(Box::new(Libvirt::open(options).await?))
@@ -102,21 +103,21 @@ pub(super) async fn platform(spec: &SourceSpec, env: &Env) -> Result<Box<dyn Pla
         #[cfg(not(feature = "libvirt"))]
         SourceSpec::Libvirt { .. } => {
             use crate::error::{Error, Kind};
-            // Where the program keeps its run-time state concerns only libvirt's domains.
-            let _ = env;
             Err(Error::new(Kind::Unsupported, "this program was built without libvirt")
                 .hint("build it with the cargo feature 'libvirt', or use --qmp or --image"))
         }
         SourceSpec::Qemu { qmp, agent, name } => {
             let (monitor, agent, name) = (qmp.clone(), agent.clone(), name.clone());
-            Ok(Box::new(Qemu::connect(QemuOptions { monitor, agent, name }).await?))
+            let journals = env.journals();
+            Ok(Box::new(Qemu::connect(QemuOptions { monitor, agent, name, journals }).await?))
         }
         SourceSpec::Images { name, images } => {
             let source = |image: &ImageSpec| ImageSource {
                 path: image.path.clone(),
                 format: image.format.clone(),
             };
-            Ok(Box::new(Images::new(name, images.iter().map(source).collect())?))
+            let images = Images::new(name, images.iter().map(source).collect())?;
+            Ok(Box::new(images.journaled(env.journals())))
         }
     }
 }

@@ -38,8 +38,9 @@ use async_trait::async_trait;
 
 use crate::block::BlockSource;
 use crate::clock::{Clock, Timestamp};
-use crate::control::Control;
+use crate::control::{Control, NoticeLevel};
 use crate::error::{Error, Kind, Result};
+use crate::journal::{Action, Item, Mode, Recovery};
 use crate::vm::{
     Artifact, DiskDescription, ExcludedDisk, NotCaptured, PointId, Quiescence, ReadMode, VmIdentity,
 };
@@ -52,6 +53,12 @@ pub trait Platform: Send + Sync {
 
     /// What [`Platform::open_snapshot`] would do, and what is in its way. Changes nothing.
     async fn plan(&self, request: &SnapshotRequest) -> Result<SnapshotPlan>;
+
+    /// Undoes what runs that were killed have left, or looks for it; nothing of anybody else's is
+    /// touched. What [`Platform::open_snapshot`] begins with.
+    ///
+    /// [`Kind::Busy`] when a run is under way. Not cancel-safe.
+    async fn recover(&self, request: &RecoverRequest, control: &Control) -> Result<Vec<Item>>;
 
     /// Takes the point in time of all protected disks.
     ///
@@ -144,6 +151,42 @@ impl SnapshotRequest {
     /// Whether the repository has this point of the domain.
     pub fn exists(&self, point: PointId) -> bool {
         self.point_ids.contains(&point) || self.known_points.iter().any(|known| known.id == point)
+    }
+}
+
+/// What is asked of [`Platform::recover`].
+#[derive(Clone, Debug)]
+pub struct RecoverRequest {
+    /// The repository and what a snapshot would be asked for with.
+    pub snapshot: SnapshotRequest,
+    /// Whether the repository could be asked for its points. If not, bitmaps and checkpoints stay.
+    pub repository: Asked,
+    /// Whether anything is changed.
+    pub mode: Mode,
+}
+
+/// Whether the repository could be asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Asked {
+    /// Its points are in the request.
+    Yes,
+    /// Nothing is known of its points.
+    No,
+}
+
+/// Tells the person who watches what a reconciliation did.
+fn tell(recovery: Recovery, control: &Control) {
+    for Item { action, what } in recovery.into_items() {
+        let (level, text) = match action {
+            Action::Undone => {
+                (NoticeLevel::Info, format!("undone, an earlier run had left it: {what}"))
+            }
+            Action::Adopted => {
+                (NoticeLevel::Info, format!("taken over from an earlier run: {what}"))
+            }
+            Action::Kept => (NoticeLevel::Warning, format!("left by an earlier run: {what}")),
+        };
+        control.notice(level, text);
     }
 }
 

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use crate::support::TestEnv;
 
-const COMMANDS: [&str; 30] = [
+const COMMANDS: [&str; 31] = [
     "",
     "full",
     "incremental",
@@ -22,6 +22,7 @@ const COMMANDS: [&str; 30] = [
     "check",
     "forget",
     "gc",
+    "recover",
     "nbd",
     "nbd info",
     "nbd list",

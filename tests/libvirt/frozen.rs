@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 use crate::rig::assert_no_trace;
 use crate::support::{DiskFormat, Domain, DomainSpec, Guest, TestEnv, wait_until};
 
-fn frozen_by_record(env: &TestEnv, domain: &Domain<'_>) -> bool {
-    let record = env.path("run").join(format!("{}.record", domain.uuid()));
-    std::fs::read_to_string(record).unwrap_or_default().contains("\"frozen\":true")
+fn frozen_by_journal(env: &TestEnv, domain: &Domain<'_>) -> bool {
+    let journal = env.path("state/journal").join(format!("{}.json", domain.uuid()));
+    std::fs::read_to_string(journal).unwrap_or_default().contains("\"freeze\"")
 }
 
 /// What the guest's agent did: "freeze", "thaw", in order.
@@ -51,7 +51,7 @@ fn a_backup_killed_around_its_freeze_leaves_no_frozen_guest() {
     guest.run("echo 2 >/tmp/slow.freeze");
     let args = ["full", "--domain", domain.name(), "--quiesce", "require"];
     let backup = env.spawn_vmbackup(&args);
-    wait_until("the freeze", 30, || frozen_by_record(&env, &domain));
+    wait_until("the freeze", 30, || frozen_by_journal(&env, &domain));
     wait_until("the freeze hook", 30, || !hooked(&mut guest).is_empty());
     backup.signal("KILL");
     backup.wait();
@@ -59,7 +59,7 @@ fn a_backup_killed_around_its_freeze_leaves_no_frozen_guest() {
     assert_thawed(&mut guest, 12);
     guest.run("rm /tmp/slow.freeze");
     env.vmbackup(&args).ok();
-    assert!(!frozen_by_record(&env, &domain));
+    assert!(!frozen_by_journal(&env, &domain));
     assert_no_trace(&domain);
 }
 
@@ -82,12 +82,12 @@ fn a_freeze_that_comes_after_its_budget_is_undone_although_the_backup_is_over() 
     assert_eq!(report["quiescence"]["level"], "crash", "{report}");
     let reason = report["quiescence"]["reason"].as_str().expect("a reason");
     assert!(reason.contains("did not freeze within"), "{reason}");
-    assert!(frozen_by_record(&env, &domain), "nothing says that a freeze is under way");
+    assert!(frozen_by_journal(&env, &domain), "nothing says that a freeze is under way");
     assert_thawed(&mut guest, 20);
-    // The record is taken back by the next run, which thaws once more to be sure.
+    // The entry is taken back by the next run, which thaws once more to be sure.
     guest.run("rm /tmp/slow.freeze");
     env.vmbackup(&["full", "--domain", domain.name(), "--quiesce", "require"]).ok();
-    assert!(!frozen_by_record(&env, &domain));
+    assert!(!frozen_by_journal(&env, &domain));
 }
 
 #[test]
@@ -101,7 +101,7 @@ fn an_agent_that_stops_answering_is_thawed_as_soon_as_it_answers() {
     guest.run("kill -STOP $(pidof qemu-ga)");
     let ended = backup.wait();
     assert_eq!(ended.code, Some(0), "{ended:?}");
-    assert!(frozen_by_record(&env, &domain), "the guest may be frozen: {ended:?}");
+    assert!(frozen_by_journal(&env, &domain), "the guest may be frozen: {ended:?}");
     guest.run("kill -CONT $(pidof qemu-ga)");
     assert_thawed(&mut guest, 60);
 }

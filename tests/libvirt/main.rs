@@ -7,6 +7,7 @@
 mod support;
 
 mod frozen;
+mod killed;
 mod lifecycle;
 mod luks;
 mod online;

@@ -8,6 +8,7 @@ use std::time::Duration;
 use vmbackup::block::{BlockSource, ExtentKind, read_all};
 use vmbackup::control::Control;
 use vmbackup::error::Result;
+use vmbackup::journal::Journals;
 use vmbackup::platform::libvirt::{CheckpointMetadata, Libvirt, LibvirtOptions};
 use vmbackup::platform::{BackupMode, KnownPoint, Platform, Quiesce, SnapshotRequest, VmSnapshot};
 use vmbackup::vm::{ArtifactKind, PointId, ReadMode, Uuid};
@@ -111,6 +112,7 @@ impl<'env> Bare<'env> {
             uri: Some("qemu:///system".into()),
             domain: self.name.clone(),
             runtime_dir: self.env.path("run"),
+            journals: Journals::new(self.env.path("state/journal"), None),
             metadata: CheckpointMetadata::Remove,
         }
     }

@@ -3,18 +3,24 @@
 use std::time::Duration;
 
 use vmbackup::control::Control;
+use vmbackup::journal::{Entry, Journals, Phase, Place, Run};
 use vmbackup::platform::libvirt::{CheckpointMetadata, Libvirt, LibvirtOptions};
 use vmbackup::platform::{Platform, Quiesce};
 use vmbackup::vm::Consistency;
 
-use crate::bare::{point, request};
+use crate::bare::{REPOSITORY, point, request};
 use crate::support::{DiskFormat, Domain, DomainSpec, TestEnv};
+
+fn journals(env: &TestEnv) -> Journals {
+    Journals::new(env.path("state/journal"), None)
+}
 
 pub(crate) fn options(env: &TestEnv, domain: &Domain<'_>) -> LibvirtOptions {
     LibvirtOptions {
         uri: None,
         domain: domain.name().to_owned(),
         runtime_dir: env.path("run"),
+        journals: journals(env),
         metadata: CheckpointMetadata::Remove,
     }
 }
@@ -62,10 +68,11 @@ async fn a_guest_that_a_killed_run_left_frozen_is_thawed_by_the_next() {
     guest.run("mke2fs /dev/vda && mount /dev/vda /mnt");
     let platform = Libvirt::open(options(&env, &domain)).await.expect("connects");
     let uuid = platform.identify().await.expect("identified").uuid;
-    // What a run that is killed between freeze and thaw leaves: its record and a frozen guest.
-    let record = serde_json::json!({"point": point(1).to_string(), "frozen": true});
-    let path = env.path("run").join(format!("{uuid}.record"));
-    std::fs::write(path, record.to_string()).expect("own directory");
+    // What a run that is killed between freeze and thaw leaves: its journal and a frozen guest.
+    let mut journal = journals(&env).open(uuid).expect("none yet");
+    let place = Place::Libvirt { uri: "qemu:///system".into() };
+    journal.begin(Run::new(point(1), domain.name(), REPOSITORY, place));
+    journal.note([Entry::of(Phase::Freeze)]).expect("own directory");
     domain.virsh(&["domfsfreeze", domain.name()]).ok();
     let mut wanted = request(2);
     wanted.quiesce = Quiesce::Never;

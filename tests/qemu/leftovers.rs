@@ -2,7 +2,7 @@
 
 use vmbackup::control::Control;
 use vmbackup::error::Kind;
-use vmbackup::platform::qemu::{Qemu, QemuOptions};
+use vmbackup::platform::qemu::Qemu;
 use vmbackup::platform::{BackupMode, Platform, SnapshotRequest};
 use vmbackup::vm::ReadMode;
 
@@ -50,7 +50,7 @@ async fn what_a_dead_run_left_is_removed_by_the_next() {
 /// Opens a snapshot and a source of it, and ends like a killed process: no clean-up runs, and all
 /// sockets are closed because the runtime that owned them is gone.
 async fn die_in_the_middle(machine: &Machine, request: SnapshotRequest) {
-    let options = QemuOptions { monitor: machine.path("qmp.sock"), agent: None, name: None };
+    let options = machine.options("qmp.sock");
     let run = std::thread::spawn(move || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {

@@ -5,6 +5,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use qmp::{Address, Monitor};
+use vmbackup::journal::Journals;
 use vmbackup::platform::qemu::{Qemu, QemuOptions};
 use vmbackup::vm::PointId;
 
@@ -71,10 +72,15 @@ impl Machine {
         self.dir.path().join(name)
     }
 
+    /// How the platform under test reaches it.
+    pub(crate) fn options(&self, socket: &str) -> QemuOptions {
+        let journals = Journals::new(self.path("journal"), None);
+        QemuOptions { monitor: self.path(socket), agent: None, name: None, journals }
+    }
+
     /// A connection of the platform under test; it holds the monitor until it is dropped.
     pub(crate) async fn platform(&self) -> Qemu {
-        let options = QemuOptions { monitor: self.path("qmp.sock"), agent: None, name: None };
-        Qemu::connect(options).await.unwrap()
+        Qemu::connect(self.options("qmp.sock")).await.unwrap()
     }
 
     /// Lets the guest do something to a disk (`write -P 7 1M 64k`).

@@ -15,6 +15,7 @@ mod machine;
 mod reading;
 
 mod incremental;
+mod killed;
 mod leftovers;
 mod program;
 mod refusals;

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use vmbackup::control::Control;
 use vmbackup::error::Kind;
-use vmbackup::platform::qemu::{Qemu, QemuOptions};
+use vmbackup::platform::qemu::Qemu;
 use vmbackup::platform::{BackupMode, Platform, Quiesce, SnapshotRequest};
 
 use crate::machine::Machine;
@@ -50,11 +50,9 @@ async fn an_nbd_server_of_somebody_else_is_respected() {
 async fn a_monitor_in_use_and_a_monitor_that_is_not_there_are_told_apart() {
     let machine = Machine::start().await;
     let _holder = machine.platform().await;
-    let options =
-        |socket: &str| QemuOptions { monitor: machine.path(socket), agent: None, name: None };
-    let busy = Qemu::connect(options("qmp.sock")).await.err().unwrap();
+    let busy = Qemu::connect(machine.options("qmp.sock")).await.err().unwrap();
     assert_eq!(busy.kind(), Kind::Busy);
     assert!(busy.hint_text().unwrap().contains("second socket"), "{busy:?}");
-    let gone = Qemu::connect(options("none.sock")).await.err().unwrap();
+    let gone = Qemu::connect(machine.options("none.sock")).await.err().unwrap();
     assert_eq!(gone.kind(), Kind::NotFound);
 }

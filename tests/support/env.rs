@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use tempfile::TempDir;
 
 use super::outcome::Outcome;
-use super::tools::Process;
+use super::tools::{Process, wait_until};
 
 /// Where one test lives.
 pub(crate) struct TestEnv {
@@ -115,6 +115,34 @@ impl TestEnv {
     /// Starts the built program; it is killed when the guard is dropped before its end.
     pub(crate) fn spawn_vmbackup<S: AsRef<OsStr>>(&self, args: &[S]) -> Process {
         Process::spawn(&mut self.vmbackup_command(args))
+    }
+
+    /// Starts the built program and waits until it has stopped itself at a step of the journal
+    /// (`before:freeze`): to be killed there, or to go on when it is sent CONT.
+    #[track_caller]
+    pub(crate) fn stopped_at<S: AsRef<OsStr>>(&self, step: &str, args: &[S]) -> Process {
+        let mut command = self.vmbackup_command(args);
+        let process = Process::spawn(command.env("VMBACKUP_STOP_AT", step));
+        let stat = format!("/proc/{}/stat", process.id());
+        wait_until(&format!("the step {step}"), 60, || {
+            let text = fs::read_to_string(&stat).expect("a child is there until waited for");
+            let state = text.rsplit_once(") ").expect("a state").1.chars().next();
+            assert!(state != Some('Z'), "it ended before {step}");
+            state == Some('T')
+        });
+        process
+    }
+
+    /// Processes that were started by commands of this environment, and their children.
+    pub(crate) fn processes(&self) -> Vec<String> {
+        let entries = fs::read_dir("/proc").expect("mounted").flatten();
+        let ours = entries.filter(|entry| {
+            let environment = fs::read(entry.path().join("environ")).unwrap_or_default();
+            let state = format!("VMBACKUP_STATE_DIR={}", self.path("state").display());
+            environment.split(|byte| *byte == 0).any(|variable| variable == state.as_bytes())
+        });
+        let line = |entry: fs::DirEntry| fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        ours.map(|entry| String::from_utf8_lossy(&line(entry)).replace('\0', " ")).collect()
     }
 
     /// Makes a repository without a key at [`Self::repo`].

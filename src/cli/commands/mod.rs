@@ -12,6 +12,7 @@ pub(crate) mod incremental;
 pub(crate) mod list;
 pub(crate) mod nbd;
 pub(crate) mod plan;
+pub(crate) mod recover;
 pub(crate) mod repo;
 pub(crate) mod restore;
 pub(crate) mod serve;

@@ -32,6 +32,7 @@ use crate::content::ContentRoot;
 use crate::control::{Control, DiskProgress, NoticeLevel};
 use crate::copy;
 use crate::error::{Error, Kind, Result};
+use crate::journal::Phase;
 use crate::platform::{BackupMode, Platform, SnapshotRequest, VmSnapshot};
 use crate::repo::seal::random;
 use crate::repo::{
@@ -402,10 +403,13 @@ impl Backup<'_> {
         let Self { run, point, control, env, .. } = self;
         control.set_phase("storing the point");
         let draft = ManifestDraft { finished: env.clock.now(), ..draft };
+        let journals = env.journals();
+        journals.before(Phase::Manifest);
         if let Err(error) = run.commit(point, draft).await {
             abort_snapshot(snapshot, control).await;
             return Err(error);
         }
+        journals.after(Phase::Manifest);
         control.set_phase("keeping the checkpoint");
         if let Err(error) = snapshot.commit().await {
             let text = format!(

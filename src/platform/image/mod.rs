@@ -11,6 +11,7 @@
 
 mod checkpoint;
 mod plan;
+mod reconcile;
 mod snapshot;
 
 use std::collections::HashSet;
@@ -18,9 +19,10 @@ use std::path::PathBuf;
 
 use async_trait::async_trait;
 
-use super::{Platform, SnapshotPlan, SnapshotRequest, VmSnapshot};
+use super::{Platform, RecoverRequest, SnapshotPlan, SnapshotRequest, VmSnapshot};
 use crate::control::Control;
 use crate::error::{Error, Kind, Result};
+use crate::journal::{Item, Journal, Journals, Recovery};
 use crate::vm::{Uuid, VmIdentity};
 
 /// The platform's name in the registry and in identities.
@@ -46,6 +48,7 @@ pub struct ImageSource {
 pub struct Images {
     name: String,
     disks: Vec<ImageDisk>,
+    journals: Option<Journals>,
 }
 
 /// An image with the name of its disk.
@@ -72,7 +75,18 @@ impl Images {
             }
             disks.push(ImageDisk { name, source });
         }
-        Ok(Self { name: name.to_owned(), disks })
+        Ok(Self { name: name.to_owned(), disks, journals: None })
+    }
+
+    /// The same, with a place where it is written down what a run has to undo.
+    #[must_use]
+    pub fn journaled(self, journals: Journals) -> Self {
+        Self { journals: Some(journals), ..self }
+    }
+
+    /// Its journal, if there is a place for it.
+    fn journal(&self) -> Result<Option<Journal>> {
+        self.journals.as_ref().map(|journals| journals.open(self.uuid())).transpose()
     }
 
     fn uuid(&self) -> Uuid {
@@ -109,6 +123,13 @@ impl Platform for Images {
 
     async fn plan(&self, request: &SnapshotRequest) -> Result<SnapshotPlan> {
         plan::plan(self, request).await
+    }
+
+    async fn recover(&self, request: &RecoverRequest, control: &Control) -> Result<Vec<Item>> {
+        control.set_phase("looking at the images");
+        let mut recovery = Recovery::new(request.mode);
+        reconcile::reconcile(self, request, &mut recovery).await?;
+        Ok(recovery.into_items())
     }
 
     async fn open_snapshot(

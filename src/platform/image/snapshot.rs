@@ -16,8 +16,9 @@ use async_trait::async_trait;
 use crate::block::BlockSource;
 use crate::clock::Timestamp;
 use crate::control::{Control, NoticeLevel};
-use crate::error::{Kind, Result};
+use crate::error::{Error, Kind, Result};
 use crate::image::{Layer, LockedImage, layers};
+use crate::journal::{Entry, Journal, Phase, Place, Run};
 use crate::platform::{Platform, SnapshotDisk, SnapshotRequest, VmSnapshot};
 use crate::vm::{Artifact, Consistency, ExcludedDisk, NotCaptured, Quiescence};
 
@@ -33,6 +34,7 @@ pub(super) struct ImageSnapshot {
     taken: Timestamp,
     quiescence: Quiescence,
     not_captured: Vec<NotCaptured>,
+    journal: Option<Journal>,
 }
 
 /// One disk of it.
@@ -81,12 +83,29 @@ impl ImageSnapshot {
         }
         check_mode(&reads, request)?;
         control.set_phase("locking the images");
+        let mut journal = images.journal()?;
+        if let Some(journal) = &mut journal {
+            let paths = begun.iter().map(|begun| &begun.top.path);
+            // Whoever looks for them later may be in another directory.
+            let place = |disk: &ImageDisk| {
+                let path = std::path::absolute(&disk.source.path);
+                let failed =
+                    |e| Error::io(format!("cannot name {}", disk.source.path.display()), e);
+                Ok((path.map_err(failed)?, disk.source.format.clone()))
+            };
+            let places = images.disks.iter().map(place).collect::<Result<_>>()?;
+            let place = Place::Images { images: places };
+            journal.begin(Run::new(request.point, &images.name, &request.repository, place));
+            journal.note([Entry::files(Phase::Bitmap, paths), Entry::of(Phase::Process)])?;
+            journal.before(Phase::Bitmap);
+        }
         let locked = match begin_all(&mut begun, control).await {
             Ok(()) => lock_all(&begun, request, control).await,
             Err(error) => Err(error),
         };
         match locked {
             Ok((disks, locked)) => {
+                after(journal.as_ref(), Phase::Bitmap);
                 let reading = |(begun, image): (Begun<'_>, _)| Reading {
                     image,
                     checkpoints: begun.checkpoints,
@@ -94,10 +113,12 @@ impl ImageSnapshot {
                 };
                 let images = begun.into_iter().zip(locked).map(reading).collect();
                 // Nobody writes from here on.
-                Ok(Self::new(disks, images, excluded, request.clock.now()))
+                let snapshot = Self::new(disks, images, excluded, request.clock.now());
+                Ok(Self { journal, ..snapshot })
             }
             Err(error) => {
                 undo_all(&begun, control).await;
+                journal.as_mut().map_or(Ok(()), Journal::finish)?;
                 Err(error)
             }
         }
@@ -120,6 +141,7 @@ impl ImageSnapshot {
                 what: "description of the VM".to_owned(),
                 reason: "only its images were given; keep its configuration elsewhere".to_owned(),
             }],
+            journal: None,
         }
     }
 }
@@ -204,7 +226,10 @@ impl VmSnapshot for ImageSnapshot {
     async fn source(&mut self, index: usize) -> Result<Arc<dyn BlockSource>> {
         let Reading { image, checkpoints, .. } = &mut self.images[index];
         let changes = checkpoints.base_of(&self.disks[index].read);
-        image.source(changes.as_deref()).await
+        before(self.journal.as_ref(), Phase::Process);
+        let source = image.source(changes.as_deref()).await?;
+        after(self.journal.as_ref(), Phase::Process);
+        Ok(source)
     }
 
     async fn still_valid(&mut self) -> Result<()> {
@@ -214,8 +239,9 @@ impl VmSnapshot for ImageSnapshot {
         Ok(())
     }
 
-    async fn commit(self: Box<Self>) -> Result<()> {
+    async fn commit(mut self: Box<Self>) -> Result<()> {
         let mut result = Ok(());
+        before(self.journal.as_ref(), Phase::Handover);
         for Reading { image, checkpoints, new } in self.images {
             let top = top(&image).clone();
             result = result.and(image.release().await);
@@ -224,10 +250,16 @@ impl VmSnapshot for ImageSnapshot {
                 result = result.and(checkpoints.drop_older(&top).await);
             }
         }
+        after(self.journal.as_ref(), Phase::Handover);
+        if let Some(journal) = self.journal.as_mut().filter(|_| result.is_ok()) {
+            // Bitmaps of runs that never committed are among those removed.
+            journal.undone_earlier(&Phase::ALL)?;
+            journal.finish()?;
+        }
         result
     }
 
-    async fn abort(self: Box<Self>) -> Result<()> {
+    async fn abort(mut self: Box<Self>) -> Result<()> {
         let mut result = Ok(());
         for Reading { image, checkpoints, new } in self.images {
             let top = top(&image).clone();
@@ -236,6 +268,21 @@ impl VmSnapshot for ImageSnapshot {
                 result = result.and(checkpoints.undo(&top).await);
             }
         }
-        result
+        match &mut self.journal {
+            Some(journal) if result.is_ok() => journal.finish(),
+            _ => result,
+        }
+    }
+}
+
+fn before(journal: Option<&Journal>, phase: Phase) {
+    if let Some(journal) = journal {
+        journal.before(phase);
+    }
+}
+
+fn after(journal: Option<&Journal>, phase: Phase) {
+    if let Some(journal) = journal {
+        journal.after(phase);
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! A domain has at most one backup job. Ours is told from others by the socket it serves on, which
 //! carries the point; a job survives the death of whoever began it, so ownership is also recorded
-//! in [`super::lock`] on the machine that runs us.
+//! in the journal of the machine that runs us.
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -15,10 +15,10 @@ use virt::error::ErrorNumber;
 use super::connection::DomainHandle;
 use super::error::code;
 use super::ffi::{self, JobStatus, VirtResult};
-use super::lock::{DomainLock, Unfinished};
 use super::names::socket_point;
 use super::xml::{Element, escaped};
 use crate::error::{Error, Kind, Result};
+use crate::journal::Journal;
 use crate::vm::PointId;
 
 /// Longest wait for a job to be gone after it was told to end: measured 20 ms, more when QEMU has
@@ -183,19 +183,15 @@ pub(super) async fn status(domain: &DomainHandle) -> Result<JobStatus> {
 }
 
 /// [`Kind::Busy`] if the domain does something a backup cannot begin beside; the backup job of an
-/// earlier run of ours, whose record is in `lock`, is for the caller to end.
+/// earlier run of ours, which is in the journal, is for the caller to end.
 pub(super) async fn check_idle(
     domain: &DomainHandle,
-    lock: &DomainLock,
+    journal: &Journal,
 ) -> Result<Option<ActiveJob>> {
     let name = &domain.name;
     let give_up = tokio::time::Instant::now() + FOREIGN_GRACE;
     while let Some(active) = active(domain).await? {
-        let ours = match &lock.unfinished {
-            Unfinished::Recorded(record) => active.point.is_some_and(|point| record.owns(point)),
-            Unfinished::Nothing | Unfinished::Unreadable => false,
-        };
-        if ours {
+        if active.point.is_some_and(|point| journal.owns(point)) {
             return Ok(Some(active));
         }
         if tokio::time::Instant::now() < give_up {

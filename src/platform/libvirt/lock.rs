@@ -1,82 +1,39 @@
-//! One backup of a domain at a time from this machine, and what a killed one left.
+//! One backup of a domain at a time from this machine.
 //!
-//! A lock file per domain in the runtime directory is held (`flock`) for the life of a snapshot.
-//! A record beside it says which point is being made and whether the guest's file systems may be
-//! frozen. The lock ends with the process, the record does not: the next run reads what is to be
-//! undone. A record is cleared only when nothing is left to undo for certain: a freeze or a job
-//! that was asked for and not answered may still happen. A job whose point is *not* in the record
-//! was begun elsewhere and is nobody's to end here.
+//! A lock file per domain in the runtime directory is held (`flock`) for the life of a snapshot, and
+//! the domain's journal with it: what a killed run left to undo. The lock ends with the process, the
+//! journal does not. A job whose point is *not* in the journal was begun elsewhere and is nobody's to
+//! end here.
 //!
-//! The record is replaced as a whole (a new file renamed onto it): a run that is killed while it
-//! writes leaves the one before. It is not synced: what it tells of ends with the machine. The
-//! lock's file is removed with the lock; that it was removed between open and lock is seen by
+//! The lock's file is removed with the lock; that it was removed between open and lock is seen by
 //! comparing the locked file with the one under the name.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{self, ErrorKind};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::FlockOperation;
 use rustix::io::Errno;
-use serde::{Deserialize, Serialize};
 
+use super::LibvirtOptions;
 use crate::error::{Error, Kind, Result};
-use crate::vm::{PointId, Uuid};
-
-/// Largest record read: it is a line.
-const RECORD_BYTES_MAX: u64 = 4096;
-
-/// What the run that holds the lock is doing.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Record {
-    /// The point being made.
-    pub(super) point: PointId,
-    /// Guest file systems are, or may be, frozen.
-    pub(super) frozen: bool,
-    /// Points of earlier runs whose job may still begin: libvirt never answered.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub(super) earlier: Vec<PointId>,
-}
-
-impl Record {
-    /// The record of a run that has done nothing yet.
-    pub(super) fn of(point: PointId) -> Self {
-        Self { point, frozen: false, earlier: Vec::new() }
-    }
-
-    /// Whether a job that carries `point` is ours to end.
-    pub(super) fn owns(&self, point: PointId) -> bool {
-        self.point == point || self.earlier.contains(&point)
-    }
-}
-
-/// Most earlier points kept: each is a run that waited in vain for a minute.
-pub(super) const EARLIER_MAX: usize = 32;
-
-/// What an earlier run left to undo.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Unfinished {
-    /// Nothing.
-    Nothing,
-    /// What its record says.
-    Recorded(Record),
-    /// Nobody knows: there is a record, and it makes no sense. The guest may be frozen.
-    Unreadable,
-}
+use crate::journal::Journal;
+use crate::vm::Uuid;
 
 /// The lock of a domain; ends when dropped.
 #[derive(Debug)]
 pub(super) struct DomainLock {
     file: File,
     path: PathBuf,
-    /// What an earlier run did not finish.
-    pub(super) unfinished: Unfinished,
+    /// What earlier runs did not finish, and what this one does.
+    pub(super) journal: Journal,
 }
 
 impl DomainLock {
     /// Takes the lock of `domain`; [`Kind::Busy`] when another process has it.
-    pub(super) fn take(runtime_dir: &Path, domain: Uuid, name: &str) -> Result<Self> {
+    pub(super) fn take(options: &LibvirtOptions, domain: Uuid, name: &str) -> Result<Self> {
+        let runtime_dir = &options.runtime_dir;
         let path = runtime_dir.join(format!("{domain}.lock"));
         let io = |what: &str, error| Error::io(format!("cannot {what} {}", path.display()), error);
         std::fs::create_dir_all(runtime_dir).map_err(|e| io("make the directory of", e))?;
@@ -98,59 +55,7 @@ impl DomainLock {
                 break file;
             }
         };
-        let mut lock = Self { file, path, unfinished: Unfinished::Nothing };
-        lock.unfinished = lock.read()?;
-        Ok(lock)
-    }
-
-    fn read(&self) -> Result<Unfinished> {
-        let path = self.record_path();
-        let failed = |e| Error::io(format!("cannot read {}", path.display()), e);
-        let file = match File::open(&path) {
-            Ok(file) => file,
-            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Unfinished::Nothing),
-            Err(error) => return Err(failed(error)),
-        };
-        let mut text = Vec::new();
-        file.take(RECORD_BYTES_MAX).read_to_end(&mut text).map_err(failed)?;
-        Ok(serde_json::from_slice(&text).map_or_else(
-            |error| {
-                tracing::warn!(path = %path.display(), %error, "a record makes no sense");
-                Unfinished::Unreadable
-            },
-            Unfinished::Recorded,
-        ))
-    }
-
-    /// Where the record is.
-    pub(super) fn record_path(&self) -> PathBuf {
-        self.path.with_extension("record")
-    }
-
-    /// Says what this run is doing.
-    pub(super) fn record(&mut self, record: &Record) -> Result<()> {
-        let text = serde_json::to_string(record).expect("a record is plain data");
-        let (path, new) = (self.record_path(), self.path.with_extension("record.new"));
-        let write = || {
-            let mut options = OpenOptions::new();
-            let mut file =
-                options.write(true).create(true).truncate(true).mode(0o600).open(&new)?;
-            file.write_all(text.as_bytes())?;
-            std::fs::rename(&new, &path)
-        };
-        write().map_err(|e| Error::io(format!("cannot write {}", path.display()), e))
-    }
-
-    /// Says that nothing is left to undo.
-    pub(super) fn clear(&mut self) -> Result<()> {
-        self.unfinished = Unfinished::Nothing;
-        let path = self.record_path();
-        match std::fs::remove_file(&path) {
-            Err(error) if error.kind() != ErrorKind::NotFound => {
-                Err(Error::io(format!("cannot remove {}", path.display()), error))
-            }
-            _ => Ok(()),
-        }
+        Ok(Self { file, path, journal: options.journals.open(domain)? })
     }
 }
 
@@ -178,36 +83,25 @@ fn is_at(file: &File, path: &Path) -> io::Result<bool> {
 mod tests {
     use super::*;
 
-    #[test]
-    fn a_second_backup_waits_and_the_next_one_finds_the_record() {
-        let dir = tempfile::tempdir().unwrap();
-        let domain = Uuid::from_u128(1);
-        let take = || DomainLock::take(dir.path(), domain, "foo");
-        let record =
-            Record { point: PointId([3; 16]), frozen: true, earlier: vec![PointId([4; 16])] };
-        let mut lock = take().unwrap();
-        assert_eq!(lock.unfinished, Unfinished::Nothing);
-        lock.record(&record).unwrap();
-        assert_eq!(take().unwrap_err().kind(), Kind::Busy);
-        drop(lock);
-        let mut lock = take().unwrap();
-        assert_eq!(lock.unfinished, Unfinished::Recorded(record));
-        lock.clear().unwrap();
-        drop(lock);
-        assert_eq!(take().unwrap().unfinished, Unfinished::Nothing);
-        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "no file is left");
+    fn options(dir: &Path) -> LibvirtOptions {
+        LibvirtOptions {
+            uri: None,
+            domain: "foo".into(),
+            runtime_dir: dir.join("run"),
+            journals: crate::journal::Journals::new(dir.join("journal"), None),
+            metadata: crate::platform::libvirt::CheckpointMetadata::Remove,
+        }
     }
 
     #[test]
-    fn a_record_that_makes_no_sense_is_not_taken_for_none() {
+    fn a_second_backup_waits_and_nothing_is_left_of_a_lock() {
         let dir = tempfile::tempdir().unwrap();
-        let domain = Uuid::from_u128(1);
-        let path = dir.path().join(format!("{domain}.record"));
-        for text in ["", "{\"point\":", "\u{0}\u{0}"] {
-            std::fs::write(&path, text).unwrap();
-            let lock = DomainLock::take(dir.path(), domain, "foo").unwrap();
-            assert_eq!(lock.unfinished, Unfinished::Unreadable, "{text:?}");
-        }
+        let take = || DomainLock::take(&options(dir.path()), Uuid::from_u128(1), "foo");
+        let lock = take().unwrap();
+        assert_eq!(take().unwrap_err().kind(), Kind::Busy);
+        drop(lock);
+        drop(take().unwrap());
+        assert_eq!(std::fs::read_dir(dir.path().join("run")).unwrap().count(), 0);
     }
 
     /// The file of a lock is unlinked when the lock ends: whoever opened it before must not hold a
@@ -216,15 +110,14 @@ mod tests {
     fn many_at_once_get_the_lock_one_at_a_time() {
         use std::sync::atomic::{AtomicU32, Ordering};
         let dir = tempfile::tempdir().unwrap();
+        let options = options(dir.path());
         let (held, taken) = (AtomicU32::new(0), AtomicU32::new(0));
         std::thread::scope(|scope| {
             for _ in 0..4 {
                 scope.spawn(|| {
                     for _ in 0..2000 {
-                        let Ok(_lock) = DomainLock::take(dir.path(), Uuid::from_u128(1), "foo")
-                        else {
-                            continue;
-                        };
+                        let lock = DomainLock::take(&options, Uuid::from_u128(1), "foo");
+                        let Ok(_lock) = lock else { continue };
                         taken.fetch_add(1, Ordering::SeqCst);
                         assert_eq!(held.fetch_add(1, Ordering::SeqCst), 0, "held twice");
                         held.fetch_sub(1, Ordering::SeqCst);

@@ -13,9 +13,10 @@
 //! migrated and managed as any other.
 //!
 //! Files: `ffi` (the C calls), `connection` (deadlines, look-up), `survey`, `disks`, `xml` (what a
-//! domain is), `pools` (volumes of storage pools), `names`, `lock` (ownership), `checkpoint` (bases), `job`, `quiesce`, `agent`,
-//! `scratch`, `watch`, `reach`, `restore` (the way back), `open`, `snapshot` (the transaction), `stopped`
-//! (the same for images), `plan`, `artifacts`.
+//! domain is), `pools` (volumes of storage pools), `names`, `lock` (ownership), `reconcile` (what a
+//! killed run left), `checkpoint` (bases), `job`, `quiesce`, `agent`, `scratch`, `watch`, `reach`,
+//! `restore` (the way back), `open`, `snapshot` (the transaction), `stopped` (the same for images),
+//! `plan`, `artifacts`.
 //!
 //! Deliberately not done: monitor commands (they taint the domain), push-mode jobs (QEMU would
 //! write to the target at the target's speed, in the guest's way).
@@ -35,6 +36,7 @@ mod plan;
 mod pools;
 mod quiesce;
 mod reach;
+mod reconcile;
 pub mod restore;
 mod scratch;
 mod snapshot;
@@ -49,9 +51,10 @@ use async_trait::async_trait;
 
 pub use self::agent::DomainAgent;
 use self::connection::{DomainHandle, Host};
-use super::{Platform, SnapshotPlan, SnapshotRequest, VmSnapshot};
+use super::{Platform, RecoverRequest, SnapshotPlan, SnapshotRequest, VmSnapshot};
 use crate::control::Control;
 use crate::error::Result;
+use crate::journal::{Item, Journals};
 use crate::vm::VmIdentity;
 
 /// Registry name of this platform.
@@ -64,9 +67,11 @@ pub struct LibvirtOptions {
     pub uri: Option<String>,
     /// The domain's name or UUID.
     pub domain: String,
-    /// Where the locks of running backups lie: one directory per machine and user, gone at boot
+    /// Where the locks of running backups are: one directory per machine and user, gone at boot
     /// (`/run/vmbackup`). Made if missing.
     pub runtime_dir: PathBuf,
+    /// Where it is written down what a run has to undo.
+    pub journals: Journals,
     /// What happens to libvirt's record of our checkpoints after a run.
     pub metadata: CheckpointMetadata,
 }
@@ -124,5 +129,9 @@ impl Platform for Libvirt {
         control: &Control,
     ) -> Result<Box<dyn VmSnapshot>> {
         open::open(&self.domain, &self.options, request, control).await
+    }
+
+    async fn recover(&self, request: &RecoverRequest, control: &Control) -> Result<Vec<Item>> {
+        reconcile::recover(&self.domain, &self.options, request, control).await
     }
 }

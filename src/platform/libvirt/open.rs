@@ -1,6 +1,6 @@
 //! Opening a snapshot; of a running domain (a stopped one is [`super::stopped`]'s): everything up to the moment the job runs.
 //!
-//! Order: lock, look, clear away what a killed run left, find the bases, freeze, begin, thaw. What
+//! Order: lock, clear away what a killed run left, look, find the bases, freeze, begin, thaw. What
 //! fails is undone here, before the error is returned; what succeeds is handed to
 //! [`super::snapshot`], which commits or aborts it.
 
@@ -9,14 +9,15 @@ use std::time::Duration;
 use virt::domain::Domain;
 use virt::error::ErrorNumber;
 
-use super::checkpoint::{Bases, Check, Checkpoints, Delete, checkpoint_xml, read_mode};
+use super::checkpoint::{Bases, Checkpoints, Delete, checkpoint_xml, read_mode};
 use super::connection::DomainHandle;
 use super::error::code;
 use super::ffi::{self, VirtResult};
 use super::job::{self, JobDisk, Server};
-use super::lock::{DomainLock, EARLIER_MAX, Record, Unfinished};
+use super::lock::DomainLock;
 use super::names::{scratch_path, socket_path};
 use super::quiesce::{self, Frost, Frozen, Wish};
+use super::reconcile::{self, BEGUN, drop_stale, image_bitmaps};
 use super::scratch::{self, Places, Space, no_room};
 use super::snapshot::{RunningSnapshot, remove_left};
 use super::survey::{Description, Survey};
@@ -26,7 +27,8 @@ use crate::clock::Timestamp;
 use crate::control::{Control, NoticeLevel};
 use crate::error::{Error, Kind, Result};
 use crate::image::bitmap::BitmapNames;
-use crate::platform::{BackupMode, KnownPoint, Quiesce, SnapshotDisk, SnapshotRequest, VmSnapshot};
+use crate::journal::{Action, Entry, Mode, Phase, Place, Recovery, Run};
+use crate::platform::{BackupMode, Quiesce, SnapshotDisk, SnapshotRequest, VmSnapshot, tell};
 use crate::vm::{Artifact, ArtifactKind, FullReason, PointId, Quiescence};
 
 /// Longest wait for a job to begin: 40 ms measured on an idle machine; libvirt itself waits 30 s for
@@ -41,7 +43,11 @@ pub(super) async fn open(
     control: &Control,
 ) -> Result<Box<dyn VmSnapshot>> {
     control.set_phase("looking at the domain");
-    let lock = DomainLock::take(&options.runtime_dir, domain.uuid, &domain.name)?;
+    let mut lock = DomainLock::take(options, domain.uuid, &domain.name)?;
+    let mut recovery = Recovery::new(Mode::Undo);
+    let frost = reconcile::processes(domain, &mut lock, request, &mut recovery).await;
+    tell(recovery, control);
+    let frost = frost?;
     let survey = Survey::take(domain, request).await?;
     survey.set.check(&domain.name, request.repository_has_key)?;
     if !survey.running {
@@ -61,8 +67,7 @@ pub(super) async fn open(
         bases: Bases::default(),
         stale: Vec::new(),
         begun: Begun::No,
-        frost: Frost::default(),
-        earlier: Vec::new(),
+        frost,
     };
     match opening.run(control).await {
         Ok(opened) => Ok(Box::new(opening.into_snapshot(opened))),
@@ -88,8 +93,6 @@ struct Opening {
     begun: Begun,
     /// Whether the guest may be frozen, by this run or an earlier one.
     frost: Frost,
-    /// Points of earlier runs whose job may still begin.
-    earlier: Vec<PointId>,
 }
 
 /// Whether a job was asked for.
@@ -127,17 +130,19 @@ impl Opening {
     }
 
     async fn run(&mut self, control: &Control) -> Result<Opened> {
-        self.reconcile_guest(control).await;
-        reconcile_job(&self.domain, &self.lock, control).await?;
-        self.earlier.iter().for_each(|point| self.remove_files(*point));
+        let mut recovery = Recovery::new(Mode::Undo);
+        let reconciled = self.reconcile(&mut recovery).await;
+        tell(recovery, control);
+        reconciled?;
         control.check()?;
         control.set_phase("finding what changed since when");
-        self.reconcile_checkpoints(control).await?;
         let mut bases = std::mem::take(&mut self.bases);
+        self.lock.journal.before(Phase::Checkpoint);
         let found =
             self.checkpoints().find_bases(&self.survey.disks, &self.request, &mut bases).await;
         self.bases = bases;
         found?;
+        self.lock.journal.after(Phase::Checkpoint);
         self.refine_reasons();
         self.check_base()?;
         control.check()?;
@@ -177,21 +182,41 @@ impl Opening {
         disks.map(|disk| disk.disk.name.as_str())
     }
 
+    /// Removes checkpoints that killed runs left, and begins this one's part of the journal.
+    async fn reconcile(&mut self, recovery: &mut Recovery) -> Result<()> {
+        self.reconcile_checkpoints(recovery).await?;
+        let repository = &self.request.repository;
+        // Older than a point that exists, and in the memory of QEMU perhaps, where nobody sees them.
+        let dropped: Vec<String> = self.tracked().map(str::to_owned).collect();
+        for point in self.lock.journal.handed_over(repository) {
+            self.stale.push((point, dropped.clone()));
+        }
+        // Other repositories' bitmaps are told of by `recover` only.
+        let mut quiet = Recovery::new(Mode::Undo);
+        reconcile::close(&mut self.lock.journal, Some(repository), &mut quiet)?;
+        let place = Place::Libvirt { uri: self.domain.host.uri().to_owned() };
+        let run = Run::new(self.request.point, &self.domain.name, repository, place);
+        self.lock.journal.begin(run);
+        self.lock.journal.note([Entry::of(Phase::Checkpoint)])
+    }
+
     /// Checkpoints of this chain whose point is not in the repository are from runs that never
     /// committed, or of points that are forgotten: their bitmaps only cost. Those that are known
     /// are left for the commit to drop.
-    async fn reconcile_checkpoints(&mut self, control: &Control) -> Result<()> {
+    async fn reconcile_checkpoints(&mut self, recovery: &mut Recovery) -> Result<()> {
         let listed = self.checkpoints().listed().await?;
         for point in listed {
             if self.request.exists(point) {
+                let name = &self.domain.name;
+                let text = format!("checkpoint of point {} of domain '{name}'", point.short());
+                recovery.note(Action::Adopted, text);
                 self.bases.defined.push(point);
             } else {
-                let text = format!("removing checkpoint {point}, which no restore point names");
-                control.notice(NoticeLevel::Info, text);
-                self.checkpoints().discard(point).await?;
+                recovery.undo(format!("checkpoint {point}, which no restore point names"));
+                reconcile::discard(&self.checkpoints(), point, recovery).await?;
             }
         }
-        for (point, disks) in self.image_bitmaps() {
+        for (point, disks) in image_bitmaps(&self.survey, &self.chain) {
             if self.request.exists(point) {
                 self.stale.push((point, disks));
             } else {
@@ -199,20 +224,6 @@ impl Opening {
             }
         }
         Ok(())
-    }
-
-    /// Points of this chain that the images name, with the disks.
-    fn image_bitmaps(&self) -> Vec<(PointId, Vec<String>)> {
-        let mut found = std::collections::BTreeMap::<PointId, Vec<String>>::new();
-        for (disk, image) in self.survey.disks.iter().zip(&self.survey.images) {
-            let bitmaps = image.iter().filter_map(|image| image.bitmaps.as_ref()).flatten();
-            for bitmap in bitmaps {
-                if let Some(point) = self.chain.point_of(&bitmap.name) {
-                    found.entry(point).or_default().push(disk.disk.name.clone());
-                }
-            }
-        }
-        found.into_iter().collect()
     }
 
     /// "No usable bitmap" more exactly, where the image tells.
@@ -267,10 +278,10 @@ impl Opening {
     /// Freezes, begins the job, thaws. Thaws on every path.
     async fn take_instant(&mut self, server: &Server, control: &Control) -> Result<Instant> {
         let problem = quiesce::agent_problem(&self.survey.root, self.survey.paused);
-        // Before the freeze, so that the next run thaws whenever we die from here on.
+        // Before the freeze: the guest does not wait for our disk, and the next run thaws and ends
+        // the job whenever we die from here on.
         let asked = self.request.quiesce != Quiesce::Never && problem.is_none();
-        let frozen = asked || self.frost.is_there().await;
-        self.record(frozen)?;
+        self.note_instant(server, asked)?;
         let wish = Wish {
             quiesce: self.request.quiesce,
             budget: self.request.freeze_budget,
@@ -280,6 +291,9 @@ impl Opening {
         let (frozen, frost) = quiesce::freeze(&self.domain, &wish, problem, frost).await;
         self.frost = frost;
         let frozen = frozen?;
+        if matches!(frozen, Frozen::Yes(_)) {
+            self.lock.journal.after(Phase::Freeze);
+        }
         if let Frozen::No(Some(reason)) = &frozen {
             control.notice(NoticeLevel::Warning, format!("crash consistent only: {reason}"));
         }
@@ -292,13 +306,33 @@ impl Opening {
             let text = format!("the guest of domain '{name}' may be frozen; thawing it goes on");
             control.notice(NoticeLevel::Warning, text);
         }
-        if begun.is_ok() {
-            // One job at a time: those asked for before have failed, or this one would have.
-            self.earlier.clear();
-        }
-        self.record(frozen)?;
-        let (taken, job_disks) = begun?;
+        let thawed: &[Phase] = if frozen { &[] } else { &[Phase::Freeze] };
+        let begun = begun?;
+        // One job at a time: those asked for before have failed, or this one would have.
+        let answered = Entry { phase: Phase::Job, objects: vec![BEGUN.to_owned()] };
+        let over = [&[Phase::Job, Phase::Scratch, Phase::Socket][..], thawed].concat();
+        self.lock.journal.undone_earlier(&over)?;
+        self.lock.journal.amend(thawed, [answered])?;
+        let (taken, job_disks) = begun;
         Ok(Instant { taken, quiescence, job_disks })
+    }
+
+    /// Writes down all that the instant takes.
+    fn note_instant(&mut self, server: &Server, freezes: bool) -> Result<()> {
+        let scratch = self.job_disks().into_iter().map(|disk| disk.scratch);
+        let mut entries = vec![Entry::files(Phase::Scratch, scratch), Entry::of(Phase::Job)];
+        if let Server::Unix(socket) = server {
+            entries.push(Entry::files(Phase::Socket, [socket]));
+        }
+        if freezes {
+            entries.push(Entry::of(Phase::Freeze));
+        }
+        self.lock.journal.note(entries)?;
+        // libvirt does all the others in one call: the moment before it is the job's.
+        if freezes {
+            self.lock.journal.before(Phase::Freeze);
+        }
+        Ok(())
     }
 
     /// Removes what a job that is gone left on this host: QEMU never unlinks its socket, and libvirt
@@ -315,42 +349,6 @@ impl Opening {
         }
     }
 
-    /// Writes down what is to be undone if this run ends here.
-    fn record(&mut self, frozen: bool) -> Result<()> {
-        let (point, earlier) = (self.request.point, self.earlier.clone());
-        self.lock.record(&Record { point, frozen, earlier })
-    }
-
-    /// Takes over what an earlier run did not finish; thaws the guest if it may be frozen since.
-    async fn reconcile_guest(&mut self, control: &Control) {
-        let name = &self.domain.name;
-        let thaw = match self.lock.unfinished.clone() {
-            Unfinished::Nothing => return,
-            Unfinished::Recorded(record) => {
-                self.earlier = record.earlier;
-                self.earlier.push(record.point);
-                let surplus = self.earlier.len().saturating_sub(EARLIER_MAX);
-                self.earlier.drain(..surplus);
-                let text = "which an earlier run may have left frozen".to_owned();
-                record.frozen.then_some((NoticeLevel::Info, text))
-            }
-            Unfinished::Unreadable => {
-                let path = self.lock.record_path();
-                let text = format!(
-                    "of which an earlier run left a record that cannot be read ({}); a job of \
-                     that run has to be ended by hand ('virsh domjobabort {name}')",
-                    path.display()
-                );
-                Some((NoticeLevel::Warning, text))
-            }
-        };
-        if let Some((level, why)) = thaw {
-            control.notice(level, format!("thawing domain '{name}', {why}"));
-            let program = self.request.guardian.as_deref();
-            self.frost = quiesce::thaw_left(&self.domain, program).await;
-        }
-    }
-
     /// Begins the job; once more with every disk in full when a bitmap breaks in the last moment.
     async fn begin(
         &mut self,
@@ -361,9 +359,13 @@ impl Opening {
         let disks = self.job_disks();
         let what = "begin a backup of";
         self.begun = Begun::Asked;
+        self.lock.journal.before(Phase::Job);
         let taken = self.request.clock.now();
         let error = match self.try_begin(server, &disks).await? {
-            Ok(()) => return Ok((taken, disks)),
+            Ok(()) => {
+                self.lock.journal.after(Phase::Job);
+                return Ok((taken, disks));
+            }
             Err(error) => error,
         };
         let retry = code(&error) == Some(ErrorNumber::CheckpointInconsistent)
@@ -447,7 +449,7 @@ impl Opening {
         if self.begun == Begun::Asked {
             let ours = matches!(job::active(&self.domain).await, Ok(Some(job)) if job.point == Some(point));
             if ours && let Err(error) = job::end(&self.domain).await {
-                // The record stays, by which the next run ends it.
+                // It stays in the journal, by which the next run ends it.
                 tracing::warn!(?error, "the job of a failed backup remains");
                 return;
             }
@@ -463,10 +465,19 @@ impl Opening {
             }
         }
         let frozen = self.frost.is_there().await;
-        let left = frozen || self.begun == Begun::Unanswered || !self.earlier.is_empty();
-        let recorded = if left { self.record(frozen) } else { self.lock.clear() };
+        let journal = &mut self.lock.journal;
+        let recorded = if !journal.owns(point) {
+            Ok(())
+        } else if self.begun == Begun::Unanswered {
+            let thawed: &[Phase] = if frozen { &[] } else { &[Phase::Freeze] };
+            journal.undone(point, thawed)
+        } else if frozen {
+            journal.undone(point, &Phase::all_but(Phase::Freeze))
+        } else {
+            journal.finish()
+        };
         if let Err(error) = recorded {
-            tracing::warn!(?error, "the record of a failed backup remains");
+            tracing::warn!(?error, "the journal of a failed backup remains");
         }
     }
 
@@ -503,32 +514,4 @@ impl Opening {
             lock: self.lock,
         }
     }
-}
-
-/// Removes the bitmaps of `point` from `disks` of a running domain: defines them for libvirt first.
-/// A bitmap that is broken beyond this is found again by the next run.
-pub(super) async fn drop_stale(checkpoints: &Checkpoints<'_>, point: PointId, disks: &[String]) {
-    let known = KnownPoint { id: point, disks: Vec::new(), checkpoint_xml: None };
-    for disk in disks {
-        let dropped = match checkpoints.redefine(&known, &[disk], Check::Trust).await {
-            Ok(true) => checkpoints.discard(point).await,
-            Ok(false) => Ok(()),
-            Err(error) => Err(error),
-        };
-        if let Err(error) = dropped {
-            tracing::debug!(?error, disk, %point, "a stale bitmap remains");
-        }
-    }
-}
-
-/// Clears away the job of a killed run of ours; a job of anybody else means that the domain is
-/// busy.
-async fn reconcile_job(domain: &DomainHandle, lock: &DomainLock, control: &Control) -> Result<()> {
-    if job::check_idle(domain, lock).await?.is_none() {
-        return Ok(());
-    }
-    let text = format!("ending the backup job of an earlier run of domain '{}'", domain.name);
-    control.notice(NoticeLevel::Info, text);
-    job::end(domain).await?;
-    job::check_idle(domain, lock).await.map(drop)
 }

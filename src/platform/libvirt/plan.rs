@@ -71,7 +71,7 @@ async fn look(
 ) -> Result<Option<BTreeMap<String, u64>>> {
     let name = &domain.name;
     // The lock keeps a backup from starting while its checkpoints are looked at.
-    let lock = match DomainLock::take(&options.runtime_dir, domain.uuid, name) {
+    let lock = match DomainLock::take(options, domain.uuid, name) {
         Ok(lock) => lock,
         Err(error) if error.kind() == Kind::Busy => {
             problems.push(Problem::fatal(&error));
@@ -80,7 +80,7 @@ async fn look(
         Err(error) => return Err(error),
     };
     if survey.running {
-        return match job::check_idle(domain, &lock).await {
+        return match job::check_idle(domain, &lock.journal).await {
             Ok(None) => ask_bases(domain, survey, request, bases).await.map(Some),
             Ok(Some(_)) => {
                 problems.push(Problem {

@@ -15,15 +15,16 @@ use super::checkpoint::{Checkpoints, Delete};
 use super::connection::DomainHandle;
 use super::ffi::{self, VirtResult};
 use super::job::{self, JobDisk, Server};
-use super::lock::{DomainLock, Record};
-use super::open::drop_stale;
+use super::lock::DomainLock;
 use super::quiesce::Frost;
 use super::reach::Reach;
+use super::reconcile::drop_stale;
 use super::watch::{Watch, ended};
 use crate::block::BlockSource;
 use crate::clock::Timestamp;
 use crate::error::{Error, Kind, Result};
 use crate::image::bitmap::BitmapNames;
+use crate::journal::{Entry, Phase};
 use crate::nbd::{Client, ClientOptions};
 use crate::platform::{SnapshotDisk, VmSnapshot};
 use crate::vm::{Artifact, ExcludedDisk, NotCaptured, PointId, Quiescence};
@@ -111,14 +112,28 @@ impl RunningSnapshot {
         self.check_active().await
     }
 
-    /// Takes the record back, unless the guest may still be frozen: then the next run thaws.
-    async fn clear_record(&mut self) -> Result<()> {
+    /// Writes down which checkpoints go: once their metadata is gone nobody finds a bitmap that QEMU
+    /// has not stored yet.
+    fn note_handover(&mut self) -> Result<()> {
+        let older = self.defined.iter().chain(self.stale.iter().map(|(point, _)| point));
+        let older = older.filter(|point| **point != self.point).map(ToString::to_string);
+        let objects: Vec<String> = older.collect();
+        if objects.is_empty() {
+            return Ok(());
+        }
+        self.lock.journal.note([Entry { phase: Phase::Handover, objects }])
+    }
+
+    /// Closes this run's part of the journal, but for the freeze where the guest may still be
+    /// frozen: then the next run thaws.
+    async fn close_journal(&mut self) -> Result<()> {
         if !self.frost.is_there().await {
-            return self.lock.clear();
+            self.lock.journal.undone_earlier(&[Phase::Freeze])?;
+            return self.lock.journal.finish();
         }
         let name = &self.domain.name;
         tracing::warn!("the guest of domain '{name}' may still be frozen");
-        self.lock.record(&Record { frozen: true, ..Record::of(self.point) })
+        self.lock.journal.undone(self.point, &Phase::all_but(Phase::Freeze))
     }
 
     /// After a failed call: a new connection if the old one has ended. False when it stands, so
@@ -227,6 +242,9 @@ impl VmSnapshot for RunningSnapshot {
     async fn commit(mut self: Box<Self>) -> Result<()> {
         let mut result = self.end_job().await;
         let ended = result.is_ok();
+        let noted = self.note_handover();
+        result = result.and(noted);
+        self.lock.journal.before(Phase::Handover);
         let checkpoints = self.checkpoints();
         for point in self.defined.iter().filter(|point| **point != self.point) {
             let dropped = checkpoints.discard(*point).await;
@@ -241,9 +259,12 @@ impl VmSnapshot for RunningSnapshot {
             let forgotten = checkpoints.delete(self.point, Delete::Metadata).await;
             result = result.and(forgotten);
         }
-        // A job that may still run stays on record: the next run knows it for ours and ends it.
+        self.lock.journal.after(Phase::Handover);
+        // A job that may still run stays in the journal: the next run knows it for ours and ends it.
         if ended {
-            result = result.and(self.clear_record().await);
+            let handed_over = self.lock.journal.finish_handover();
+            result = result.and(handed_over);
+            result = result.and(self.close_journal().await);
         }
         result.map_err(|error| {
             error.context(format!(
@@ -261,6 +282,6 @@ impl VmSnapshot for RunningSnapshot {
             let forgotten = checkpoints.delete(*point, Delete::Metadata).await;
             result = result.and(forgotten);
         }
-        result.and(self.clear_record().await)
+        result.and(self.close_journal().await)
     }
 }

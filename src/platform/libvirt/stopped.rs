@@ -23,7 +23,8 @@ use async_trait::async_trait;
 use super::artifacts;
 use super::checkpoint::{SizedDisk, read_mode};
 use super::connection::DomainHandle;
-use super::lock::{DomainLock, Record};
+use super::lock::DomainLock;
+use super::reconcile;
 use super::survey::Survey;
 use crate::block::BlockSource;
 use crate::clock::Timestamp;
@@ -31,6 +32,7 @@ use crate::control::{Control, NoticeLevel};
 use crate::error::{Error, Kind, Result};
 use crate::image::bitmap::{self, BitmapNames};
 use crate::image::{self, Layer, LockedImage, file_id, layers};
+use crate::journal::{Entry, Mode, Phase, Place, Recovery, Run};
 use crate::platform::{BackupMode, SnapshotDisk, SnapshotRequest, VmSnapshot, base};
 use crate::vm::{
     Artifact, Consistency, DiskLayer, ExcludedDisk, FullReason, ImageId, NotCaptured, PointId,
@@ -56,6 +58,7 @@ struct StoppedDisk {
 pub(super) struct StoppedSnapshot {
     domain: DomainHandle,
     names: BitmapNames,
+    repository: String,
     point: PointId,
     parts: Vec<StoppedDisk>,
     disks: Vec<SnapshotDisk>,
@@ -88,10 +91,15 @@ pub(super) async fn open(
 ) -> Result<StoppedSnapshot> {
     let names = BitmapNames::new(&request.repository, domain.uuid)?;
     let parts = look(domain, &survey, request, &names).await?;
-    lock.record(&Record::of(request.point))?;
+    // Bitmaps of runs that never committed go with the old ones, at the commit.
+    let place = Place::Libvirt { uri: domain.host.uri().to_owned() };
+    lock.journal.begin(Run::new(request.point, &domain.name, &request.repository, place));
+    let images = parts.iter().filter(|part| part.tracked).map(|part| &part.path);
+    lock.journal.note([Entry::files(Phase::Bitmap, images), Entry::of(Phase::Process)])?;
     let mut snapshot = StoppedSnapshot {
         domain: domain.clone(),
         names,
+        repository: request.repository.clone(),
         point: request.point,
         parts,
         disks: Vec::new(),
@@ -214,7 +222,9 @@ impl StoppedSnapshot {
             format!("domain '{name}' cannot start until this is over")
         };
         control.notice(NoticeLevel::Info, text);
+        self.lock.journal.before(Phase::Bitmap);
         self.add_bitmaps(before, control).await?;
+        self.lock.journal.after(Phase::Bitmap);
         for part in &mut self.parts {
             control.check()?;
             part.image = Some(LockedImage::acquire(&part.path, &part.format).await?);
@@ -356,7 +366,10 @@ impl VmSnapshot for StoppedSnapshot {
         let part = &mut self.parts[index];
         let changes = part.read.ok().map(|base| self.names.of_point(base));
         let image = part.image.as_mut().expect("locked when the snapshot was opened");
-        image.source(changes.as_deref()).await
+        self.lock.journal.before(Phase::Process);
+        let source = image.source(changes.as_deref()).await?;
+        self.lock.journal.after(Phase::Process);
+        Ok(source)
     }
 
     async fn still_valid(&mut self) -> Result<()> {
@@ -368,13 +381,22 @@ impl VmSnapshot for StoppedSnapshot {
 
     async fn commit(mut self: Box<Self>) -> Result<()> {
         let mut result = self.release().await;
+        self.lock.journal.before(Phase::Handover);
         for part in self.parts.iter().filter(|part| part.tracked) {
             for old in &part.old {
                 let name = self.names.of_point(*old);
                 result = result.and(bitmap::remove(&part.path, &part.format, &name).await);
             }
         }
-        result.and(self.lock.clear()).map_err(|error| {
+        self.lock.journal.after(Phase::Handover);
+        if result.is_ok() {
+            // Bitmaps of runs that never committed are among those removed.
+            let mut quiet = Recovery::new(Mode::Undo);
+            let judged = Some(&self.repository);
+            result = reconcile::close(&mut self.lock.journal, judged, &mut quiet)
+                .and_then(|()| self.lock.journal.finish());
+        }
+        result.map_err(|error| {
             error.context(format!(
                 "the backup of domain '{}' is complete, but an old bitmap was not removed",
                 self.domain.name
@@ -395,6 +417,7 @@ impl VmSnapshot for StoppedSnapshot {
                 result = result.and(bitmap::remove(&part.path, &part.format, &name).await);
             }
         }
-        result.and(self.lock.clear())
+        // A bitmap that stays is found by the journal.
+        result.and_then(|()| self.lock.journal.finish())
     }
 }

@@ -17,7 +17,7 @@
 //!
 //! A monitor serves one client, so this holds it from the first question until it is dropped. A
 //! run that dies leaves its jobs and exports in QEMU; they carry our names and the next run
-//! removes them first (`reconcile`). The caller keeps two runs on one VM apart (`job` has a lock
+//! removes them first (`reconcile`), with what the journal says. The caller keeps two runs on one VM apart (`job` has a lock
 //! per VM): a leftover cannot be told from a run of somebody else's.
 //!
 //! Deliberately not here: QEMU before 7.0 (no `snapshot-access`), the explicit copy-before-write
@@ -45,10 +45,11 @@ pub use self::agent::AgentChannel;
 use self::checkpoint::Base;
 use self::disks::Disks;
 use self::error::failed;
-use super::{BackupMode, Platform, SnapshotPlan, SnapshotRequest, VmSnapshot};
+use super::{BackupMode, Platform, RecoverRequest, SnapshotPlan, SnapshotRequest, VmSnapshot};
 use crate::control::Control;
 use crate::error::{Error, Kind, Result};
 use crate::image::bitmap::BitmapNames;
+use crate::journal::{Item, Journals, Recovery};
 use crate::vm::{FullReason, Uuid, VmIdentity};
 
 /// The registry name of this platform.
@@ -70,6 +71,8 @@ pub struct QemuOptions {
     pub agent: Option<PathBuf>,
     /// What to call it, if not by its own `-name`.
     pub name: Option<String>,
+    /// Where it is written down what a run has to undo.
+    pub journals: Journals,
 }
 
 /// One running QEMU.
@@ -217,6 +220,14 @@ impl Platform for Qemu {
         plan::plan(self, request).await
     }
 
+    async fn recover(&self, request: &RecoverRequest, control: &Control) -> Result<Vec<Item>> {
+        control.set_phase("looking at the VM");
+        let mut journal = self.options.journals.open(self.identity.uuid)?;
+        let mut recovery = Recovery::new(request.mode);
+        reconcile::reconcile(self, &mut journal, request, &mut recovery).await?;
+        Ok(recovery.into_items())
+    }
+
     async fn open_snapshot(
         &self,
         request: &SnapshotRequest,
@@ -231,7 +242,12 @@ mod tests {
     use super::*;
 
     fn options(name: Option<&str>) -> QemuOptions {
-        QemuOptions { monitor: "/run/vm.sock".into(), agent: None, name: name.map(str::to_owned) }
+        QemuOptions {
+            monitor: "/run/vm.sock".into(),
+            agent: None,
+            name: name.map(str::to_owned),
+            journals: Journals::new("/nonexistent".into(), None),
+        }
     }
 
     #[test]

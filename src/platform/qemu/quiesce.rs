@@ -61,16 +61,28 @@ async fn try_freeze(socket: &Path, request: &SnapshotRequest) -> Result<Frozen, 
 }
 
 impl Frozen {
-    /// Thaws and says what was achieved.
-    pub(super) async fn thaw(self) -> Quiescence {
+    /// Thaws and says what was achieved, and whether the guest is thawed for certain.
+    pub(super) async fn thaw(self) -> (Quiescence, Thaw) {
         match self {
-            Self::No(reason) => Quiescence { level: Consistency::Crash, frozen_ms: None, reason },
+            Self::No(reason) => {
+                (Quiescence { level: Consistency::Crash, frozen_ms: None, reason }, Thaw::Done)
+            }
             Self::Yes(frozen) => {
                 let thawed = frozen.thaw().await;
                 warn_if_pending(&thawed.thaw);
-                thawed.quiescence
+                (thawed.quiescence, thawed.thaw)
             }
         }
+    }
+}
+
+/// Thaws what an earlier run may have left frozen; the reason if that is not certain.
+pub(super) async fn thaw_left(socket: &Path, guardian: Option<&Path>) -> Result<(), String> {
+    let subject = Subject::Agent { socket: socket.to_owned() };
+    let own = Box::new(AgentChannel::new(socket.to_owned()));
+    match Guardian::start(guardian, subject, own).await?.thaw().await {
+        Thaw::Done => Ok(()),
+        Thaw::Pending(_) => Err("the guest's agent does not answer; thawing goes on".into()),
     }
 }
 
@@ -136,7 +148,7 @@ mod tests {
         let heard = agent(&socket);
         let budget = Duration::from_secs(30);
         let frozen = freeze(Some(&socket), &wanted(Quiesce::Require, budget), true).await.unwrap();
-        let quiescence = frozen.thaw().await;
+        let (quiescence, _) = frozen.thaw().await;
         assert_eq!(quiescence.level, Consistency::Filesystem);
         assert!(quiescence.frozen_ms.is_some() && quiescence.reason.is_none());
         assert_eq!(heard.await.unwrap(), FREEZE_THAW);
@@ -151,7 +163,7 @@ mod tests {
         let frozen = freeze(Some(&socket), &wanted(Quiesce::Auto, budget), true).await.unwrap();
         // Nobody thaws: the guardian does, and hangs up.
         assert_eq!(heard.await.unwrap(), FREEZE_THAW);
-        let quiescence = frozen.thaw().await;
+        let (quiescence, _) = frozen.thaw().await;
         assert_eq!(quiescence.level, Consistency::Crash);
         assert!(quiescence.reason.unwrap().contains("frozen for longer"));
     }
@@ -170,13 +182,13 @@ mod tests {
     async fn no_agent_is_a_reason_or_an_error_as_asked() {
         let gone = Path::new("/nonexistent/agent.sock");
         let budget = Duration::from_secs(1);
-        let quiescence =
+        let (quiescence, _) =
             freeze(Some(gone), &wanted(Quiesce::Auto, budget), true).await.unwrap().thaw().await;
         assert!(quiescence.reason.unwrap().contains("cannot connect"));
         let error =
             freeze(Some(gone), &wanted(Quiesce::Require, budget), true).await.err().unwrap();
         assert_eq!(error.kind(), Kind::Unsupported);
-        let quiescence =
+        let (quiescence, _) =
             freeze(None, &wanted(Quiesce::Never, budget), true).await.unwrap().thaw().await;
         assert_eq!(quiescence.reason, None);
     }

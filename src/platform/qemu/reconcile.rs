@@ -1,32 +1,122 @@
 //! What a dead run left in a QEMU is taken down before the next one begins.
 //!
-//! Everything temporary carries our names (`names::Temp`), so nothing has to be remembered. The
-//! NBD server has no name and QEMU tells of none: it is taken for ours only if other things of
-//! ours are there and nobody else has an NBD export. Checkpoints are not touched here.
+//! ```text
+//!  journal ─► thaw ─► exports, jobs, nodes by name ─► scratch ─► bitmaps whose point does not exist
+//! ```
+//!
+//! Everything temporary carries our names (`names::Temp`); the journal adds what QEMU cannot tell:
+//! that the guest may be frozen, and where scratch was. The NBD server has no name and QEMU tells of
+//! none: it is taken for ours only if other things of ours are there and nobody else has an NBD
+//! export. Bitmaps of other repositories are theirs to judge.
+
+use std::path::Path;
 
 use qmp::Monitor;
 use qmp::block::{BitmapRef, Node};
 
 use super::error::failed;
 use super::names::Temp;
-use super::teardown::{OurServer, Things};
+use super::teardown::{OurServer, Things, remove_bitmap};
+use super::{Qemu, quiesce, scratch_base, work_dir};
 use crate::error::Result;
+use crate::image::bitmap::BitmapNames;
+use crate::journal::{Action, Journal, Phase, Recovery};
+use crate::platform::{Asked, RecoverRequest};
 
-/// Takes down what dead runs left; how many things there were.
-pub(super) async fn reconcile(monitor: &Monitor) -> Result<usize> {
-    let things = leftovers(monitor).await?;
-    let count = things.exports.len()
-        + things.snapshots.len()
-        + things.jobs.len()
-        + things.scratch.len()
-        + things.changes.len();
-    if count > 0 {
+/// Undoes, or looks for, what dead runs left.
+pub(super) async fn reconcile(
+    qemu: &Qemu,
+    journal: &mut Journal,
+    request: &RecoverRequest,
+    recovery: &mut Recovery,
+) -> Result<()> {
+    let thawed = thaw(qemu, journal, request.snapshot.guardian.as_deref(), recovery).await;
+    let things = leftovers(&qemu.monitor).await?;
+    if things.tell(&qemu.identity.name, recovery) && recovery.changes() {
         things
-            .take_down(monitor)
+            .take_down(&qemu.monitor)
             .await
             .map_err(|error| error.context("cannot remove what an earlier backup left in QEMU"))?;
     }
-    Ok(count)
+    work_dir::sweep(&scratch_base(&request.snapshot), qemu.identity.uuid, recovery)?;
+    journal.remove_files(&[Phase::Scratch], recovery);
+    if request.repository == Asked::Yes {
+        bitmaps(qemu, request, recovery).await?;
+    }
+    close(journal, request, thawed, recovery)
+}
+
+/// Thaws the guest if an earlier run may have left it frozen; whether it is thawed for certain.
+async fn thaw(
+    qemu: &Qemu,
+    journal: &Journal,
+    guardian: Option<&Path>,
+    recovery: &mut Recovery,
+) -> bool {
+    let mut frozen = journal.earlier().filter(|run| run.has(Phase::Freeze));
+    let Some(run) = frozen.find(|run| !run.is_before_boot()) else { return true };
+    let name = &qemu.identity.name;
+    let noted = run.objects(Phase::Freeze).next().map(Path::new);
+    let Some(socket) = qemu.options.agent.as_deref().or(noted) else { return true };
+    if !recovery.undo(format!("file systems of VM '{name}', which may be frozen: thawed")) {
+        return false;
+    }
+    match quiesce::thaw_left(socket, guardian).await {
+        Ok(()) => true,
+        Err(reason) => {
+            recovery.note(Action::Kept, format!("frozen file systems of VM '{name}': {reason}"));
+            false
+        }
+    }
+}
+
+/// Removes bitmaps of this repository whose point does not exist.
+async fn bitmaps(qemu: &Qemu, request: &RecoverRequest, recovery: &mut Recovery) -> Result<()> {
+    let names = BitmapNames::new(&request.snapshot.repository, qemu.identity.uuid)?;
+    let nodes = qemu.monitor.query_named_block_nodes().await;
+    let nodes = nodes.map_err(failed("cannot ask for the bitmaps"))?;
+    for node in &nodes {
+        for name in node.dirty_bitmaps.iter().filter_map(|bitmap| bitmap.name.as_deref()) {
+            let Some(point) = names.point_of_any(name) else { continue };
+            let what = || {
+                let vm = &qemu.identity.name;
+                format!("bitmap of VM '{vm}' for point {}, which does not exist", point.short())
+            };
+            if request.snapshot.exists(point) || !recovery.undo(what()) {
+                continue;
+            }
+            let bitmap = BitmapRef { node: node.name().to_owned(), name: name.to_owned() };
+            if let Err(error) = remove_bitmap(&qemu.monitor, &bitmap).await {
+                // It only costs, and a read-only layer keeps it.
+                tracing::warn!(?error, name, "a bitmap of an earlier backup remains");
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Closes the books on what was looked for.
+fn close(
+    journal: &mut Journal,
+    request: &RecoverRequest,
+    thawed: bool,
+    recovery: &Recovery,
+) -> Result<()> {
+    if !recovery.changes() {
+        return Ok(());
+    }
+    let asked = request.repository == Asked::Yes;
+    let judged = |repository: &str| asked && repository == request.snapshot.repository;
+    let runs: Vec<_> = journal.earlier().map(|run| (run.point, judged(&run.repository))).collect();
+    for (point, judged) in runs {
+        let over = Phase::ALL.into_iter().filter(|phase| match phase {
+            Phase::Freeze => thawed,
+            Phase::Bitmap => judged,
+            _ => true,
+        });
+        journal.undone(point, &over.collect::<Vec<_>>())?;
+    }
+    Ok(())
 }
 
 async fn leftovers(monitor: &Monitor) -> Result<Things> {

@@ -10,7 +10,7 @@
 //! ours for a later `reconcile`. The server comes before the freeze, so that one that is taken
 //! costs the guest nothing.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -23,15 +23,19 @@ use super::disks::Disk;
 use super::error::failed;
 use super::names::Temp;
 use super::teardown::{First, OurServer, Things, remove_bitmap};
-use super::work_dir::{self, WorkDir};
-use super::{Qemu, Survey, checkpoint, quiesce, reconcile, scratch_base};
+use super::work_dir::WorkDir;
+use super::{Qemu, QemuOptions, Survey, checkpoint, quiesce, reconcile, scratch_base};
 use crate::block::BlockSource;
 use crate::clock::Timestamp;
 use crate::control::{Control, NoticeLevel};
 use crate::error::{Error, Kind, Result};
+use crate::freeze::Thaw;
 use crate::image::bitmap::BitmapNames;
+use crate::journal::{Entry, Journal, Mode, Phase, Place, Recovery, Run};
 use crate::nbd::{Client, ClientOptions, NbdUri};
-use crate::platform::{SnapshotDisk, SnapshotRequest, VmSnapshot};
+use crate::platform::{
+    Asked, Quiesce, RecoverRequest, SnapshotDisk, SnapshotRequest, VmSnapshot, tell,
+};
 use crate::vm::{Artifact, Consistency, ExcludedDisk, NotCaptured, PointId, Quiescence, ReadMode};
 
 /// Connections QEMU lets in per disk: those of our client, and two to spare.
@@ -44,19 +48,37 @@ pub(super) async fn open(
     control: &Control,
 ) -> Result<Box<dyn VmSnapshot>> {
     let base = scratch_base(request);
-    let leftovers =
-        reconcile::reconcile(&qemu.monitor).await? + work_dir::sweep(&base, qemu.identity.uuid)?;
-    if leftovers > 0 {
-        let text = format!("removed {leftovers} things an earlier backup had left behind");
-        control.notice(NoticeLevel::Info, text);
-    }
+    let mut journal = qemu.options.journals.open(qemu.identity.uuid)?;
+    let mut recovery = Recovery::new(Mode::Undo);
+    let wanted =
+        RecoverRequest { snapshot: request.clone(), repository: Asked::Yes, mode: Mode::Undo };
+    let reconciled = reconcile::reconcile(qemu, &mut journal, &wanted, &mut recovery).await;
+    tell(recovery, control);
+    reconciled?;
     qemu.check_state().await?;
     let survey = qemu.survey(request).await?;
     survey.check_mode(request.mode)?;
     control.check()?;
-    let work_dir =
-        WorkDir::create(&base, &qemu.options.monitor, qemu.identity.uuid, request.point)?;
-    let mut snapshot = Snapshot::new(qemu, request, survey, work_dir);
+    let QemuOptions { monitor, agent, name, .. } = qemu.options.clone();
+    let place = Place::Qemu { monitor, agent, name };
+    let vm = &qemu.identity;
+    journal.begin(Run::new(request.point, &vm.name, &request.repository, place));
+    let directory = WorkDir::path(&base, vm.uuid, request.point);
+    journal.note([
+        Entry::files(Phase::Scratch, [directory]),
+        Entry::of(Phase::Node),
+        Entry::of(Phase::Socket),
+    ])?;
+    journal.before(Phase::Scratch);
+    let work_dir = match WorkDir::create(&base, &qemu.options.monitor, vm.uuid, request.point) {
+        Ok(work_dir) => work_dir,
+        Err(error) => {
+            journal.finish()?;
+            return Err(error);
+        }
+    };
+    journal.after(Phase::Scratch);
+    let mut snapshot = Snapshot::new(qemu, request, survey, (work_dir, journal));
     match snapshot.set_up(qemu, request, control).await {
         Ok(()) => Ok(Box::new(snapshot)),
         Err(error) => {
@@ -75,6 +97,9 @@ struct Snapshot {
     point: PointId,
     names: BitmapNames,
     work_dir: WorkDir,
+    journal: Journal,
+    /// Whether the guest is thawed for certain.
+    thaw: Thaw,
     disks: Vec<OpenDisk>,
     described: Vec<SnapshotDisk>,
     excluded: Vec<ExcludedDisk>,
@@ -93,7 +118,12 @@ struct OpenDisk {
 }
 
 impl Snapshot {
-    fn new(qemu: &Qemu, request: &SnapshotRequest, survey: Survey, work_dir: WorkDir) -> Self {
+    fn new(
+        qemu: &Qemu,
+        request: &SnapshotRequest,
+        survey: Survey,
+        (work_dir, journal): (WorkDir, Journal),
+    ) -> Self {
         let Survey { disks, names, bases } = survey;
         let described = disks.protected.iter().zip(&bases).map(|(disk, base)| SnapshotDisk {
             description: disk.description(),
@@ -113,6 +143,8 @@ impl Snapshot {
             point: request.point,
             names,
             work_dir,
+            journal,
+            thaw: Thaw::Done,
             disks: open.map(|(disk, base)| OpenDisk { disk, base: base.ok() }).collect(),
             described,
             excluded: disks.excluded,
@@ -130,14 +162,20 @@ impl Snapshot {
         request: &SnapshotRequest,
         control: &Control,
     ) -> Result<()> {
+        self.journal.before(Phase::Node);
         self.add_scratch().await?;
+        self.journal.after(Phase::Node);
+        self.journal.before(Phase::Socket);
         let socket = self.start_server().await?;
+        self.journal.after(Phase::Socket);
         control.check()?;
         self.take_instant(qemu, request, control).await?;
         control.check()?;
+        self.journal.before(Phase::Export);
         for index in 0..self.disks.len() {
             self.export(qemu, index).await?;
         }
+        self.journal.after(Phase::Export);
         tracing::debug!(socket = %socket.display(), "the instant is exported");
         Ok(())
     }
@@ -190,12 +228,25 @@ impl Snapshot {
         let running = status.map_err(failed("cannot ask for the state"))?.running;
         control.set_phase("freezing the guest");
         let agent = qemu.options.agent.as_deref();
+        // All of it before the freeze: the guest does not wait for our disk.
+        self.note_instant(agent.filter(|_| request.quiesce != Quiesce::Never))?;
         let frozen = quiesce::freeze(agent, request, running).await?;
+        if matches!(frozen, quiesce::Frozen::Yes(_)) {
+            self.journal.after(Phase::Freeze);
+        }
         control.set_phase("taking the instant");
+        self.journal.before(Phase::Job);
         self.taken = request.clock.now();
         let taken = self.monitor.transaction(&actions).await;
+        if taken.is_ok() {
+            self.journal.after(Phase::Job);
+            self.journal.after(Phase::Bitmap);
+        }
         // Before anything else, whatever became of the transaction.
-        self.quiescence = frozen.thaw().await;
+        (self.quiescence, self.thaw) = frozen.thaw().await;
+        if matches!(self.thaw, Thaw::Done) {
+            self.journal.undone(self.point, &[Phase::Freeze])?;
+        }
         let vm = &qemu.identity.name;
         taken.map_err(|error| {
             let error = failed(format!("cannot take the instant of VM '{vm}'"))(error);
@@ -204,6 +255,32 @@ impl Snapshot {
                 _ => error,
             }
         })
+    }
+
+    /// Writes down what the instant takes.
+    fn note_instant(&mut self, agent: Option<&Path>) -> Result<()> {
+        let entries = [Phase::Bitmap, Phase::Job, Phase::Export].map(Entry::of).into_iter();
+        let freeze = agent.map(|socket| Entry::files(Phase::Freeze, [socket]));
+        self.journal.note(entries.chain(freeze))?;
+        self.journal.before(Phase::Bitmap);
+        if agent.is_some() {
+            self.journal.before(Phase::Freeze);
+        }
+        Ok(())
+    }
+
+    /// Closes this run's part of the journal, but for what may not be over.
+    async fn close_journal(&mut self, undone: bool) -> Result<()> {
+        let thawed = match &mut self.thaw {
+            Thaw::Done => true,
+            Thaw::Pending(pending) => pending.is_done().await,
+        };
+        match (undone, thawed) {
+            // What remains is found by name.
+            (false, _) => Ok(()),
+            (true, true) => self.journal.finish(),
+            (true, false) => self.journal.undone(self.point, &Phase::all_but(Phase::Freeze)),
+        }
     }
 
     /// What happens at the instant, noted for undoing.
@@ -268,6 +345,8 @@ impl Snapshot {
         for bitmap in &self.checkpoints {
             first.note(remove_bitmap(&self.monitor, bitmap).await);
         }
+        let undone = first.is_clean();
+        first.note(self.close_journal(undone).await);
         first.into()
     }
 
@@ -402,6 +481,8 @@ impl VmSnapshot for Snapshot {
         let mut first = First::default();
         // The guest first: from here on its writes cost nothing more.
         first.note(self.end().await);
+        let ended = first.is_clean();
+        self.journal.before(Phase::Handover);
         match self.older().await {
             Ok(older) => {
                 for bitmap in older {
@@ -410,6 +491,8 @@ impl VmSnapshot for Snapshot {
             }
             Err(error) => first.note(Err(error)),
         }
+        self.journal.after(Phase::Handover);
+        first.note(self.close_journal(ended).await);
         first.into()
     }
 

@@ -13,6 +13,7 @@ use tokio::time::Instant;
 
 use super::error::failed;
 use crate::error::{Error, Kind, Result};
+use crate::journal::Recovery;
 
 /// Longest wait for QEMU to let go of an export or end a job: requests in flight end first.
 const LET_GO: Duration = Duration::from_secs(30);
@@ -41,6 +42,25 @@ pub(super) struct Things {
 pub(super) struct OurServer;
 
 impl Things {
+    /// Notes each of them; whether there are any.
+    pub(super) fn tell(&self, vm: &str, recovery: &mut Recovery) -> bool {
+        let changes = self.changes.iter().map(|bitmap| &bitmap.name);
+        let kinds = [
+            ("export", self.exports.iter().collect::<Vec<_>>()),
+            ("job", self.jobs.iter().collect()),
+            ("node", self.snapshots.iter().chain(&self.scratch).collect()),
+            ("bitmap", changes.collect()),
+        ];
+        let mut any = false;
+        for (kind, names) in kinds {
+            for name in names {
+                any = true;
+                recovery.undo(format!("{kind} {name} of VM '{vm}'"));
+            }
+        }
+        any
+    }
+
     /// Takes all of it down. Not cancel-safe: what was not reached stays for `reconcile`.
     pub(super) async fn take_down(&self, monitor: &Monitor) -> Result<()> {
         let mut first = First::default();
@@ -159,6 +179,11 @@ fn missing_is_fine(result: qmp::Result<()>, what: impl FnOnce() -> String) -> Re
 pub(super) struct First(Option<Error>);
 
 impl First {
+    /// Whether nothing failed so far.
+    pub(super) fn is_clean(&self) -> bool {
+        self.0.is_none()
+    }
+
     pub(super) fn note(&mut self, result: Result<()>) {
         match result {
             Err(error) if self.0.is_some() => {

@@ -14,6 +14,7 @@ use rustix::fs::{CWD, Mode, OFlags, mkdirat, openat};
 
 use super::names;
 use crate::error::{Error, Result};
+use crate::journal::Recovery;
 use crate::vm::{PointId, Uuid};
 
 /// A run's directory.
@@ -46,6 +47,11 @@ impl WorkDir {
         names::socket_path(&self.path)
     }
 
+    /// Where it will be.
+    pub(super) fn path(base: &Path, vm: Uuid, point: PointId) -> PathBuf {
+        names::work_dir(base, vm, point)
+    }
+
     /// Where a disk's scratch file is.
     pub(super) fn scratch(&self, disk: usize) -> PathBuf {
         self.path.join(scratch_name(disk))
@@ -73,19 +79,19 @@ impl WorkDir {
     }
 }
 
-/// Removes the directories that dead runs on `vm` left below `base`; how many there were.
-pub(super) fn sweep(base: &Path, vm: Uuid) -> Result<usize> {
+/// Removes the directories that dead runs on `vm` left below `base`.
+pub(super) fn sweep(base: &Path, vm: Uuid, recovery: &mut Recovery) -> Result<()> {
     let failed = |error| Error::io(format!("cannot look into {}", base.display()), error);
-    let mut count = 0;
     for entry in fs::read_dir(base).map_err(failed)? {
         let entry = entry.map_err(failed)?;
         let is_dir = entry.file_type().map_err(failed)?.is_dir();
-        if is_dir && entry.file_name().to_str().is_some_and(|name| names::is_work_dir(name, vm)) {
-            remove(&entry.path())?;
-            count += 1;
+        let ours = entry.file_name().to_str().is_some_and(|name| names::is_work_dir(name, vm));
+        let path = entry.path();
+        if is_dir && ours && recovery.undo(format!("scratch directory {}", path.display())) {
+            remove(&path)?;
         }
     }
-    Ok(count)
+    Ok(())
 }
 
 fn scratch_name(disk: usize) -> String {
@@ -135,6 +141,7 @@ fn remove(path: &Path) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::journal::Mode;
 
     #[test]
     fn a_run_leaves_nothing_and_the_sweep_takes_only_its_own() {
@@ -152,7 +159,11 @@ mod tests {
         run.remove().unwrap();
         assert!(!run.path.exists());
         dead.create_scratch(0, 1).unwrap();
-        assert_eq!(sweep(base.path(), vm).unwrap(), 1);
+        let mut recovery = Recovery::new(Mode::Look);
+        sweep(base.path(), vm, &mut recovery).unwrap();
+        assert_eq!(recovery.into_items().len(), 1);
+        assert!(dead.path.exists());
+        sweep(base.path(), vm, &mut Recovery::new(Mode::Undo)).unwrap();
         assert!(!dead.path.exists() && foreign.path.exists());
     }
 

@@ -1,0 +1,308 @@
+//! A backup that is killed at any step: the guest runs on, the next command undoes what is left and
+//! says so, the next incremental is right, and nothing of ours remains.
+//!
+//! The steps are those of the journal ([`Phase::ALL`]); which a kind of VM takes is a `match` without
+//! a default, so that whoever adds a step is made to say.
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use vmbackup::journal::Phase;
+
+use crate::rig::{assert_no_trace, disk_name};
+use crate::support::{
+    DiskFormat, DiskSpec, Domain, DomainSpec, Guest, TestEnv, assert_same_content, wait_until,
+};
+
+/// Every step that `takes` names, before and after.
+pub(crate) fn steps(takes: impl Fn(Phase) -> bool) -> Vec<String> {
+    let taken = Phase::ALL.into_iter().filter(|phase| takes(*phase));
+    taken.flat_map(|phase| [format!("before:{phase}"), format!("after:{phase}")]).collect()
+}
+
+fn running_takes(phase: Phase) -> bool {
+    match phase {
+        Phase::Checkpoint | Phase::Freeze | Phase::Job | Phase::Manifest | Phase::Handover => true,
+        // Made by libvirt with the job.
+        Phase::Scratch | Phase::Socket | Phase::Export => false,
+        Phase::Node | Phase::Bitmap | Phase::Process => false,
+    }
+}
+
+fn stopped_takes(phase: Phase) -> bool {
+    match phase {
+        Phase::Bitmap | Phase::Process | Phase::Manifest | Phase::Handover => true,
+        Phase::Checkpoint | Phase::Freeze | Phase::Job => false,
+        Phase::Scratch | Phase::Node | Phase::Socket | Phase::Export => false,
+    }
+}
+
+fn small(formats: &[DiskFormat]) -> DomainSpec {
+    let disk = |format: &DiskFormat| DiskSpec { format: *format, size_mib: 16 };
+    DomainSpec { disks: formats.iter().map(disk).collect(), ..DomainSpec::with_disks(&[]) }
+}
+
+/// Where a test's commands put what they may leave.
+struct Places {
+    scratch: PathBuf,
+}
+
+impl Places {
+    fn new(env: &TestEnv) -> Self {
+        Self { scratch: env.open_dir("scratch") }
+    }
+
+    /// The arguments of a backup of `domain`.
+    fn backup<'a>(&'a self, command: &'a str, domain: &'a Domain<'_>) -> Vec<&'a str> {
+        let scratch = self.scratch.to_str().expect("UTF-8");
+        vec![command, "--domain", domain.name(), "--scratch-dir", scratch, "--json"]
+    }
+
+    /// Nothing of ours is left on this machine: files, sockets, processes, journal.
+    #[track_caller]
+    fn assert_empty(&self, env: &TestEnv, step: &str) {
+        let names = |dir: PathBuf| -> Vec<String> {
+            let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+            entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
+        };
+        assert_eq!(names(self.scratch.clone()), Vec::<String>::new(), "{step}: scratch");
+        assert_eq!(names(env.path("state/journal")), Vec::<String>::new(), "{step}: journal");
+        // A guardian that has nothing to guard ends by itself.
+        wait_until(&format!("{step}: processes end"), 20, || env.processes().is_empty());
+    }
+}
+
+/// The guest's file systems take a write, soon.
+#[track_caller]
+fn assert_not_frozen(guest: &mut Guest, step: &str) {
+    let since = Instant::now();
+    guest.run("echo alive >/mnt/file && sync");
+    assert!(since.elapsed() < Duration::from_secs(20), "{step}: {:?}", since.elapsed());
+}
+
+/// Bitmaps QEMU has, asked of QEMU itself.
+fn bitmaps(domain: &Domain<'_>) -> Vec<String> {
+    let ask = r#"{"execute":"query-named-block-nodes"}"#;
+    let json = domain.virsh(&["qemu-monitor-command", domain.name(), ask]).json();
+    let nodes = json["return"].as_array().expect("nodes").iter();
+    let bitmaps = nodes.filter_map(|node| node["dirty-bitmaps"].as_array()).flatten();
+    let mut names: Vec<String> =
+        bitmaps.filter_map(|bitmap| bitmap["name"].as_str().map(str::to_owned)).collect();
+    names.sort();
+    names.dedup();
+    names
+}
+
+/// Sockets of ours in the running domain's directory.
+fn sockets(domain: &Domain<'_>) -> Vec<PathBuf> {
+    let id = domain.virsh(&["domid", domain.name()]).text();
+    let short: String = domain.name().chars().take(20).collect();
+    let dir = format!("/var/lib/libvirt/qemu/domain-{}-{short}", id.trim());
+    let entries = std::fs::read_dir(dir).expect("of a running domain").flatten();
+    let paths = entries.map(|entry| entry.path());
+    paths.filter(|path| path.to_string_lossy().contains("/vmb-")).collect()
+}
+
+/// Requires the point to equal what the disks hold now.
+#[track_caller]
+fn prove(env: &TestEnv, report: &Value, oracles: &[PathBuf], step: &str) {
+    let point = report["point"].as_str().expect("a point id");
+    assert_eq!(report["disks"][0]["read"]["mode"], "incremental", "{step}: {report}");
+    let target = env.path(&format!("restored-{point}"));
+    let to = target.to_string_lossy();
+    env.vmbackup(&["restore", point, "--to", &to, "--format", "raw"]).ok();
+    for (index, oracle) in oracles.iter().enumerate() {
+        let restored = target.join(format!("{}.raw", disk_name(index)));
+        assert_same_content(env, (&restored, "raw"), (oracle, "raw"));
+        std::fs::remove_file(oracle).expect("own file");
+    }
+    std::fs::remove_dir_all(target).expect("own directory");
+}
+
+/// What the next command says of what it found.
+fn mentions(text: &str) -> bool {
+    ["undone", "taken over"].iter().any(|word| text.contains(word))
+}
+
+#[test]
+fn a_backup_of_a_running_domain_can_be_killed_at_any_step() {
+    let env = TestEnv::new();
+    env.init_repo();
+    let places = Places::new(&env);
+    let (domain, mut guest) = Domain::boot(&env, &small(&[DiskFormat::Qcow2, DiskFormat::Qcow2]));
+    domain.wait_for_agent();
+    guest.run("mke2fs /dev/vdb && mount /dev/vdb /mnt && fill vda 0 2 && sync");
+    env.vmbackup(&places.backup("full", &domain)).ok();
+    for (at, step) in steps(running_takes).iter().enumerate() {
+        guest.run(&format!("rnd vda {} 20; echo {at} >/mnt/file; sync", 4096 + at * 100));
+        let mut args = places.backup("backup", &domain);
+        args.extend(["--quiesce", "require"]);
+        let backup = env.stopped_at(step, &args);
+        guest.run(&format!("rnd vda {} 20", 4130 + at * 100));
+        backup.signal("KILL");
+        backup.wait();
+        assert_eq!(domain.state(), "running", "{step}");
+        assert_not_frozen(&mut guest, step);
+
+        // Every other time somebody asks for it, else the next backup does it.
+        let mut said = String::new();
+        if at % 2 == 0 {
+            let recover = ["recover", "--domain", domain.name()];
+            let looked = env.vmbackup(&[&recover[..], &["--dry-run"]].concat()).ok();
+            let recovered = env.vmbackup(&recover).ok();
+            // The end of a job takes some of it along.
+            let undone = recovered.stdout.lines().filter_map(|line| line.strip_prefix("undone: "));
+            for what in undone {
+                assert!(looked.stdout.contains(what), "{step}: a dry run does not tell {what}");
+            }
+            said.push_str(&recovered.stdout);
+            assert!(!domain.has_backup_job(), "{step}");
+            assert_eq!(domain.checkpoints(), Vec::<String>::new(), "{step}");
+        }
+        // What a mounted file system writes when nobody looks is not in the oracle's instant.
+        guest.run("umount /mnt");
+        let next = env.vmbackup(&places.backup("incremental", &domain));
+        guest.run("sync");
+        said.push_str(&next.stderr);
+        let left = !["before:checkpoint", "after:handover"].contains(&step.as_str());
+        assert!(mentions(&said) || !left, "{step}: {said}");
+        let report = next.json();
+        domain.suspend();
+        let oracles = domain.oracles(&at.to_string());
+        domain.resume();
+        guest.run("mount /dev/vdb /mnt");
+        prove(&env, &report, &oracles, step);
+        assert_no_trace(&domain);
+        let point = report["point"].as_str().expect("a point id");
+        let held = bitmaps(&domain);
+        assert!(held.len() == 1 && held[0].contains(point), "{step}: {held:?}");
+        assert_eq!(sockets(&domain), Vec::<PathBuf>::new(), "{step}");
+        places.assert_empty(&env, step);
+    }
+}
+
+#[test]
+fn a_backup_of_a_stopped_domain_can_be_killed_at_any_step() {
+    let env = TestEnv::new();
+    env.init_repo();
+    let places = Places::new(&env);
+    let domain = Domain::define(&env, &small(&[DiskFormat::Qcow2, DiskFormat::Qcow2]));
+    let image = domain.disk(0).to_string_lossy().into_owned();
+    let write = |offset: usize| {
+        let write = format!("write -q -P 0x77 {offset} 20k");
+        env.run("qemu-io", &["-f", "qcow2", "-c", &write, &image]).ok();
+    };
+    env.vmbackup(&places.backup("full", &domain)).ok();
+    for (at, step) in steps(stopped_takes).iter().enumerate() {
+        write(at * 300_000);
+        let backup = env.stopped_at(step, &places.backup("backup", &domain));
+        backup.signal("KILL");
+        backup.wait();
+        // Its locks ended with it.
+        wait_until(&format!("{step}: processes end"), 20, || env.processes().is_empty());
+        write(at * 300_000 + 100_000);
+        if at % 2 == 0 {
+            env.vmbackup(&["recover"]).ok();
+            places.assert_empty(&env, step);
+            assert!(image_bitmaps(&env, &image).len() <= 2, "{step}");
+        }
+        let report = env.vmbackup(&places.backup("incremental", &domain)).json();
+        let oracles = domain.oracles(&at.to_string());
+        prove(&env, &report, &oracles, step);
+        let point = report["point"].as_str().expect("a point id");
+        let held = image_bitmaps(&env, &image);
+        assert!(held.len() == 1 && held[0].contains(point), "{step}: {held:?}");
+        assert_eq!(domain.checkpoints(), Vec::<String>::new(), "{step}");
+        places.assert_empty(&env, step);
+    }
+}
+
+fn image_bitmaps(env: &TestEnv, image: &str) -> Vec<String> {
+    let info = env.run("qemu-img", &["info", "-U", "--output=json", image]).json();
+    let bitmaps = info["format-specific"]["data"]["bitmaps"].as_array().cloned();
+    let names = bitmaps.unwrap_or_default();
+    names.iter().map(|bitmap| bitmap["name"].as_str().expect("a name").to_owned()).collect()
+}
+
+/// The processes are gone, so are the sockets and locks in /run; state directory and images stay.
+#[test]
+fn a_host_that_was_rebooted_in_a_backup_is_cleared_away() {
+    let env = TestEnv::new();
+    env.init_repo();
+    let places = Places::new(&env);
+    let (domain, mut guest) = Domain::boot(&env, &small(&[DiskFormat::Qcow2, DiskFormat::Qcow2]));
+    domain.wait_for_agent();
+    guest.run("mke2fs /dev/vdb && mount /dev/vdb /mnt && fill vda 0 2 && sync");
+    env.vmbackup(&places.backup("full", &domain)).ok();
+    let backup = env.stopped_at("before:manifest", &places.backup("backup", &domain));
+    backup.signal("KILL");
+    backup.wait();
+    domain.kill_qemu();
+    let _ = std::fs::remove_dir_all(env.path("run"));
+    std::fs::create_dir(env.path("run")).expect("own directory");
+    let journal = env.path("state/journal").join(format!("{}.json", domain.uuid()));
+    let text = std::fs::read_to_string(&journal).expect("the journal outlives everything");
+    let mut value: Value = serde_json::from_str(&text).expect("JSON");
+    value["runs"][0]["boot"] = "the boot before".into();
+    value["runs"][0]["entries"]
+        .as_array_mut()
+        .expect("entries")
+        .push(serde_json::json!({"phase": "freeze"}));
+    std::fs::write(&journal, value.to_string()).expect("own file");
+    let left = places.scratch.join(scratch_name(&value));
+    std::fs::write(&left, "what the guest had overwritten").expect("own directory");
+
+    let mut guest = domain.start();
+    // Nobody waits for an agent that need not thaw anything.
+    let recovered = env.vmbackup(&["recover"]).ok();
+    assert!(recovered.stdout.contains("scratch"), "{recovered:?}");
+    assert!(!recovered.stdout.contains("frozen"), "{recovered:?}");
+    places.assert_empty(&env, "reboot");
+    guest.run("rnd vda 4096 20; sync");
+    // Bitmaps that QEMU could not store are not believed; the next point is right all the same.
+    let report = env.vmbackup(&places.backup("backup", &domain)).json();
+    assert_eq!(report["disks"][0]["read"]["mode"], "full", "{report}");
+    guest.run("rnd vda 5096 20; sync");
+    let report = env.vmbackup(&places.backup("incremental", &domain)).json();
+    domain.suspend();
+    let oracles = domain.oracles("reboot");
+    domain.resume();
+    prove(&env, &report, &oracles, "reboot");
+    assert_eq!(bitmaps(&domain).len(), 1);
+    places.assert_empty(&env, "reboot");
+}
+
+fn scratch_name(journal: &Value) -> String {
+    let entries = journal["runs"][0]["entries"].as_array().expect("entries");
+    let scratch = entries.iter().find(|entry| entry["phase"] == "scratch").expect("scratch");
+    let path = scratch["objects"][0].as_str().expect("a path");
+    path.rsplit_once('/').expect("absolute").1.to_owned()
+}
+
+#[test]
+fn a_repository_that_cannot_be_asked_keeps_every_bitmap() {
+    let env = TestEnv::new();
+    env.init_repo();
+    let places = Places::new(&env);
+    let (domain, mut guest) = Domain::boot(&env, &small(&[DiskFormat::Qcow2]));
+    guest.run("fill vda 0 2 && sync");
+    env.vmbackup(&places.backup("full", &domain)).ok();
+    let backup = env.stopped_at("before:manifest", &places.backup("backup", &domain));
+    backup.signal("KILL");
+    backup.wait();
+    let away = env.path("away");
+    std::fs::rename(env.repo(), &away).expect("own directory");
+    let recovered = env.vmbackup(&["recover", "--domain", domain.name()]).ok();
+    assert!(recovered.stdout.contains("was not asked"), "{recovered:?}");
+    assert!(!domain.has_backup_job());
+    assert_eq!(bitmaps(&domain).len(), 2, "the base's, and the one nobody knows of");
+    std::fs::rename(&away, env.repo()).expect("own directory");
+    let recovered = env.vmbackup(&["recover"]).ok();
+    assert!(recovered.stdout.contains("does not exist"), "{recovered:?}");
+    assert_eq!(bitmaps(&domain).len(), 1);
+    let nothing = env.vmbackup(&["recover"]).ok();
+    assert_eq!(nothing.stdout, "nothing is left to undo\n");
+    let report = env.vmbackup(&places.backup("incremental", &domain)).json();
+    assert_eq!(report["disks"][0]["read"]["mode"], "incremental", "{report}");
+}

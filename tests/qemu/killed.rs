@@ -1,0 +1,65 @@
+//! A backup of a plain QEMU that is killed at any step: the next command undoes what is left and says
+//! so, the next incremental is right, and nothing of ours remains.
+
+use vmbackup::journal::Phase;
+
+use crate::machine::Machine;
+use crate::support::TestEnv;
+
+/// Whether such a backup takes this step; there is no guest to freeze.
+fn takes(phase: Phase) -> bool {
+    match phase {
+        Phase::Scratch | Phase::Node | Phase::Socket | Phase::Bitmap | Phase::Job => true,
+        Phase::Export | Phase::Manifest | Phase::Handover => true,
+        Phase::Checkpoint | Phase::Freeze | Phase::Process => false,
+    }
+}
+
+#[tokio::test]
+async fn a_backup_of_a_plain_qemu_can_be_killed_at_any_step() {
+    let env = TestEnv::new();
+    env.init_repo();
+    let machine = Machine::start().await;
+    let (monitor, scratch) = (machine.path("qmp.sock"), machine.path("scratch"));
+    let (monitor, scratch) = (monitor.to_str().unwrap(), scratch.to_str().unwrap());
+    let args = |command| [command, "--qmp", monitor, "--scratch-dir", scratch, "--json"];
+    machine.guest("disk-a", "write -P 1 1M 2M").await;
+    env.vmbackup(&args("full")).ok();
+    let steps = Phase::ALL.into_iter().filter(|phase| takes(*phase));
+    let steps = steps.flat_map(|phase| [format!("before:{phase}"), format!("after:{phase}")]);
+    for (at, step) in steps.enumerate() {
+        let offset = at * 150_000;
+        machine.guest("disk-a", &format!("write -P 3 {offset} 512")).await;
+        let backup = env.stopped_at(&step, &args("backup"));
+        machine.guest("disk-b", &format!("write -P 4 {offset} 512")).await;
+        backup.signal("KILL");
+        backup.wait();
+        machine.guest("disk-a", &format!("write -P 5 {} 512", offset + 8192)).await;
+        let mut said = String::new();
+        if at % 2 == 0 {
+            said = env.vmbackup(&["recover"]).ok().stdout;
+            assert_eq!(std::fs::read_dir(scratch).unwrap().count(), 0, "{step}");
+            let left = machine.ours().await;
+            assert!(left.len() <= 4 && left.iter().all(|name| name.len() > 60), "{step}: {left:?}");
+        }
+        let next = env.vmbackup(&args("incremental"));
+        said.push_str(&next.stderr);
+        let left = !["before:scratch", "after:manifest", "before:handover", "after:handover"]
+            .contains(&step.as_str());
+        assert!(said.contains("undone") || !left, "{step}: {said}");
+        let report = next.json();
+        let point = report["point"].as_str().expect("a point id").to_owned();
+        assert_eq!(report["disks"][0]["read"]["mode"], "incremental", "{step}: {report}");
+        let oracle = machine.oracle().await;
+        let to = env.path(&point);
+        env.vmbackup(&["restore", &point, "--to", to.to_str().unwrap()]).ok();
+        for (disk, content) in ["disk-a", "disk-b"].iter().zip(&oracle) {
+            let restored = std::fs::read(to.join(format!("{disk}.raw"))).unwrap();
+            assert!(restored == *content, "{step}: {disk} equals the oracle");
+        }
+        std::fs::remove_dir_all(to).unwrap();
+        machine.holds_only(&[point.parse().expect("an id")]).await;
+        let journals = std::fs::read_dir(env.path("state/journal")).unwrap().count();
+        assert_eq!((journals, env.processes().len()), (0, 0), "{step}");
+    }
+}
