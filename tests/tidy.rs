@@ -11,7 +11,7 @@ const FILE_LINES_MAX: usize = 800;
 
 /// Layer of each top-level module, times ten; imports go to a lower one only. Within L1, `image`
 /// stands on `nbd`.
-const LAYERS: [(&str, u8); 20] = [
+const LAYERS: [(&str, u8); 21] = [
     ("block", 0),
     ("clock", 0),
     ("content", 0),

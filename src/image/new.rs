@@ -1,7 +1,7 @@
 //! Making an image file of a format QEMU writes: it appears under its name when it is complete.
 
 use std::ffi::OsStr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::export::{Compression, ImageExport};
@@ -26,6 +26,8 @@ pub struct NewImageOptions {
     pub existing: Existing,
     /// Whether it is compressed.
     pub compression: Compression,
+    /// Its name until it is complete, beside the one it gets; one that is free if not given.
+    pub temporary: Option<PathBuf>,
     /// How the server of the format is spoken to.
     pub client: ClientOptions,
 }
@@ -54,6 +56,7 @@ impl NewImage {
         let options = NewImageOptions {
             existing,
             compression: Compression::None,
+            temporary: None,
             client: ClientOptions::default(),
         };
         Self::create_with(path, format, size_bytes, options).await
@@ -64,7 +67,7 @@ impl NewImage {
         path: &Path,
         format: &str,
         size_bytes: u64,
-        NewImageOptions { existing, compression, client }: NewImageOptions,
+        NewImageOptions { existing, compression, temporary, client }: NewImageOptions,
     ) -> Result<Self> {
         check_format(format)?;
         let path = absolute(path)?;
@@ -78,10 +81,10 @@ impl NewImage {
                 .hint("leave out --compressed, or use qemu-img convert -c"));
         }
         if format == "raw" {
-            let file = NewFile::create(&path, size_bytes, existing)?;
+            let file = NewFile::create_as(&path, size_bytes, existing, temporary.as_deref())?;
             return Ok(Self { file, sink: NewImageSink::Raw });
         }
-        let file = NewFile::create(&path, 0, existing)?;
+        let file = NewFile::create_as(&path, 0, existing, temporary.as_deref())?;
         let export = make(&file, (&path, format, size_bytes), compression, client).await?;
         Ok(Self { file, sink: NewImageSink::Served(Arc::new(export)) })
     }

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!  one VM that is named, or every VM with a journal ─► lock ─► platform.recover
+//!  restores that were killed ─► lock ─► restore::reconcile
 //! ```
 //!
 //! The same happens at the start of the next backup of a VM; this is for whoever does not want to
@@ -17,11 +18,12 @@ use serde::Serialize;
 
 use super::lock::VmLock;
 use super::points::Bases;
+use super::restore::reconcile as restore;
 use super::source::{self, ImageSpec, SourceSpec};
 use super::{Env, Repository, Surroundings};
 use crate::error::{Error, Kind, Result, with_causes};
 use crate::image::sweep_sockets;
-use crate::journal::{Phase, Place, Recovery};
+use crate::journal::{Abandoned, Phase, Place, Recovery};
 use crate::platform::{Asked, BackupMode, Platform, Quiesce, RecoverRequest, SnapshotRequest};
 use crate::vm::{PointId, Uuid, VmIdentity};
 
@@ -75,9 +77,11 @@ pub async fn run(
     let vms = match &request.source {
         Some(source) => {
             let platform = source::platform(source, surroundings.0).await?;
-            vec![job.one(platform.as_ref()).await?]
+            let report = job.one(platform.as_ref()).await?;
+            let restores = job.restores(Some(report.uuid)).await?;
+            std::iter::once(report).chain(restores).collect()
         }
-        None => job.all().await?,
+        None => [job.restores(None).await?, job.all().await?].concat(),
     };
     Ok(Report { dry_run: request.mode == Mode::Look, repository_asked: repository.is_some(), vms })
 }
@@ -138,6 +142,37 @@ impl Recover<'_> {
         let request = RecoverRequest { snapshot, repository, mode: self.mode };
         let items = platform.recover(&request, control).await?;
         Ok(VmReport { name: vm.name, uuid: vm.uuid, items, problem: None })
+    }
+
+    /// Restores that were killed: of points of one VM, or of all.
+    async fn restores(&self, only: Option<Uuid>) -> Result<Vec<VmReport>> {
+        let (env, control) = self.surroundings;
+        let mut reports = Vec::new();
+        for abandoned in env.journals().abandoned_restores()? {
+            control.check()?;
+            let journal = match abandoned {
+                Abandoned::Restore(journal) => journal,
+                Abandoned::Unreadable(path) => {
+                    let problem = format!(
+                        "journal {} cannot be read: look for '.part' files of a killed restore, then \
+                         remove it",
+                        path.display()
+                    );
+                    let (name, problem) = ("a restore".to_owned(), Some(problem));
+                    reports.push(VmReport { name, uuid: Uuid::nil(), items: Vec::new(), problem });
+                    continue;
+                }
+            };
+            let VmIdentity { uuid, name, .. } = journal.run().vm.clone();
+            if only.is_some_and(|only| only != uuid) {
+                continue;
+            }
+            let mut recovery = Recovery::new(self.mode);
+            let result = restore::one(journal, restore::Lock::Take, env, &mut recovery).await;
+            let problem = result.err().map(|error| with_causes(&error));
+            reports.push(VmReport { name, uuid, items: recovery.into_items(), problem });
+        }
+        Ok(reports)
     }
 
     /// What is left of a VM that is gone: files of this machine.

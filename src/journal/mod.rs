@@ -35,6 +35,13 @@
 //!  process                                              qemu-nbd
 //!  manifest     the point exists    the same            the same
 //!  handover     older ones go       the same            the same
+//!
+//!               a restore ([`restore`])
+//!  temporary    a file or directory gets made, under a name that nothing else has
+//!  overwrite    a device is written
+//!  place        one that is complete gets its name, what it replaces gets the temporary one
+//!  define       the domain
+//!  discard      what was replaced goes
 //! ```
 //!
 //! Who undoes what is the platform's business (`reconcile` there), at the start of the next backup and
@@ -44,11 +51,11 @@
 //! [`Phase::ALL`], so that none is forgotten.
 //!
 //! Deliberately not done: undoing by replay in the reverse order (a platform knows the order in which
-//! its things let go of each other); restores (their files have names of their own until all are
-//! complete, and what they replace stays beside them until then).
+//! its things let go of each other).
 
 mod file;
 mod recovery;
+pub mod restore;
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -57,6 +64,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 pub use recovery::{Action, Item, Mode, Recovery};
+pub use restore::{Abandoned, Placing, RestoreJournal, RestoreRun, Step};
 
 use crate::error::Result;
 use crate::vm::{PointId, Uuid};
@@ -88,11 +96,21 @@ pub enum Phase {
     /// The new checkpoint takes the place of the older ones, which go. Objects: their points, where
     /// they cannot be found without being told.
     Handover,
+    /// A restore makes a file or directory that is to get its name later.
+    Temporary,
+    /// A restore writes a device. There is no undoing that.
+    Overwrite,
+    /// What is complete gets its name.
+    Place,
+    /// The domain is defined.
+    Define,
+    /// What was replaced goes.
+    Discard,
 }
 
 impl Phase {
     /// All of them, in the order of a run.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 16] = [
         Self::Checkpoint,
         Self::Scratch,
         Self::Node,
@@ -104,6 +122,11 @@ impl Phase {
         Self::Process,
         Self::Manifest,
         Self::Handover,
+        Self::Temporary,
+        Self::Overwrite,
+        Self::Place,
+        Self::Define,
+        Self::Discard,
     ];
 
     /// All but one of them.
@@ -125,6 +148,11 @@ impl Phase {
             Self::Process => "process",
             Self::Manifest => "manifest",
             Self::Handover => "handover",
+            Self::Temporary => "temporary",
+            Self::Overwrite => "overwrite",
+            Self::Place => "place",
+            Self::Define => "define",
+            Self::Discard => "discard",
         }
     }
 }

@@ -1,5 +1,7 @@
 //! The journal: durable before, gone after, never lost by what cannot be read.
 
+use std::os::unix::ffi::OsStringExt;
+
 use super::*;
 
 const VM: Uuid = Uuid::from_u128(7);
@@ -21,7 +23,7 @@ fn every_phase_is_listed_once_and_called_as_in_the_file() {
         assert_eq!(serde_json::to_string(&phase).unwrap(), format!("\"{phase}\""));
     }
     // The match of `word` makes whoever adds one come by; this is the last.
-    assert_eq!(Phase::ALL.len(), Phase::Handover as usize + 1);
+    assert_eq!(Phase::ALL.len(), Phase::Discard as usize + 1);
 }
 
 #[test]
@@ -86,4 +88,66 @@ fn a_boot_is_told_from_the_one_before() {
     assert!(!old.is_before_boot());
     old.boot = "another".into();
     assert!(old.is_before_boot());
+}
+
+fn restore_run() -> RestoreRun {
+    let text = |text: &str| text.to_owned();
+    let (name, host, platform) = (text("foo"), text("h"), text("libvirt"));
+    RestoreRun::new(PointId([1; 16]), crate::vm::VmIdentity { uuid: VM, name, host, platform })
+}
+
+/// The steps of the restores that were killed.
+fn abandoned(journals: &Journals) -> Vec<Vec<Step>> {
+    let found = journals.abandoned_restores().unwrap().into_iter();
+    found
+        .map(|found| match found {
+            Abandoned::Restore(journal) => {
+                assert_eq!(*journal.run(), restore_run());
+                journal.steps().to_vec()
+            }
+            Abandoned::Unreadable(path) => panic!("{}", path.display()),
+        })
+        .collect()
+}
+
+#[test]
+fn a_restore_is_found_once_it_is_gone_and_its_steps_are_whole() {
+    let dir = tempfile::tempdir().unwrap();
+    let journals = journals(dir.path());
+    let mut journal = journals.begin_restore(restore_run(), 7).unwrap();
+    let file = journal.path().to_owned();
+    let name = std::ffi::OsString::from_vec(b"/\xff/image".to_vec());
+    let temporary = journal.temporary(Path::new(&name)).unwrap();
+    let steps = vec![Step::Temporary { temporary }];
+    assert_eq!(abandoned(&journals), Vec::<Vec<Step>>::new(), "it lives");
+    drop(journal);
+    assert_eq!(abandoned(&journals), std::slice::from_ref(&steps));
+    // Killed while it wrote the next: that step was not taken.
+    let mut torn = std::fs::OpenOptions::new().append(true).open(&file).unwrap();
+    std::io::Write::write_all(&mut torn, b"{\"step\":\"dis").unwrap();
+    assert_eq!(abandoned(&journals), [steps]);
+    for text in ["not a restore\n", "{\"version\":9}\n"] {
+        std::fs::write(&file, text).unwrap();
+        let found = journals.abandoned_restores().unwrap();
+        assert!(matches!(found[..], [Abandoned::Unreadable(_)]), "{text}");
+    }
+    // Killed before it did anything.
+    std::fs::write(&file, "{\"ver").unwrap();
+    assert_eq!(abandoned(&journals), Vec::<Vec<Step>>::new());
+    assert!(!file.exists());
+}
+
+#[test]
+fn the_journal_of_a_restore_ends_with_its_last_temporary_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let journals = journals(dir.path());
+    let mut journal = journals.begin_restore(restore_run(), 7).unwrap();
+    let temporary = journal.temporary(&dir.path().join("image")).unwrap();
+    std::fs::write(&temporary, "").unwrap();
+    journal.close().unwrap();
+    assert_eq!(abandoned(&journals).len(), 1);
+    let mut journal = journals.begin_restore(restore_run(), 8).unwrap();
+    journal.temporary(&dir.path().join("image")).unwrap();
+    journal.close().unwrap();
+    assert_eq!(abandoned(&journals).len(), 1);
 }

@@ -175,7 +175,7 @@ pub enum Asked {
 }
 
 /// Tells the person who watches what a reconciliation did.
-fn tell(recovery: Recovery, control: &Control) {
+pub(crate) fn tell(recovery: Recovery, control: &Control) {
     for Item { action, what } in recovery.into_items() {
         let (level, text) = match action {
             Action::Undone => {

@@ -15,6 +15,7 @@ mod fixture;
 mod help;
 mod hints;
 mod journey;
+mod killed;
 mod memory;
 mod preview;
 mod repository;

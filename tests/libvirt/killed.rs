@@ -17,24 +17,43 @@ use crate::support::{
 
 /// Every step that `takes` names, before and after.
 pub(crate) fn steps(takes: impl Fn(Phase) -> bool) -> Vec<String> {
-    let taken = Phase::ALL.into_iter().filter(|phase| takes(*phase));
-    taken.flat_map(|phase| [format!("before:{phase}"), format!("after:{phase}")]).collect()
+    let phases = Phase::ALL.into_iter().filter(|phase| takes(*phase));
+    phases.flat_map(|phase| [format!("before:{phase}"), format!("after:{phase}")]).collect()
 }
 
+/// Scratch, socket and export are made by libvirt with the job.
 fn running_takes(phase: Phase) -> bool {
     match phase {
         Phase::Checkpoint | Phase::Freeze | Phase::Job | Phase::Manifest | Phase::Handover => true,
-        // Made by libvirt with the job.
-        Phase::Scratch | Phase::Socket | Phase::Export => false,
-        Phase::Node | Phase::Bitmap | Phase::Process => false,
+        Phase::Scratch
+        | Phase::Socket
+        | Phase::Export
+        | Phase::Node
+        | Phase::Bitmap
+        | Phase::Process
+        | Phase::Temporary
+        | Phase::Overwrite
+        | Phase::Place
+        | Phase::Define
+        | Phase::Discard => false,
     }
 }
 
 fn stopped_takes(phase: Phase) -> bool {
     match phase {
         Phase::Bitmap | Phase::Process | Phase::Manifest | Phase::Handover => true,
-        Phase::Checkpoint | Phase::Freeze | Phase::Job => false,
-        Phase::Scratch | Phase::Node | Phase::Socket | Phase::Export => false,
+        Phase::Checkpoint
+        | Phase::Freeze
+        | Phase::Job
+        | Phase::Scratch
+        | Phase::Node
+        | Phase::Socket
+        | Phase::Export
+        | Phase::Temporary
+        | Phase::Overwrite
+        | Phase::Place
+        | Phase::Define
+        | Phase::Discard => false,
     }
 }
 
@@ -305,4 +324,44 @@ fn a_repository_that_cannot_be_asked_keeps_every_bitmap() {
     assert_eq!(nothing.stdout, "nothing is left to undo\n");
     let report = env.vmbackup(&places.backup("incremental", &domain)).json();
     assert_eq!(report["disks"][0]["read"]["mode"], "incremental", "{report}");
+}
+
+#[test]
+#[ignore = "soak: a hundred backups are killed"]
+fn a_backup_of_a_running_domain_can_be_killed_at_any_moment() {
+    let env = TestEnv::new();
+    env.init_repo();
+    let places = Places::new(&env);
+    let (domain, mut guest) = Domain::boot(&env, &small(&[DiskFormat::Qcow2, DiskFormat::Qcow2]));
+    domain.wait_for_agent();
+    guest.run("fill vda 0 2 && sync");
+    env.vmbackup(&places.backup("full", &domain)).ok();
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    let seed = now.expect("after 1970").subsec_nanos() | 1;
+    let mut state = seed;
+    for at in 0..100 {
+        // xorshift32 (Marsaglia 2003).
+        state ^= state << 13;
+        state ^= state >> 17;
+        state ^= state << 5;
+        let moment = Duration::from_millis(u64::from(state % 2500));
+        guest.run(&format!("rnd vda {} 20; sync", 4096 + at * 100));
+        let backup = env.spawn_vmbackup(&places.backup("backup", &domain));
+        std::thread::sleep(moment);
+        backup.signal("KILL");
+        backup.wait();
+        let step = format!("seed {seed}, round {at}, {moment:?}");
+        assert_eq!(domain.state(), "running", "{step}");
+        assert_not_frozen(&mut guest, &step);
+        let report = env.vmbackup(&places.backup("incremental", &domain)).json();
+        domain.suspend();
+        let oracles = domain.oracles(&at.to_string());
+        domain.resume();
+        prove(&env, &report, &oracles, &step);
+        assert_no_trace(&domain);
+        let point = report["point"].as_str().expect("a point id");
+        let held = bitmaps(&domain);
+        assert!(held.len() == 1 && held[0].contains(point), "{step}: {held:?}");
+        places.assert_empty(&env, &step);
+    }
 }

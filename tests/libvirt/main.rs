@@ -8,6 +8,7 @@ mod support;
 
 mod frozen;
 mod killed;
+mod killed_restore;
 mod lifecycle;
 mod luks;
 mod online;

@@ -9,9 +9,22 @@ use crate::support::TestEnv;
 /// Whether such a backup takes this step; there is no guest to freeze.
 fn takes(phase: Phase) -> bool {
     match phase {
-        Phase::Scratch | Phase::Node | Phase::Socket | Phase::Bitmap | Phase::Job => true,
-        Phase::Export | Phase::Manifest | Phase::Handover => true,
-        Phase::Checkpoint | Phase::Freeze | Phase::Process => false,
+        Phase::Scratch
+        | Phase::Node
+        | Phase::Socket
+        | Phase::Bitmap
+        | Phase::Job
+        | Phase::Export
+        | Phase::Manifest
+        | Phase::Handover => true,
+        Phase::Checkpoint
+        | Phase::Freeze
+        | Phase::Process
+        | Phase::Temporary
+        | Phase::Overwrite
+        | Phase::Place
+        | Phase::Define
+        | Phase::Discard => false,
     }
 }
 

@@ -25,6 +25,7 @@ mod pipe;
 mod placed;
 mod sink;
 mod source;
+mod stamp;
 #[cfg(test)]
 mod tests;
 
@@ -35,6 +36,7 @@ pub use pipe::{PipeReader, PipeSink};
 pub use placed::Placed;
 pub use sink::FileSink;
 pub use source::{Access, FileSource, read_cached};
+pub use stamp::FileStamp;
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};

@@ -51,16 +51,32 @@ pub struct NewFile {
 impl NewFile {
     /// Begins a sparse file of `size_bytes` that will be `path`. Its directory must exist.
     pub fn create(path: &Path, size_bytes: u64, existing: Existing) -> Result<Self> {
-        Self::begin(path, Some(size_bytes), existing)
+        Self::begin(path, Some(size_bytes), existing, None)
+    }
+
+    /// The same with a temporary name that is known before: in the same directory, and of nothing
+    /// else; one that is free if not given.
+    pub fn create_as(
+        path: &Path,
+        size_bytes: u64,
+        existing: Existing,
+        temporary: Option<&Path>,
+    ) -> Result<Self> {
+        Self::begin(path, Some(size_bytes), existing, temporary)
     }
 
     /// The same as [`NewFile::create`] for content whose size is not known yet:
     /// [`NewFile::set_len`] tells it.
     pub fn create_unsized(path: &Path, existing: Existing) -> Result<Self> {
-        Self::begin(path, None, existing)
+        Self::begin(path, None, existing, None)
     }
 
-    fn begin(path: &Path, size_bytes: Option<u64>, existing: Existing) -> Result<Self> {
+    fn begin(
+        path: &Path,
+        size_bytes: Option<u64>,
+        existing: Existing,
+        given: Option<&Path>,
+    ) -> Result<Self> {
         let Some(name) = path.file_name() else {
             let message = format!("'{}' does not name a file", path.display());
             return Err(Error::new(Kind::Usage, message));
@@ -72,10 +88,13 @@ impl NewFile {
         let mut prefix = std::ffi::OsString::from(".");
         prefix.push(name);
         prefix.push(".");
+        let mut builder = tempfile::Builder::new();
+        match given.and_then(Path::file_name) {
+            Some(name) => builder.prefix(name).rand_bytes(0),
+            None => builder.prefix(&prefix).suffix(".part"),
+        };
         // tempfile makes it with mode 0600: a disk is full of other people's secrets.
-        let (file, temporary) = tempfile::Builder::new()
-            .prefix(&prefix)
-            .suffix(".part")
+        let (file, temporary) = builder
             .tempfile_in(parent(path))
             .map_err(|e| Error::io(format!("cannot create {}", path.display()), e))?
             .into_parts();

@@ -79,9 +79,7 @@ impl Placed {
                 Err(error) => Err(failed(error)),
             };
         }
-        let mut aside = temporary.as_os_str().to_owned();
-        aside.push(".old");
-        let aside = PathBuf::from(aside);
+        let aside = Self::aside(temporary);
         let old = match fs::hard_link(path, &aside) {
             Ok(()) => Some(aside),
             Err(error) if error.kind() == ErrorKind::NotFound => None,
@@ -95,6 +93,19 @@ impl Placed {
             return Err(failed(error));
         }
         Ok(Self { path: path.to_owned(), old })
+    }
+
+    /// What a process that is gone has placed: the one that has the name now, and the one that had it,
+    /// which is `old` now.
+    pub fn found(path: PathBuf, old: PathBuf) -> Self {
+        Self { path, old: Some(old) }
+    }
+
+    /// The name that the old one gets where it cannot change places with the new one.
+    pub fn aside(temporary: &Path) -> PathBuf {
+        let mut aside = temporary.as_os_str().to_owned();
+        aside.push(".old");
+        PathBuf::from(aside)
     }
 
     /// Makes the name durable: it is when its directory is. Blocks.

@@ -12,10 +12,11 @@ use crate::error::Result;
 use crate::job::recover::{self, Action, Mode, Report, Request};
 use crate::job::source::SourceSpec;
 
-/// Undo what backups that were killed have left, on one VM or on all
+/// Undo what backups and restores that were killed have left, on one VM or on all
 ///
 /// Thaws guests, ends jobs and exports, removes scratch files, and removes bitmaps and checkpoints
-/// whose point does not exist. The next backup of a VM does the same before it begins. Nothing of
+/// whose point does not exist. Images that a restore had replaced get their names back, unless it was
+/// complete. The next backup of a VM does the same before it begins. Nothing of
 /// anybody else's is touched; bitmaps stay when the repository cannot be asked.
 #[derive(clap::Args, Debug)]
 pub(crate) struct Args {

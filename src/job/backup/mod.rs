@@ -24,6 +24,7 @@ use heal::Reread;
 
 use super::lock::{VmLock, Wait};
 use super::points::{self, Bases};
+use super::restore::reconcile as restores;
 use super::source::{self, SnapshotOptions, SourceSpec};
 use super::{Env, Surroundings};
 use crate::block::{BlockSink, BlockSource, ByteRange};
@@ -127,6 +128,7 @@ pub(super) async fn run_on(
     let vm = platform.identify().await?;
     let what = format!("backup into repository {}", repository.id());
     let _lock = VmLock::acquire_after(request.wait, &env.state_dir, &vm, &what, control).await?;
+    restores::before_run(&vm, restores::Lock::Held, env, control).await;
     let bases = Bases::read(repository, vm.uuid).await?;
     let run = repository.begin_run(RunOptions::default()).await?;
     let point = PointId(random());

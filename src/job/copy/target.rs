@@ -117,7 +117,7 @@ impl Opened {
             }
             return Ok(Self::Growing(NewFile::create_unsized(path, existing)?, lock));
         };
-        let options = NewImageOptions { existing, compression, client };
+        let options = NewImageOptions { existing, compression, temporary: None, client };
         Ok(Self::New(NewImage::create_with(path, format, size_bytes, options).await?, lock))
     }
 

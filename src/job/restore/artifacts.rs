@@ -14,6 +14,7 @@ use crate::block;
 use crate::block::file::{Existing, Placed};
 use crate::error::{Error, Kind, Result};
 use crate::job::points;
+use crate::journal::{Phase, RestoreJournal};
 use crate::repo::{ARTIFACT_BYTES_MAX, Manifest, Repository};
 use crate::vm::ArtifactKind;
 
@@ -33,7 +34,7 @@ pub(super) async fn write(
     (repository, manifest): (&Repository, &Manifest),
     request: &Request,
     left_out: &[ArtifactKind],
-    outcome: &mut Outcome,
+    (outcome, journal): (&mut Outcome, &mut RestoreJournal),
 ) -> Result<Vec<PathBuf>> {
     let Some(directory) = &request.directory else { return Ok(Vec::new()) };
     let mut written = Vec::new();
@@ -41,7 +42,7 @@ pub(super) async fn write(
         let Some(artifact) = points::artifact(manifest, kind) else { continue };
         let bytes = repository.read_bytes(&artifact.stored).await.map_err(salvage::advise)?;
         let path = directory.join(name);
-        outcome.add(write_file(directory, &path, &bytes, request.existing)?)?;
+        outcome.add(write_file(&path, &bytes, request.existing, journal)?)?;
         written.push(path);
     }
     Ok(written)
@@ -85,18 +86,27 @@ pub(super) fn check_free(manifest: &Manifest, request: &Request, problems: &mut 
 
 /// Writes a file whole and durable, readable by its owner only; its name is not synced yet.
 pub(super) fn write_file(
-    directory: &Path,
     path: &Path,
     bytes: &[u8],
     existing: Existing,
+    journal: &mut RestoreJournal,
 ) -> Result<Placed> {
     let fail = |e| no_room(Error::io(format!("cannot write {}", path.display()), e));
+    let temporary = journal.temporary(path)?;
+    let directory = temporary.parent().expect("a file is in a directory");
+    journal.before(Phase::Temporary);
     let mut file = tempfile::Builder::new()
+        .prefix(temporary.file_name().expect("it has one"))
+        .rand_bytes(0)
         .permissions(std::fs::Permissions::from_mode(0o600))
         .tempfile_in(directory)
         .map_err(fail)?;
     file.write_all(bytes).and_then(|()| file.as_file().sync_all()).map_err(fail)?;
-    let placed = Placed::place(file.path(), path, existing)?;
+    journal.after(Phase::Temporary);
+    journal.place(&temporary, path)?;
+    journal.before(Phase::Place);
+    let placed = Placed::place(&temporary, path, existing)?;
+    journal.after(Phase::Place);
     // Under the temporary name is nothing now, or what must not be lost.
     let _ = file.into_temp_path().keep();
     Ok(placed)

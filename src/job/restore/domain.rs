@@ -24,6 +24,7 @@ use super::{Define, Domain, Place, Power, Request, preview};
 use crate::block::file::Existing;
 use crate::error::{Error, Kind, Result};
 use crate::job::points;
+use crate::journal::{Phase, RestoreJournal, Step};
 use crate::platform::libvirt::restore::define::{self, Target};
 use crate::platform::libvirt::restore::{
     DiskPlace, Emulator, Identity, PoolVolume, RestoredDisk, RewriteOptions, Rewritten, choose,
@@ -143,18 +144,26 @@ impl Prepared {
 
     /// Writes what is left to write and defines the domain; the files. What was replaced is in
     /// `outcome`, also on an error. Not cancel-safe.
-    pub(super) async fn define(&self, outcome: &mut Outcome) -> Result<Vec<PathBuf>> {
+    pub(super) async fn define(
+        &self,
+        outcome: &mut Outcome,
+        journal: &mut RestoreJournal,
+    ) -> Result<Vec<PathBuf>> {
         let mut written = Vec::new();
         for file in &self.files {
-            let directory = file.path.parent().expect("a file is in a directory");
-            outcome.add(write_file(directory, &file.path, &file.bytes, self.existing)?)?;
+            outcome.add(write_file(&file.path, &file.bytes, self.existing, journal)?)?;
             written.push(file.path.clone());
         }
         if let (Some(directory), Some(state)) = (&self.rewritten.tpm_dir, &self.tpm_state) {
-            outcome.add(tpm::put(directory, state)?)?;
+            outcome.add(tpm::put(directory, state, journal)?)?;
             written.push(directory.clone());
         }
+        let (uri, uuid) = (self.target.uri().to_owned(), self.rewritten.uuid);
+        let before = self.target.description_hash(uuid).await?;
+        journal.note(Step::Define { uri, uuid, before })?;
+        journal.before(Phase::Define);
         self.target.define(&self.rewritten, in_the_way(self.existing)).await?;
+        journal.after(Phase::Define);
         Ok(written)
     }
 
@@ -170,6 +179,11 @@ impl Prepared {
         let Rewritten { name, uuid, changes, .. } = self.rewritten;
         Ok(Domain { name, uuid, started: self.power == Power::On, changes })
     }
+}
+
+/// A hash of the description that a domain has, if there is such a domain.
+pub(super) async fn definition(uri: &str, uuid: Uuid) -> Result<Option<String>> {
+    Target::open(Some(uri)).await?.description_hash(uuid).await
 }
 
 fn in_the_way(existing: Existing) -> define::Existing {

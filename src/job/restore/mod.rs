@@ -10,6 +10,9 @@
 //!                  └► start
 //! ```
 //!
+//! Each step is in a journal before it is taken: when this is killed, whoever comes next to the VM does
+//! the same ([`reconcile`]).
+//!
 //! Nothing existing is replaced before everything new is complete and durable, and what is replaced
 //! is kept until libvirt has the definition: a restore that fails leaves the old VM whole. A device is written
 //! in place, all of it, zeroes included: what a discarded block reads as is the device's whim.
@@ -26,6 +29,7 @@ mod outcome;
 mod place;
 pub mod preview;
 mod problems;
+pub(super) mod reconcile;
 pub mod salvage;
 mod target;
 
@@ -37,9 +41,11 @@ use serde::Serialize;
 use super::lock::{VmLock, Wait};
 use super::{Repository, Surroundings, points};
 use crate::block::file::Existing;
-use crate::control::Control;
+use crate::control::{Control, NoticeLevel};
 use crate::copy;
-use crate::error::Result;
+use crate::error::{Error, Kind, Result};
+use crate::journal::{Phase, RestoreJournal, RestoreRun, Step};
+use crate::repo::seal::random;
 use crate::repo::{Hold, Manifest, ManifestDisk};
 use crate::units::MIB;
 use crate::vm::{PointId, Uuid, VmIdentity};
@@ -175,24 +181,29 @@ async fn restore(
     // Nobody backs up or restores it meanwhile.
     let lock =
         VmLock::acquire_after(request.wait, &env.state_dir, &manifest.body.vm, "restore", control);
-    let _lock = match &request.define {
+    let lock = match &request.define {
         Some(_) => Some(lock.await?),
         None => None,
     };
+    let of_vm = lock.as_ref().map_or(reconcile::Lock::Take, |_| reconcile::Lock::Held);
+    reconcile::before_run(&manifest.body.vm, of_vm, env, control).await;
     let mut problems = Problems::default();
     let Examined { disks, definition } =
         examine(repository, (&manifest, &chosen), &request, &mut problems).await;
     problems.check()?;
-    let made = target::make_directory(request.directory.as_deref())?;
-    let result = copy_all((&manifest, disks), &request, surroundings);
+    let mut journal = begin_journal(&manifest, &request, surroundings)?;
+    let made = target::make_directory(request.directory.as_deref(), &mut journal)?;
+    let result = copy_all((&manifest, disks), &request, &mut journal, surroundings);
     let copied = match result.await {
         Ok(Copied { disks, images, damaged }) => {
             control.set_phase("putting everything in place");
             let from = (repository, hold);
-            match salvage::record(from, &manifest, &request, damaged, surroundings).await {
+            let lost = (damaged, &mut journal);
+            match salvage::record(from, &manifest, &request, lost, surroundings).await {
                 Ok(salvage) => {
                     let all = Everything { images, definition: definition.as_ref(), salvage };
-                    let placed = put_in_place(repository, &manifest, &request, all, control).await;
+                    let end = (&mut journal, control);
+                    let placed = put_in_place(repository, &manifest, &request, all, end).await;
                     placed.map(|(files, salvage)| (disks, files, salvage))
                 }
                 Err(error) => Err(target::keep_none(images, error, control)),
@@ -200,7 +211,13 @@ async fn restore(
         }
         Err(error) => Err(error),
     };
-    let (disks, files, salvage) = copied.inspect_err(|_| target::remove_directory(made))?;
+    if copied.is_err() {
+        target::remove_directory(made);
+    }
+    if let Err(error) = journal.close() {
+        control.notice(NoticeLevel::Warning, error.in_one_line());
+    }
+    let (disks, files, salvage) = copied?;
     let domain = match definition {
         None => None,
         Some(definition) => Some(definition.start().await?),
@@ -214,6 +231,28 @@ async fn restore(
         salvage,
         elapsed_ms: env.elapsed_ms(started),
     })
+}
+
+/// The journal. A restore that replaces no domain is not kept from an emergency by a state directory
+/// that cannot be written.
+fn begin_journal(
+    manifest: &Manifest,
+    request: &Request,
+    (env, control): Surroundings<'_>,
+) -> Result<RestoreJournal> {
+    let run = RestoreRun::new(manifest.point, manifest.body.vm.clone());
+    let id = u64::from_le_bytes(random());
+    match env.journals().begin_restore(run.clone(), id) {
+        Err(error) if request.define.is_none() => {
+            let text = format!(
+                "no journal: nobody clears away after this restore if it is killed ({})",
+                error.in_one_line()
+            );
+            control.notice(NoticeLevel::Warning, text);
+            Ok(env.journals().unkept_restore(run, id))
+        }
+        begun => begun,
+    }
 }
 
 /// What is known before anything is changed.
@@ -284,7 +323,7 @@ async fn put_in_place(
     manifest: &Manifest,
     request: &Request,
     Everything { images, definition, salvage }: Everything<'_>,
-    control: &Control,
+    (journal, control): (&mut RestoreJournal, &Control),
 ) -> Result<(Vec<PathBuf>, Option<Salvage>)> {
     if let Some(definition) = definition {
         // Copying took its time.
@@ -297,22 +336,35 @@ async fn put_in_place(
         if definition.is_some() {
             target::lock_all(&images, &mut outcome)?;
         }
-        target::place_all(images, &mut outcome).await?;
+        target::place_all(images, &mut outcome, journal).await?;
         let left_out: Vec<_> = salvage.iter().flat_map(Salvage::left_out).collect();
-        let from = (repository, manifest);
-        let mut files = artifacts::write(from, request, &left_out, &mut outcome).await?;
+        let (from, end) = ((repository, manifest), (&mut outcome, &mut *journal));
+        let mut files = artifacts::write(from, request, &left_out, end).await?;
         if let Some(definition) = definition {
-            files.extend(definition.define(&mut outcome).await?);
+            files.extend(definition.define(&mut outcome, journal).await?);
         }
         Ok(files)
     };
     match all.await {
         Ok(files) => {
-            outcome.keep(control);
+            // There is no way back from a definition.
+            if let Err(error) = journal.note(Step::Discard) {
+                control.notice(NoticeLevel::Warning, error.in_one_line());
+            }
+            outcome.keep(journal, control);
             Ok((files, salvage))
         }
+        Err(error) if is_unanswered(journal, &error) => Err(error
+            .context("whether the domain was defined is not known, so nothing was put back")
+            .hint("run 'vmbackup recover' when libvirt answers")),
         Err(error) => Err(outcome.put_back(error, control)),
     }
+}
+
+/// Whether libvirt was asked to define the domain and has not said what became of it.
+fn is_unanswered(journal: &RestoreJournal, error: &Error) -> bool {
+    let asked = journal.steps().iter().any(|step| matches!(step, Step::Define { .. }));
+    asked && matches!(error.kind(), Kind::Timeout | Kind::Connection)
 }
 
 /// The disks under their temporary names.
@@ -326,6 +378,7 @@ struct Copied {
 async fn copy_all(
     (manifest, examined): (&Manifest, Vec<ExaminedDisk<'_>>),
     request: &Request,
+    journal: &mut RestoreJournal,
     surroundings: Surroundings<'_>,
 ) -> Result<Copied> {
     let control = surroundings.1;
@@ -335,12 +388,14 @@ async fn copy_all(
         places.push(place.expect("a disk without a place is a problem"));
         sources.push(source.expect("a disk that cannot be opened is a problem"));
     }
-    let devices = Target::open_devices(&places, &chosen).await?;
+    let devices = Target::open_devices(&places, &chosen, journal).await?;
     let (mut targets, mut disks, mut damaged) = (Vec::new(), Vec::new(), Vec::new());
     for (((disk, source), place), device) in chosen.iter().zip(sources).zip(&places).zip(devices) {
-        let opened = match device {
-            Some(device) => Ok(device),
-            None => Target::open(place, disk.description.size_bytes, request.existing).await,
+        let opened = if let Some(device) = device {
+            Ok(device)
+        } else {
+            let size_bytes = disk.description.size_bytes;
+            Target::open(place, size_bytes, request.existing, journal).await
         };
         let restored = match opened {
             Ok(target) => restore_disk((disk, source, target), place, surroundings).await,
@@ -348,6 +403,9 @@ async fn copy_all(
         };
         match restored {
             Ok((target, report, lost)) => {
+                if matches!(target, Target::Device { .. }) {
+                    journal.after(Phase::Overwrite);
+                }
                 targets.push(target);
                 disks.push(report);
                 damaged.extend(lost);

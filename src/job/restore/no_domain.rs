@@ -7,7 +7,9 @@ use super::outcome::Outcome;
 use super::problems::Problems;
 use super::{Define, Domain, Place, Request, preview};
 use crate::error::{Error, Kind, Result};
+use crate::journal::RestoreJournal;
 use crate::repo::{Manifest, Repository};
+use crate::vm::Uuid;
 
 /// Never made.
 pub(super) struct Prepared(Infallible);
@@ -28,6 +30,12 @@ pub(super) async fn prepare(
     None
 }
 
+/// Not known: another program defined it.
+#[expect(clippy::unused_async, reason = "the same signature as with libvirt")]
+pub(super) async fn definition(_: &str, _: Uuid) -> Result<Option<String>> {
+    Err(Error::new(Kind::Unsupported, "this program was built without libvirt"))
+}
+
 #[expect(clippy::unused_async, reason = "the same signatures as with libvirt")]
 impl Prepared {
     /// Never called.
@@ -46,7 +54,11 @@ impl Prepared {
     }
 
     /// Never called.
-    pub(super) async fn define(&self, _: &mut Outcome) -> Result<Vec<PathBuf>> {
+    pub(super) async fn define(
+        &self,
+        _: &mut Outcome,
+        _: &mut RestoreJournal,
+    ) -> Result<Vec<PathBuf>> {
         match self.0 {}
     }
 

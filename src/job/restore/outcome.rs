@@ -10,6 +10,7 @@ use crate::block::file::Placed;
 use crate::control::{Control, NoticeLevel};
 use crate::error::{Error, Result};
 use crate::image::ImageLock;
+use crate::journal::{Phase, RestoreJournal};
 
 /// Everything that has its name, in the order it got it; and the devices, which were written in
 /// place.
@@ -41,11 +42,13 @@ impl Outcome {
 
     /// The restore succeeded: what was replaced goes. That some of it stays is no failure of the
     /// restore.
-    pub(super) fn keep(self, control: &Control) {
-        for placed in self.placed {
+    pub(super) fn keep(self, journal: &RestoreJournal, control: &Control) {
+        for placed in self.placed.into_iter().filter(Placed::replaces) {
+            journal.before(Phase::Discard);
             if let Err(error) = placed.discard() {
                 control.notice(NoticeLevel::Warning, error.in_one_line());
             }
+            journal.after(Phase::Discard);
         }
     }
 

@@ -26,6 +26,7 @@ use crate::clock::Timestamp;
 use crate::control::{Control, NoticeLevel};
 use crate::error::{Error, Kind, Result};
 use crate::job::Env;
+use crate::journal::RestoreJournal;
 use crate::repo::{Hold, Losses, Manifest, ManifestDisk, Repository};
 use crate::units::ByteSize;
 use crate::vm::{ArtifactKind, PointId, VmIdentity};
@@ -168,7 +169,7 @@ pub(super) async fn record(
     (repository, hold): (&Repository, &Hold),
     manifest: &Manifest,
     request: &Request,
-    ranges: Vec<DamagedRange>,
+    (ranges, journal): (Vec<DamagedRange>, &mut RestoreJournal),
     (env, control): (&Env, &Control),
 ) -> Result<Option<Salvage>> {
     if request.damaged == Damaged::Fails {
@@ -194,8 +195,7 @@ pub(super) async fn record(
         Some(path) => (path, request.existing),
         None => (path_in(&env.state_dir, manifest.point, made)?, Existing::Refuse),
     };
-    let directory = path.parent().expect("it was joined");
-    let placed = write_file(directory, &path, &json, existing)?;
+    let placed = write_file(&path, &json, existing, journal)?;
     placed.sync()?;
     placed.discard()?;
     let damaged_bytes = ranges.iter().map(|range| range.bytes).sum();

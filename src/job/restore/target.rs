@@ -13,15 +13,24 @@ use crate::block::file::{Existing, FileSink, NewFile};
 use crate::block::{BlockSink, BlockSource, ByteRange, ExtentKind};
 use crate::control::{Control, NoticeLevel};
 use crate::error::{Error, Kind, Result};
-use crate::image::{ImageLock, NewImage};
+use crate::image::{Compression, ImageLock, NewImage, NewImageOptions};
+use crate::journal::{Phase, RestoreJournal, Step};
+use crate::nbd::ClientOptions;
 use crate::repo::ManifestDisk;
 use crate::units::ByteSize;
 use crate::vm::PointId;
 
 /// Makes the directory if it is missing, but not the one it is in: a mistyped mount point must not
 /// become a directory tree. What was made.
-pub(super) fn make_directory(directory: Option<&Path>) -> Result<Option<PathBuf>> {
+pub(super) fn make_directory(
+    directory: Option<&Path>,
+    journal: &mut RestoreJournal,
+) -> Result<Option<PathBuf>> {
     let Some(directory) = directory else { return Ok(None) };
+    if !directory.exists() {
+        let path = std::path::absolute(directory).map_err(|e| not_made(directory, e))?;
+        journal.note(Step::Directory { path })?;
+    }
     match std::fs::create_dir(directory) {
         Ok(()) => Ok(Some(directory.to_owned())),
         Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Ok(None),
@@ -126,7 +135,12 @@ pub(super) enum Target {
 }
 
 impl Target {
-    pub(super) async fn open(place: &Place, size_bytes: u64, existing: Existing) -> Result<Self> {
+    pub(super) async fn open(
+        place: &Place,
+        size_bytes: u64,
+        existing: Existing,
+        journal: &mut RestoreJournal,
+    ) -> Result<Self> {
         match place {
             Place::Device(path) => {
                 let sink = Arc::new(FileSink::open(path, size_bytes)?);
@@ -137,8 +151,17 @@ impl Target {
                     Existing::Replace if path.exists() => Some(unused(path)?),
                     _ => None,
                 };
-                let image = NewImage::create(path, format.name(), size_bytes, existing);
-                Ok(Self::New(Box::pin(image).await?, lock))
+                let options = NewImageOptions {
+                    existing,
+                    compression: Compression::None,
+                    temporary: Some(journal.temporary(path)?),
+                    client: ClientOptions::default(),
+                };
+                journal.before(Phase::Temporary);
+                let image = NewImage::create_with(path, format.name(), size_bytes, options);
+                let image = Box::pin(image).await?;
+                journal.after(Phase::Temporary);
+                Ok(Self::New(image, lock))
             }
         }
     }
@@ -148,14 +171,26 @@ impl Target {
     pub(super) async fn open_devices(
         places: &[Place],
         disks: &[&ManifestDisk],
+        journal: &mut RestoreJournal,
     ) -> Result<Vec<Option<Self>>> {
         let mut opened = Vec::new();
         for (place, disk) in places.iter().zip(disks) {
             let size_bytes = disk.stored.size_bytes;
             opened.push(match place {
-                Place::Device(_) => Some(Self::open(place, size_bytes, Existing::Refuse).await?),
+                Place::Device(_) => {
+                    Some(Self::open(place, size_bytes, Existing::Refuse, journal).await?)
+                }
                 Place::Image { .. } => None,
             });
+        }
+        // Nothing is written yet: that one of them cannot be opened leaves all as they are.
+        for place in places {
+            if let Place::Device(path) = place {
+                let failed = |e| Error::io(format!("cannot name {}", path.display()), e);
+                let path = std::path::absolute(path).map_err(failed)?;
+                journal.note(Step::Overwrite { path })?;
+                journal.before(Phase::Overwrite);
+            }
         }
         Ok(opened)
     }
@@ -289,7 +324,11 @@ pub(super) fn keep_none(disks: Vec<Complete>, error: Error, control: &Control) -
 }
 
 /// Gives all images their names.
-pub(super) async fn place_all(disks: Vec<Complete>, outcome: &mut Outcome) -> Result<()> {
+pub(super) async fn place_all(
+    disks: Vec<Complete>,
+    outcome: &mut Outcome,
+    journal: &mut RestoreJournal,
+) -> Result<()> {
     let mut images = Vec::new();
     // All devices first: they are written, whatever fails then.
     for disk in disks {
@@ -301,11 +340,16 @@ pub(super) async fn place_all(disks: Vec<Complete>, outcome: &mut Outcome) -> Re
             }
         }
     }
+    for (file, _) in &images {
+        journal.place(file.temporary_path(), file.path())?;
+    }
     for (file, old) in images {
         if let Some(old) = old {
             outcome.hold(old);
         }
+        journal.before(Phase::Place);
         outcome.add(file.place().await?)?;
+        journal.after(Phase::Place);
     }
     Ok(())
 }

@@ -316,6 +316,7 @@ impl<'a> World<'a> {
             runtime_dir: root.join("run"),
             guardian: None,
             cache_dir: root.join("cache"),
+            probe: None,
         };
         Process {
             env,

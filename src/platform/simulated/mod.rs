@@ -26,9 +26,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
 
-use super::{Platform, SnapshotPlan, SnapshotRequest, VmSnapshot};
+use super::{Platform, RecoverRequest, SnapshotPlan, SnapshotRequest, VmSnapshot};
 use crate::control::Control;
 use crate::error::{Error, Kind, Result};
+use crate::journal::Item;
 use crate::vm::{PointId, VmIdentity};
 use guest::Guest;
 use image::BitmapName;
@@ -176,6 +177,10 @@ impl Platform for Simulated {
 
     async fn plan(&self, _request: &SnapshotRequest) -> Result<SnapshotPlan> {
         Err(Error::new(Kind::Unsupported, "plans are not simulated"))
+    }
+
+    async fn recover(&self, _request: &RecoverRequest, _control: &Control) -> Result<Vec<Item>> {
+        Err(Error::new(Kind::Unsupported, "only what a snapshot begins with is simulated"))
     }
 
     async fn open_snapshot(

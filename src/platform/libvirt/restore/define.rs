@@ -6,6 +6,7 @@ use std::path::Path;
 use virt::connect::Connect;
 use virt::domain::Domain;
 use virt::error::ErrorNumber;
+use virt::sys;
 
 use super::super::connection::Host;
 use super::super::error::{code, wrap};
@@ -59,6 +60,29 @@ impl Target {
     /// Whether the daemon runs on this machine: only then are the restored images its images.
     pub fn is_local(&self) -> bool {
         self.host.is_local()
+    }
+
+    /// The URI of the daemon.
+    pub fn uri(&self) -> &str {
+        self.host.uri()
+    }
+
+    /// A hash of the description that a domain has, without its secrets; `None` if there is no such
+    /// domain. It tells whether the domain was defined anew since.
+    pub async fn description_hash(&self, uuid: Uuid) -> Result<Option<String>> {
+        let what = format!("read the description of domain {uuid}");
+        let described = self
+            .host
+            .raw_call(&what, move |connection| {
+                match connection.lookup_domain_by_uuid_string(&uuid.to_string()) {
+                    Ok(domain) => domain.xml_desc(sys::VIR_DOMAIN_XML_INACTIVE).map(Some),
+                    Err(error) if code(&error) == Some(ErrorNumber::NoDomain) => Ok(None),
+                    Err(error) => Err(error),
+                }
+            })
+            .await?
+            .map_err(|error| wrap(format!("cannot {what}"), error))?;
+        Ok(described.map(|xml| blake3::hash(xml.as_bytes()).to_hex().to_string()))
     }
 
     /// Fails unless a domain of this name and UUID can be defined; whether that replaces one. Asked

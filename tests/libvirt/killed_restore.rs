@@ -1,0 +1,125 @@
+//! A restore over a stopped domain that is killed at any step: domain and images are wholly the old ones
+//! or the new ones, the next command clears away and says so, and nothing of ours remains.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use vmbackup::journal::Phase;
+
+use crate::killed::steps;
+use crate::support::{DiskFormat, DiskSpec, Domain, DomainSpec, TestEnv, assert_same_content};
+
+/// Whether such a restore takes this step.
+fn takes(phase: Phase) -> bool {
+    match phase {
+        Phase::Temporary | Phase::Place | Phase::Define | Phase::Discard => true,
+        Phase::Overwrite
+        | Phase::Checkpoint
+        | Phase::Scratch
+        | Phase::Node
+        | Phase::Socket
+        | Phase::Freeze
+        | Phase::Bitmap
+        | Phase::Job
+        | Phase::Export
+        | Phase::Process
+        | Phase::Manifest
+        | Phase::Handover => false,
+    }
+}
+
+fn write(env: &TestEnv, image: &Path, byte: u8) {
+    let command = format!("write -q -P {byte} 1M 2M");
+    env.run("qemu-io", &["-f", "qcow2", "-c", &command, &image.to_string_lossy()]).ok();
+}
+
+/// Files of a restore that are not under their names.
+fn parts(directory: &Path) -> Vec<String> {
+    let entries = fs::read_dir(directory).expect("the images' directory").flatten();
+    let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
+    names.filter(|name| name.contains(".part")).collect()
+}
+
+fn describe(env: &TestEnv, domain: &Domain<'_>, text: &str) {
+    env.run("virsh", &["-q", "-c", "qemu:///system", "desc", domain.name(), "--config", text]).ok();
+}
+
+#[test]
+fn a_restore_over_a_domain_can_be_killed_at_any_step() {
+    let env = TestEnv::new();
+    env.init_repo();
+    let disk = DiskSpec { format: DiskFormat::Qcow2, size_mib: 16 };
+    let spec = DomainSpec { disks: vec![disk, disk], ..DomainSpec::with_disks(&[]) };
+    let domain = Domain::define(&env, &spec);
+    let images: Vec<PathBuf> = (0..2).map(|index| domain.disk(index).to_owned()).collect();
+    let directory = images[0].parent().expect("absolute").to_owned();
+    describe(&env, &domain, "new");
+    for image in &images {
+        write(&env, image, 1);
+    }
+    let report = env.vmbackup(&["full", "--domain", domain.name(), "--json"]).json();
+    let point = report["point"].as_str().expect("a point id").to_owned();
+    let new = domain.oracles("new");
+    let restore = ["restore", &point, "--define", "--force"];
+    for (at, step) in steps(takes).iter().enumerate() {
+        // What is there differs from the point.
+        describe(&env, &domain, "old");
+        for image in &images {
+            write(&env, image, 2);
+        }
+        let old = domain.oracles(&format!("old{at}"));
+        let run = env.stopped_at(step, &restore);
+        run.signal("KILL");
+        run.wait();
+        let said = if at % 2 == 0 {
+            env.vmbackup(&["recover", "--domain", domain.name()]).ok().stdout
+        } else {
+            env.vmbackup(&["backup", "--domain", domain.name()]).ok().stderr
+        };
+        assert_eq!(parts(&directory), Vec::<String>::new(), "{step}: {said}");
+        let (description, disks) =
+            if domain.dump().contains("<description>new<") { ("new", &new) } else { ("old", &old) };
+        let expected = ["after:define", "before:discard", "after:discard"].contains(&step.as_str());
+        assert_eq!(description == "new", expected, "{step}: {said}");
+        for (image, oracle) in images.iter().zip(disks) {
+            assert_same_content(&env, (image, "qcow2"), (oracle, "raw"));
+        }
+        assert!(said.contains("killed restore") || step == "before:temporary", "{step}: {said}");
+        let left: Vec<_> = fs::read_dir(env.path("state/journal")).into_iter().flatten().collect();
+        assert_eq!(left.len(), 0, "{step}: {left:?}");
+        for path in &old {
+            fs::remove_file(path).expect("own file");
+        }
+        if at % 3 == 0 {
+            env.vmbackup(&restore).ok();
+            for (image, oracle) in images.iter().zip(&new) {
+                assert_same_content(&env, (image, "qcow2"), (oracle, "raw"));
+            }
+            assert_eq!(parts(&directory), Vec::<String>::new(), "{step}");
+        }
+    }
+}
+
+/// The domain is started with the new image before anybody looks: it keeps it.
+#[test]
+fn a_domain_that_was_started_after_a_killed_restore_keeps_what_it_runs_from() {
+    let env = TestEnv::new();
+    env.init_repo();
+    let (domain, mut guest) = Domain::boot(&env, &DomainSpec::with_disks(&[DiskFormat::Qcow2]));
+    guest.run("fill vda 0 2 && sync");
+    domain.shut_down(&mut guest);
+    let report = env.vmbackup(&["full", "--domain", domain.name(), "--json"]).json();
+    let point = report["point"].as_str().expect("a point id").to_owned();
+    let run = env.stopped_at("before:define", &["restore", &point, "--define", "--force"]);
+    run.signal("KILL");
+    run.wait();
+    let mut guest = domain.start();
+    let said = env.vmbackup(&["recover"]).ok().stdout;
+    assert!(said.contains("stays: ") && said.contains("puts it back"), "{said}");
+    guest.run("rnd vda 4096 20; sync");
+    assert_eq!(parts(domain.disk(0).parent().expect("absolute")).len(), 1);
+    // It is backed up as it is, and told again that there is something.
+    let backup = env.vmbackup(&["backup", "--domain", domain.name()]).ok();
+    assert!(backup.stderr.contains("puts it back"), "{backup:?}");
+    assert_eq!(domain.state(), "running");
+}
