@@ -86,6 +86,17 @@ pub async fn run(
     Ok(Report { dry_run: request.mode == Mode::Look, repository_asked: repository.is_some(), vms })
 }
 
+/// Recovers a VM that is reached already.
+#[cfg(test)]
+pub(super) async fn run_on(
+    repository: &Repository,
+    platform: &dyn Platform,
+    surroundings: Surroundings<'_>,
+) -> Result<VmReport> {
+    let job = Recover { repository: Some(repository), mode: Mode::Undo, surroundings };
+    job.one(platform).await
+}
+
 struct Recover<'a> {
     repository: Option<&'a Repository>,
     mode: Mode,

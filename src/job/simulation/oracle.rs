@@ -26,6 +26,11 @@ impl World<'_> {
     /// The next backups find and undo what is left, and succeed; all points restore.
     pub(super) fn end(&mut self) {
         for depot in 0..DEPOTS {
+            self.recover_from(depot, vec![]);
+            self.look(depot);
+        }
+        self.assert_only_bitmaps_of_points();
+        for depot in 0..DEPOTS {
             if self.depots[depot].points.is_empty() {
                 continue;
             }
@@ -41,6 +46,18 @@ impl World<'_> {
                 self.assert_only_bitmaps_of(depot, made);
             }
             self.read_all(depot);
+        }
+    }
+
+    /// A bitmap is kept if and only if its point exists.
+    fn assert_only_bitmaps_of_points(&self) {
+        let guest = self.guest.lock();
+        let names = guest.disks.iter().flat_map(|disk| disk.image.bitmaps.keys());
+        for name in names {
+            let depot = self.depots.iter().find(|depot| depot.id == name.repository);
+            let depot = depot.expect("one of these");
+            let is_there = depot.points.get(&name.point) == Some(&Fate::There);
+            assert!(is_there || depot.is_damaged, "a bitmap of no point: {name:?}");
         }
     }
 

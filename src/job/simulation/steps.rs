@@ -10,7 +10,7 @@ use crate::error::Kind;
 use crate::job::backup::{self, Request, Sample};
 use crate::job::lock::Wait;
 use crate::job::source::{SnapshotOptions, SourceSpec};
-use crate::job::{check, forget, gc, restore};
+use crate::job::{check, forget, gc, recover, restore};
 use crate::platform::simulated::guest::Instant;
 use crate::platform::simulated::life::{Due, Fault, Happening, Place};
 use crate::platform::{BackupMode, Quiesce};
@@ -18,8 +18,9 @@ use crate::repo::PointName;
 use crate::vm::{PointId, ReadMode};
 
 /// Where a fault may leave something to the next run.
-const TAKING_DOWN: [Place; 5] = [
+const TAKING_DOWN: [Place; 6] = [
     "guest: thaw",
+    "guest: thaw what was left",
     "guest: remove exports",
     "guest: end job",
     "guest: stop server",
@@ -217,6 +218,29 @@ impl World<'_> {
         }
     }
 
+    /// Somebody asks for what the next backup would do anyway.
+    pub(super) fn recover_vm(&mut self) {
+        let (depot, due) = (self.dice.below(DEPOTS), self.trouble());
+        self.recover_from(depot, due);
+    }
+
+    pub(super) fn recover_from(&mut self, depot: usize, due: Vec<Due>) {
+        self.note(|| format!("recovery with {depot}: {due:?}"));
+        let ended = self.run((depot, due), async |process| {
+            let repository = process.open(depot).await?;
+            let platform = process.platform().await?;
+            recover::run_on(&repository, &platform, process.surroundings()).await
+        });
+        self.note(|| format!("  {}", outcome(&ended)));
+        let excused = ended.is_excused(self.depots[depot].is_damaged, &[]);
+        assert!(excused, "{:?}", ended.error());
+        if ended.is_done() {
+            self.tally.count("recovery: done");
+            let met = ended.met_at(&["guest: thaw what was left"]);
+            assert!(met || self.is_clean(), "left: {:?}", self.guest.lock());
+        }
+    }
+
     /// The job itself, to files.
     pub(super) fn restore(&mut self) {
         let Some((depot, id)) = self.any_point() else { return };
@@ -245,8 +269,11 @@ impl World<'_> {
         assert!(ended.is_excused(self.depots[depot].is_damaged, &[]), "{:?}", ended.error());
         judge_files(&ended, &instant, &directory);
         self.tally.count(if ended.is_done() { "restore: done" } else { "restore: failed" });
-        if directory.exists() {
-            std::fs::remove_dir_all(directory).unwrap();
+        // What a killed one left, with its journal: the next backup would clear it away with threads.
+        for left in [directory, self.bench.directory.path().join("restores")] {
+            if left.exists() {
+                std::fs::remove_dir_all(left).unwrap();
+            }
         }
     }
 

@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use crate::platform::simulated::life::{Biography, Place};
 
 /// How often each must have happened in all seeds together.
-const FLOORS: [(&str, u64); 16] = [
+const FLOORS: [(&str, u64); 17] = [
+    ("recovery: done", 20_000),
     ("backup: committed", 15_000),
     ("backup: failed", 5_000),
     ("backup: killed", 1_500),

@@ -79,7 +79,7 @@ impl Process {
     }
 
     pub(super) async fn platform(&self) -> Result<Simulated> {
-        Simulated::connect(&self.guest, &self.life, &self.time).await
+        Simulated::connect(&self.guest, &self.life, &self.time, self.env.journals()).await
     }
 
     pub(super) fn surroundings(&self) -> Surroundings<'_> {
@@ -143,6 +143,8 @@ impl<'a> World<'a> {
         let time = Time::new(start);
         let guest = Shared::new(Guest::new(Dice::new(dice.any())));
         let lying = dice.once_in(8);
+        // Of other worlds.
+        let _ = std::fs::remove_dir_all(bench.directory.path().join("state"));
         let mut world = Self {
             dice,
             bench,
@@ -187,7 +189,8 @@ impl<'a> World<'a> {
                 10 => self.restore(),
                 11 | 12 => self.forget(),
                 13 => self.collect(),
-                14 => self.check(),
+                14 if self.dice.once_in(2) => self.check(),
+                14 => self.recover_vm(),
                 15 => self.wait(),
                 _ => self.change_vm(),
             }
@@ -312,7 +315,7 @@ impl<'a> World<'a> {
             clock: Arc::new(clock),
             workers: self.bench.workers.clone(),
             zone: TimeZone::UTC,
-            state_dir: root.join("state"),
+            state_dir: root.join(if self.is_exact { "state" } else { "restores" }),
             runtime_dir: root.join("run"),
             guardian: None,
             cache_dir: root.join("cache"),

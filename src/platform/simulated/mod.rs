@@ -6,6 +6,8 @@
 //!      each a call through [`life::Life`], with the guest at work behind it        ► commit | abort
 //! ```
 //!
+//! The journal is the real one, and tells what cannot be seen: that the guest may be frozen.
+//!
 //! What is simulated is what QEMU promises and what it does not: the bitmap of an instant marks every
 //! write that QEMU sees, and no other; a killed QEMU leaves bitmaps inconsistent; a resize does not
 //! mark; a job that ended serves live data or nothing; things outlive the process that asked for
@@ -22,14 +24,15 @@ mod checkpoint;
 mod snapshot;
 mod source;
 
+use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
 
-use super::{Platform, RecoverRequest, SnapshotPlan, SnapshotRequest, VmSnapshot};
+use super::{Asked, Platform, RecoverRequest, SnapshotPlan, SnapshotRequest, VmSnapshot};
 use crate::control::Control;
 use crate::error::{Error, Kind, Result};
-use crate::journal::Item;
+use crate::journal::{Item, Journal, Journals, Phase, Recovery};
 use crate::vm::{PointId, VmIdentity};
 use guest::Guest;
 use image::BitmapName;
@@ -133,6 +136,7 @@ impl Line {
 pub(crate) struct Simulated {
     line: Line,
     vm: VmIdentity,
+    journals: Journals,
 }
 
 impl Simulated {
@@ -141,31 +145,66 @@ impl Simulated {
         guest: &Shared,
         life: &Arc<Life>,
         time: &Arc<Time>,
+        journals: Journals,
     ) -> Result<Self> {
         let (boot, vm) = {
             let guest = guest.lock();
             (guest.boot, guest.vm.clone())
         };
         let (guest, life, time) = (guest.clone(), Arc::clone(life), Arc::clone(time));
-        let platform = Self { line: Line { guest, life, time, boot }, vm };
+        let platform = Self { line: Line { guest, life, time, boot }, vm, journals };
         platform.line.ask("guest: connect", |_| Ok(())).await?;
         Ok(platform)
     }
 
     /// Undoes what runs that were killed have left.
-    async fn reconcile(&self, request: &SnapshotRequest) -> Result<()> {
+    async fn reconcile(
+        &self,
+        journal: &mut Journal,
+        request: &RecoverRequest,
+        recovery: &mut Recovery,
+    ) -> Result<()> {
+        let mut thawed = true;
+        if journal.earlier().any(|run| run.has(Phase::Freeze)) && recovery.undo("a freeze") {
+            let thaw = self.line.ask("guest: thaw what was left", |guest| {
+                guest.freeze = None;
+                Ok(())
+            });
+            thawed = thaw.await.is_ok();
+        }
         let left = self.line.ask("guest: look for leftovers", |guest| {
             let open = &guest.open;
             let points = open.jobs.keys().chain(&open.exports).chain(&open.scratch);
-            Ok(points.chain(&open.server).copied().collect::<std::collections::BTreeSet<_>>())
+            Ok(points.chain(&open.server).copied().collect::<BTreeSet<_>>())
         });
         for point in left.await? {
-            self.line.take_down(point).await?;
+            if recovery.undo(format!("the run of point {point}")) {
+                self.line.take_down(point).await?;
+            }
         }
-        let no_point = |name: &BitmapName| {
-            name.repository == request.repository && !request.exists(name.point)
-        };
-        self.line.remove_bitmaps(no_point).await
+        if !recovery.changes() {
+            return Ok(());
+        }
+        let asked = request.repository == Asked::Yes;
+        let snapshot = &request.snapshot;
+        if asked {
+            let no_point = |name: &BitmapName| {
+                name.repository == snapshot.repository && !snapshot.exists(name.point)
+            };
+            self.line.remove_bitmaps(no_point).await?;
+        }
+        let judged = |repository: &str| asked && repository == snapshot.repository;
+        let runs: Vec<_> =
+            journal.earlier().map(|run| (run.point, judged(&run.repository))).collect();
+        for (point, judged) in runs {
+            let over = Phase::ALL.into_iter().filter(|phase| match phase {
+                Phase::Freeze => thawed,
+                Phase::Bitmap => judged,
+                _ => true,
+            });
+            journal.undone(point, &over.collect::<Vec<_>>())?;
+        }
+        Ok(())
     }
 }
 
@@ -179,8 +218,11 @@ impl Platform for Simulated {
         Err(Error::new(Kind::Unsupported, "plans are not simulated"))
     }
 
-    async fn recover(&self, _request: &RecoverRequest, _control: &Control) -> Result<Vec<Item>> {
-        Err(Error::new(Kind::Unsupported, "only what a snapshot begins with is simulated"))
+    async fn recover(&self, request: &RecoverRequest, _control: &Control) -> Result<Vec<Item>> {
+        let mut journal = self.journals.open(self.vm.uuid)?;
+        let mut recovery = Recovery::new(request.mode);
+        self.reconcile(&mut journal, request, &mut recovery).await?;
+        Ok(recovery.into_items())
     }
 
     async fn open_snapshot(

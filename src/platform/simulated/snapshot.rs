@@ -12,7 +12,10 @@ use crate::block::BlockSource;
 use crate::clock::Timestamp;
 use crate::control::{Control, NoticeLevel};
 use crate::error::{Error, Kind, Result};
-use crate::platform::{Quiesce, SnapshotDisk, SnapshotRequest, VmSnapshot};
+use crate::journal::{Entry, Journal, Mode, Phase, Place, Recovery, Run};
+use crate::platform::{
+    Asked, Quiesce, RecoverRequest, SnapshotDisk, SnapshotRequest, VmSnapshot, tell,
+};
 use crate::vm::{
     Artifact, ArtifactKind, Consistency, ExcludedDisk, NotCaptured, PointId, Quiescence, ReadMode,
 };
@@ -22,6 +25,9 @@ const THAWS: usize = 3;
 
 pub(super) struct Snapshot {
     line: Line,
+    journal: Journal,
+    /// Whether the guest is thawed for certain.
+    is_thawed: bool,
     point: PointId,
     repository: String,
     disks: Vec<SnapshotDisk>,
@@ -36,14 +42,25 @@ pub(super) async fn open(
     request: &SnapshotRequest,
     control: &Control,
 ) -> Result<Box<dyn VmSnapshot>> {
-    platform.reconcile(request).await?;
+    let mut journal = platform.journals.open(platform.vm.uuid)?;
+    let mut recovery = Recovery::new(Mode::Undo);
+    let wanted =
+        RecoverRequest { snapshot: request.clone(), repository: Asked::Yes, mode: Mode::Undo };
+    let reconciled = platform.reconcile(&mut journal, &wanted, &mut recovery).await;
+    tell(recovery, control);
+    reconciled?;
     let line = platform.line.clone();
     let disks = line.ask("guest: survey", |guest| checkpoint::survey(guest, request)).await?;
     control.check()?;
+    let place = Place::Images { images: Vec::new() };
+    journal.begin(Run::new(request.point, &platform.vm.name, &request.repository, place));
+    journal.note([Phase::Scratch, Phase::Socket].map(Entry::of))?;
     let definition =
         Artifact { kind: ArtifactKind::DomainXmlLive, origin: None, bytes: b"<domain/>".to_vec() };
     let mut snapshot = Snapshot {
         line,
+        journal,
+        is_thawed: true,
         point: request.point,
         repository: request.repository.clone(),
         disks,
@@ -76,6 +93,8 @@ impl Snapshot {
         };
         self.line.ask("guest: server", server).await?;
         control.check()?;
+        let phases = [Phase::Bitmap, Phase::Job, Phase::Export, Phase::Freeze];
+        self.journal.note(phases.map(Entry::of))?;
         let frozen = self.freeze(request).await?;
         self.taken = request.clock.now();
         let (repository, disks) = (&self.repository, &self.disks);
@@ -87,6 +106,9 @@ impl Snapshot {
         if frozen {
             self.quiescence = self.thaw().await;
         }
+        if self.is_thawed {
+            self.journal.undone(point, &[Phase::Freeze])?;
+        }
         taken?;
         control.check()?;
         let export = |guest: &mut Guest| {
@@ -97,7 +119,7 @@ impl Snapshot {
     }
 
     /// Whether a thaw is owed.
-    async fn freeze(&self, request: &SnapshotRequest) -> Result<bool> {
+    async fn freeze(&mut self, request: &SnapshotRequest) -> Result<bool> {
         if request.quiesce == Quiesce::Never {
             return Ok(false);
         }
@@ -120,12 +142,15 @@ impl Snapshot {
         }
     }
 
-    async fn thaw(&self) -> Quiescence {
+    async fn thaw(&mut self) -> Quiescence {
+        self.is_thawed = false;
         let mut reason = "the thaw failed".to_owned();
         for _ in 0..THAWS {
             let now_ms = self.line.time.now_ms();
             let thawed = self.line.ask("guest: thaw", |guest| Ok(guest.freeze.take()));
-            match thawed.await {
+            let thawed = thawed.await;
+            self.is_thawed = thawed.is_ok();
+            match thawed {
                 Ok(Some(freeze)) if now_ms < freeze.until_ms => {
                     let frozen_ms = u64::try_from(now_ms - freeze.since_ms).ok();
                     let level = Consistency::Filesystem;
@@ -142,13 +167,24 @@ impl Snapshot {
     }
 
     /// Ends the snapshot and removes its bitmaps.
-    async fn undo(&self) -> Result<()> {
+    async fn undo(&mut self) -> Result<()> {
         let ended = self.line.take_down(self.point).await;
         let (repository, point) = (self.repository.clone(), self.point);
         let removed = self
             .line
             .remove_bitmaps(move |name| name.repository == repository && name.point == point);
-        ended.and(removed.await)
+        let undone = ended.and(removed.await);
+        self.close_journal(undone)
+    }
+
+    /// Closes this run's part of the journal, but for what may not be over.
+    fn close_journal(&mut self, undone: Result<()>) -> Result<()> {
+        undone?;
+        if self.is_thawed {
+            self.journal.finish()
+        } else {
+            self.journal.undone(self.point, &Phase::all_but(Phase::Freeze))
+        }
     }
 }
 
@@ -227,16 +263,17 @@ impl VmSnapshot for Snapshot {
         })
     }
 
-    async fn commit(self: Box<Self>) -> Result<()> {
+    async fn commit(mut self: Box<Self>) -> Result<()> {
         let ended = self.line.take_down(self.point).await;
         let (repository, point) = (self.repository.clone(), self.point);
         let older = self
             .line
             .remove_bitmaps(move |name| name.repository == repository && name.point != point);
-        ended.and(older.await)
+        let done = ended.and(older.await);
+        self.close_journal(done)
     }
 
-    async fn abort(self: Box<Self>) -> Result<()> {
+    async fn abort(mut self: Box<Self>) -> Result<()> {
         self.undo().await
     }
 }
