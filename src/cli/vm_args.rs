@@ -92,6 +92,11 @@ pub(crate) struct BackupArgs {
     /// at least 64 blocks of each disk; 0 for none
     #[arg(long, value_name = "PERCENT", default_value = "0.1%", help_heading = "Snapshot")]
     pub(crate) audit: String,
+    /// Read a share of what was stored a second time from the same snapshot, at least 64 blocks of each
+    /// disk, and make no point if anything differs [without PERCENT: 1%]
+    #[arg(long, value_name = "PERCENT", num_args = 0..=1, require_equals = true)]
+    #[arg(default_missing_value = "1%", help_heading = "Snapshot")]
+    pub(crate) verify_source: Option<String>,
     #[command(flatten)]
     pub(crate) wait: WaitArgs,
     #[command(flatten)]

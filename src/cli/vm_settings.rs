@@ -60,13 +60,13 @@ pub(crate) fn snapshot(args: SnapshotArgs) -> Result<SnapshotOptions> {
     })
 }
 
-/// `--audit`.
-pub(crate) fn audit(percent: &str) -> Result<Sample> {
+/// `--audit`, `--verify-source`.
+pub(crate) fn sample(option: &str, percent: &str) -> Result<Sample> {
     let number = percent.strip_suffix('%').unwrap_or(percent).trim().parse::<f64>();
     match number {
         Ok(0.0) => Ok(Sample::None),
         Ok(number) if number > 0.0 && number <= 100.0 => Ok(Sample::Share(number / 100.0)),
-        _ => Err(Error::new(Kind::Usage, format!("--audit: '{percent}' is no share"))
+        _ => Err(Error::new(Kind::Usage, format!("{option}: '{percent}' is no share"))
             .hint("give a percentage from 0 (none) to 100%, such as 0.1%")),
     }
 }

@@ -76,6 +76,23 @@ impl DiskWriter {
         Self { run, tree, base, counters: Counters::default(), root: Mutex::default() }
     }
 
+    /// Stores a chunk, as [`BlockSink::write`] does; its hash in the tree.
+    pub async fn store(&self, offset: u64, buffer: Buffer) -> Result<ContentHash> {
+        let range = ByteRange::new(offset, buffer.len() as u64);
+        self.check(range);
+        let chunk = self.tree.shape().chunk_bytes();
+        assert!(range.len() <= chunk, "a write is at most one chunk");
+        let hash = self.store_chunk(buffer).await?;
+        self.give(0, offset / chunk, Child::Is(hash)).await?;
+        Ok(hash)
+    }
+
+    /// The hash that a chunk with this content has in a tree.
+    pub async fn hash_of(&self, bytes: Buffer) -> Result<ContentHash> {
+        let levels = self.run.chunk_levels;
+        self.run.blobs.workers.run(move || ContentHash::of_chunk(&bytes, levels)).await
+    }
+
     /// The stored disk, once every chunk was given. It exists for others when the run commits.
     pub async fn finish(&self) -> Result<(StoredDisk, WriteStats)> {
         if self.tree.shape().size_bytes() == 0 {
@@ -246,12 +263,7 @@ impl BlockSink for DiskWriter {
     }
 
     async fn write(&self, offset: u64, buffer: Buffer) -> Result<()> {
-        let range = ByteRange::new(offset, buffer.len() as u64);
-        self.check(range);
-        let chunk = self.tree.shape().chunk_bytes();
-        assert!(range.len() <= chunk, "a write is at most one chunk");
-        let hash = self.store_chunk(buffer).await?;
-        self.give(0, offset / chunk, Child::Is(hash)).await
+        self.store(offset, buffer).await.map(drop)
     }
 
     async fn zero(&self, range: ByteRange, _mode: ZeroMode) -> Result<()> {

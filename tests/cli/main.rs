@@ -20,4 +20,5 @@ mod memory;
 mod preview;
 mod repository;
 mod salvage;
+mod verify_source;
 mod wait;

@@ -9,7 +9,7 @@ use crate::cli::vm_args::BackupArgs;
 use crate::cli::vm_settings;
 use crate::error::Result;
 use crate::job::BackupMode;
-use crate::job::backup::{self, Report, Request};
+use crate::job::backup::{self, Report, Request, Sample};
 use crate::units::ByteSize;
 
 /// Back up a VM: incremental where possible, each disk in full where not
@@ -29,7 +29,11 @@ pub(super) async fn run_as(mode: BackupMode, args: BackupArgs, context: &Context
         source: vm_settings::source(args.source)?,
         mode,
         options: vm_settings::snapshot(args.snapshot)?,
-        audit: vm_settings::audit(&args.audit)?,
+        audit: vm_settings::sample("--audit", &args.audit)?,
+        verify_source: match &args.verify_source {
+            Some(percent) => vm_settings::sample("--verify-source", percent)?,
+            None => Sample::None,
+        },
         wait: vm_settings::wait(&args.wait)?,
     };
     let repository = context.open_for_backup(&args.repository).await?;

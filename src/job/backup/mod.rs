@@ -13,14 +13,16 @@
 
 mod audit;
 mod heal;
+mod sample;
 
 use std::sync::Arc;
 
 use serde::Serialize;
 
-pub use audit::Sample;
 use audit::Sampled;
+pub use audit::SourceCheck;
 use heal::Reread;
+pub use sample::Sample;
 
 use super::lock::{VmLock, Wait};
 use super::points::{self, Bases};
@@ -37,7 +39,7 @@ use crate::journal::Phase;
 use crate::platform::{BackupMode, Platform, SnapshotRequest, VmSnapshot};
 use crate::repo::seal::random;
 use crate::repo::{
-    ManifestDisk, ManifestDraft, Repository, Run, RunOptions, StoredDisk, WriteStats,
+    DiskWriter, ManifestDisk, ManifestDraft, Repository, Run, RunOptions, StoredDisk, WriteStats,
 };
 use crate::units::ByteSize;
 use crate::vm::{
@@ -55,6 +57,8 @@ pub struct Request {
     pub options: SnapshotOptions,
     /// How much of what dirty bitmaps call clean is looked at.
     pub audit: Sample,
+    /// How much of what was stored is read a second time, and held against it.
+    pub verify_source: Sample,
     /// What to do while another run works on the VM.
     pub wait: Wait,
 }
@@ -92,6 +96,9 @@ pub struct DiskReport {
     /// What a look at blocks that the bitmap calls clean found.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub audit: Option<Audit>,
+    /// What a second read of what was stored looked at; all of it was the same.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub source_check: Option<SourceCheck>,
     /// Bytes read from the VM.
     pub read_bytes: u64,
     /// Bytes added to the repository: after deduplication and compression.
@@ -132,7 +139,8 @@ pub(super) async fn run_on(
     let bases = Bases::read(repository, vm.uuid).await?;
     let run = repository.begin_run(RunOptions::default()).await?;
     let point = PointId(random());
-    let backup = Backup { run, point, vm, bases, audit: request.audit, env, control };
+    let samples = (request.audit, request.verify_source);
+    let backup = Backup { run, point, vm, bases, samples, env, control };
     let result = backup.with_snapshot(repository, platform, request).await;
     result.map_err(|error| error.context("the backup was not made"))
 }
@@ -140,13 +148,23 @@ pub(super) async fn run_on(
 /// A disk that was stored, and what became of its chunks.
 type Stored = (StoredDisk, WriteStats);
 
+/// What a copy onto a base came to.
+struct Onto {
+    copied: copy::Report,
+    /// None where the bitmap lied.
+    stored: Option<Stored>,
+    audit: Option<Audit>,
+    source_check: Option<SourceCheck>,
+}
+
 /// A backup whose run is open.
 struct Backup<'a> {
     run: Run,
     point: PointId,
     vm: VmIdentity,
     bases: Bases,
-    audit: Sample,
+    /// How much is audited, and how much verified.
+    samples: (Sample, Sample),
     env: &'a Env,
     control: &'a Control,
 }
@@ -258,10 +276,11 @@ impl Backup<'_> {
         self.control.set_phase(format!("copying {name}"));
         let progress = self.control.add_disk(&name, size_bytes);
         let base = self.bases.of(&disk)?;
-        let (mut copied, mut stored, mut audit) = (copy::Report::default(), None, None);
+        let (mut copied, mut stored) = (copy::Report::default(), None);
+        let (mut audit, mut source_check) = (None, None);
         if let Some(base) = base {
             match self.copy_onto(repository, base, &source, &progress).await {
-                Ok(done) => (copied, stored, audit) = done,
+                Ok(done) => Onto { copied, stored, audit, source_check } = done,
                 // Only the repository is ever damaged; what is read in full stores it anew.
                 Err(error) if error.kind() == Kind::Corrupt => {
                     self.tell_of_damaged_base(&name, &error);
@@ -283,6 +302,7 @@ impl Backup<'_> {
             };
             let whole = self.copy_all(&name, source, &progress).await?;
             copied.read_bytes += whole.0.read_bytes;
+            source_check = whole.2;
             whole.1
         };
         let report = DiskReport {
@@ -290,6 +310,7 @@ impl Backup<'_> {
             size_bytes,
             read: disk.read.clone(),
             audit,
+            source_check,
             read_bytes: copied.read_bytes,
             stored_bytes: stored.1.stored_bytes,
             content_root: stored.0.root,
@@ -304,12 +325,34 @@ impl Backup<'_> {
         name: &str,
         source: Arc<dyn BlockSource>,
         progress: &Arc<DiskProgress>,
-    ) -> Result<(copy::Report, Stored)> {
+    ) -> Result<(copy::Report, Stored, Option<SourceCheck>)> {
         let writer = self.run.disk_writer(source.geometry().size_bytes, None);
         let options = copy::Options { unchanged: copy::Unchanged::Read, ..self.options(name) };
-        let sink = Arc::clone(&writer) as Arc<dyn BlockSink>;
-        let copied = copy::copy(source, sink, &options, self.control, progress).await?;
-        Ok((copied, writer.finish().await?))
+        let sampled = self.sampled(&writer);
+        let sink = Arc::clone(&sampled) as Arc<dyn BlockSink>;
+        let copied =
+            copy::copy(Arc::clone(&source), sink, &options, self.control, progress).await?;
+        let check = self.recheck(name, &sampled, &source).await?;
+        Ok((copied, writer.finish().await?, check))
+    }
+
+    fn sampled(&self, writer: &Arc<DiskWriter>) -> Arc<Sampled> {
+        Arc::new(Sampled::new(Arc::clone(writer), self.samples, u32::from_le_bytes(random())))
+    }
+
+    /// Reads a sample of what was stored a second time. A difference fails the backup: what the
+    /// rest of the point holds nobody knows then.
+    async fn recheck(
+        &self,
+        disk: &str,
+        sampled: &Sampled,
+        source: &Arc<dyn BlockSource>,
+    ) -> Result<Option<SourceCheck>> {
+        if self.samples.1 != Sample::None {
+            self.control.set_phase(format!("reading a sample of {disk} again"));
+        }
+        let Some(recheck) = sampled.recheck(source, self.control).await? else { return Ok(None) };
+        recheck.into_result(disk, &self.vm.name).map(Some)
     }
 
     /// Copies what a bitmap calls changed, and what the base has lost, onto `base`, and looks at a
@@ -320,7 +363,7 @@ impl Backup<'_> {
         base: &StoredDisk,
         source: &Arc<dyn BlockSource>,
         progress: &Arc<DiskProgress>,
-    ) -> Result<(copy::Report, Option<Stored>, Option<Audit>)> {
+    ) -> Result<Onto> {
         let (name, control) = (&progress.name, self.control);
         let lost = self.run.damage_of(base, control).await?;
         let source: Arc<dyn BlockSource> = if lost.is_empty() {
@@ -331,23 +374,24 @@ impl Backup<'_> {
         };
         let options = self.options(name);
         let writer = self.run.disk_writer(base.size_bytes, Some(base));
-        let Sample::Share(share) = self.audit else {
-            let sink = Arc::clone(&writer) as Arc<dyn BlockSink>;
-            let copied = copy::copy(source, sink, &options, control, progress).await?;
-            return Ok((copied, Some(writer.finish().await?), None));
+        // Opened before hours of copying: it may be damaged.
+        let base = match self.samples.0 {
+            Sample::None => None,
+            Sample::Share(_) => Some(Arc::new(repository.open_disk(base).await?)),
         };
-        let base = Arc::new(repository.open_disk(base).await?);
-        let sampled =
-            Arc::new(Sampled::new(Arc::clone(&writer), share, u32::from_le_bytes(random())));
+        let sampled = self.sampled(&writer);
         let sink = Arc::clone(&sampled) as Arc<dyn BlockSink>;
         let copied = copy::copy(Arc::clone(&source), sink, &options, control, progress).await?;
-        control.set_phase(format!("auditing the dirty bitmap of {name}"));
-        let audit = sampled.audit(&source, &base, control).await?;
-        let stored = match audit.differs_at {
-            None => Some(writer.finish().await?),
-            Some(_) => None,
-        };
-        Ok((copied, stored, Some(audit)))
+        let mut audit = None;
+        if let Some(base) = base {
+            control.set_phase(format!("auditing the dirty bitmap of {name}"));
+            audit = sampled.audit(&source, &base, control).await?;
+        }
+        if audit.is_some_and(|audit| audit.differs_at.is_some()) {
+            return Ok(Onto { copied, stored: None, audit, source_check: None });
+        }
+        let source_check = self.recheck(name, &sampled, &source).await?;
+        Ok(Onto { copied, stored: Some(writer.finish().await?), audit, source_check })
     }
 
     fn options(&self, disk: &str) -> copy::Options {

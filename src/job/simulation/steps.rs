@@ -346,6 +346,7 @@ pub(super) fn request(mode: BackupMode, quiesce: Quiesce) -> Request {
             insecure_tcp: false,
         },
         audit: Sample::default(),
+        verify_source: Sample::None,
         wait: Wait::No,
     }
 }
