@@ -68,9 +68,10 @@ impl ImageLock {
     /// Whether nobody uses the image now: [`Kind::Busy`] if someone does. Takes no lock.
     pub fn probe_to_write(path: &Path) -> Result<()> {
         let file = open(path)?;
-        refuse_if_used(&file, path)?;
-        refuse_if_taken(&file, path, DENIED_BASE + WRITE)?;
-        refuse_if_open(&file, path, Use::Opens)
+        refuse_if_used(&file, path)
+            .and_then(|()| refuse_if_taken(&file, path, DENIED_BASE + WRITE))
+            .and_then(|()| refuse_if_open(&file, path, Use::Opens))
+            .map_err(elsewhere)
     }
 
     /// Locks the image. [`Kind::Busy`] if someone writes it or denies reading it.
@@ -89,9 +90,10 @@ impl ImageLock {
         let file = open(path)?;
         let used = [USED_BASE + CONSISTENT_READ, USED_BASE + WRITE];
         announce(&file, path, &[used, [DENIED_BASE + WRITE, DENIED_BASE + RESIZE]].concat())?;
-        refuse_if_used(&file, path)?;
-        refuse_if_taken(&file, path, DENIED_BASE + WRITE)?;
-        refuse_if_open(&file, path, Use::Opens)?;
+        refuse_if_used(&file, path)
+            .and_then(|()| refuse_if_taken(&file, path, DENIED_BASE + WRITE))
+            .and_then(|()| refuse_if_open(&file, path, Use::Opens))
+            .map_err(elsewhere)?;
         Self::locked(file, path)
     }
 
@@ -242,4 +244,12 @@ fn is_taken(file: &File, byte: i64) -> std::io::Result<bool> {
     let mut lock = byte_lock(libc::F_WRLCK, byte);
     fcntl(file, FcntlArg::F_OFD_GETLK(&mut lock))?;
     Ok(i32::from(lock.l_type) != libc::F_UNLCK)
+}
+
+/// Says what to do about an image that was to be overwritten and is in use.
+fn elsewhere(error: Error) -> Error {
+    match error.kind() {
+        Kind::Busy => error.hint("stop the VM that uses it, or choose another place"),
+        _ => error,
+    }
 }

@@ -55,7 +55,10 @@ pub struct DiskReport {
     /// The root computed now from the data of the repository; of the partner where one was named
     /// and it is equal.
     pub found_root: Option<ContentRoot>,
-    /// Where it differs from the partner; the first of them when there are many.
+    /// Size of the partner, where one was named.
+    pub against_size_bytes: Option<u64>,
+    /// Where it differs from the partner; the first of them when there are many. Not looked for where
+    /// the sizes differ.
     pub differences: Vec<Difference>,
 }
 
@@ -123,6 +126,7 @@ async fn recompute(
         equal: found == expected_root,
         expected_root,
         found_root: Some(found),
+        against_size_bytes: None,
         differences: Vec::new(),
     })
 }
@@ -136,20 +140,30 @@ async fn compare(
     let (name, size_bytes) = (&disk.description.name, disk.description.size_bytes);
     let reader = Arc::new(repository.open_disk(&disk.stored).await?);
     let other_source = source::open_disk(other).await?;
+    let (expected_root, other_bytes) = (disk.stored.root, other_source.geometry().size_bytes);
+    let different = DiskReport {
+        name: name.clone(),
+        size_bytes,
+        equal: false,
+        expected_root,
+        found_root: None,
+        against_size_bytes: Some(other_bytes),
+        differences: Vec::new(),
+    };
+    if other_bytes != size_bytes {
+        return Ok(different);
+    }
     control.set_phase(format!("comparing {name}"));
     let progress = control.add_disk(name, size_bytes);
     let options = copy::Options::new(name.clone(), other.to_string());
     let compared = copy::compare(reader, other_source, &options, control, &progress).await?;
-    let expected_root = disk.stored.root;
     let differences = compared.differences.iter();
     Ok(DiskReport {
-        name: name.clone(),
-        size_bytes,
         equal: compared.is_equal(),
-        expected_root,
         found_root: compared.is_equal().then_some(expected_root),
         differences: differences
             .map(|range| Difference { offset: range.offset(), bytes: range.len() })
             .collect(),
+        ..different
     })
 }

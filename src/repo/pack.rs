@@ -114,6 +114,12 @@ pub fn encode_footer(trailer_bytes: u32, blobs: u32) -> [u8; FOOTER_BYTES] {
     footer
 }
 
+/// The least size of a whole pack in which blob `counter` ends at `end`.
+pub fn whole_bytes_min(counter: u32, end: u64) -> u64 {
+    let trailer = (u64::from(counter) + 1) * ENTRY_BYTES as u64 + TAG_BYTES as u64;
+    end + trailer + FOOTER_BYTES as u64
+}
+
 fn u32_at(bytes: &[u8], at: usize) -> u32 {
     u32::from_le_bytes(bytes[at..at + 4].try_into().expect("four bytes"))
 }

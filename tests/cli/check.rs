@@ -101,6 +101,24 @@ fn missing_and_cut_off_packs_are_found_without_reading_data() {
     }
 }
 
+/// All that the points need is there, but the index could not be rebuilt from such a pack.
+#[test]
+fn a_pack_that_is_cut_in_its_trailer_is_named_and_concerns_no_point() {
+    let fixture = Fixture::new();
+    let first = fixture.point();
+    let pack = data_pack(&fixture);
+    let whole = fs::read(&pack).unwrap();
+    for cut in [1, 40] {
+        fs::remove_file(&pack).unwrap();
+        fs::write(&pack, &whole[..whole.len() - cut]).unwrap();
+        let report = damaged(&fixture, &["check"]);
+        assert_eq!(report["damages"].as_array().unwrap().len(), 1, "{cut}: {report}");
+        assert!(report["damages"][0]["what"].as_str().unwrap().contains("cut off"), "{report}");
+        assert_eq!(report["affected"], serde_json::json!([]), "{cut}: {report}");
+        fixture.env.vmbackup(&["verify", &first]).ok();
+    }
+}
+
 #[test]
 fn a_lost_index_is_rebuilt_and_points_restore_byte_for_byte() {
     let fixture = Fixture::new();

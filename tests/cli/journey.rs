@@ -107,6 +107,17 @@ fn verify_recomputes_the_root_and_compares_with_a_disk() {
     let report: serde_json::Value = serde_json::from_str(&outcome.stdout).unwrap();
     assert_eq!(report["disks"][0]["equal"], false);
     assert_eq!(report["disks"][0]["differences"][0]["offset"], 2 << 20);
+
+    // A disk of another size differs, and that is a finding like any other.
+    let longer = env.path("longer.raw");
+    std::fs::File::create(&longer).unwrap().set_len(4 << 20).unwrap();
+    let longer = longer.to_str().unwrap();
+    let outcome = env.vmbackup(&["verify", &point, "--against", longer, "--json"]);
+    assert_eq!(outcome.code, Some(18), "{outcome:?}");
+    let report: serde_json::Value = serde_json::from_str(&outcome.stdout).unwrap();
+    assert_eq!(report["disks"][0]["against_size_bytes"], 4 << 20, "{report}");
+    let outcome = env.vmbackup(&["verify", &point, "--against", longer]);
+    assert!(outcome.stdout.contains("the other disk has 4194304"), "{outcome:?}");
 }
 
 #[test]

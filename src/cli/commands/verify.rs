@@ -58,6 +58,10 @@ fn describe(report: &Report) -> String {
     }
     let mut out = table.render();
     for disk in &report.disks {
+        if let Some(other) = disk.against_size_bytes.filter(|other| *other != disk.size_bytes) {
+            let (name, size) = (&disk.name, disk.size_bytes);
+            let _ = writeln!(out, "{name} has {size} bytes, the other disk has {other}");
+        }
         for range in &disk.differences {
             let _ =
                 writeln!(out, "{} differs at {}, {} bytes", disk.name, range.offset, range.bytes);

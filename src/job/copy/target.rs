@@ -1,6 +1,5 @@
 //! The target of a copy: opened for writing, committed or aborted.
 
-use std::path::Path;
 use std::sync::Arc;
 
 use super::{Copying, OnExisting, Target};
@@ -97,13 +96,13 @@ impl Opened {
             return match format.as_str() {
                 "raw" => {
                     let sink = Arc::new(FileSink::open_any(path)?);
-                    Ok(Self::InPlace { sink, _lock: unused(path)? })
+                    Ok(Self::InPlace { sink, _lock: ImageLock::acquire_to_write(path)? })
                 }
                 _ => Ok(Self::Served(Arc::new(open_to_overwrite(path, format, client).await?))),
             };
         }
         let lock = match existing {
-            OnExisting::Replace if path.exists() => Some(unused(path)?),
+            OnExisting::Replace if path.exists() => Some(ImageLock::acquire_to_write(path)?),
             _ => None,
         };
         let existing = match existing {
@@ -223,12 +222,4 @@ impl Opened {
         }
         error
     }
-}
-
-/// Makes sure that no VM writes what is to be overwritten, nor begins to while it is.
-fn unused(path: &Path) -> Result<ImageLock> {
-    ImageLock::acquire_to_write(path).map_err(|error| match error.kind() {
-        Kind::Busy => error.hint("stop the VM that uses it, or copy to another place"),
-        _ => error,
-    })
 }

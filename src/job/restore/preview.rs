@@ -16,6 +16,7 @@ use super::problems::Problems;
 use super::{Examined, ExaminedDisk, Request, artifacts, examine, target};
 use crate::block::file::FileSink;
 use crate::error::{Error, Result, with_causes};
+use crate::image::ImageLock;
 use crate::job::plan::Problem;
 use crate::job::{Repository, Surroundings, lock, points};
 use crate::vm::{PointId, Uuid, VmIdentity};
@@ -150,12 +151,12 @@ fn check_places(
             None => {}
             Some(Place::Device(path)) => {
                 let fits = FileSink::probe(path, disk.description.size_bytes);
-                problems.note(fits.and_then(|()| target::check_unused(path)));
+                problems.note(fits.and_then(|()| ImageLock::probe_to_write(path)));
             }
             Some(Place::Image { path, .. }) => {
                 // One that is there without --force is a problem already.
                 if request.existing == super::Existing::Replace && path.exists() {
-                    problems.note(target::check_unused(path));
+                    problems.note(ImageLock::probe_to_write(path));
                 }
                 directories.extend(path.parent().map(Path::to_owned));
             }

@@ -144,11 +144,15 @@ impl Target {
         match place {
             Place::Device(path) => {
                 let sink = Arc::new(FileSink::open(path, size_bytes)?);
-                Ok(Self::Device { path: path.clone(), sink, lock: unused(path)? })
+                Ok(Self::Device {
+                    path: path.clone(),
+                    sink,
+                    lock: ImageLock::acquire_to_write(path)?,
+                })
             }
             Place::Image { path, format } => {
                 let lock = match existing {
-                    Existing::Replace if path.exists() => Some(unused(path)?),
+                    Existing::Replace if path.exists() => Some(ImageLock::acquire_to_write(path)?),
                     _ => None,
                 };
                 let options = NewImageOptions {
@@ -212,23 +216,6 @@ impl Target {
             Self::New(image, _) => image.sink(),
             Self::Device { sink, .. } => sink.clone(),
         }
-    }
-}
-
-/// Makes sure that no VM writes what is to be overwritten, nor begins to while it is.
-fn unused(path: &Path) -> Result<ImageLock> {
-    ImageLock::acquire_to_write(path).map_err(in_use)
-}
-
-/// Fails where [`unused`] would. Takes no lock.
-pub(super) fn check_unused(path: &Path) -> Result<()> {
-    ImageLock::probe_to_write(path).map_err(in_use)
-}
-
-fn in_use(error: Error) -> Error {
-    match error.kind() {
-        Kind::Busy => error.hint("stop the VM that uses it, or restore to another place"),
-        _ => error,
     }
 }
 

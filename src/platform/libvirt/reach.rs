@@ -11,7 +11,7 @@ use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
 
-use tokio::io::AsyncReadExt;
+use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::process::{Child, Command};
 
 use super::connection::{Host, remote_host};
@@ -28,7 +28,7 @@ const SSH_TIMEOUT: Duration = Duration::from_secs(30);
 const SSH_POLL: Duration = Duration::from_millis(20);
 
 /// Most of ssh's messages kept for the error.
-const SSH_MESSAGE_BYTES_MAX: u64 = 4096;
+const SSH_MESSAGE_BYTES_MAX: usize = 4096;
 
 /// Lowest port of the range TCP exports use, and how many there are: where QEMU migrations take
 /// theirs (qemu.conf, `migration_port_min`) ends at 49215.
@@ -169,17 +169,16 @@ async fn forward(uri: &str, local: &Path, remote: &Path) -> Result<Child> {
     let mut child = command
         .spawn()
         .map_err(|error| Error::io("cannot run ssh", error).hint("install openssh-client"))?;
+    let stderr = child.stderr.take().expect("it was piped");
+    let saying = tokio::spawn(listen_to(stderr));
     let listening = async {
         loop {
             if local.exists() {
                 return Ok(());
             }
             if let Some(status) = child.try_wait().map_err(|e| Error::io("ssh was lost", e))? {
-                let mut said = String::new();
-                if let Some(stderr) = child.stderr.take() {
-                    // What cannot be read is not said; the status is.
-                    drop(stderr.take(SSH_MESSAGE_BYTES_MAX).read_to_string(&mut said).await);
-                }
+                // What cannot be read is not said; the status is.
+                let said = saying.await.unwrap_or_default();
                 return Err(Error::new(
                     Kind::Connection,
                     format!(
@@ -203,9 +202,36 @@ async fn forward(uri: &str, local: &Path, remote: &Path) -> Result<Child> {
     }
 }
 
+/// Reads what ssh says until it has ended: it must not come to wait for a reader, with the disks
+/// behind it. How that began is kept.
+async fn listen_to(mut stderr: impl AsyncRead + Unpin) -> String {
+    let (mut kept, mut piece) = (Vec::new(), [0; 1024]);
+    while let Ok(len @ 1..) = stderr.read(&mut piece).await {
+        let said = &piece[..len];
+        tracing::debug!(said = %String::from_utf8_lossy(said).trim_end(), "ssh");
+        let room = SSH_MESSAGE_BYTES_MAX - kept.len();
+        kept.extend_from_slice(&said[..len.min(room)]);
+    }
+    String::from_utf8_lossy(&kept).into_owned()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A talkative ssh filled its pipe and stood still, and the backup with it.
+    #[tokio::test]
+    async fn more_than_a_pipe_holds_is_read_and_its_beginning_kept() {
+        let mut command = Command::new("sh");
+        command.args(["-c", "echo first >&2; head -c 1000000 /dev/zero >&2; echo done"]);
+        command.stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
+        let mut child = command.spawn().unwrap();
+        let saying = tokio::spawn(listen_to(child.stderr.take().unwrap()));
+        let ended = tokio::time::timeout(Duration::from_secs(20), child.wait());
+        assert!(ended.await.expect("it does not stand still").unwrap().success());
+        let said = saying.await.unwrap();
+        assert!(said.starts_with("first") && said.len() <= SSH_MESSAGE_BYTES_MAX);
+    }
 
     #[test]
     fn a_target_is_split_as_ssh_wants_it() {

@@ -12,7 +12,7 @@
 //! error: the check goes on and names everything affected. Errors are what keeps it from looking
 //! (no permission, store gone, cancelled).
 //!
-//! Memory: some 100 bytes per pack of 64 MiB (80 MB for 50 TiB), 64 MiB of subtrees that were found
+//! Memory: some 150 bytes per pack of 64 MiB (80 MB for 50 TiB), 64 MiB of subtrees that were found
 //! whole ([`trees`]), 16 MiB of blobs being read ([`data`]) and what the index itself keeps. Findings
 //! beyond [`FINDINGS_MAX`] of a sort are counted only.
 
@@ -31,6 +31,8 @@ use serde::Serialize;
 use super::blobs::Blobs;
 use super::condemned::PackId;
 use super::index::segment::segment_name;
+use super::index::{IndexEntry, Location};
+use super::pack;
 use super::points::{self, Domains};
 use super::store::{Folder, ObjectName, for_each, from_hex};
 use crate::block::ByteRange;
@@ -225,7 +227,7 @@ pub async fn check(
         rebuild::rebuild(blobs, &mut report, control).await?;
     }
     control.set_phase("checking the index");
-    check_index(blobs, &mut report, control).await?;
+    let needed = check_index(blobs, &mut report, control).await?;
     let mut findings = Findings::default();
     for_each(&*blobs.store, Folder::Packs.prefix(), |object| {
         if let Some(id) = from_hex::<16>(object.name.last()) {
@@ -233,6 +235,14 @@ pub async fn check(
         }
     })
     .await?;
+    // Who reads a pack sees for himself, and what is known of one is told where something misses it.
+    let is_asked = |id: &PackId| !options.depth.reads(id) && !blobs.damaged.contains(id);
+    for (id, needed_bytes) in needed.into_iter().filter(|(id, _)| is_asked(id)) {
+        if let Some(size_bytes) = findings.packs.get(&id).filter(|size| **size < needed_bytes) {
+            let what = format!("it is cut off: {size_bytes} bytes, at least {needed_bytes} needed");
+            report.fault(&ObjectName::pack(&id), Fault::damage(what));
+        }
+    }
     report.packs = findings.packs.len();
     report.packs_unindexed = unindexed(blobs, &findings);
     let chosen = findings.packs.keys().copied().filter(|id| options.depth.reads(id));
@@ -263,22 +273,30 @@ fn is_finding(error: &Error) -> bool {
     matches!(error.kind(), Kind::Corrupt | Kind::Io | Kind::NotFound)
 }
 
+/// Reads all of the index; the least size that each pack has by what it says.
 async fn check_index(
     blobs: &Arc<Blobs>,
     report: &mut CheckReport,
     control: &Control,
-) -> Result<()> {
+) -> Result<HashMap<PackId, u64>> {
+    let mut needed: HashMap<PackId, u64> = HashMap::new();
     blobs.index.refresh().await?;
     for damaged in blobs.index.damaged() {
         let fault = Fault { what: damaged.what, is_passing: damaged.is_passing };
         report.fault(&segment_name(&damaged.id), fault);
     }
     for segment in blobs.index.segments().iter() {
-        if let Err(error) = read_segment(blobs, segment, control).await {
+        let mut take = |entry: &IndexEntry| {
+            let Location { pack, counter, offset, stored_bytes, .. } = &entry.location;
+            let end = u64::from(*offset) + u64::from(*stored_bytes);
+            let least = needed.entry(pack.id).or_default();
+            *least = (*least).max(pack::whole_bytes_min(*counter, end));
+        };
+        if let Err(error) = read_segment(blobs, segment, control, &mut take).await {
             report.fault(&segment_name(&segment.id), Fault::of(&error));
         }
     }
-    Ok(())
+    Ok(needed)
 }
 
 /// Reads all of a segment; fails with what is wrong with it.
@@ -286,13 +304,16 @@ async fn read_segment(
     blobs: &Blobs,
     segment: &super::index::Segment,
     control: &Control,
+    take: &mut (dyn FnMut(&IndexEntry) + Send),
 ) -> Result<()> {
     let mut from = 0;
     while from < segment.blocks() {
         control.check()?;
         let end = (from + BLOCKS_AT_ONCE).min(segment.blocks());
         match segment.read_blocks(&*blobs.store, from..end).await {
-            Ok(entries) if entries.is_sorted_by_key(|entry| entry.id) => {}
+            Ok(entries) if entries.is_sorted_by_key(|entry| entry.id) => {
+                entries.iter().for_each(&mut *take);
+            }
             Ok(_) => return Err(Error::new(Kind::Corrupt, "its entries are not sorted")),
             // Merged away meanwhile.
             Err(error) if error.kind() == Kind::NotFound => return Ok(()),

@@ -51,7 +51,7 @@ async fn rebuild_under_lease(
     let mut partly: Vec<_> = passing.into_iter().map(|segment| segment.id).collect();
     let mut sound = Vec::new();
     for segment in blobs.index.segments().iter() {
-        match read_segment(blobs, segment, control).await {
+        match read_segment(blobs, segment, control, &mut |_| {}).await {
             Ok(()) => sound.push(Arc::clone(segment)),
             Err(error) if error.kind() == Kind::Corrupt => partly.push(segment.id),
             Err(error) => return Err(error),

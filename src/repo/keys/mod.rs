@@ -245,7 +245,19 @@ pub async fn open(store: &dyn ObjectStore, credentials: &Credentials) -> Result<
         damaged =
             Some(Error::new(Kind::Corrupt, message).hint("put back a copy of the object 'config'"));
     }
-    Err(damaged.unwrap_or_else(|| wrong_key(store, credentials, &kinds)))
+    Err(match damaged {
+        Some(error) => error,
+        None if kinds.is_empty() => no_key_left(store),
+        None => wrong_key(store, credentials, &kinds),
+    })
+}
+
+/// No password is wrong where there is nothing that a right one could open.
+fn no_key_left(store: &dyn ObjectStore) -> Error {
+    let place = store.describe();
+    Error::new(Kind::Corrupt, format!("every key of the repository in {place} is missing")).hint(
+        "put back a copy of its folder 'keys': without one of them nobody can read the repository",
+    )
 }
 
 fn wrong_key(store: &dyn ObjectStore, credentials: &Credentials, kinds: &[SlotKind]) -> Error {

@@ -162,3 +162,15 @@ fn debug_shows_no_password() {
     let shown = format!("{:?}", password("hunter2"));
     assert!(!shown.contains("hunter2") && !shown.contains("104"), "{shown}");
 }
+
+/// It was told as a wrong password, and asked for again and again.
+#[tokio::test]
+async fn where_every_slot_is_gone_no_password_is_called_wrong() {
+    for credentials in [Credentials::None, password("a"), key_file()] {
+        let (store, made) = made(&credentials).await;
+        store.delete(&made.slot.name).await.unwrap();
+        let error = open(&store, &credentials).await.unwrap_err();
+        assert_eq!(error.kind(), Kind::Corrupt, "{error:?}");
+        assert!(error.hint_text().unwrap().contains("'keys'"), "{error:?}");
+    }
+}
