@@ -215,7 +215,7 @@ async fn run(
         shape = shape.in_cells_of(LEAF_BYTES);
     }
     let size_bytes = shape.size_bytes;
-    let zeroes = control.run(clear::prepare(&*sink, options, shape)).await?;
+    let zeroes = control.run(clear::prepare((&*source, &*sink), options, shape)).await?;
     let job = Arc::new(step::Copying::new((source, sink), options, (shape, zeroes), hash));
     let report = match direct {
         Some(ends) => direct::run(job, ends, options, (control, progress)).await?,

@@ -26,9 +26,9 @@ pub async fn copy_pipe(
 ) -> Result<Report> {
     let geometry = sink.geometry();
     let shape = Shape::between((&geometry, &geometry), options, REQUEST_BYTES_DIRECT)?;
-    let zeroes = control.run(clear::prepare(&*sink, options, shape)).await?;
     // Steps only write here; what they would read from is never asked.
     let nothing = Arc::new(MemoryDisk::zeroed(0));
+    let zeroes = control.run(clear::prepare((&*nothing, &*sink), options, shape)).await?;
     let ends = (nothing as _, Arc::clone(&sink));
     let job = Arc::new(Copying::new(ends, options, (shape, zeroes), None));
     let mut writes = JoinSet::new();

@@ -78,11 +78,13 @@ fn a_full_target_ends_the_copy_with_its_name_and_the_offset() {
 #[test]
 fn cve_2022_0485_a_read_error_leaves_no_target() {
     let env = TestEnv::new();
-    let server = NbdServer::nbdkit(
-        &env,
-        &["--filter=error", "pattern", "8M", "error-pread=EIO", "error-pread-rate=50%"],
-    );
     for target in ["new.raw", "new.qcow2"] {
+        // One for each: nbdkit 1.32 may end with a failed assertion (raw_send_socket) when its client
+        // leaves with answers under way.
+        let server = NbdServer::nbdkit(
+            &env,
+            &["--filter=error", "pattern", "8M", "error-pread=EIO", "error-pread-rate=50%"],
+        );
         let outcome = env.vmbackup(&["copy", &server.uri(""), target]);
         assert_eq!(outcome.code, Some(20), "{outcome:?}");
         outcome.fails_with(&["cannot read bytes"]);
@@ -230,4 +232,32 @@ fn a_disk_is_not_copied_to_itself() {
         env.vmbackup(&["copy", text(&source), "link.raw", how]).fails_with(&["to itself"]);
     }
     assert!(fs::read(&source).unwrap().iter().all(|byte| *byte == 0x5a));
+}
+
+/// No name and no address tells that two servers, or a server and a file, have one disk behind them.
+#[test]
+fn a_disk_under_another_name_is_not_cleared_before_it_is_read() {
+    let env = TestEnv::new();
+    let image = env.path("disk.raw");
+    let mut content = vec![0; 24 << 20];
+    content[9 << 20..20 << 20].fill(0x5a);
+    fs::write(&image, &content).unwrap();
+    let server = |name: &str| {
+        let socket = env.path(name);
+        let mut command = env.command("qemu-nbd");
+        command.args(["-t", "-e", "4", "-f", "raw", "-k"]).arg(&socket).arg(&image);
+        let process = Process::spawn(&mut command);
+        wait_until("qemu-nbd listens", 20, || socket.exists());
+        (process, format!("nbd+unix:///?socket={}", socket.display()))
+    };
+    let ((_one, one), (_other, other)) = (server("one.sock"), server("other.sock"));
+    for (from, to) in [(&one, &one), (&one, &other)] {
+        let outcome = env.vmbackup(&["copy", from, to]);
+        assert_eq!(outcome.code, Some(2), "{outcome:?}");
+        outcome.fails_with(&["to itself"]);
+        assert!(fs::read(&image).unwrap() == content, "the disk is as it was");
+    }
+    let outcome = env.vmbackup(&["copy", &one, "raw:disk.raw", "--in-place"]);
+    assert_ne!(outcome.code, Some(0), "{outcome:?}");
+    assert!(fs::read(&image).unwrap() == content, "the disk is as it was");
 }
