@@ -31,6 +31,7 @@ mod vm_args;
 mod vm_settings;
 
 use std::ffi::OsString;
+use std::io::IsTerminal;
 
 use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
@@ -171,7 +172,9 @@ fn start(cli: Cli, output: Output) -> Result<()> {
 fn log(common: &CommonArgs) -> Result<()> {
     let filter = match (std::env::var("VMBACKUP_LOG"), common.verbose) {
         (Ok(filter), _) => filter,
-        (Err(_), 0) => "error".to_owned(),
+        // Whoever serves disks wants to know of clients that break the rules, and everybody of points
+        // that are missing from a list.
+        (Err(_), 0) => "error,vmbackup::nbd::server=warn,vmbackup::repo::points=warn".to_owned(),
         (Err(_), 1) => "vmbackup=info,warn".to_owned(),
         (Err(_), 2) => "vmbackup=debug,vmbackup_qmp=debug,info".to_owned(),
         (Err(_), _) => "trace".to_owned(),
@@ -179,6 +182,7 @@ fn log(common: &CommonArgs) -> Result<()> {
     let filter = EnvFilter::try_new(&filter)
         .map_err(|e| Error::new(Kind::Usage, "VMBACKUP_LOG is not a log filter").source(e))?;
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let log = log.with_ansi(std::io::stderr().is_terminal());
     if common.json {
         log.json().init();
     } else {

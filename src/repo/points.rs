@@ -13,7 +13,7 @@ use super::catalog::{self, Summary};
 use super::manifest::{Manifest, ManifestDraft};
 use super::seal::{Keys, ObjectType};
 use super::store::{Folder, ObjectName, ObjectStore, ReadRange, for_each_name};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, with_causes};
 use crate::vm::{PointId, Uuid};
 
 /// Largest manifest: thousands of disks.
@@ -146,7 +146,8 @@ async fn read_many(
                 if damage == Damage::LeavesOut && error.kind() == Kind::Corrupt =>
             {
                 let point = names[at].point;
-                tracing::warn!(%point, ?error, "the manifest of a point cannot be read");
+                let reason = with_causes(&error);
+                tracing::warn!(%point, reason, "left out: the manifest of a point is damaged");
             }
             Some(Ok((_, Err(error)))) => return Err(error),
             Some(Err(error)) => {

@@ -149,6 +149,13 @@ fn a_damaged_manifest_is_named_and_other_points_are_checked() {
     assert_eq!(report["unreadable_points"], serde_json::json!([first]), "{report}");
     assert_eq!(report["affected"], serde_json::json!([]), "{report}");
     fixture.env.vmbackup(&["verify", &second]).ok();
+    // What the catalog tells of it is not asked of the manifest.
+    for segment in files(&fixture, "catalog") {
+        fs::remove_file(segment).unwrap();
+    }
+    let list = fixture.env.vmbackup(&["list"]).ok();
+    assert!(list.stdout.contains(&second[..8]) && !list.stdout.contains(&first[..8]), "{list:?}");
+    assert!(list.stderr.contains("left out") && list.stderr.contains(&first), "{list:?}");
 }
 
 /// Restores a point and compares it with what the disk held.

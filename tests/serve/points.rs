@@ -162,3 +162,17 @@ fn plain_text_is_served_to_other_hosts_only_on_request() {
     env.run("python3", &["-c", &datagrams, program, "serve", "disk.raw"])
         .fails_with(&["inherited socket"]);
 }
+
+#[test]
+fn a_client_that_breaks_the_rules_is_told_of() {
+    use std::io::{Read, Write};
+    let (env, point) = env_with_point();
+    let serve = Serve::start(&env, &[&point]);
+    let mut client = std::os::unix::net::UnixStream::connect(serve.socket()).unwrap();
+    client.write_all(&[0xee; 4096]).unwrap();
+    let mut rest = Vec::new();
+    // Cut off: what is said before is the greeting.
+    let _ = client.read_to_end(&mut rest);
+    let stderr = serve.stop();
+    assert!(stderr.contains("a client was cut off") && stderr.contains("reason"), "{stderr}");
+}

@@ -75,14 +75,15 @@ impl Serve {
         PathBuf::from(uri.split_once("socket=").unwrap().1)
     }
 
-    /// Ends it as an operator does, and requires that it ends well.
-    pub(crate) fn stop(mut self) {
+    /// Ends it as an operator does, and requires that it ends well; what it said on standard error.
+    pub(crate) fn stop(mut self) -> String {
         let id = self.child.id().to_string();
         assert!(Command::new("kill").args(["-s", "TERM", &id]).status().unwrap().success());
         let mut text = String::new();
         std::io::Read::read_to_string(&mut self.child.stderr.take().unwrap(), &mut text).unwrap();
         let status = self.child.wait().unwrap();
         assert!(status.success(), "serve ended with {status}: {text}");
+        text
     }
 }
 

@@ -48,7 +48,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::stream::Stream;
 use super::tls::ServerTls;
-use crate::error::Result;
+use crate::error::{Result, with_causes};
 use end::End;
 
 pub use exports::{Export, Exports};
@@ -140,7 +140,10 @@ impl Server {
         let result = end.into_result(peer);
         match &result {
             Ok(()) => tracing::debug!(peer, "a client left"),
-            Err(error) => tracing::warn!(peer, ?error, "a client was cut off"),
+            Err(error) => {
+                let reason = with_causes(error);
+                tracing::warn!(peer, reason, "a client was cut off");
+            }
         }
         result
     }
