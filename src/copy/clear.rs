@@ -161,11 +161,15 @@ async fn canary(
     if !fast_zero(sink, range).await.map_err(failed)? {
         return Ok(Canary::Kept);
     }
-    if read_block(source, range).await.map_err(read_failed)? == bytes {
+    let now = read_block(source, range).await;
+    if now.as_ref().is_ok_and(|now| *now == bytes) {
         return Ok(Canary::Cleared);
     }
-    sink.write(range.offset(), Buffer::unbudgeted(bytes)).await.map_err(failed)?;
-    sink.flush().await.map_err(failed)?;
+    // It is gone, or nobody can tell.
+    let lost = |e: Error| e.context(format!("{range} of {} are left zero", options.sink_name));
+    sink.write(range.offset(), Buffer::unbudgeted(bytes)).await.map_err(lost)?;
+    sink.flush().await.map_err(lost)?;
+    now.map_err(read_failed)?;
     let message = format!(
         "{} and {} are the same disk: it would be copied to itself",
         options.source_name, options.sink_name
