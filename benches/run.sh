@@ -4,6 +4,7 @@
 #   benches/run.sh                        everything, 5 pairs, about 30 minutes on 2 cores
 #   benches/run.sh --pairs 7 full tmpfs   some cases only; --list names them
 #   benches/run.sh copy --pairs 7 file    'vmbackup copy' against nbdcopy and qemu-img convert
+#   benches/run.sh guest --rounds 5       what a guest feels, beside push mode and virtnbdbackup
 #   benches/run.sh --dir DIR              where images, repositories and copies go (30 GiB)
 #
 # Root, Debian 12. Installs what the tests need (tests/setup.sh) and, for the comparison, Debian's
@@ -20,12 +21,16 @@ if [ "${1:-}" != --inner ]; then
       echo "set-up: it could not be installed; its rows will be missing" >&2
   fi
   cargo build --release --locked >&2
-  cargo build --release --locked --example extents >&2
+  cargo build --release --locked --example extents --example latency >&2
   exec tests/support/libvirtd.sh with "$0" --inner "$@"
 fi
 shift
 if [ "${1:-}" = copy ]; then
   shift
   exec python3 benches/copy.py --vmbackup target/release/vmbackup "$@"
+fi
+if [ "${1:-}" = guest ]; then
+  shift
+  exec python3 benches/guest.py --vmbackup target/release/vmbackup "$@"
 fi
 exec python3 benches/bench.py --vmbackup target/release/vmbackup "$@"
