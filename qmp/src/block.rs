@@ -93,6 +93,7 @@ impl Node {
 
 /// A device of the guest with what is inserted.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub struct Device {
     /// The name of its backend (`-drive id=`), empty if it has none.
     #[serde(default)]
@@ -103,6 +104,9 @@ pub struct Device {
     /// Whether the medium can be removed.
     #[serde(default)]
     pub removable: bool,
+    /// Whether a request failed and the guest stands still for it (`nospace`, `failed`; else `ok`).
+    #[serde(default)]
+    pub io_status: Option<String>,
     /// The top node, unless the drive is empty.
     #[serde(default)]
     pub inserted: Option<Node>,

@@ -28,6 +28,7 @@ pub mod libvirt;
 pub mod qemu;
 #[cfg(test)]
 pub(crate) mod simulated;
+mod space;
 
 use std::collections::HashSet;
 use std::path::PathBuf;

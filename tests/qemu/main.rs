@@ -19,4 +19,5 @@ mod killed;
 mod leftovers;
 mod program;
 mod refusals;
+mod scratch;
 mod traps;

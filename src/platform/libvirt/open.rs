@@ -18,7 +18,7 @@ use super::lock::DomainLock;
 use super::names::{scratch_path, socket_path};
 use super::quiesce::{self, Frost, Frozen, Wish};
 use super::reconcile::{self, BEGUN, drop_stale, image_bitmaps};
-use super::scratch::{self, Places, Space, no_room};
+use super::scratch::{self, Places};
 use super::snapshot::{RunningSnapshot, remove_left};
 use super::survey::{Description, Survey};
 use super::watch::{Watch, Watched};
@@ -28,6 +28,7 @@ use crate::control::{Control, NoticeLevel};
 use crate::error::{Error, Kind, Result};
 use crate::image::bitmap::BitmapNames;
 use crate::journal::{Action, Entry, Mode, Phase, Place, Recovery, Run};
+use crate::platform::space::{Space, no_room};
 use crate::platform::{BackupMode, Quiesce, SnapshotDisk, SnapshotRequest, VmSnapshot, tell};
 use crate::vm::{Artifact, ArtifactKind, FullReason, PointId, Quiescence};
 

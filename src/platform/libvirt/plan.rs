@@ -8,11 +8,12 @@ use std::collections::BTreeMap;
 use super::checkpoint::{Bases, Checkpoints, Delete, SizedDisk, read_mode};
 use super::connection::DomainHandle;
 use super::lock::DomainLock;
-use super::scratch::{Places, Space, is_remote};
+use super::scratch::{Places, is_remote};
 use super::survey::Survey;
 use super::{LibvirtOptions, job, quiesce, stopped};
 use crate::error::{Kind, Result};
 use crate::image::bitmap::BitmapNames;
+use crate::platform::space::{Space, no_room};
 use crate::platform::{
     BackupMode, PlannedDisk, Problem, Quiesce, ScratchPlan, SnapshotPlan, SnapshotRequest,
 };
@@ -175,7 +176,7 @@ fn scratch(
             Ok(space) => {
                 bytes_free = Some(space.free_bytes);
                 if space.is_low() {
-                    problems.push(Problem::fatal(&super::scratch::no_room(&directory)));
+                    problems.push(Problem::fatal(&no_room(&directory)));
                 }
             }
             Err(error) => problems.push(Problem::fatal(&error)),

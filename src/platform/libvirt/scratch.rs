@@ -1,16 +1,11 @@
-//! Where scratch and sockets go, and how much room there is: [`super::watch`] looks after it.
+//! Where scratch and sockets go. How much room there is: [`crate::platform::space`].
 
 use std::path::{Path, PathBuf};
 
 use super::connection::Host;
 use super::names::domain_dir;
 use super::survey::Survey;
-use crate::error::{Error, Kind, Result};
 use crate::platform::SnapshotRequest;
-
-/// Space that must stay free: a tenth of the file system, within these bounds.
-const RESERVE_BYTES_MIN: u64 = 1 << 20;
-const RESERVE_BYTES_MAX: u64 = 1 << 30;
 
 /// The directories of a run.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -70,47 +65,6 @@ pub(super) fn owner(directory: &Path) -> Option<String> {
         (fields.nth(1)? == uid).then(|| name.to_owned())
     });
     Some(name.unwrap_or(uid))
-}
-
-/// Size and free bytes of the file system a directory is on.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Space {
-    pub(super) free_bytes: u64,
-    size_bytes: u64,
-}
-
-impl Space {
-    /// Asks the file system.
-    pub(super) fn of(directory: &Path) -> Result<Self> {
-        let stat = rustix::fs::statvfs(directory).map_err(|errno| {
-            Error::io(format!("cannot use scratch directory {}", directory.display()), errno.into())
-                .hint("name a local directory that QEMU may write to with --scratch-dir")
-        })?;
-        Ok(Self {
-            free_bytes: stat.f_bavail.saturating_mul(stat.f_frsize),
-            size_bytes: stat.f_blocks.saturating_mul(stat.f_frsize),
-        })
-    }
-
-    /// What may be used before the reserve is touched; none when it is.
-    pub(super) fn usable_bytes(self) -> Option<u64> {
-        let reserve = (self.size_bytes / 10).clamp(RESERVE_BYTES_MIN, RESERVE_BYTES_MAX);
-        self.free_bytes.checked_sub(reserve)
-    }
-
-    /// Whether the reserve is touched.
-    pub(super) fn is_low(self) -> bool {
-        self.usable_bytes().is_none()
-    }
-}
-
-/// The error of a scratch directory that has no room.
-pub(super) fn no_room(directory: &Path) -> Error {
-    Error::new(
-        Kind::NoSpace,
-        format!("scratch directory {} is almost full; the guest comes first", directory.display()),
-    )
-    .hint("free space there, or name a larger local directory with --scratch-dir")
 }
 
 /// Whether a directory is on a network file system, where scratch stalls the guest with the

@@ -25,12 +25,10 @@ use std::time::Duration;
 use super::connection::DomainHandle;
 use super::ffi::{DomainEvent, Events};
 use super::job::{self, JobDisk};
-use super::scratch::{Space, no_room};
 use crate::error::{Error, Kind, Result};
+use crate::platform::space::{self, POLL, Space};
 use crate::vm::PointId;
 
-/// How often free space is looked at: a disk written at 1 GB/s fills the reserve in a second.
-const POLL: Duration = Duration::from_millis(250);
 /// Least distance of a threshold: below it every write would be an event.
 const STEP_BYTES_MIN: u64 = 256 << 10;
 /// Attempts to connect anew, with a pause before each: a daemon that is restarted takes seconds.
@@ -125,10 +123,7 @@ impl Watched {
     /// An error if scratch is short, or if nobody can tell.
     fn check_room(&self) -> Result<()> {
         let Some((directory, _)) = &self.scratch else { return Ok(()) };
-        let space = Space::of(directory).map_err(|error| {
-            error.context("the space for scratch is not known any more; the guest comes first")
-        })?;
-        if space.is_low() { Err(no_room(directory)) } else { Ok(()) }
+        space::check(directory)
     }
 
     /// Has QEMU speak up when one of the scratch images has grown by its share of the room. Where

@@ -71,7 +71,7 @@ pub(super) fn sort(devices: Vec<Device>, request: &SnapshotRequest) -> Result<Di
     let mut disks = Disks::default();
     let mut names = Vec::new();
     for device in devices {
-        let Device { device, qdev, removable, inserted } = device;
+        let Device { device, qdev, removable, inserted, .. } = device;
         // A drive without device is not the guest's.
         if qdev.is_none() && device.is_empty() {
             continue;

@@ -34,6 +34,7 @@ mod quiesce;
 mod reconcile;
 mod snapshot;
 mod teardown;
+mod watch;
 mod work_dir;
 
 use std::path::PathBuf;

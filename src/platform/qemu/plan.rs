@@ -1,10 +1,13 @@
 //! What a backup of this VM would do, and what is in its way. Changes nothing.
 
+use std::path::Path;
+
 use super::disks::Disk;
 use super::error::failed;
 use super::names::Temp;
 use super::{Qemu, checkpoint, scratch_base};
 use crate::error::{Kind, Result};
+use crate::platform::space::{Space, no_room};
 use crate::platform::{PlannedDisk, Problem, Quiesce, ScratchPlan, SnapshotPlan, SnapshotRequest};
 
 /// Plans; fails only where there is nothing to plan.
@@ -28,8 +31,12 @@ pub(super) async fn plan(qemu: &Qemu, request: &SnapshotRequest) -> Result<Snaps
         let fix = "give --agent SOCKET".into();
         problems.push(Problem { fatal: Some(Kind::Unsupported), what, fix });
     }
-    let scratch = scratch(request, survey.disks.protected.iter().map(Disk::size_bytes).sum());
-    problems.extend(narrow(qemu, &scratch));
+    let directory = scratch_base(request);
+    let space = Space::of(&directory);
+    let bytes_max = survey.disks.protected.iter().map(Disk::size_bytes).sum();
+    problems.extend(narrow(&directory, &space, bytes_max));
+    let bytes_free = space.ok().map(|space| space.free_bytes);
+    let scratch = ScratchPlan { directory, bytes_max, bytes_free };
     let disks = survey.disks.protected.iter().zip(&survey.bases).map(|(disk, base)| PlannedDisk {
         description: disk.description(),
         read: Some(checkpoint::read_mode(base)),
@@ -83,24 +90,19 @@ fn untracked(disk: &Disk) -> Option<Problem> {
     })
 }
 
-fn scratch(request: &SnapshotRequest, bytes_max: u64) -> ScratchPlan {
-    let directory = scratch_base(request);
-    let stat = rustix::fs::statvfs(&directory).ok();
-    let bytes_free = stat.map(|stat| stat.f_bavail.saturating_mul(stat.f_frsize));
-    ScratchPlan { directory, bytes_max, bytes_free }
-}
-
-/// A guest that overwrites more than fits fails its own writes, unless QEMU can let the snapshot
-/// break instead (`on-cbw-error` of blockdev-backup, 10.1).
-fn narrow(qemu: &Qemu, scratch: &ScratchPlan) -> Option<Problem> {
-    let free = scratch.bytes_free?;
-    let short = free < scratch.bytes_max && !qemu.features.backup_on_cbw_error;
-    short.then(|| Problem {
+/// A backup is given up where a guest overwrites more than fits.
+fn narrow(directory: &Path, space: &Result<Space>, bytes_max: u64) -> Option<Problem> {
+    let space = match space {
+        Ok(space) if space.is_low() => return Some(Problem::fatal(&no_room(directory))),
+        Ok(space) => space,
+        Err(error) => return Some(Problem::fatal(error)),
+    };
+    (space.usable_bytes() < Some(bytes_max)).then(|| Problem {
         fatal: None,
         what: format!(
-            "{} has less room than the guest could overwrite during the backup; when it is full, \
-             the guest's writes fail",
-            scratch.directory.display()
+            "{} has less room than the guest could overwrite during the backup; the backup is \
+             given up before it is full",
+            directory.display()
         ),
         fix: "give a larger directory (--scratch-dir)".into(),
     })

@@ -23,6 +23,7 @@ use super::disks::Disk;
 use super::error::failed;
 use super::names::Temp;
 use super::teardown::{First, OurServer, Things, remove_bitmap};
+use super::watch::Watch;
 use super::work_dir::WorkDir;
 use super::{Qemu, QemuOptions, Survey, checkpoint, quiesce, reconcile, scratch_base};
 use crate::block::BlockSource;
@@ -33,6 +34,7 @@ use crate::freeze::Thaw;
 use crate::image::bitmap::BitmapNames;
 use crate::journal::{Entry, Journal, Mode, Phase, Place, Recovery, Run};
 use crate::nbd::{Client, ClientOptions, NbdUri};
+use crate::platform::space::{Space, no_room};
 use crate::platform::{
     Asked, Quiesce, RecoverRequest, SnapshotDisk, SnapshotRequest, VmSnapshot, tell,
 };
@@ -58,6 +60,9 @@ pub(super) async fn open(
     qemu.check_state().await?;
     let survey = qemu.survey(request).await?;
     survey.check_mode(request.mode)?;
+    if Space::of(&base)?.is_low() {
+        return Err(no_room(&base));
+    }
     control.check()?;
     let QemuOptions { monitor, agent, name, .. } = qemu.options.clone();
     let place = Place::Qemu { monitor, agent, name };
@@ -107,6 +112,8 @@ struct Snapshot {
     quiescence: Quiescence,
     not_captured: Vec<NotCaptured>,
     things: Things,
+    /// From the instant until its jobs have ended.
+    watch: Option<Watch>,
     /// Checkpoints the transaction made, or may have made.
     checkpoints: Vec<BitmapRef>,
 }
@@ -152,6 +159,7 @@ impl Snapshot {
             quiescence: Quiescence { level: Consistency::Crash, frozen_ms: None, reason: None },
             not_captured: vec![definition],
             things: Things::default(),
+            watch: None,
             checkpoints: Vec::new(),
         }
     }
@@ -176,6 +184,8 @@ impl Snapshot {
             self.export(qemu, index).await?;
         }
         self.journal.after(Phase::Export);
+        let directory = self.work_dir.scratch_dir().to_owned();
+        self.watch = Some(Watch::start(directory, self.things.clone(), self.monitor.clone()));
         tracing::debug!(socket = %socket.display(), "the instant is exported");
         Ok(())
     }
@@ -334,6 +344,7 @@ impl Snapshot {
     async fn end(&mut self) -> Result<()> {
         let mut first = First::default();
         first.note(self.things.take_down(&self.monitor).await);
+        self.watch = None;
         first.note(self.work_dir.remove());
         first.into()
     }
@@ -471,10 +482,12 @@ impl VmSnapshot for Snapshot {
     }
 
     async fn still_valid(&mut self) -> Result<()> {
-        self.check_now().await.map_err(|error| match error.kind() {
+        let now = self.check_now().await.map_err(|error| match error.kind() {
             Kind::SnapshotLost => error,
             _ => lost("QEMU cannot be asked").source(error),
-        })
+        });
+        // The watch says why before it ends a job: what it says is there when the job is not.
+        self.watch.as_ref().map_or(Ok(()), Watch::check).and(now)
     }
 
     async fn commit(mut self: Box<Self>) -> Result<()> {

@@ -19,9 +19,13 @@ use crate::journal::Recovery;
 const LET_GO: Duration = Duration::from_secs(30);
 /// How often it is asked meanwhile. Asking is cheap, and an event that was lost costs nothing.
 const ASK_EVERY: Duration = Duration::from_millis(20);
+/// The state of a guest that stands still because a disk failed a write (qapi/run-state.json).
+const IO_ERROR: &str = "io-error";
+/// The state of that disk if it was for want of space (qapi/block-core.json, BlockDeviceIoStatus).
+const NO_SPACE: &str = "nospace";
 
 /// Temporary things in a QEMU, by name.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Things {
     /// Exports.
     pub(super) exports: Vec<String>,
@@ -79,6 +83,7 @@ impl Things {
         for id in &self.jobs {
             first.note(end_job(monitor, id).await);
         }
+        first.note(self.run_on(monitor).await);
         for node in &self.scratch {
             first.note(del_node(monitor, node).await);
         }
@@ -86,6 +91,41 @@ impl Things {
             first.note(remove_bitmap(monitor, bitmap).await);
         }
         first.into()
+    }
+
+    /// Ends what costs the guest's writes anything, at once; reads of the instant fail from then on.
+    /// The rest is left to [`Things::take_down`]. Cancel-safe.
+    pub(super) async fn give_up(&self, monitor: &Monitor) -> Result<()> {
+        let mut first = First::default();
+        // All of them before the wait for any: a write may be held by each.
+        for id in &self.jobs {
+            if let Err(error) = monitor.job_cancel(id).await {
+                tracing::debug!(%error, id, "job not cancelled");
+            }
+        }
+        for id in &self.jobs {
+            first.note(cancel_job(monitor, id).await);
+        }
+        first.note(self.run_on(monitor).await);
+        first.into()
+    }
+
+    /// Lets the guest run on if it stood still for want of scratch: QEMU tries its write again, and
+    /// no job is in its way any more.
+    async fn run_on(&self, monitor: &Monitor) -> Result<()> {
+        if self.jobs.is_empty() {
+            return Ok(());
+        }
+        let status = monitor.query_status().await.map_err(failed("cannot ask for the state"))?;
+        if status.status != IO_ERROR {
+            return Ok(());
+        }
+        let devices = monitor.query_block().await.map_err(failed("cannot ask for the disks"))?;
+        if !devices.iter().any(|device| device.io_status.as_deref() == Some(NO_SPACE)) {
+            return Ok(());
+        }
+        tracing::warn!("the guest stood still for want of space; it runs on");
+        monitor.cont().await.map_err(failed("cannot let the guest run on"))
     }
 
     async fn exports_gone(&self, monitor: &Monitor) -> Result<()> {
@@ -132,6 +172,12 @@ pub(super) async fn remove_bitmap(monitor: &Monitor, bitmap: &BitmapRef) -> Resu
 
 /// Ends a job, waits until it has, and dismisses it.
 async fn end_job(monitor: &Monitor, id: &str) -> Result<()> {
+    cancel_job(monitor, id).await?;
+    missing_is_fine(monitor.job_dismiss(id).await, || format!("cannot dismiss the job {id}"))
+}
+
+/// Ends a job and waits until it has.
+async fn cancel_job(monitor: &Monitor, id: &str) -> Result<()> {
     // A job that ended by itself cannot be cancelled any more: the wait tells.
     if let Err(error) = monitor.job_cancel(id).await {
         tracing::debug!(%error, id, "job not cancelled");
@@ -141,11 +187,10 @@ async fn end_job(monitor: &Monitor, id: &str) -> Result<()> {
         let found = monitor.query_jobs().await.map_err(failed("cannot ask for the jobs"))?;
         match found.iter().find(|job| job.id == id) {
             None => return Ok(()),
-            Some(job) if job.status == jobs::status::CONCLUDED => break,
+            Some(job) if job.status == jobs::status::CONCLUDED => return Ok(()),
             Some(_) => patience.wait("a job to end").await?,
         }
     }
-    missing_is_fine(monitor.job_dismiss(id).await, || format!("cannot dismiss the job {id}"))
 }
 
 /// A wait for QEMU that ends.

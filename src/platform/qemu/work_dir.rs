@@ -52,6 +52,11 @@ impl WorkDir {
         names::work_dir(base, vm, point)
     }
 
+    /// The directory itself.
+    pub(super) fn scratch_dir(&self) -> &Path {
+        &self.path
+    }
+
     /// Where a disk's scratch file is.
     pub(super) fn scratch(&self, disk: usize) -> PathBuf {
         self.path.join(scratch_name(disk))

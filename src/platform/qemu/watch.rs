@@ -1,0 +1,89 @@
+//! The watch over a running backup: it gives the backup up before the guest suffers.
+//!
+//! A job that cannot write its scratch file fails the *guest's* write and goes on itself: nothing is
+//! announced, reads of the instant go on, and the virtual disk's default `werror=enospc` stops the
+//! guest (seen on QEMU 10.0). So the free space of scratch is looked at until the last job has
+//! ended, and the jobs are ended while there is room. A guest that writes faster than that stands
+//! still until they have ended, and then runs on (`teardown`).
+//!
+//! ```text
+//!  watching ──► room is short, or cannot be told ──► give up ([`Things::give_up`]) ──► lost
+//! ```
+//!
+//! Deliberately without write thresholds: on a raw scratch file they tell how far up the disk the
+//! guest wrote, not how much is used (`bdrv_write_threshold_check_write` compares offsets).
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use qmp::Monitor;
+
+use super::teardown::Things;
+use crate::error::{Error, Kind, Result};
+use crate::platform::space::{self, POLL, no_room};
+
+/// Pause between attempts to end what does not end.
+const AGAIN: Duration = Duration::from_secs(2);
+
+/// Looks after the scratch of a run until dropped.
+pub(super) struct Watch {
+    given_up: Arc<Mutex<Option<Why>>>,
+    task: tokio::task::JoinHandle<()>,
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// Why a backup was given up.
+#[derive(Clone, Debug)]
+enum Why {
+    /// No room in this directory.
+    NoRoom(PathBuf),
+    /// Nobody can tell the room any more.
+    Unknown(String),
+}
+
+impl Watch {
+    /// Watches the room in `directory`, where the scratch of `things` is.
+    pub(super) fn start(directory: PathBuf, things: Things, monitor: Monitor) -> Self {
+        let given_up = Arc::new(Mutex::new(None));
+        let told = Arc::clone(&given_up);
+        let task = tokio::spawn(async move {
+            let why = until_short(directory).await;
+            // Before the end: whoever reads sees errors at once then, and asks why.
+            *told.lock().unwrap_or_else(PoisonError::into_inner) = Some(why);
+            while let Err(error) = things.give_up(&monitor).await {
+                tracing::error!(?error, "the backup is given up and its jobs do not end");
+                tokio::time::sleep(AGAIN).await;
+            }
+        });
+        Self { given_up, task }
+    }
+
+    /// An error if the backup was given up.
+    pub(super) fn check(&self) -> Result<()> {
+        let why = self.given_up.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        match why {
+            None => Ok(()),
+            Some(Why::NoRoom(directory)) => Err(no_room(&directory)),
+            Some(Why::Unknown(reason)) => Err(Error::new(Kind::SnapshotLost, reason)),
+        }
+    }
+}
+
+async fn until_short(directory: PathBuf) -> Why {
+    let mut tick = tokio::time::interval(POLL);
+    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        tick.tick().await;
+        match space::check(&directory) {
+            Ok(()) => {}
+            Err(error) if error.kind() == Kind::NoSpace => return Why::NoRoom(directory),
+            Err(error) => return Why::Unknown(error.in_one_line()),
+        }
+    }
+}

@@ -1,0 +1,106 @@
+//! Scratch that runs short: the guest comes first.
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
+
+use vmbackup::control::Control;
+use vmbackup::error::{Error, Kind};
+use vmbackup::platform::{Platform, SnapshotRequest, VmSnapshot};
+use vmbackup::vm::PointId;
+
+use crate::machine::Machine;
+use crate::reading::{Points, open};
+
+/// A small file system in a machine's directory, unmounted with its guard.
+pub(crate) struct Small {
+    pub(crate) path: PathBuf,
+}
+
+impl Small {
+    pub(crate) fn mount(machine: &Machine, size: &str) -> Self {
+        let path = machine.path("small");
+        std::fs::create_dir(&path).unwrap();
+        let size = format!("size={size},mode=777");
+        let options = ["-t", "tmpfs", "-o", &size, "vmbtest"];
+        let mounted = Command::new("mount").args(options).arg(&path).status();
+        assert!(mounted.unwrap().success());
+        Self { path }
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        std::fs::read_dir(&self.path).unwrap().count() == 0
+    }
+}
+
+impl Drop for Small {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(&self.path).status();
+    }
+}
+
+/// Waits until the snapshot says that it was lost.
+pub(crate) async fn loss(snapshot: &mut dyn VmSnapshot) -> Error {
+    for _ in 0..100 {
+        if let Err(error) = snapshot.still_valid().await {
+            return error;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    panic!("the snapshot was not given up");
+}
+
+#[tokio::test]
+async fn a_guest_of_a_plain_qemu_that_fills_scratch_writes_on_and_the_backup_is_given_up() {
+    let machine = Machine::start().await;
+    machine.guest("disk-a", "write -P 1 0 16M").await;
+    let small = Small::mount(&machine, "8m");
+    let points = Points::default();
+    let request = SnapshotRequest {
+        scratch_dir: Some(small.path.clone()),
+        ..points.request(&machine, PointId([1; 16]))
+    };
+    let platform = machine.platform().await;
+    let mut snapshot = open(&platform, &request).await;
+    // Nobody reads; the guest overwrites more than fits, and each of its writes succeeds.
+    for at in 0..16 {
+        machine.guest("disk-a", &format!("write -P 2 {at}M 1M")).await;
+        tokio::time::sleep(Duration::from_millis(150)).await;
+    }
+    let error = loss(snapshot.as_mut()).await;
+    assert_eq!(error.kind(), Kind::NoSpace, "{error:?}");
+    assert!(error.to_string().contains("the guest comes first"), "{error}");
+    assert!(points.read_all(snapshot.as_mut()).await.is_err(), "nothing is read as the instant");
+    // The same reason however often it is asked for.
+    assert_eq!(snapshot.still_valid().await.unwrap_err().kind(), Kind::NoSpace);
+    snapshot.abort().await.unwrap();
+    assert!(small.is_empty());
+    machine.holds_only(&[]).await;
+    machine.guest("disk-a", "read -P 2 0 16M").await;
+}
+
+#[tokio::test]
+async fn scratch_of_a_plain_qemu_that_is_short_or_vanishes_gives_the_backup_up() {
+    let machine = Machine::start().await;
+    let small = Small::mount(&machine, "8m");
+    let points = Points::default();
+    let wanted = SnapshotRequest {
+        scratch_dir: Some(small.path.clone()),
+        ..points.request(&machine, PointId([1; 16]))
+    };
+    std::fs::write(small.path.join("theirs"), vec![1; 7 << 20 | 1]).unwrap();
+    let platform = machine.platform().await;
+    let full = platform.open_snapshot(&wanted, &Control::new()).await.err().unwrap();
+    assert_eq!(full.kind(), Kind::NoSpace, "{full:?}");
+    std::fs::remove_file(small.path.join("theirs")).unwrap();
+    let mut snapshot = open(&platform, &wanted).await;
+    snapshot.still_valid().await.unwrap();
+    let run = std::fs::read_dir(&small.path).unwrap().next().unwrap().unwrap().path();
+    std::fs::rename(&run, small.path.join("moved")).unwrap();
+    let error = loss(snapshot.as_mut()).await;
+    assert!(format!("{error:?}").contains("space for scratch is not known"), "{error:?}");
+    machine.guest("disk-a", "write -P 2 0 16M").await;
+    snapshot.abort().await.unwrap();
+    std::fs::remove_dir_all(small.path.join("moved")).unwrap();
+    machine.holds_only(&[]).await;
+}
