@@ -8,9 +8,14 @@
 
 use std::error::Error as StdError;
 use std::fmt;
+use std::path::Path;
 
 /// Result with the crate's border error.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What to do about a file system that nobody may write to.
+pub(crate) const READ_ONLY: &str = "the file system is mounted read-only: choose another place, or mount it for writing \
+     ('mount -o remount,rw'); after errors of its disk the kernel makes it so, see 'dmesg'";
 
 /// What sort of failure this is: the only part of an error that code decides on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -107,9 +112,25 @@ impl Error {
     /// number.
     pub fn io(message: impl Into<String>, error: std::io::Error) -> Self {
         let kind = kind_of_io(&error);
+        let is_read_only = error.kind() == std::io::ErrorKind::ReadOnlyFilesystem;
         let wrapped = Self::new(kind, message).source(error);
+        if is_read_only {
+            return wrapped.hint(READ_ONLY);
+        }
         match kind {
             Kind::NoSpace => wrapped.hint("free space there, or choose another place"),
+            _ => wrapped,
+        }
+    }
+
+    /// The same for a file that cannot be opened, with the next step where there is one.
+    pub fn open(path: &Path, error: std::io::Error) -> Self {
+        let wrapped = Self::io(format!("cannot open {}", path.display()), error);
+        match wrapped.kind() {
+            Kind::NotFound => wrapped.hint("check the path"),
+            Kind::Permission if wrapped.hint_text().is_none() => {
+                wrapped.hint("run as root, or as a user who may open it")
+            }
             _ => wrapped,
         }
     }

@@ -298,6 +298,20 @@ pub enum ArtifactKind {
     CheckpointXml,
 }
 
+impl fmt::Display for ArtifactKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::DomainXmlLive => "description of the running domain",
+            Self::DomainXmlInactive => "description of the domain",
+            Self::Nvram => "NVRAM",
+            Self::TpmState => "TPM state",
+            Self::Kernel => "kernel",
+            Self::Initrd => "initrd",
+            Self::CheckpointXml => "description of the checkpoint",
+        })
+    }
+}
+
 /// An artefact and its bytes, as a platform yields it.
 #[derive(Clone, Debug)]
 pub struct Artifact {

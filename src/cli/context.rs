@@ -110,7 +110,7 @@ impl Context {
         let choice = settings::repository(args, &self.paths)?;
         let location = choice.path();
         let keys = settings::repository_key(args.password_file.as_ref(), args.key_file.as_ref());
-        if let Some(given) = secret(&keys, &self.control).await? {
+        if let Some(given) = secret(&keys, Purpose::Opens, &self.control).await? {
             return work(location, &given).await;
         }
         let error = match work(location, &Credentials::None).await {
@@ -125,22 +125,47 @@ impl Context {
     }
 }
 
+/// What a secret is for: which options name its file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Purpose {
+    /// It opens a repository, or is to open the one being made.
+    Opens,
+    /// It is to open the repository from now on, too.
+    Added,
+}
+
 /// The secret in a file; `None` when it is to be asked for.
-pub(crate) async fn secret(source: &KeySource, control: &Control) -> Result<Option<Credentials>> {
-    Ok(match source {
-        KeySource::Ask => None,
-        KeySource::PasswordFile(file) => {
-            let password = prompt::password_file(file, control).await;
-            let password = password.map_err(|error| match error.kind() {
-                Kind::NotFound | Kind::Permission => error.hint(
-                    "--password-file or VMBACKUP_PASSWORD_FILE names it: name one this user can read",
-                ),
-                _ => error,
-            });
-            Some(Credentials::Password(password?))
+pub(crate) async fn secret(
+    source: &KeySource,
+    purpose: Purpose,
+    control: &Control,
+) -> Result<Option<Credentials>> {
+    let named = |option: &'static str| {
+        move |error: Error| match error.kind() {
+            Kind::NotFound | Kind::Permission => {
+                error.hint(format!("{option} names it: name one this user can read"))
+            }
+            _ => error,
         }
-        KeySource::KeyFile(file) => {
-            Some(Credentials::KeyFile(prompt::key_file(file, control).await?))
+    };
+    Ok(match (source, purpose) {
+        (KeySource::Ask, _) => None,
+        (KeySource::PasswordFile(file), purpose) => {
+            let option = match purpose {
+                Purpose::Opens => "--password-file or VMBACKUP_PASSWORD_FILE",
+                Purpose::Added => "--new-password-file",
+            };
+            let password = prompt::password_file(file, control).await;
+            Some(Credentials::Password(password.map_err(named(option))?))
+        }
+        (KeySource::KeyFile(file), purpose) => {
+            let option = match purpose {
+                Purpose::Opens => "--key-file",
+                Purpose::Added => "--new-key-file",
+            };
+            Some(Credentials::KeyFile(
+                prompt::key_file(file, control).await.map_err(named(option))?,
+            ))
         }
     })
 }

@@ -133,15 +133,21 @@ fn refuse(error: &clap::Error, json: bool) -> u8 {
     let asked_for = matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion);
     if json && !asked_for {
         let text = error.render().to_string();
-        let message = text.lines().next().unwrap_or_default();
-        let message = message.strip_prefix("error: ").unwrap_or(message);
-        let error = Error::new(Kind::Usage, message).hint("see vmbackup --help");
+        let error = Error::new(Kind::Usage, first_paragraph(&text)).hint("see vmbackup --help");
         Output { json, quiet: false }.error(&error);
     } else {
         // Help goes to stdout, everything else to stderr; a closed pipe needs no answer.
         let _ = error.print();
     }
     if asked_for { exit::SUCCESS } else { exit::code(Kind::Usage) }
+}
+
+/// What the parser says before it explains, on one line: the missing arguments are on lines of their
+/// own.
+fn first_paragraph(text: &str) -> String {
+    let lines = text.lines().take_while(|line| !line.trim().is_empty());
+    let joined = lines.map(str::trim).collect::<Vec<_>>().join(" ");
+    joined.strip_prefix("error: ").map_or(joined.clone(), str::to_owned)
 }
 
 fn start(cli: Cli, output: Output) -> Result<()> {

@@ -1,7 +1,7 @@
 //! The way from arguments to an open repository.
 
 use super::args::RepositoryArgs;
-use super::context::{self, Context};
+use super::context::{self, Context, Purpose};
 use super::settings;
 use crate::error::Result;
 use crate::job::{self, Credentials, Repository, RepositoryChoice};
@@ -17,7 +17,9 @@ impl Context {
         if let RepositoryChoice::Default(path) = settings::repository(args, &self.paths)? {
             let keys =
                 settings::repository_key(args.password_file.as_ref(), args.key_file.as_ref());
-            let given = context::secret(&keys, &self.control).await?.unwrap_or(Credentials::None);
+            let given = context::secret(&keys, Purpose::Opens, &self.control)
+                .await?
+                .unwrap_or(Credentials::None);
             job::keys::make_default(&path, &given, (&self.env, &self.control)).await?;
         }
         self.open(args).await

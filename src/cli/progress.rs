@@ -132,6 +132,9 @@ impl View {
     }
 
     fn json(&self, disks: &[std::sync::Arc<DiskProgress>], total: Total) {
+        if self.phase.is_empty() {
+            return;
+        }
         let disks: Vec<_> = disks
             .iter()
             .map(|disk| {

@@ -81,7 +81,7 @@ pub(crate) async fn ask(question: &str, control: &Control) -> Result<Option<Secr
         return Ok(None);
     };
     let (question, control) = (question.to_owned(), control.clone());
-    tokio::task::spawn_blocking(move || read_silently(terminal, &question, &control))
+    tokio::task::spawn_blocking(move || read_silently(&terminal, &question, &control))
         .await
         .map_err(|e| crate::job::internal("the prompt died", e))?
         .map(Some)
@@ -127,14 +127,15 @@ impl Drop for Silence<'_> {
     }
 }
 
-fn read_silently(mut terminal: File, question: &str, control: &Control) -> Result<Secret> {
+fn read_silently(terminal: &File, question: &str, control: &Control) -> Result<Secret> {
     let fail = |e: std::io::Error| Error::io("cannot ask on the terminal", e);
-    terminal.write_all(question.as_bytes()).map_err(fail)?;
-    let silence = Silence::new(&terminal).map_err(fail)?;
+    // Silent first: that drops what was typed before, and must not drop the answer.
+    let silence = Silence::new(terminal).map_err(fail)?;
+    (&*terminal).write_all(question.as_bytes()).map_err(fail)?;
     let wait = Timespec::try_from(POLL).expect("100 ms fit a timespec");
     loop {
         control.check()?;
-        let mut set = [PollFd::new(&terminal, PollFlags::IN)];
+        let mut set = [PollFd::new(terminal, PollFlags::IN)];
         match poll(&mut set, Some(&wait)) {
             Ok(0) | Err(rustix::io::Errno::INTR) => {}
             Ok(_) => break,
@@ -143,7 +144,7 @@ fn read_silently(mut terminal: File, question: &str, control: &Control) -> Resul
     }
     // A terminal in canonical mode yields one whole line (at most 4096 bytes, N_TTY_BUF_SIZE).
     let mut line = Zeroizing::new(vec![0; 4096]);
-    let len = (&terminal).read(&mut line).map_err(fail)?;
+    let len = (&*terminal).read(&mut line).map_err(fail)?;
     drop(silence);
     line.truncate(len);
     while line.last().is_some_and(|byte| matches!(byte, b'\n' | b'\r')) {

@@ -164,7 +164,7 @@ fn open(path: &Path) -> Result<File> {
         // A FIFO must not hang us; for files and disks the flag means nothing.
         .custom_flags(libc::O_NONBLOCK)
         .open(path)
-        .map_err(|e| Error::io(format!("cannot open {}", path.display()), e))
+        .map_err(|e| Error::open(path, e))
 }
 
 /// [`Kind::Busy`] if someone writes the image or denies reading it.

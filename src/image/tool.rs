@@ -12,7 +12,7 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::process::Command;
 
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, READ_ONLY, Result};
 
 /// Longest wait for a call that touches metadata only.
 const WAIT: Duration = Duration::from_secs(120);
@@ -80,18 +80,20 @@ pub(super) fn failed(what: &str, said: &str) -> Error {
         return Error::new(Kind::Busy, message)
             .hint("another program (a running VM?) uses the image; stop it, or back up the VM while it runs");
     }
-    let kind = if has("No such file") {
-        Kind::NotFound
-    } else if has("Permission denied") || has("Read-only file system") {
-        Kind::Permission
+    let (kind, hint) = if has("No such file") {
+        (Kind::NotFound, "check the path, and those of the backing files in the image")
+    } else if has("Permission denied") {
+        (Kind::Permission, "run as root, or as a user who may open it")
+    } else if has("Read-only file system") {
+        (Kind::Permission, READ_ONLY)
     } else if has("No space left") {
-        Kind::NoSpace
+        (Kind::NoSpace, "free space there, or choose another place")
     } else if has("Unknown driver") || has("Image is not in") {
-        Kind::Usage
+        (Kind::Usage, "say the format it has: PATH,format=qcow2 or PATH,format=raw")
     } else {
-        Kind::Io
+        return Error::new(Kind::Io, message);
     };
-    Error::new(kind, message)
+    Error::new(kind, message).hint(hint)
 }
 
 /// Text of a tool without control characters.

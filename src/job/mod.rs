@@ -132,6 +132,7 @@ async fn open_store(location: &Path) -> Result<DirectoryStore> {
         Kind::NotFound => error.context(format!("no repository in {}", location.display())).hint(
             "check the path and that its disk is mounted, or make one with 'vmbackup repo init'",
         ),
+        Kind::Usage => error.hint("a repository is a directory: name the one it is in with --repo"),
         Kind::Permission => error.hint(
             "run as the user the repository belongs to (root's are for root), or let this user read \
              and write all of it",

@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use super::lock::VmLock;
+use super::lock::{VmLock, Wait};
 use super::points::Bases;
 use super::restore::reconcile as restore;
 use super::source::{self, ImageSpec, SourceSpec};
@@ -36,6 +36,8 @@ pub struct Request {
     pub source: Option<SourceSpec>,
     /// Whether anything is changed.
     pub mode: Mode,
+    /// What to do about a VM that another run works on.
+    pub wait: Wait,
 }
 
 /// What was found.
@@ -70,7 +72,7 @@ pub async fn run(
     request: Request,
     surroundings: Surroundings<'_>,
 ) -> Result<Report> {
-    let job = Recover { repository, mode: request.mode, surroundings };
+    let job = Recover { repository, mode: request.mode, wait: request.wait, surroundings };
     if request.mode == Mode::Undo {
         sweep_sockets();
     }
@@ -93,13 +95,15 @@ pub(super) async fn run_on(
     platform: &dyn Platform,
     surroundings: Surroundings<'_>,
 ) -> Result<VmReport> {
-    let job = Recover { repository: Some(repository), mode: Mode::Undo, surroundings };
+    let (mode, wait) = (Mode::Undo, Wait::No);
+    let job = Recover { repository: Some(repository), mode, wait, surroundings };
     job.one(platform).await
 }
 
 struct Recover<'a> {
     repository: Option<&'a Repository>,
     mode: Mode,
+    wait: Wait,
     surroundings: Surroundings<'a>,
 }
 
@@ -143,7 +147,8 @@ impl Recover<'_> {
     async fn one(&self, platform: &dyn Platform) -> Result<VmReport> {
         let (env, control) = self.surroundings;
         let vm = platform.identify().await?;
-        let _lock = VmLock::acquire(&env.state_dir, &vm, "recovery")?;
+        let lock = VmLock::acquire_after(self.wait, &env.state_dir, &vm, "recovery", control);
+        let _lock = lock.await?;
         let (bases, repository) = match self.repository {
             Some(repository) => (Bases::read(repository, vm.uuid).await?, Asked::Yes),
             None => (Bases::default(), Asked::No),

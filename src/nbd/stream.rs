@@ -89,7 +89,7 @@ impl Connector for NbdUri {
     }
 
     async fn connect(&self) -> Result<Box<dyn Stream>> {
-        let failed = |e| Error::io(format!("cannot connect to NBD server {self}"), e);
+        let failed = |e| not_reached(self, e);
         match &self.address {
             Address::Unix(path) => Ok(Box::new(UnixStream::connect(path).await.map_err(failed)?)),
             Address::Vsock { cid, port } => {
@@ -113,6 +113,23 @@ impl Connector for NbdUri {
             Address::Tcp { host, .. } => Some(host),
             Address::Unix(_) | Address::Vsock { .. } => None,
         }
+    }
+}
+
+/// Whatever the reason is, also a socket that is not there or a name that is unknown: nobody serves
+/// there, and somebody may later.
+fn not_reached(uri: &NbdUri, error: std::io::Error) -> Error {
+    let message = format!("cannot connect to NBD server {uri}");
+    match Error::io("", std::io::Error::from(error.kind())).kind() {
+        Kind::Permission => Error::new(Kind::Permission, message)
+            .hint("run as a user who may use the server's socket")
+            .source(error),
+        Kind::Timeout => Error::new(Kind::Timeout, message)
+            .hint("check that the server runs and that no firewall is between")
+            .source(error),
+        _ => Error::new(Kind::Connection, message)
+            .hint("check that the server runs, and the host, port or socket of its URI")
+            .source(error),
     }
 }
 

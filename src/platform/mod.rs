@@ -233,6 +233,21 @@ pub struct SnapshotDisk {
     pub read: ReadMode,
 }
 
+/// Why a disk is not part of a point that was left out by name.
+const EXCLUDED_BY_OPTION: &str = "excluded by option";
+
+/// The error of a VM of which no disk is left to back up.
+fn nothing_to_read(vm: &str, excluded: &[ExcludedDisk]) -> Error {
+    if excluded.iter().any(|disk| disk.reason == EXCLUDED_BY_OPTION) {
+        let names: Vec<&str> = excluded.iter().map(|disk| disk.name.as_str()).collect();
+        let message = format!("every disk of VM '{vm}' is left out: {}", names.join(", "));
+        return Error::new(Kind::Usage, message)
+            .hint("give --exclude-disk for those only that are not to be in the point");
+    }
+    Error::new(Kind::Unsupported, format!("VM '{vm}' has no disk to back up"))
+        .hint("CD-ROMs, floppies and read-only disks are not backed up; attach a disk first")
+}
+
 /// What would happen, disk by disk.
 #[derive(Clone, Debug)]
 pub struct SnapshotPlan {

@@ -5,6 +5,7 @@
 //! touched the backup is given up. Asked before a backup begins and four times a second while it
 //! runs; what others write there counts as well.
 
+use std::io::ErrorKind;
 use std::path::Path;
 use std::time::Duration;
 
@@ -27,6 +28,7 @@ pub(super) struct Space {
 impl Space {
     /// Asks the file system.
     pub(super) fn of(directory: &Path) -> Result<Self> {
+        check_directory(directory)?;
         let stat = rustix::fs::statvfs(directory).map_err(|errno| {
             Error::io(format!("cannot use scratch directory {}", directory.display()), errno.into())
                 .hint("name a local directory that QEMU may write to with --scratch-dir")
@@ -46,6 +48,27 @@ impl Space {
     /// Whether the reserve is touched.
     pub(super) fn is_low(self) -> bool {
         self.usable_bytes().is_none()
+    }
+}
+
+/// Fails when a directory of this machine that is to hold scratch files is none.
+pub(super) fn check_directory(directory: &Path) -> Result<()> {
+    let failed = |kind, why: &str| {
+        let message = format!("scratch directory {} {why}", directory.display());
+        Err(Error::new(kind, message)
+            .hint("name a local directory that QEMU may write to with --scratch-dir"))
+    };
+    match directory.metadata() {
+        Ok(data) if data.is_dir() => Ok(()),
+        Ok(_) => failed(Kind::Usage, "is not a directory"),
+        Err(error) if error.kind() == ErrorKind::NotADirectory => {
+            failed(Kind::Usage, "is below a file")
+        }
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            failed(Kind::NotFound, "does not exist")
+        }
+        // Whoever uses it says what is wrong.
+        Err(_) => Ok(()),
     }
 }
 

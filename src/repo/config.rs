@@ -156,10 +156,17 @@ impl Unchecked {
             Err(error) => return Err(error.into()),
         };
         Self::parse(&bytes).map_err(|e| {
-            e.context(format!(
+            let error = e.context(format!(
                 "cannot read the configuration of the repository in {}",
                 store.describe()
-            ))
+            ));
+            match error.kind() {
+                Kind::Corrupt => error.hint(
+                    "put the file back from a copy of the repository (it is never changed, so any \
+                     copy of it is right); without it nothing opens the others",
+                ),
+                _ => error,
+            }
         })
     }
 

@@ -55,6 +55,7 @@ pub use changes::ChangedDisk;
 pub use check::{CheckOptions, CheckReport, Depth, Repair};
 pub use gc::{CollectOptions, CollectReport};
 pub use hold::Hold;
+pub use index::is_of_index;
 pub use losses::{Loss, Losses};
 pub use manifest::{Manifest, ManifestArtifact, ManifestDisk, ManifestDraft};
 use points::Domains;

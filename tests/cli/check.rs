@@ -245,3 +245,47 @@ fn an_incremental_heals_what_it_shares_with_its_base() {
         assert_eq!(third.json()["disks"][0]["read_bytes"], 0, "{damage}");
     }
 }
+
+/// Found in review: the damage had no object, and `restore` advised to salvage what was all there.
+#[test]
+fn an_index_that_is_gone_is_named_and_the_advice_is_to_rebuild_it() {
+    let fixture = Fixture::new();
+    let env = &fixture.env;
+    let point = fixture.point();
+    for segment in files(&fixture, "index") {
+        fs::remove_file(segment).unwrap();
+    }
+    let report = damaged(&fixture, &["check"]);
+    let damages = report["damages"].as_array().unwrap();
+    assert_eq!(damages.len(), 1, "{report}");
+    assert_eq!(damages[0]["object"], "index", "{report}");
+    assert!(damages[0]["what"].as_str().unwrap().contains("--rebuild-index"), "{report}");
+    env.vmbackup(&["check"]).fails_with(&["hint: 'vmbackup check --rebuild-index'"]);
+    for args in [&["restore", &point, "--to", "to"][..], &["verify", &point]] {
+        let outcome = env.vmbackup(args);
+        let stderr = outcome.fails_with(&["hint: run 'vmbackup check --rebuild-index'"]).stderr;
+        assert!(!stderr.contains("--salvage' restores"), "{stderr}");
+    }
+    env.vmbackup(&["check", "--rebuild-index"]).ok();
+    env.vmbackup(&["restore", &point, "--to", "to"]).ok();
+}
+
+/// Found in review: it was taken for a repository that holds no points yet.
+#[test]
+fn a_repository_whose_folder_of_points_is_gone_is_damaged() {
+    let fixture = Fixture::new();
+    let env = &fixture.env;
+    env.vmbackup(&["list"]).ok();
+    fixture.point();
+    let (points, away) = (env.repo().join("points"), env.path("away"));
+    fs::rename(&points, &away).unwrap();
+    for args in [&["list"][..], &["check"], &["show", "foo@latest"], &["gc"], &["forget", "00"]] {
+        let outcome = env.vmbackup(args).fails_with(&["points", "hint: "]);
+        assert_eq!(outcome.code, Some(10), "{outcome:?}");
+    }
+    let outcome = fixture.back_up(&["full"]).fails_with(&["points"]);
+    assert_eq!(outcome.code, Some(10), "{outcome:?}");
+    assert!(!points.exists(), "nothing is made in its place");
+    fs::rename(&away, &points).unwrap();
+    env.vmbackup(&["verify", "foo@latest"]).ok();
+}

@@ -79,7 +79,10 @@ impl Fixture {
         let mut command = self.env.vmbackup_command(args);
         let scratch = self.env.path("scratch");
         std::fs::create_dir_all(&scratch).unwrap();
-        Outcome::of(command.arg("--qmp").arg(&socket).arg("--scratch-dir").arg(&scratch))
+        if !args.contains(&"--scratch-dir") {
+            command.arg("--scratch-dir").arg(&scratch);
+        }
+        Outcome::of(command.arg("--qmp").arg(&socket))
     }
 
     /// Runs a backup command and gives its JSON report.

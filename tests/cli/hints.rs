@@ -113,3 +113,180 @@ fn a_copy_into_a_full_file_system_says_where_to_make_room() {
         assert_eq!(std::fs::read_dir(&small.path).unwrap().count(), 0, "nothing is left behind");
     }
 }
+
+/// A command that fails: its arguments, its exit code, and what its message and hint have to hold.
+type Failure<'a> = (&'a [&'a str], i32, &'a [&'a str]);
+
+#[track_caller]
+fn each_fails_with(failures: &[Failure<'_>], run: impl Fn(&[&str]) -> Outcome) {
+    for (args, code, words) in failures {
+        let outcome = run(args).fails_with(words).fails_with(&["hint: "]);
+        assert_eq!(outcome.code, Some(*code), "{outcome:?}");
+    }
+}
+
+#[test]
+fn what_is_not_there_is_named_with_the_next_step() {
+    let fixture = Fixture::new();
+    let point = fixture.point();
+    let env = &fixture.env;
+    std::fs::write(env.path("a.file"), "no directory").unwrap();
+    let at_null = format!("{}=/dev/null", crate::fixture::DISK);
+    let at_nope = format!("{}=/dev/nope", crate::fixture::DISK);
+    let nbd = "nbd+unix:///?socket=/nope";
+    each_fails_with(
+        &[
+            (&["restore", &point, "--to-device", &at_null], 8, &["/dev/null", "block device"]),
+            (&["restore", &point, "--to-device", &at_nope], 3, &["/dev/nope", "path"]),
+            (&["hash", "nope.raw"], 3, &["nope.raw", "path"]),
+            (&["hash", "foo.raw,format=foo"], 2, &["foo.raw", "format=qcow2"]),
+            (&["full", "--image", "nope.qcow2", "--name", "b"], 3, &["nope.qcow2", "path"]),
+            (&["full", "--image", "nope.raw", "--name", "b"], 3, &["nope.raw", "path"]),
+            (&["full", "--qmp", "/nope"], 13, &["/nope", "VM runs"]),
+            (&["hash", nbd], 13, &["/nope", "server"]),
+            (&["nbd", "info", "nbd://nope.invalid/"], 13, &["nope.invalid", "server"]),
+            (&["nbd", "info", "nbd://127.0.0.1:1/"], 13, &["127.0.0.1:1", "server"]),
+            (&["repo", "key", "add", "--new-key-file", "nope"], 3, &["nope", "--new-key-file"]),
+            (
+                &["repo", "key", "add", "--new-password-file", "nope"],
+                3,
+                &["nope", "--new-password-file"],
+            ),
+            (&["list", "--key-file", "nope"], 3, &["nope", "--key-file"]),
+            (&["list", "--repo", "a.file"], 2, &["a.file", "directory"]),
+            (&["repo", "init", "--no-key", "--repo", "a.file"], 2, &["a.file", "directory"]),
+        ],
+        |args| env.vmbackup(args),
+    );
+}
+
+#[test]
+fn an_image_that_this_user_may_not_read_is_a_matter_of_permissions() {
+    let fixture = Fixture::new();
+    fixture.env.run("chmod", &["600", fixture.image.to_str().unwrap()]).ok();
+    let qcow2 = fixture.env.path("b.qcow2").display().to_string();
+    fixture.env.run("qemu-img", &["create", "-q", "-f", "qcow2", &qcow2, "1M"]).ok();
+    fixture.env.run("chmod", &["600", &qcow2]).ok();
+    let raw = fixture.image.display().to_string();
+    each_fails_with(
+        &[
+            (&["hash", &raw], 6, &["foo.raw", "root"]),
+            (&["hash", &qcow2], 6, &["b.qcow2", "root"]),
+            (&["full", "--image", &raw, "--name", "a"], 6, &["foo.raw", "root"]),
+            (&["full", "--image", &qcow2, "--name", "a"], 6, &["b.qcow2", "root"]),
+        ],
+        |args| as_ordinary_user(&fixture, args),
+    );
+}
+
+#[test]
+fn a_garbled_configuration_says_where_it_lies_and_what_brings_it_back() {
+    let fixture = Fixture::new();
+    let config = fixture.env.repo().join("config");
+    for content in ["", "hello", "{}\n\n"] {
+        std::fs::remove_file(&config).unwrap();
+        std::fs::write(&config, content).unwrap();
+        each_fails_with(&[(&["list"], 10, &["config", "copy"])], |args| fixture.env.vmbackup(args));
+    }
+}
+
+#[test]
+fn a_backup_of_no_disk_at_all_is_refused() {
+    let fixture = Fixture::new();
+    let image = fixture.image.display().to_string();
+    let args = ["--image", &image, "--name", "a", "--exclude-disk", "foo"];
+    for command in ["full", "plan"] {
+        let args = [&[command][..], &args].concat();
+        let failure: Failure<'_> = (&args, 2, &["--exclude-disk", "every disk"]);
+        each_fails_with(&[failure], |args| fixture.env.vmbackup(args));
+    }
+    let args = ["full", "--exclude-disk", crate::fixture::DISK];
+    let failure: Failure<'_> = (&args, 2, &["--exclude-disk", "every disk"]);
+    each_fails_with(&[failure], |args| fixture.back_up(args));
+    let list = fixture.env.vmbackup(&["list", "--json"]).json();
+    assert_eq!(list["points"].as_array().unwrap().len(), 0, "{list}");
+}
+
+#[test]
+fn a_file_system_that_is_read_only_is_not_a_matter_of_who_runs_it() {
+    let fixture = Fixture::new();
+    let point = fixture.point();
+    let small = crate::errors::SmallDisk::mount(&fixture);
+    let there = small.path.display().to_string();
+    let repo = small.path.join("repo").display().to_string();
+    fixture.env.run("cp", &["-a", fixture.env.repo().to_str().unwrap(), &repo]).ok();
+    fixture.env.run("mount", &["-o", "remount,ro", &there]).ok();
+    let image = fixture.image.display().to_string();
+    let (to, copy) = (small.path.join("to"), small.path.join("copy.raw"));
+    each_fails_with(
+        &[
+            (&["full", "--image", &image, "--name", "a", "--repo", &repo], 6, &["read-only"]),
+            (&["restore", &point, "--to", to.to_str().unwrap()], 6, &["read-only"]),
+            (&["copy", &image, copy.to_str().unwrap()], 6, &["read-only"]),
+        ],
+        |args| {
+            let outcome = fixture.env.vmbackup(args).fails();
+            let hint = outcome.stderr.split_once("hint: ").map_or("", |(_, hint)| hint);
+            assert!(hint.contains("read-only") && !hint.contains("user"), "{outcome:?}");
+            outcome
+        },
+    );
+    // What is there can be read.
+    fixture.env.vmbackup(&["list", "--repo", &repo]).ok();
+}
+
+#[cfg(feature = "libvirt")]
+#[test]
+fn a_libvirt_that_is_not_reached_is_a_matter_of_the_connection() {
+    let fixture = Fixture::new();
+    let script = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/support/libvirtd.sh");
+    Outcome::of(fixture.env.command(script).arg("start")).ok();
+    // Nobody listens on port 1.
+    let ssh = "qemu+ssh://root@127.0.0.1:1/system";
+    let plan = |uri: &'static str| ["plan", "--domain", "foo", "--connect", uri];
+    each_fails_with(
+        &[
+            (&plan("foo:///x"), 13, &["foo:///x", "--connect"]),
+            (&plan("qemu:///foo"), 13, &["qemu:///foo", "--connect"]),
+            (&plan("qemu+unix:///system?socket=/nope"), 13, &["/nope", "daemon running"]),
+            (&plan(ssh), 13, &[ssh, "ssh -p 1 root@127.0.0.1"]),
+        ],
+        |args| fixture.env.vmbackup(args),
+    );
+    let outcome = fixture.env.vmbackup(&plan(ssh));
+    assert!(!outcome.stderr.contains("daemon running"), "{outcome:?}");
+}
+
+#[test]
+fn a_scratch_directory_that_is_a_file_is_wrong_usage() {
+    let fixture = Fixture::new();
+    let file = fixture.image.display().to_string();
+    let args = ["full", "--scratch-dir", &file];
+    each_fails_with(&[(&args, 2, &["--scratch-dir", &file])], |args| fixture.back_up(args));
+    let plan = fixture.back_up(&["plan", "--scratch-dir", &file]).fails();
+    assert!(plan.stdout.contains("is not a directory"), "{plan:?}");
+    assert_eq!(plan.code, Some(2), "{plan:?}");
+    let gone = fixture.env.path("gone").display().to_string();
+    let args = ["full", "--scratch-dir", &gone];
+    each_fails_with(&[(&args, 3, &["--scratch-dir", &gone])], |args| fixture.back_up(args));
+}
+
+#[test]
+fn a_vm_that_was_not_named_is_asked_for_also_by_json() {
+    let fixture = Fixture::new();
+    let outcome = fixture.env.vmbackup(&["full", "--json"]);
+    let outcome = outcome.fails_with(&["--domain", "--qmp", "--image"]);
+    let line: serde_json::Value = serde_json::from_str(&outcome.stderr).unwrap();
+    assert_eq!((&line["exit_code"], &line["kind"]), (&2.into(), &"usage".into()));
+}
+
+/// Two images that QEMU would call the same are told apart by their paths.
+#[test]
+fn two_images_of_one_stem_are_both_named() {
+    let fixture = Fixture::new();
+    std::fs::create_dir(fixture.env.path("sub")).unwrap();
+    std::fs::copy(&fixture.image, fixture.env.path("sub/foo.raw")).unwrap();
+    let args = ["full", "--image", "foo.raw", "--image", "sub/foo.raw", "--name", "a"];
+    let words = ["'foo'", "foo.raw and", "sub/foo.raw"];
+    each_fails_with(&[(&args, 2, &words)], |args| fixture.env.vmbackup(args));
+}

@@ -1,6 +1,7 @@
 //! Making repositories, and what opens them.
 
 use std::fs;
+use std::io::{Read, Write};
 
 use crate::support::{Outcome, TestEnv};
 
@@ -101,6 +102,49 @@ fn a_repository_of_a_newer_format_is_left_alone() {
     fs::write(&config, newer).unwrap();
     let outcome = env.vmbackup(&["list"]).fails();
     assert_eq!(outcome.code, Some(12), "{outcome:?}");
+}
+
+/// Found in review: it was asked for before the new one and again after it.
+#[test]
+fn a_key_is_added_at_a_terminal_with_the_old_password_asked_for_once() {
+    let env = TestEnv::new();
+    let old = env.path("old");
+    fs::write(&old, "old").unwrap();
+    env.vmbackup(&["repo", "init", "--password-file", old.to_str().unwrap()]).ok();
+    // A pseudo-terminal of its own, and answers to what is asked on it.
+    let program = env!("CARGO_BIN_EXE_vmbackup");
+    let line = format!("{program} repo key add --repo {}", env.repo().display());
+    let mut command = env.command("script");
+    command.args(["--quiet", "--return", "--echo", "never", "--command", &line, "/dev/null"]);
+    command.stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    let mut screen = String::new();
+    let mut answer = child.stdin.take().unwrap();
+    let mut said = child.stdout.take().unwrap();
+    for (question, password) in [("Password for", "old"), ("New password", "new"), ("Again", "new")]
+    {
+        until_asked(&mut said, &mut screen, question);
+        answer.write_all(format!("{password}\n").as_bytes()).unwrap();
+    }
+    // Whatever else it asks for has no answer.
+    drop(answer);
+    said.read_to_string(&mut screen).unwrap();
+    assert!(child.wait().unwrap().success(), "{screen}");
+    assert_eq!(screen.matches("Password for").count(), 1, "{screen}");
+    let new = env.path("new");
+    fs::write(&new, "new").unwrap();
+    env.vmbackup(&["list", "--password-file", new.to_str().unwrap()]).ok();
+}
+
+/// Reads what is on the screen up to the end of a question.
+fn until_asked(said: &mut impl Read, screen: &mut String, question: &str) {
+    let is_asked =
+        |screen: &str| screen.split_once(question).is_some_and(|(_, rest)| rest.contains(": "));
+    while !is_asked(screen) {
+        let mut byte = [0];
+        assert_eq!(said.read(&mut byte).unwrap(), 1, "not asked for '{question}': {screen}");
+        screen.push(char::from(byte[0]));
+    }
 }
 
 /// Runs the program in a session of its own, where there is no terminal to ask on.

@@ -97,3 +97,24 @@ fn the_wait_is_bounded_and_can_be_stopped() {
     first.signal("CONT");
     first.wait().ok();
 }
+
+#[test]
+fn a_recovery_waits_for_the_run_that_works_on_its_vm_if_it_is_to() {
+    let bed = Bed::new();
+    let image = bed.env.path("b.qcow2").display().to_string();
+    bed.env.run("qemu-img", &["create", "-q", "-f", "qcow2", &image, "1M"]).ok();
+    // It has added a bitmap to the image, which is in its journal.
+    let backup = ["full", "--image", &image, "--name", "foo"];
+    let stopped = bed.env.stopped_at("before:manifest", &backup);
+    let look = bed.env.vmbackup(&["recover", "--json"]).json();
+    let items = look["vms"][0]["items"].to_string();
+    assert!(items.contains("kept") && items.contains("another run"), "{look}");
+    let mut recovery = bed.env.spawn_vmbackup(&["recover", "--wait=600", "--json"]);
+    std::thread::sleep(Duration::from_secs(2));
+    assert!(recovery.is_running(), "it waits");
+    stopped.signal("KILL");
+    let report = recovery.wait().json();
+    assert_eq!(report["vms"][0]["problem"], serde_json::Value::Null, "{report}");
+    let items = report["vms"][0]["items"].to_string();
+    assert!(items.contains("undone") && !items.contains("another run"), "{report}");
+}

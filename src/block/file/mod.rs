@@ -68,7 +68,7 @@ fn open(
                 .hint("it is mounted, or part of a volume group, array or swap: release it first")
                 .source(error);
         }
-        Error::io(format!("cannot open {}", path.display()), error)
+        Error::open(path, error)
     })?;
     let (medium, size_bytes) = examine(&file, path)?;
     Ok((file, medium, size_bytes))
@@ -83,7 +83,8 @@ fn examine(mut file: &File, path: &Path) -> Result<(Medium, u64)> {
         kind if kind.is_block_device() => Medium::Device,
         _ => {
             let message = format!("{} is neither a file nor a block device", path.display());
-            return Err(Error::new(Kind::Unsupported, message));
+            return Err(Error::new(Kind::Unsupported, message)
+                .hint("name a regular file or a block device"));
         }
     };
     // The metadata of a device have no length; its end does.

@@ -92,7 +92,7 @@ impl FileSink {
         let (_, _, found) = open(path, OpenOptions::new().read(true), flags)?;
         check_size(path, found, size_bytes)?;
         access(path, AccessMode::READ_OK | AccessMode::WRITE_OK)
-            .map_err(|e| Error::io(format!("cannot open {}", path.display()), e.into()))
+            .map_err(|e| Error::open(path, e.into()))
     }
 
     /// The same, whatever its size, through the page cache.
@@ -152,7 +152,7 @@ impl FileSink {
 /// What keeps a block device that is mounted or held by a volume group from being opened (open(2)).
 fn exclusive(path: &Path) -> Result<OFlags> {
     let data = std::fs::metadata(path);
-    let data = data.map_err(|e| Error::io(format!("cannot open {}", path.display()), e))?;
+    let data = data.map_err(|e| Error::open(path, e))?;
     Ok(if data.file_type().is_block_device() { OFlags::EXCL } else { OFlags::empty() })
 }
 

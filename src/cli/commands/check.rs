@@ -50,8 +50,13 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<()> {
         return Err(Error::new(Kind::Io, "parts of the repository cannot be read")
             .hint("look at the kernel log for the device of the repository, then check again"));
     }
-    Err(Error::new(Kind::Corrupt, "the repository is damaged")
-        .hint("see 'Damaged data' in docs/troubleshooting.md: what is not listed restores"))
+    let of_index = |damage: &Damage| damage.object.starts_with("index");
+    let hint = if !args.rebuild_index && report.damages.iter().any(of_index) {
+        "'vmbackup check --rebuild-index' puts back what the index lost; then check again"
+    } else {
+        "see 'Damaged data' in docs/troubleshooting.md: what is not listed restores"
+    };
+    Err(Error::new(Kind::Corrupt, "the repository is damaged").hint(hint))
 }
 
 fn part(text: &str) -> Result<Depth> {
@@ -74,8 +79,10 @@ fn describe(report: &CheckReport) -> String {
     }
     if report.packs_unindexed > 0 {
         let packs = report.packs_unindexed;
-        let _ =
-            writeln!(out, "{packs} packs are not in the index: harmless unless points miss data");
+        let _ = writeln!(
+            out,
+            "{packs} packs are not in the index: harmless unless the index is damaged"
+        );
     }
     if report.is_fine() {
         out.push_str("no damage found\n");

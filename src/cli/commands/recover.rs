@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use crate::cli::args::RepositoryArgs;
 use crate::cli::context::Context;
-use crate::cli::vm_args::ConnectArgs;
+use crate::cli::vm_args::{ConnectArgs, WaitArgs};
 use crate::cli::vm_settings;
 use crate::control::NoticeLevel;
 use crate::error::Result;
@@ -35,8 +35,10 @@ pub(crate) struct Args {
     #[arg(long, value_name = "NAME", requires = "qmp")]
     name: Option<String>,
     /// Only show what would be undone
-    #[arg(long)]
+    #[arg(long, conflicts_with = "wait")]
     dry_run: bool,
+    #[command(flatten)]
+    wait: WaitArgs,
     #[command(flatten)]
     repository: RepositoryArgs,
 }
@@ -50,6 +52,7 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<()> {
         (None, Some(qmp)) => Some(SourceSpec::Qemu { qmp, agent: args.agent, name: args.name }),
         (None, None) => None,
     };
+    let wait = vm_settings::wait(&args.wait)?;
     let mode = if args.dry_run { Mode::Look } else { Mode::Undo };
     let repository = match context.open_if_made(&args.repository).await {
         Ok(repository) => repository,
@@ -62,7 +65,7 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<()> {
     };
     let job = recover::run(
         repository.as_ref(),
-        Request { source, mode },
+        Request { source, mode, wait },
         (&context.env, &context.control),
     );
     let report = context.watch(Box::pin(job)).await?;

@@ -201,7 +201,7 @@ fn describe_salvage(out: &mut String, salvage: &Salvage) {
         let _ = writeln!(out, "  and {} more", salvage.ranges.len() - LINES_MAX);
     }
     for artifact in &salvage.artifacts {
-        let _ = writeln!(out, "  {:?} left out: {}", artifact.kind, artifact.reason);
+        let _ = writeln!(out, "  {} left out: {}", artifact.kind, artifact.reason);
     }
     let _ = writeln!(out, "all of it is in {list}");
 }

@@ -27,7 +27,7 @@ use crate::control::{Control, NoticeLevel};
 use crate::error::{Error, Kind, Result};
 use crate::job::Env;
 use crate::journal::RestoreJournal;
-use crate::repo::{Hold, Losses, Manifest, ManifestDisk, Repository};
+use crate::repo::{Hold, Losses, Manifest, ManifestDisk, Repository, is_of_index};
 use crate::units::ByteSize;
 use crate::vm::{ArtifactKind, PointId, VmIdentity};
 
@@ -238,7 +238,7 @@ fn tell(salvage: &Salvage, manifest: &Manifest, control: &Control) {
             what.push(format!("{} of {name} are damaged and restored as zeroes", ByteSize(bytes)));
         }
     }
-    left_out.extend(salvage.artifacts.iter().map(|lost| format!("{:?} is left out", lost.kind)));
+    left_out.extend(salvage.artifacts.iter().map(|lost| format!("{} is left out", lost.kind)));
     let text = format!(
         "of point {} {}: this is not what the VM held, and nothing proves it. Where and why is in {}",
         manifest.point.short(),
@@ -251,7 +251,7 @@ fn tell(salvage: &Salvage, manifest: &Manifest, control: &Control) {
 /// Says what to do where stored data is damaged.
 pub(super) fn advise(error: Error) -> Error {
     match error.kind() {
-        Kind::Corrupt => error.hint(
+        Kind::Corrupt if !is_of_index(&error) => error.hint(
             "'check --read-data' names what is damaged; 'full' stores again what the VM still has; \
              'restore --salvage' restores the rest, with zeroes where data is damaged",
         ),

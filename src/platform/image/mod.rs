@@ -14,7 +14,6 @@ mod plan;
 mod reconcile;
 mod snapshot;
 
-use std::collections::HashSet;
 use std::path::PathBuf;
 
 use async_trait::async_trait;
@@ -64,14 +63,15 @@ impl Images {
         if name.is_empty() || images.is_empty() {
             return Err(Error::new(Kind::Usage, "a VM known by images needs a name and an image"));
         }
-        let mut seen = HashSet::new();
-        let mut disks = Vec::new();
+        let mut disks: Vec<ImageDisk> = Vec::new();
         for source in images {
             let name = disk_name(&source)?;
-            if !seen.insert(name.clone()) {
-                let message = format!("two images would both be called disk '{name}'");
+            let named = |disk: &&ImageDisk| disk.name == name;
+            if let Some(first) = disks.iter().find(named) {
+                let (first, second) = (first.source.path.display(), source.path.display());
+                let message = format!("{first} and {second} would both be called disk '{name}'");
                 return Err(Error::new(Kind::Usage, message)
-                    .hint("disks are called as their files without extension: rename one"));
+                    .hint("disks are called as their files without extension: rename one, or give a link to it that has another name"));
             }
             disks.push(ImageDisk { name, source });
         }

@@ -2,7 +2,10 @@
 
 use crate::error::{Error, Kind, Result};
 use crate::image::{ImageLock, Layer, layers};
-use crate::platform::{PlannedDisk, Platform, Problem, SnapshotPlan, SnapshotRequest};
+use crate::platform::{
+    EXCLUDED_BY_OPTION, PlannedDisk, Platform, Problem, SnapshotPlan, SnapshotRequest,
+    nothing_to_read,
+};
 use crate::vm::{DiskDescription, DiskLayer, ExcludedDisk, ReadMode};
 
 use super::checkpoint::Checkpoints;
@@ -11,7 +14,7 @@ use super::{ImageDisk, Images};
 /// The plan.
 pub(super) async fn plan(images: &Images, request: &SnapshotRequest) -> Result<SnapshotPlan> {
     let identity = images.identify().await?;
-    let (included, excluded) = select(&images.disks, request)?;
+    let (included, excluded) = select(images, request)?;
     let mut disks = Vec::new();
     let mut problems = vec![Problem {
         fatal: None,
@@ -46,9 +49,10 @@ pub(super) async fn plan(images: &Images, request: &SnapshotRequest) -> Result<S
 
 /// The disks that are read and those that are left out. An unknown name is an error.
 pub(super) fn select<'a>(
-    disks: &'a [ImageDisk],
+    images: &'a Images,
     request: &SnapshotRequest,
 ) -> Result<(Vec<&'a ImageDisk>, Vec<ExcludedDisk>)> {
+    let disks = &images.disks;
     let is_excluded = |disk: &ImageDisk| request.exclude_disks.contains(&disk.name);
     let unknown = request.exclude_disks.iter().find(|name| disks.iter().all(|d| d.name != **name));
     if let Some(name) = unknown {
@@ -58,12 +62,14 @@ pub(super) fn select<'a>(
     }
     let excluded = |disk: &ImageDisk| ExcludedDisk {
         name: disk.name.clone(),
-        reason: "excluded by option".to_owned(),
+        reason: EXCLUDED_BY_OPTION.to_owned(),
     };
-    Ok((
-        disks.iter().filter(|disk| !is_excluded(disk)).collect(),
-        disks.iter().filter(|disk| is_excluded(disk)).map(excluded).collect(),
-    ))
+    let included: Vec<_> = disks.iter().filter(|disk| !is_excluded(disk)).collect();
+    let excluded: Vec<_> = disks.iter().filter(|disk| is_excluded(disk)).map(excluded).collect();
+    if included.is_empty() {
+        return Err(nothing_to_read(&images.name, &excluded));
+    }
+    Ok((included, excluded))
 }
 
 /// The disk as manifests describe it.

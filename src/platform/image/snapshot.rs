@@ -70,7 +70,7 @@ impl ImageSnapshot {
         control: &Control,
     ) -> Result<Self> {
         let identity = images.identify().await?;
-        let (included, excluded) = select(&images.disks, request)?;
+        let (included, excluded) = select(images, request)?;
         control.set_phase("looking at the images");
         let mut begun = Vec::new();
         let mut reads = Vec::new();

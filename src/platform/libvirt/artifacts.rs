@@ -123,7 +123,7 @@ pub(super) async fn capture(
                     let origin = Some(path.to_string_lossy().into_owned());
                     artifacts.push(Artifact { kind, origin, bytes });
                 }
-                Err(reason) => missing.push(not_captured(&format!("{kind:?}"), &path, reason)),
+                Err(reason) => missing.push(not_captured(&kind.to_string(), &path, reason)),
             }
         }
         if let Some(path) = wanted.tpm {

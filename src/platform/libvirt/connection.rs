@@ -16,7 +16,7 @@ use virt::connect::Connect;
 use virt::domain::Domain;
 use virt::error::ErrorNumber;
 
-use super::error::{code, wrap};
+use super::error::{code, not_connected, wrap};
 use super::ffi::{self, Events, VirtResult};
 use crate::error::{Error, Kind, Result};
 use crate::vm::Uuid;
@@ -69,7 +69,7 @@ impl Host {
         let (connection, hostname) = match opened {
             Some(Ok(opened)) => opened,
             Some(Err(error)) => {
-                return Err(wrap(format!("cannot connect to libvirt at {uri}"), error));
+                return Err(not_connected(&uri, error));
             }
             None => {
                 let message = format!("libvirt at {uri} did not answer in {CONNECT_TIMEOUT:?}");

@@ -11,6 +11,7 @@ use std::path::PathBuf;
 
 use super::xml::Element;
 use crate::error::{Error, Kind, Result};
+use crate::platform::{EXCLUDED_BY_OPTION, nothing_to_read};
 use crate::vm::{DiskLayer, ExcludedDisk, FullReason, ImageId};
 
 /// A protected disk.
@@ -121,7 +122,7 @@ impl DiskSet {
 
     fn sort_in(&mut self, name: &str, element: &Element, exclude: &[String]) {
         if exclude.iter().any(|excluded| excluded == name) {
-            return self.leave_out(name, "excluded by option");
+            return self.leave_out(name, EXCLUDED_BY_OPTION);
         }
         match element.attr("device").unwrap_or("disk") {
             "cdrom" => return self.leave_out(name, "CD-ROM"),
@@ -148,7 +149,7 @@ impl DiskSet {
 
     fn refuse(&mut self, name: &str, why: &str, exclude: &[String]) {
         if exclude.iter().any(|excluded| excluded == name) {
-            self.leave_out(name, "excluded by option");
+            self.leave_out(name, EXCLUDED_BY_OPTION);
         } else {
             self.unreadable.push((name.to_owned(), why.to_owned()));
         }
@@ -199,10 +200,7 @@ impl DiskSet {
             .hint(format!("'virsh blockjob {domain} {}' shows the block job", disk.name)));
         }
         if self.protected.is_empty() {
-            return Err(Error::new(
-                Kind::Unsupported,
-                format!("domain '{domain}' has no disk to back up"),
-            ));
+            return Err(nothing_to_read(domain, &self.excluded));
         }
         Ok(())
     }

@@ -7,6 +7,7 @@
 use virt::enumutil::Enum;
 use virt::error::{Error as VirtError, ErrorNumber};
 
+use super::connection::remote_host;
 use crate::error::{Error, Kind};
 
 /// The libvirt error code, where this version of the bindings knows it.
@@ -24,6 +25,44 @@ pub(super) fn wrap(message: impl Into<String>, error: VirtError) -> Error {
     match hint {
         Some(hint) => wrapped.hint(hint),
         None => wrapped,
+    }
+}
+
+/// The error of a connection to `uri` that could not be made. Whatever is wrong with the URI or with
+/// what answers there, there is no connection.
+pub(super) fn not_connected(uri: &str, error: VirtError) -> Error {
+    let (kind, hint) = classify(&error);
+    let kind = match kind {
+        Kind::Permission | Kind::Timeout => kind,
+        _ => Kind::Connection,
+    };
+    let transport = uri.split_once("://").and_then(|(scheme, _)| scheme.split_once('+'));
+    let hint = match (remote_host(uri), transport) {
+        (Some(host), Some((_, "ssh" | "libssh" | "libssh2"))) => format!(
+            "see whether '{} virsh list --all' works for this user without being asked: a key, \
+             known to the host, and a user who may use libvirt there",
+            ssh_command(host)
+        ),
+        (Some(_), _) => format!("see whether 'virsh -c {uri} list' works from this host"),
+        (None, _) => hint.map_or_else(
+            || {
+                "--connect names the libvirt: qemu:///system is the one of this host, \
+                 qemu+ssh://root@HOST/system that of another"
+                    .to_owned()
+            },
+            str::to_owned,
+        ),
+    };
+    Error::new(kind, format!("cannot connect to libvirt at {uri}")).hint(hint).source(error)
+}
+
+/// How a person tries what libvirt does for the host part of a URI.
+fn ssh_command(host: &str) -> String {
+    match host.rsplit_once(':') {
+        Some((host, port)) if port.chars().all(|c| c.is_ascii_digit()) => {
+            format!("ssh -p {port} {host}")
+        }
+        _ => format!("ssh {host}"),
     }
 }
 

@@ -161,7 +161,8 @@ mod tests {
 
     fn known(id: PointId, disk: &str, size: u64) -> KnownPoint {
         let device = device(disk, "na", json!({}));
-        let described = disks::sort(vec![device], &request()).unwrap().protected[0].description();
+        let described =
+            disks::sort("vm", vec![device], &request()).unwrap().protected[0].description();
         let disk = DiskDescription { size_bytes: size, ..described };
         KnownPoint { id, disks: vec![disk], checkpoint_xml: None }
     }
@@ -170,7 +171,7 @@ mod tests {
     fn found(bitmaps: &Value, points: Vec<KnownPoint>) -> Result<PointId, FullReason> {
         let devices = vec![device("a", "na", json!({ "dirty-bitmaps": bitmaps }))];
         let request = SnapshotRequest { known_points: points, ..request() };
-        let disks = disks::sort(devices, &request).unwrap();
+        let disks = disks::sort("vm", devices, &request).unwrap();
         let backing: Node = serde_json::from_value(json!({
             "node-name": "backing", "drv": "qcow2", "ro": true, "file": "b",
             "image": { "filename": "b", "format": "qcow2", "virtual-size": 1 },

@@ -7,7 +7,7 @@ use qmp::block::{Device, Node};
 
 use super::names::sanitised;
 use crate::error::{Error, Kind, Result};
-use crate::platform::SnapshotRequest;
+use crate::platform::{EXCLUDED_BY_OPTION, SnapshotRequest, nothing_to_read};
 use crate::vm::{DiskDescription, DiskLayer, ExcludedDisk};
 
 /// A disk to be protected.
@@ -67,7 +67,7 @@ pub(super) struct Disks {
 
 /// Sorts the devices of a VM. Fails where a name is asked for that no disk has, or a disk cannot
 /// be read safely.
-pub(super) fn sort(devices: Vec<Device>, request: &SnapshotRequest) -> Result<Disks> {
+pub(super) fn sort(vm: &str, devices: Vec<Device>, request: &SnapshotRequest) -> Result<Disks> {
     let mut disks = Disks::default();
     let mut names = Vec::new();
     for device in devices {
@@ -85,7 +85,7 @@ pub(super) fn sort(devices: Vec<Device>, request: &SnapshotRequest) -> Result<Di
         names.push(name.clone());
         let twin = disks.protected.iter().find(|disk| disk.node.name() == node.name());
         let reason = if request.exclude_disks.contains(&name) {
-            Some("excluded by option".to_owned())
+            Some(EXCLUDED_BY_OPTION.to_owned())
         } else if removable {
             Some("removable medium".to_owned())
         } else if node.ro {
@@ -102,14 +102,14 @@ pub(super) fn sort(devices: Vec<Device>, request: &SnapshotRequest) -> Result<Di
         let message = format!("no disk is named '{unknown}'; there are: {}", names.join(", "));
         return Err(Error::new(Kind::Usage, message));
     }
+    if disks.protected.is_empty() {
+        return Err(nothing_to_read(vm, &disks.excluded));
+    }
     check(&disks.protected, request)?;
     Ok(disks)
 }
 
 fn check(protected: &[Disk], request: &SnapshotRequest) -> Result<()> {
-    if protected.is_empty() {
-        return Err(Error::new(Kind::NotFound, "the VM has no writable disk to back up"));
-    }
     for disk in protected {
         if disk.node.active == Some(false) {
             return Err(Error::new(
@@ -207,7 +207,7 @@ pub(super) mod tests {
         ];
         let mut request = request();
         request.exclude_disks = vec!["c".into()];
-        let disks = sort(devices.clone(), &request).unwrap();
+        let disks = sort("vm", devices.clone(), &request).unwrap();
         assert_eq!(disks.protected.len(), 1);
         let excluded: Vec<_> =
             disks.excluded.iter().map(|e| (e.name.as_str(), e.reason.as_str())).collect();
@@ -219,7 +219,7 @@ pub(super) mod tests {
         ];
         assert_eq!(excluded, expected);
         request.exclude_disks = vec!["d".into()];
-        assert_eq!(sort(devices, &request).unwrap_err().kind(), Kind::Usage);
+        assert_eq!(sort("vm", devices, &request).unwrap_err().kind(), Kind::Usage);
     }
 
     #[test]
@@ -228,9 +228,9 @@ pub(super) mod tests {
             json!({ "filename": "a", "format": "qcow2", "virtual-size": 1, "encrypted": true });
         let devices = vec![device("a", "na", json!({ "image": image }))];
         let mut request = request();
-        assert_eq!(sort(devices.clone(), &request).unwrap_err().kind(), Kind::Unsupported);
+        assert_eq!(sort("vm", devices.clone(), &request).unwrap_err().kind(), Kind::Unsupported);
         request.repository_has_key = true;
-        let disks = sort(devices, &request).unwrap();
+        let disks = sort("vm", devices, &request).unwrap();
         assert_eq!(disks.protected[0].description().layer, DiskLayer::DecryptedLuks);
     }
 }

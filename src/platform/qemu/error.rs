@@ -7,7 +7,11 @@ pub(super) fn failed(what: impl Into<String>) -> impl FnOnce(qmp::Error) -> Erro
     let what = what.into();
     move |error| {
         if let qmp::Error::Connect { source, .. } = &error {
-            let kind = Error::io("", std::io::Error::from(source.kind())).kind();
+            let kind = match Error::io("", std::io::Error::from(source.kind())).kind() {
+                kind @ (Kind::Permission | Kind::Timeout) => kind,
+                // No socket is there: nobody listens.
+                _ => Kind::Connection,
+            };
             let hint = "check that the VM runs and that its socket may be used by this user";
             return Error::new(kind, what).hint(hint).source(error);
         }

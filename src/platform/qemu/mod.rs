@@ -109,7 +109,7 @@ impl Qemu {
         let ask = |what: &str| failed(format!("cannot ask VM '{vm}' for its {what}"));
         let devices = self.monitor.query_block().await.map_err(ask("disks"))?;
         let nodes = self.monitor.query_named_block_nodes().await.map_err(ask("block nodes"))?;
-        let mut disks = disks::sort(devices, request)?;
+        let mut disks = disks::sort(vm, devices, request)?;
         for disk in &mut disks.protected {
             let Some(qdev) = &disk.qdev else { continue };
             // Devices without the property cannot be shared.

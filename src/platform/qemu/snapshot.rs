@@ -34,7 +34,7 @@ use crate::freeze::Thaw;
 use crate::image::bitmap::BitmapNames;
 use crate::journal::{Entry, Journal, Mode, Phase, Place, Recovery, Run};
 use crate::nbd::{Client, ClientOptions, NbdUri};
-use crate::platform::space::{Space, no_room};
+use crate::platform::space::{self, Space, no_room};
 use crate::platform::{
     Asked, Quiesce, RecoverRequest, SnapshotDisk, SnapshotRequest, VmSnapshot, tell,
 };
@@ -50,6 +50,7 @@ pub(super) async fn open(
     control: &Control,
 ) -> Result<Box<dyn VmSnapshot>> {
     let base = scratch_base(request);
+    space::check_directory(&base)?;
     let mut journal = qemu.options.journals.open(qemu.identity.uuid)?;
     let mut recovery = Recovery::new(Mode::Undo);
     let wanted =

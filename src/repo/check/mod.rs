@@ -255,7 +255,7 @@ pub async fn check(
     let recorded = blobs.damaged.packs().into_iter().filter(|id| !options.depth.reads(id));
     findings.doubtful.extend(recorded);
     control.set_phase("checking the points");
-    check_points(blobs, chunk_levels, &findings, &mut report, control).await?;
+    check_points(blobs, chunk_levels, (&findings, options.repair), &mut report, control).await?;
     Ok(report)
 }
 
@@ -327,7 +327,7 @@ async fn read_segment(
 async fn check_points(
     blobs: &Arc<Blobs>,
     chunk_levels: u32,
-    findings: &Findings,
+    (findings, repair): (&Findings, Repair),
     report: &mut CheckReport,
     control: &Control,
 ) -> Result<()> {
@@ -351,8 +351,7 @@ async fn check_points(
             Err(error) => return Err(error),
         };
         let disks = manifest.body.disks.iter().map(|d| (d.description.name.clone(), &d.stored));
-        let artifacts =
-            manifest.body.artifacts.iter().map(|a| (format!("{:?}", a.kind), &a.stored));
+        let artifacts = manifest.body.artifacts.iter().map(|a| (a.kind.to_string(), &a.stored));
         for (disk, stored) in disks.chain(artifacts) {
             let Some((ranges, reason)) = walker.bad_ranges(stored).await? else {
                 continue;
@@ -366,6 +365,9 @@ async fn check_points(
         .into_iter()
         .flat_map(|list| list.iter().map(|damage| damage.object.clone()))
         .collect();
+    if let Some(what) = walker.unlisted(repair) {
+        report.damages.push(Damage { object: "index".to_owned(), what });
+    }
     for (object, fault) in walker.into_faults() {
         if !told.contains(object.as_str()) {
             report.fault(&object, fault);

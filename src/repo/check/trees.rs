@@ -5,7 +5,7 @@
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 
-use super::{Fault, Findings, is_finding};
+use super::{Fault, Findings, Repair, is_finding};
 use crate::block::ByteRange;
 use crate::content::ContentHash;
 use crate::control::Control;
@@ -36,6 +36,8 @@ pub(super) struct Walker<'a> {
     whole: HashSet<(u8, ContentHash)>,
     /// What is wrong with the packs of which something is missed.
     faults: BTreeMap<ObjectName, Fault>,
+    /// Blobs that are missed and in no segment of the index.
+    unlisted: u64,
 }
 
 /// A node and where it is on the disk.
@@ -84,12 +86,24 @@ impl<'a> Walker<'a> {
             control,
             whole: HashSet::new(),
             faults: BTreeMap::new(),
+            unlisted: 0,
         }
     }
 
     /// The packs that something was missed of, and what is wrong with each.
     pub(super) fn into_faults(self) -> BTreeMap<ObjectName, Fault> {
         self.faults
+    }
+
+    /// What is wrong with the index, if it does not list what points need.
+    pub(super) fn unlisted(&self, repair: Repair) -> Option<String> {
+        let step = match repair {
+            Repair::Nothing => "'check --rebuild-index' puts back those that packs hold",
+            Repair::RebuildIndex => "no pack holds them; 'full' stores anew what the VM still has",
+        };
+        let blobs = self.unlisted;
+        (blobs > 0)
+            .then(|| format!("{blobs} blobs that points need are in none of its segments: {step}"))
     }
 
     /// What of the disk does not restore, and why; none if all of it does.
@@ -166,6 +180,7 @@ impl<'a> Walker<'a> {
             Err(error) if is_finding(&error) => return Ok(()),
             Err(error) => return Err(error),
         };
+        self.unlisted += u64::from(copies.is_empty());
         for copy in copies {
             let known = self.known_fault(&id, &copy).await?;
             let fault = known.unwrap_or_else(|| fault.clone());
@@ -199,6 +214,7 @@ impl<'a> Walker<'a> {
         for (object, fault) in faults {
             self.faults.entry(object).or_insert(fault);
         }
+        self.unlisted += u64::from(reason.is_none());
         Ok(Some(reason.unwrap_or_else(|| missing(&id).to_string())))
     }
 

@@ -263,7 +263,12 @@ impl Index {
         if let Some(block) = lock(&self.blocks).get(&key) {
             return Ok(block);
         }
-        let block = Arc::new(segment.read_block(&*self.store, number).await?);
+        let block =
+            segment.read_block(&*self.store, number).await.map_err(|error| match error.kind() {
+                Kind::Corrupt => error.hint(REBUILD),
+                _ => error,
+            });
+        let block = Arc::new(block?);
         lock(&self.blocks).insert(key, Arc::clone(&block));
         Ok(block)
     }
@@ -343,8 +348,16 @@ impl BlockCache {
     }
 }
 
+/// What to do where the index may not know what the packs hold.
+const REBUILD: &str = "run 'vmbackup check --rebuild-index': it puts back what the index lost of the packs that are \
+     there; what does not restore after it is damaged";
+
+/// Whether `error` is one of the index, which has advice of its own: what it lost may all be there.
+pub fn is_of_index(error: &Error) -> bool {
+    error.hint_text() == Some(REBUILD)
+}
+
 /// The error for a blob that no segment knows.
 pub fn missing(id: &BlobId) -> Error {
-    Error::new(Kind::Corrupt, format!("blob {id} is not in the index"))
-        .hint("run 'check'; 'check --rebuild-index' finds blobs whose index was lost")
+    Error::new(Kind::Corrupt, format!("blob {id} is not in the index")).hint(REBUILD)
 }

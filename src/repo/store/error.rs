@@ -2,7 +2,7 @@
 
 use std::io;
 
-use crate::error::{Error, Kind};
+use crate::error::{Error, Kind, READ_ONLY};
 
 use super::ObjectName;
 
@@ -46,6 +46,14 @@ pub enum StoreError {
     #[error("{store} is not there any more")]
     Unavailable {
         /// Which store.
+        store: String,
+    },
+    /// A folder that every repository has is gone, and others are there.
+    #[error("folder {folder} of {store} is gone")]
+    FolderGone {
+        /// Which folder.
+        folder: &'static str,
+        /// Of which store.
         store: String,
     },
     /// The object ends before the range that was asked for: it was damaged or is another object.
@@ -108,20 +116,29 @@ impl StoreError {
             Self::NoSpace { .. } => Kind::NoSpace,
             Self::Permission { .. } => Kind::Permission,
             Self::Unavailable { .. } => Kind::Connection,
-            Self::Short { .. } | Self::TooLarge { .. } => Kind::Corrupt,
+            Self::Short { .. } | Self::TooLarge { .. } | Self::FolderGone { .. } => Kind::Corrupt,
             Self::Io { .. } => Kind::Io,
         }
     }
+}
+
+fn is_read_only(error: &StoreError) -> bool {
+    matches!(error, StoreError::Permission { source, .. }
+        if source.kind() == io::ErrorKind::ReadOnlyFilesystem)
 }
 
 impl From<StoreError> for Error {
     fn from(error: StoreError) -> Self {
         let kind = error.kind();
         let hint = match kind {
+            _ if matches!(error, StoreError::FolderGone { .. }) => {
+                "put it back from a copy, or mount what belongs there: the rest is kept until then"
+            }
             Kind::NoSpace => {
                 "make room on the file system of the repository; 'forget' and 'gc' free more, and need \
                  a few MiB themselves"
             }
+            _ if is_read_only(&error) => READ_ONLY,
             Kind::Permission => "run as a user who may write to the repository",
             Kind::Connection => "check that the repository's disk is plugged in and mounted",
             _ => "",

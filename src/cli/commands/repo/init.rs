@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use crate::cli::args::RepositoryArgs;
-use crate::cli::context::{self, Context};
+use crate::cli::context::{self, Context, Purpose};
 use crate::cli::{prompt, settings};
 use crate::error::{Error, Kind, Result};
 use crate::job::Credentials;
@@ -37,7 +37,7 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<()> {
     // `--no-key` also wins over a password file that the environment names.
     let credentials = if args.no_key {
         Credentials::None
-    } else if let Some(given) = context::secret(&source, &context.control).await? {
+    } else if let Some(given) = context::secret(&source, Purpose::Opens, &context.control).await? {
         given
     } else {
         let what = location.display().to_string();

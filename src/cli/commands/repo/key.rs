@@ -6,7 +6,7 @@ use clap::Subcommand;
 
 use super::init::no_terminal;
 use crate::cli::args::{NewKeyArgs, RepositoryArgs};
-use crate::cli::context::{self, Context};
+use crate::cli::context::{self, Context, Purpose};
 use crate::cli::{prompt, settings};
 use crate::error::Result;
 use crate::job::{Credentials, keys};
@@ -55,19 +55,22 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<()> {
 async fn add(args: AddArgs, context: &Context) -> Result<()> {
     let new = &args.new;
     let source = settings::key_source(new.new_password_file.as_ref(), new.new_key_file.as_ref());
-    // Opened first: nobody should think of a password for a repository that does not open.
-    context.unlock(&args.repository, keys::info).await?;
-    let new = if let Some(given) = context::secret(&source, &context.control).await? {
-        given
-    } else {
-        let password = prompt::ask_new("the repository", &context.control).await?;
-        Credentials::Password(password.ok_or_else(no_terminal)?)
-    };
+    // Opened first: nobody should think of a password for a repository that does not open, nor be
+    // asked for the old one a second time.
+    let (location, given) = context
+        .unlock(&args.repository, async |location, given| {
+            keys::info(location, given).await.map(|_| (location.to_owned(), given.clone()))
+        })
+        .await?;
+    let new =
+        if let Some(given) = context::secret(&source, Purpose::Added, &context.control).await? {
+            given
+        } else {
+            let password = prompt::ask_new("the repository", &context.control).await?;
+            Credentials::Password(password.ok_or_else(no_terminal)?)
+        };
     let surroundings = (&context.env, &context.control);
-    let add = async |location: &Path, given: &Credentials| {
-        keys::add(location, given, &new, surroundings).await
-    };
-    let key = context.watch(context.unlock(&args.repository, add)).await?;
+    let key = context.watch(keys::add(&location, &given, &new, surroundings)).await?;
     context.output.document("repo-key-add", &key, |key| format!("added key {}\n", key.id))
 }
 

@@ -13,7 +13,7 @@ use std::sync::{Mutex, PoisonError};
 use rustix::fs::{AtFlags, CWD, Dir, OFlags, Stat};
 use rustix::io::Errno;
 
-use super::super::{ObjectName, StoreError, StoreResult, hex};
+use super::super::{Folder, ObjectName, StoreError, StoreResult, hex};
 use super::{DIRECTORY_FLAGS, DIRECTORY_MODE, FILE_MODE, Parents};
 use crate::clock::Timestamp;
 use crate::error::{Error, Kind, Result};
@@ -37,6 +37,10 @@ pub(super) struct Root {
 impl Root {
     pub(super) fn open(path: &Path) -> Result<Self> {
         let dir = rustix::fs::openat(CWD, path, DIRECTORY_FLAGS, DIRECTORY_MODE).map_err(|e| {
+            if e == Errno::NOTDIR {
+                let message = format!("{} is not a directory", path.display());
+                return Error::new(Kind::Usage, message).hint("name a new or empty directory");
+            }
             let error = Error::io(format!("cannot open directory {}", path.display()), e.into());
             match error.kind() {
                 Kind::NotFound => error.hint("check the path and that its disk is mounted"),
@@ -72,8 +76,13 @@ impl Root {
         }
         let foreign = names.into_iter().find(|name| {
             // What mkfs leaves, and what a failed attempt of ours left.
-            name != "lost+found" && name != TEMPORARY && name != "keys"
+            ![TEMPORARY, "lost+found", "keys", "points"].contains(&name.as_str())
         });
+        let points = Folder::Points.prefix();
+        let foreign = match foreign {
+            None => root.names_in(points).map_err(Error::from)?.into_iter().next(),
+            found => found,
+        };
         if let Some(name) = foreign {
             let message = format!("directory {} is not empty ('{name}')", path.display());
             return Err(
@@ -85,6 +94,9 @@ impl Root {
             let parent = File::open(&parent).and_then(|dir| sync_directory(&dir));
             parent.map_err(|e| Error::io(what(), e))?;
         }
+        // From now on its absence is a loss: see `visit`. Durable before there is a configuration.
+        root.make_directory(points.trim_end_matches('/')).map_err(Error::from)?;
+        root.sync("").map_err(Error::from)?;
         Ok(root)
     }
 
@@ -138,6 +150,10 @@ impl Root {
         let path = if directory.is_empty() { "." } else { directory };
         let fd = match rustix::fs::openat(&self.dir, path, DIRECTORY_FLAGS, DIRECTORY_MODE) {
             Ok(fd) => fd,
+            Err(Errno::NOENT) if self.has_lost_points(directory) => {
+                let store = format!("directory {}", self.path.display());
+                return Err(StoreError::FolderGone { folder: Folder::Points.prefix(), store });
+            }
             Err(Errno::NOENT) if !self.is_deleted() => return Ok(()),
             // A stray file among directories: not ours.
             Err(Errno::NOTDIR) => return Ok(()),
@@ -151,6 +167,17 @@ impl Root {
             }
         }
         Ok(())
+    }
+
+    /// Whether the folder of the points, which `directory` is or lies in, is gone from a repository
+    /// that data was stored in. It is made with the repository; were its absence an empty list,
+    /// the collector would free everything because something is not mounted. A repository of no
+    /// points may lose it: some programs that copy trees leave empty directories out.
+    fn has_lost_points(&self, directory: &str) -> bool {
+        let stat = |name: &str| rustix::fs::statat(&self.dir, name, AtFlags::empty());
+        directory.starts_with(Folder::Points.prefix())
+            && matches!(stat("points"), Err(Errno::NOENT))
+            && ["config", "packs"].iter().all(|name| stat(name).is_ok())
     }
 
     /// A new file in the place for unfinished objects, and its path.
