@@ -89,6 +89,8 @@ pub struct Options {
     pub zeroes: Zeroes,
     /// What the sink holds before the copy.
     pub destination: Destination,
+    /// What becomes of the sink's bytes behind the end of a source of an odd size.
+    pub tail: Tail,
     /// What becomes of ranges that are as in the base.
     pub unchanged: Unchanged,
     /// Whether the copy ends durable.
@@ -120,6 +122,15 @@ pub enum Destination {
     Overwritten,
 }
 
+/// What may become of the bytes of the sink that share a block with the end of the source.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tail {
+    /// They stay: a sink that cannot write less than the block does not fit.
+    Kept,
+    /// They are made zero: those of a new disk are zero before.
+    Zero,
+}
+
 /// What becomes of Unchanged ranges.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Unchanged {
@@ -149,6 +160,7 @@ impl Options {
             budget: Budget::new(BUDGET_BYTES),
             zeroes: Zeroes::Sparse { detect_bytes: Some(4 * KIB) },
             destination: Destination::AsItSays,
+            tail: Tail::Kept,
             unchanged: Unchanged::Keep,
             flush: Flush::AtEnd,
         }
@@ -246,8 +258,11 @@ impl Shape {
         let cell_bytes = source.align_bytes.max(sink.align_bytes).max(1);
         let size_bytes = source.size_bytes;
         let fits = if cell_bytes > 1 && !size_bytes.is_multiple_of(cell_bytes) {
-            // The odd tail of a disk is written only where the sink ends as well.
-            size_bytes == sink.size_bytes
+            // The odd tail of a disk is written where the sink ends as well, or with zeroes behind it.
+            match options.tail {
+                Tail::Kept => size_bytes == sink.size_bytes,
+                Tail::Zero => size_bytes <= sink.size_bytes,
+            }
         } else {
             size_bytes <= sink.size_bytes
         };

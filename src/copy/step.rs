@@ -7,7 +7,7 @@ use super::clear::ZeroPolicy;
 use super::hash::HashSink;
 use super::plan::Step;
 use super::sparse::{Run, runs};
-use super::{Options, Report, Shape, Unchanged, Zeroes};
+use super::{Options, Report, Shape, Tail, Unchanged, Zeroes};
 use crate::block::{BlockSink, BlockSource, Buffer, ByteRange};
 use crate::error::{Error, Result};
 
@@ -25,6 +25,7 @@ pub(super) struct Copying {
     /// Largest read of the source, a multiple of its alignment.
     read_bytes_max: u64,
     pub(super) source_align_bytes: u64,
+    tail: Tail,
     /// Sees everything that is read, in whole leaves.
     hash: Option<Arc<HashSink>>,
 }
@@ -55,6 +56,7 @@ impl Copying {
             sink,
             shape,
             unchanged: options.unchanged,
+            tail: options.tail,
             source_name: options.source_name.clone(),
             sink_name: options.sink_name.clone(),
             zeroes,
@@ -143,7 +145,7 @@ impl Copying {
                 let buffer = whole.as_ref().expect("the buffer is given away last");
                 Buffer::unbudgeted(buffer[start..end].to_vec())
             };
-            let written = self.sink.write(run.range.offset(), part).await;
+            let written = self.sink.write(run.range.offset(), self.padded(run.range, part)).await;
             written.map_err(|e| self.sink_failed("write", run.range, e))?;
             report.written_bytes += run.range.len();
         }
@@ -152,10 +154,32 @@ impl Copying {
 
     async fn zero(&self, range: ByteRange) -> Result<Report> {
         if let Some((needed, mode)) = self.zeroes.needed(range) {
+            let needed = ByteRange::between(needed.offset(), self.sink_end(needed));
             let zeroed = self.sink.zero(needed, mode).await;
             zeroed.map_err(|e| self.sink_failed("zero", needed, e))?;
         }
         Ok(Report { zero_bytes: range.len(), ..Report::default() })
+    }
+
+    /// Where the sink ends a write of `range`: behind the source's odd end if it has to.
+    fn sink_end(&self, range: ByteRange) -> u64 {
+        let sink = self.sink.geometry();
+        match self.tail {
+            Tail::Kept => range.end(),
+            Tail::Zero => range.end().next_multiple_of(sink.align_bytes).min(sink.size_bytes),
+        }
+    }
+
+    /// What is written for `range`, with the zeroes that have to follow it.
+    fn padded(&self, range: ByteRange, part: Buffer) -> Buffer {
+        let len = usize::try_from(self.sink_end(range) - range.offset()).expect("in memory");
+        if len == part.len() {
+            return part;
+        }
+        // A copy of one request in the whole job, outside the budget.
+        let mut bytes = part.to_vec();
+        bytes.resize(len, 0);
+        Buffer::unbudgeted(bytes)
     }
 
     pub(super) fn sink_failed(&self, what: &str, range: ByteRange, error: Error) -> Error {

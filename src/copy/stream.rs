@@ -5,7 +5,7 @@ use std::sync::Arc;
 use tokio::task::JoinSet;
 
 use super::step::Copying;
-use super::{Flush, Options, REQUEST_BYTES_DIRECT, Report, Shape, clear};
+use super::{Flush, Options, REQUEST_BYTES_DIRECT, Report, Shape, Tail, clear};
 use crate::block::file::PipeReader;
 use crate::block::memory::MemoryDisk;
 use crate::block::{BlockSink, ByteRange};
@@ -63,7 +63,8 @@ async fn read_all(
             return Err(Error::new(Kind::NoSpace, message).hint("make the target larger"));
         }
         let end = count < len;
-        if end && !range.end().is_multiple_of(shape.cell_bytes) && range.end() < shape.size_bytes {
+        let odd = !range.end().is_multiple_of(shape.cell_bytes) && range.end() < shape.size_bytes;
+        if end && odd && options.tail == Tail::Kept {
             let message = format!(
                 "{} ends at {}, and {} takes multiples of {} bytes",
                 options.source_name,

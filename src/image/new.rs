@@ -16,7 +16,8 @@ use crate::nbd::{Access, ClientOptions, InitialContent};
 const COMPRESSING: [&str; 1] = ["qcow2"];
 
 /// What the filter takes is whole clusters, also at the end of the disk (QEMU 10.0: "Image size is
-/// not a multiple of request alignment"); this is their default size.
+/// not a multiple of request alignment"); this is their default size. An image of another size is
+/// made larger and cut when it is complete.
 const CLUSTER_BYTES: u64 = 64 << 10;
 
 /// How an image is made.
@@ -41,7 +42,19 @@ pub struct NewImage {
 /// Raw files are written directly, anything else through qemu-nbd.
 enum NewImageSink {
     Raw,
-    Served(Arc<ImageExport>),
+    Served {
+        export: Arc<ImageExport>,
+        /// What it is to be cut to at the end.
+        cut: Option<Cut>,
+    },
+}
+
+/// The size of an image that is larger while it is written.
+struct Cut {
+    format: String,
+    size_bytes: u64,
+    /// Its name in errors.
+    path: PathBuf,
 }
 
 impl NewImage {
@@ -75,33 +88,35 @@ impl NewImage {
             return Err(Error::new(Kind::Usage, format!("{format} images are not compressed"))
                 .hint(format!("formats that can be: {}", COMPRESSING.join(", "))));
         }
-        if compression != Compression::None && !size_bytes.is_multiple_of(CLUSTER_BYTES) {
-            let message = format!("{size_bytes} bytes are not whole clusters of {CLUSTER_BYTES}");
-            return Err(Error::new(Kind::Unsupported, message)
-                .hint("leave out --compressed, or use qemu-img convert -c"));
-        }
         if format == "raw" {
             let file = NewFile::create_as(&path, size_bytes, existing, temporary.as_deref())?;
             return Ok(Self { file, sink: NewImageSink::Raw });
         }
         let file = NewFile::create_as(&path, 0, existing, temporary.as_deref())?;
-        let export = make(&file, (&path, format, size_bytes), compression, client).await?;
-        Ok(Self { file, sink: NewImageSink::Served(Arc::new(export)) })
+        let made_bytes = match compression {
+            Compression::None => size_bytes,
+            Compression::Clusters => size_bytes.next_multiple_of(CLUSTER_BYTES),
+        };
+        let export = make(&file, (&path, format, made_bytes), compression, client).await?;
+        let cut = Cut { format: format.to_owned(), size_bytes, path };
+        let cut = (made_bytes != size_bytes).then_some(cut);
+        Ok(Self { file, sink: NewImageSink::Served { export: Arc::new(export), cut } })
     }
 
-    /// Where the bytes go; let go of it before the commit.
+    /// Where the bytes go; let go of it before the commit. That of a compressed image has whole
+    /// clusters and may be longer than the image will be: what is behind its end must stay zero.
     pub fn sink(&self) -> Arc<dyn BlockSink> {
         match &self.sink {
             NewImageSink::Raw => self.file.sink(),
-            NewImageSink::Served(export) => Arc::<ImageExport>::clone(export),
+            NewImageSink::Served { export, .. } => Arc::<ImageExport>::clone(export),
         }
     }
 
-    /// What was written, read back; nothing else is to write meanwhile.
+    /// What was written, read back, as long as the sink; nothing else is to write meanwhile.
     pub fn reader(&self) -> Result<Arc<dyn BlockSource>> {
         Ok(match &self.sink {
             NewImageSink::Raw => Arc::new(self.file.sink().reader()?),
-            NewImageSink::Served(export) => Arc::<ImageExport>::clone(export),
+            NewImageSink::Served { export, .. } => Arc::<ImageExport>::clone(export),
         })
     }
 
@@ -126,7 +141,7 @@ impl NewImage {
 
     /// Ends writing.
     async fn close(self, durability: Durability) -> Result<NewFile> {
-        if let NewImageSink::Served(export) = self.sink {
+        if let NewImageSink::Served { export, cut } = self.sink {
             if durability == Durability::Synced {
                 export.flush().await?;
             }
@@ -134,6 +149,9 @@ impl NewImage {
                 .ok_or_else(|| Error::new(Kind::Internal, "a finished image is still written"))?;
             // Closing writes what is left of the format's own tables.
             export.close().await?;
+            if let Some(cut) = cut {
+                cut.apply(&self.file).await?;
+            }
         }
         Ok(self.file)
     }
@@ -142,6 +160,19 @@ impl NewImage {
     pub fn abort(self) -> Result<()> {
         drop(self.sink);
         self.file.abort()
+    }
+}
+
+impl Cut {
+    /// Takes the zeroes off the end, less than a cluster of them: no cluster moves, and a cluster
+    /// that is compressed stays as it is.
+    async fn apply(&self, file: &NewFile) -> Result<()> {
+        let Self { format, size_bytes, path } = self;
+        let what = format!("cut {} to {size_bytes} bytes", path.display());
+        let open = file.descriptor().map_err(|e| Error::io(format!("cannot {what}"), e))?;
+        let size = size_bytes.to_string();
+        let args = ["resize", "-q", "--shrink", "-f", format, STDIN_FILE, &size].map(OsStr::new);
+        qemu_img_on(open.into(), args.into(), &what).await.map(|_| ())
     }
 }
 

@@ -57,17 +57,73 @@ fn every_image_format_gives_back_what_was_copied_to_it() {
 fn a_compressed_image_is_smaller_and_equal() {
     let env = TestEnv::new();
     let odd = source(&env);
-    env.vmbackup(&["copy", text(&odd), "odd.qcow2", "--compressed"])
-        .fails_with(&["whole clusters", "--compressed"]);
-    let source = env.path("even.raw");
-    env.vmbackup(&["copy", text(&odd), text(&source), "--target-size", "6M"]).ok();
+    let even = env.path("even.raw");
+    env.vmbackup(&["copy", text(&odd), text(&even), "--target-size", "6M"]).ok();
     let (plain, small) = (env.path("plain.qcow2"), env.path("small,1.qcow2"));
-    env.vmbackup(&["copy", text(&source), text(&plain)]).ok();
-    let target = format!("qcow2:{}", text(&small));
-    env.vmbackup(&["copy", text(&source), &target, "--compressed", "--verify"]).ok();
-    assert_same_content(&env, (&source, "raw"), (&small, "qcow2"));
-    let (plain, small) = (plain.metadata().unwrap().len(), small.metadata().unwrap().len());
-    assert!(small < plain / 2, "{small} of {plain}");
+    env.vmbackup(&["copy", text(&even), text(&plain)]).ok();
+    // The last cluster of the odd one is padded, the disk is not.
+    for source in [&even, &odd] {
+        let target = format!("qcow2:{}", text(&small));
+        env.vmbackup(&["copy", text(source), &target, "--compressed", "--verify", "--force"]).ok();
+        assert_same_content(&env, (source, "raw"), (&small, "qcow2"));
+        assert_eq!(virtual_size(&env, &small), source.metadata().unwrap().len());
+        env.run("qemu-img", &["check", "-q", "-f", "qcow2", text(&small)]).ok();
+        let (plain, small) = (plain.metadata().unwrap().len(), small.metadata().unwrap().len());
+        assert!(small < plain / 2, "{small} of {plain}");
+    }
+}
+
+/// The size of the disk in an image.
+fn virtual_size(env: &TestEnv, image: &Path) -> u64 {
+    let info = env.run("qemu-img", &["info", "--output=json", "-f", "qcow2", text(image)]).ok();
+    let info: serde_json::Value = serde_json::from_str(&info.stdout).unwrap();
+    info["virtual-size"].as_u64().unwrap()
+}
+
+#[test]
+fn a_compressed_image_of_any_size_is_rounded_to_sectors_only() {
+    let env = TestEnv::new();
+    let bytes = fs::read(source(&env)).unwrap();
+    for len in [1, 511, 1000, (64 << 10) + 1, (3 << 20) + 77, (5 << 20) + 4096 + 512] {
+        let expected = |size: u64| {
+            let mut expected = bytes[..len].to_vec();
+            expected.resize(usize::try_from(size).unwrap(), 0);
+            expected
+        };
+        let check = |name: &str, size: u64| {
+            let image = env.path(name);
+            assert_eq!(virtual_size(&env, &image), size, "{name} of {len}");
+            env.run("qemu-img", &["check", "-q", "-f", "qcow2", name]).ok();
+            env.run("qemu-img", &["convert", "-f", "qcow2", "-O", "raw", name, "back"]).ok();
+            assert!(fs::read(env.path("back")).unwrap() == expected(size), "{name} of {len}");
+        };
+        fs::write(env.path("disk"), &bytes[..len]).unwrap();
+        let size = (len as u64).next_multiple_of(512);
+        // nbdkit tells the size as it is, a file of ours in whole sectors.
+        for (index, from) in ["raw:disk", "[ nbdkit file disk ]"].iter().enumerate() {
+            for compressed in [true, false] {
+                let name = format!("{len}-{index}-{compressed}.qcow2");
+                let how = if compressed { &["--compressed"][..] } else { &[] };
+                env.vmbackup(&[&["copy", from, &name, "--verify"][..], how].concat()).ok();
+                check(&name, size);
+            }
+        }
+        // With room behind it, and from a pipe, whose size nobody knows before its end.
+        let name = format!("{len}-room.qcow2");
+        let room = ["--target-size", "6000000"];
+        env.vmbackup(&[&["copy", "raw:disk", &name, "--compressed"][..], &room].concat()).ok();
+        check(&name, 6_000_128);
+        let name = format!("{len}-pipe.qcow2");
+        let args = [&["copy", "-", &name, "--compressed"][..], &room].concat();
+        let disk = File::open(env.path("disk")).unwrap();
+        Outcome::of(env.vmbackup_command(&args).stdin(disk)).ok();
+        check(&name, 6_000_128);
+    }
+    let disk = File::open(env.path("disk")).unwrap();
+    let args = ["copy", "-", "cut.qcow2", "--compressed", "--target-size", "5M"];
+    let outcome = Outcome::of(env.vmbackup_command(&args).stdin(disk));
+    assert_eq!(outcome.code, Some(9), "{outcome:?}");
+    outcome.fails_with(&["goes on after the 5242880 bytes"]);
 }
 
 #[test]

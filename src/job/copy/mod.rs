@@ -341,6 +341,7 @@ impl Copying<'_> {
         let options = self.engine_options(&target, engine::Destination::AsItSays)?;
         let copied = engine::copy_pipe(&pipe, target.sink(), &options, control, &progress).await;
         let report = match copied.and_then(|report| {
+            self.refuse_surplus(report.read_bytes)?;
             target.set_len(report.read_bytes)?;
             Ok(report)
         }) {
@@ -351,6 +352,19 @@ impl Copying<'_> {
         };
         let durable = target.commit(self.durability(), control).await?;
         Ok((Done { report, size_bytes: report.read_bytes, content_root: None }, durable))
+    }
+
+    /// Fails when a pipe gave more than the target is to hold: an image may have more room while it
+    /// is written.
+    fn refuse_surplus(&self, read_bytes: u64) -> Result<()> {
+        match self.options.target_bytes {
+            Some(target_bytes) if read_bytes > target_bytes => {
+                let (source, target) = &self.names;
+                let message = format!("{source} goes on after the {target_bytes} bytes of {target}");
+                Err(Error::new(Kind::NoSpace, message).hint("make the target larger"))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// How NBD servers are spoken to.
@@ -393,6 +407,8 @@ impl Copying<'_> {
                 Before::Zero => engine::Destination::Zero,
                 Before::Unknown => destination,
             },
+            // Nothing is behind the end of what is made here but zeroes.
+            tail: if target.is_made() { engine::Tail::Zero } else { engine::Tail::Kept },
             unchanged: engine::Unchanged::Read,
             flush: self.flush(target)?,
             source_name: default.source_name,

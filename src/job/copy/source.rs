@@ -109,10 +109,31 @@ impl BlockSource for Front {
     }
 
     async fn extents(&self, range: ByteRange) -> Result<ExtentMap> {
-        self.disk.extents(range).await
+        let Geometry { align_bytes, size_bytes, .. } = self.disk.geometry();
+        let told = self.disk.extents(range.widen(align_bytes, size_bytes)).await?;
+        let mut map = ExtentMap::starting_at(range.offset());
+        for extent in told.iter() {
+            let part = extent.range.intersect(range);
+            if !part.is_empty() {
+                map.push(part.len(), extent.kind);
+            }
+        }
+        Ok(map)
     }
 
-    async fn read(&self, offset: u64, buffer: Buffer) -> Result<Buffer> {
-        self.disk.read(offset, buffer).await
+    async fn read(&self, offset: u64, mut buffer: Buffer) -> Result<Buffer> {
+        let Geometry { align_bytes, size_bytes, .. } = self.disk.geometry();
+        let range = ByteRange::new(offset, buffer.len() as u64);
+        let whole = range.widen(align_bytes, size_bytes);
+        if whole == range || range.end() != self.size_bytes {
+            return self.disk.read(offset, buffer).await;
+        }
+        // The disk goes on in the block in which this one ends.
+        let len = usize::try_from(whole.len()).expect("a request is a few MiB");
+        let read = self.disk.read(whole.offset(), Buffer::unbudgeted(vec![0; len])).await?;
+        let start = usize::try_from(offset - whole.offset()).expect("less than a block");
+        let wanted = start..start + buffer.len();
+        buffer.copy_from_slice(&read[wanted]);
+        Ok(buffer)
     }
 }

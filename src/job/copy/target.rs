@@ -18,6 +18,9 @@ use crate::nbd::{Access, Client, ClientOptions, InitialContent, ReconnectingTarg
 /// Size of a sink for a source that does not tell its own.
 const UNKNOWN_BYTES: u64 = i64::MAX.cast_unsigned();
 
+/// What the sizes of images other than raw ones are multiples of.
+const SECTOR_BYTES: u64 = 512;
+
 /// A target being written.
 pub(super) enum Opened {
     /// An image that gets its name when it is complete; with the lock of the one it replaces.
@@ -115,6 +118,11 @@ impl Opened {
                 return Err(Error::new(Kind::Usage, message).hint("give it with --target-size"));
             }
             return Ok(Self::Growing(NewFile::create_unsized(path, existing)?, lock));
+        };
+        let size_bytes = match format.as_str() {
+            "raw" => size_bytes,
+            // QEMU knows disks of whole sectors only, and rounds up as well.
+            _ => size_bytes.next_multiple_of(SECTOR_BYTES),
         };
         let options = NewImageOptions { existing, compression, temporary: None, client };
         Ok(Self::New(NewImage::create_with(path, format, size_bytes, options).await?, lock))
