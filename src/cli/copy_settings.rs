@@ -16,6 +16,9 @@ use crate::units::{ByteSize, KIB};
 /// Smallest request: nbdcopy's, too.
 const REQUEST_BYTES_MIN: u64 = 4 * KIB;
 
+/// Shortest run of zeroes that is looked for: the block of most file systems.
+const DETECT_BYTES: u64 = 4 * KIB;
+
 /// A source, or what it takes a repository to make one of.
 #[derive(Debug)]
 pub(crate) enum SourceEnd {
@@ -123,7 +126,8 @@ pub(crate) fn options(args: &Args) -> Result<Options> {
         let message = format!("--request-size: {bytes} is not a power of two from 4k to 32M");
         return Err(Error::new(Kind::Usage, message).hint("256k and 1M are good for most storage"));
     }
-    let detect_bytes = size("--sparse", Some(&zeroes.sparse))?.filter(|bytes| *bytes > 0);
+    let detect_bytes = size("--sparse", zeroes.sparse.as_ref())?.unwrap_or(DETECT_BYTES);
+    let detect_bytes = Some(detect_bytes).filter(|bytes| *bytes > 0);
     if let Some(bytes) = detect_bytes.filter(|bytes| !bytes.is_power_of_two()) {
         let message = format!("--sparse: {bytes} is not a power of two");
         return Err(Error::new(Kind::Usage, message).hint("4k is the block of most file systems"));
@@ -153,6 +157,44 @@ pub(crate) fn options(args: &Args) -> Result<Options> {
             delay: Duration::from_secs(speed.retry.retry_delay.into()),
         },
     })
+}
+
+/// Fails when an option was given that would change nothing: whoever gave it expects that it does.
+/// Options of speed may, with an end that has no use for them.
+pub(crate) fn refuse_without_effect(
+    args: &Args,
+    source: &SourceEnd,
+    target: &Target,
+) -> Result<()> {
+    let Args { place, zeroes, speed, .. } = args;
+    let lost = matches!(target, Target::Pipe(_) | Target::Null);
+    let image = matches!(target, Target::Image { .. });
+    let file =
+        matches!(target, Target::Image { image, .. } if !crate::image::is_device(&image.path));
+    let uri = matches!(target, Target::Nbd(_))
+        || matches!(source, SourceEnd::Ready(Source::Disk(DiskSpec::Nbd(_))));
+    let goes_on = "it is written in place";
+    let passes = "what it gets is not kept by vmbackup";
+    let compress = "copy to a new qcow2 file with --compressed, then that file to where it belongs";
+    for (given, option, why, hint) in [
+        (place.compressed && !image, "--compressed", "it is no new image", compress),
+        (place.force && !file && !lost, "--force", goes_on, ""),
+        (place.force && lost, "--force", passes, ""),
+        (place.in_place && lost, "--in-place", passes, ""),
+        (place.end.flush && lost, "--flush", passes, ""),
+        (zeroes.allocated && lost, "--allocated", passes, ""),
+        (zeroes.sparse.is_some() && lost, "--sparse", passes, ""),
+        (zeroes.destination_is_zero && lost, "--destination-is-zero", passes, ""),
+        (speed.retry.retries > 0 && !uri, "--retries", "neither end is an NBD URI", ""),
+    ] {
+        if given {
+            let message = format!("{option} has no effect on {}: {why}", args.target);
+            let leave_out = format!("leave out {option}");
+            let hint = if hint.is_empty() { &leave_out } else { hint };
+            return Err(Error::new(Kind::Usage, message).hint(hint));
+        }
+    }
+    Ok(())
 }
 
 /// `--rate-limit`, bytes per second.

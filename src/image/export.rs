@@ -1,7 +1,8 @@
 //! An image file of any format as a disk, through a qemu-nbd of its own.
 
+use std::fs::File;
 use std::os::fd::OwnedFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -9,7 +10,7 @@ use tokio::sync::Mutex;
 
 use super::process::{QemuNbd, Serve, ServeMode, connect};
 use crate::block::{BlockSink, BlockSource, Buffer, ByteRange, ExtentMap, Geometry, ZeroMode};
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::nbd::{Client, ClientOptions, Connector, Stream};
 
 /// Whether a format that can do it compresses what is written.
@@ -26,6 +27,8 @@ pub enum Compression {
 pub struct ImageExport {
     client: Client,
     process: Mutex<QemuNbd>,
+    /// Where what is written goes.
+    place: Option<Place>,
 }
 
 impl ImageExport {
@@ -48,7 +51,9 @@ impl ImageExport {
             Compression::None => ServeMode::Write,
             Compression::Clusters => ServeMode::WriteCompressed,
         };
-        Self::start(Serve { path, format, open, mode, bitmaps: &[] }, options).await
+        let place = Place::of(path, open.as_ref())?;
+        let serve = Serve { path, format, open, mode, bitmaps: &[] };
+        Ok(Self { place: Some(place), ..Self::start(serve, options).await? })
     }
 
     async fn start(serve: Serve<'_>, options: ClientOptions) -> Result<Self> {
@@ -64,7 +69,7 @@ impl ImageExport {
                 return Err(error.context(format!("cannot open {name}")));
             }
         };
-        Ok(Self { client, process: Mutex::new(process) })
+        Ok(Self { client, process: Mutex::new(process), place: None })
     }
 
     /// `Err` with what qemu-nbd said if it has ended.
@@ -79,9 +84,58 @@ impl ImageExport {
 
     /// Closes the image and waits until that is done.
     pub async fn close(self) -> Result<()> {
-        let Self { client, process } = self;
+        let Self { client, process, place } = self;
         drop(client);
-        process.into_inner().ended_well().await
+        process.into_inner().ended_well().await.map_err(|e| Place::explain(place.as_ref(), e))
+    }
+
+    fn explain(&self, error: Error) -> Error {
+        Place::explain(self.place.as_ref(), error)
+    }
+}
+
+/// Less free space than this is none: the formats take it in pieces of up to 1 MiB.
+const SPACE_BYTES_MIN: u64 = 1 << 20;
+
+/// The file that an image is written to.
+struct Place {
+    file: File,
+    name: PathBuf,
+}
+
+impl Place {
+    fn of(path: &Path, open: Option<&OwnedFd>) -> Result<Self> {
+        let file = match open {
+            Some(open) => open.try_clone().map(File::from),
+            None => File::open(path),
+        };
+        let file = file.map_err(|e| Error::io(format!("cannot open {}", path.display()), e))?;
+        Ok(Self { file, name: path.to_owned() })
+    }
+
+    /// What a failed write means where there is no room. The formats do not all say so: what VMDK
+    /// cannot grow ends in EINVAL, and the protocol makes that of every error it has no number for
+    /// (QEMU 10.0, `system_errno_to_nbd_errno`).
+    fn explain(place: Option<&Self>, error: Error) -> Error {
+        let Some(place) = place.filter(|_| error.kind() == Kind::Io) else { return error };
+        let Some(free_bytes) = place.free_bytes().filter(|free| *free < SPACE_BYTES_MIN) else {
+            return error;
+        };
+        let name = place.name.display();
+        let message = format!("no space left for {name}: {free_bytes} bytes are free there");
+        Error::new(Kind::NoSpace, message)
+            .source(error)
+            .hint("free space there, or choose another place")
+    }
+
+    /// Room in the file system; `None` where the file is a device.
+    fn free_bytes(&self) -> Option<u64> {
+        self.file.metadata().ok().filter(std::fs::Metadata::is_file)?;
+        let room = rustix::fs::fstatvfs(&self.file).ok()?;
+        // What is kept for root is there for root.
+        let root = rustix::process::geteuid().is_root();
+        let blocks = if root { room.f_bfree } else { room.f_bavail };
+        blocks.checked_mul(room.f_frsize)
     }
 }
 
@@ -137,11 +191,11 @@ impl BlockSink for ImageExport {
     }
 
     async fn write(&self, offset: u64, buffer: Buffer) -> Result<()> {
-        self.client.write(offset, buffer).await
+        self.client.write(offset, buffer).await.map_err(|e| self.explain(e))
     }
 
     async fn zero(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
-        self.client.zero(range, mode).await
+        self.client.zero(range, mode).await.map_err(|e| self.explain(e))
     }
 
     async fn keep(&self, range: ByteRange) -> Result<()> {
@@ -149,6 +203,6 @@ impl BlockSink for ImageExport {
     }
 
     async fn flush(&self) -> Result<()> {
-        self.client.flush().await
+        self.client.flush().await.map_err(|e| self.explain(e))
     }
 }

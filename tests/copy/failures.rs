@@ -74,6 +74,48 @@ fn a_full_target_ends_the_copy_with_its_name_and_the_offset() {
     outcome.fails_with(&["cannot write bytes", &uri, "no space left", "after 0 bytes"]);
 }
 
+/// A file system that is unmounted when dropped.
+struct SmallDisk(PathBuf);
+
+impl SmallDisk {
+    fn mount(env: &TestEnv, size: &str) -> Self {
+        let path = env.path("small");
+        fs::create_dir_all(&path).unwrap();
+        env.run("mount", &["-t", "tmpfs", "-o", &format!("size={size}"), "vmbtest", text(&path)])
+            .ok();
+        Self(path)
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        // Nothing is left to tell it to.
+        let _ = std::process::Command::new("umount").arg(&self.0).status();
+    }
+}
+
+/// What a format cannot grow came back as an invalid argument (vmdk), and as an error of the disk.
+#[test]
+fn a_full_file_system_is_told_whatever_the_format() {
+    let env = TestEnv::new();
+    let source = source(&env, 16 << 20);
+    let small = SmallDisk::mount(&env, "8M");
+    for format in ["vmdk", "vdi", "qcow2", "vhdx"] {
+        let image = small.0.join(format!("image.{format}"));
+        let target = format!("{format}:{}", text(&image));
+        let check = |how: &[&str]| {
+            let outcome = env.vmbackup(&[&["copy", text(&source), &target][..], how].concat());
+            assert_eq!(outcome.code, Some(9), "{target} {how:?}: {outcome:?}");
+            outcome.fails_with(&["cannot write bytes", text(&image), "no space left", "after"]);
+        };
+        check(&[]);
+        assert!(!image.exists());
+        env.run("qemu-img", &["create", "-q", "-f", format, text(&image), "16M"]).ok();
+        check(&["--in-place"]);
+        fs::remove_file(&image).unwrap();
+    }
+}
+
 /// CVE-2022-0485 (nbdcopy): what could not be read was written as garbage.
 #[test]
 fn cve_2022_0485_a_read_error_leaves_no_target() {
@@ -209,6 +251,51 @@ fn what_cannot_be_verified_is_refused_at_once() {
         assert_eq!(outcome.code, Some(2), "{from} {to}: {outcome:?}");
     }
     assert!(!env.path("x.raw").exists());
+}
+
+#[test]
+fn an_option_that_would_change_nothing_is_refused_at_once() {
+    let env = TestEnv::new();
+    let source = source(&env, 4096);
+    let server = NbdServer::nbdkit(&env, &["memory", "4096"]);
+    let (uri, command) = (server.uri(""), "[ nbdkit memory 4096 ]");
+    for (to, args) in [
+        ("-", &["--compressed"][..]),
+        ("null:", &["--compressed"]),
+        (&uri, &["--compressed"]),
+        (command, &["--compressed"]),
+        (&uri, &["--force"]),
+        (command, &["--force"]),
+        ("-", &["--force"]),
+        ("null:", &["--in-place"]),
+        ("-", &["--flush"]),
+        ("null:", &["--flush"]),
+        ("-", &["--allocated"]),
+        ("null:", &["--allocated"]),
+        ("-", &["--sparse", "64k"]),
+        ("-", &["--destination-is-zero"]),
+        ("null:", &["--destination-is-zero"]),
+        ("x.raw", &["--retries", "1"]),
+        (command, &["--retries", "1"]),
+        (&uri, &["--target-size", "1M"]),
+        ("-", &["--target-size", "1M"]),
+    ] {
+        let outcome = env.vmbackup(&[&["copy", text(&source), to][..], args].concat());
+        assert_eq!(outcome.code, Some(2), "{to} {args:?}: {outcome:?}");
+        assert_eq!(outcome.stdout, "", "{to} {args:?}");
+        let outcome = outcome.fails_with(&[to]);
+        let advice =
+            if args == ["--compressed"] { "qcow2 file with --compressed" } else { args[0] };
+        assert!(outcome.stderr.contains(advice), "{outcome:?}");
+    }
+    for args in [&["--compressed", "--allocated"][..], &["--retry-delay", "1"]] {
+        let outcome = env.vmbackup(&[&["copy", text(&source), "x.qcow2"][..], args].concat());
+        assert_eq!(outcome.code, Some(2), "{args:?}: {outcome:?}");
+    }
+    assert!(!env.path("x.raw").exists() && !env.path("x.qcow2").exists());
+    // What is true anyway may be said.
+    env.vmbackup(&["copy", text(&source), &uri, "--in-place", "--retries", "1"]).ok();
+    env.vmbackup(&["copy", text(&source), "x.raw", "--destination-is-zero"]).ok();
 }
 
 /// The target keeps another content than it was given: proof is what finds that.

@@ -25,6 +25,7 @@ use crate::units::ByteSize;
 /// A format is never guessed from content. A new file has a temporary name until it is complete and
 /// durable; an existing one stays unless --force or --in-place is given. A device, an export and a
 /// file written in place may be longer than the source: what is behind its end stays as it was.
+/// An option that would change nothing for this SRC and DST is refused.
 #[derive(clap::Args, Debug)]
 #[command(verbatim_doc_comment)]
 pub(crate) struct Args {
@@ -51,14 +52,15 @@ pub(crate) struct PlaceArgs {
     /// Replace an existing file, once the new one is complete
     #[arg(long, conflicts_with = "in_place")]
     pub(crate) force: bool,
-    /// Write over an existing file where it lies
+    /// Write over an existing file where it lies. What else shows the same bytes changes with it:
+    /// a device or server of that file, an image that has it as its backing file
     #[arg(long)]
     pub(crate) in_place: bool,
     /// Size of a new target [default: that of the source]
     #[arg(long, value_name = "SIZE")]
     pub(crate) target_size: Option<String>,
     /// Compress a new qcow2 image
-    #[arg(long)]
+    #[arg(long, conflicts_with = "allocated")]
     pub(crate) compressed: bool,
     #[command(flatten)]
     pub(crate) end: EndArgs,
@@ -82,13 +84,14 @@ pub(crate) struct EndArgs {
 #[derive(clap::Args, Debug)]
 #[command(next_help_heading = "Zeroes")]
 pub(crate) struct ZeroArgs {
-    /// Shortest run of zeroes in data that is not written as data; 0: none is looked for
-    #[arg(long, value_name = "SIZE", default_value = "4k", conflicts_with = "allocated")]
-    pub(crate) sparse: String,
+    /// Shortest run of zeroes in data that is not written as data; 0: none is looked for [default:
+    /// 4k]
+    #[arg(long, value_name = "SIZE", conflicts_with = "allocated")]
+    pub(crate) sparse: Option<String>,
     /// Allocate space for zeroes, too
     #[arg(long)]
     pub(crate) allocated: bool,
-    /// The target reads as zeroes now: leave zeroes out
+    /// The target reads as zeroes now: leave zeroes out (a new file does, and needs no such word)
     #[arg(long, alias = "target-is-zero", conflicts_with = "allocated")]
     pub(crate) destination_is_zero: bool,
 }
@@ -123,19 +126,20 @@ pub(crate) struct SpeedArgs {
 #[derive(clap::Args, Debug)]
 #[command(next_help_heading = "Lost connections")]
 pub(crate) struct RetryArgs {
-    /// Open an NBD export again so often for a request that fails with its connection. SRC must not
+    /// Open an NBD URI again so often for a request that fails with its connection. SRC must not
     /// change meanwhile; what DST had not made durable is written again, for which up to 64 MiB of
     /// it are kept and DST is flushed whenever that is full
     #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(..=100))]
     pub(crate) retries: u32,
     /// Wait before the first time; each further wait is twice as long, up to a minute
-    #[arg(long, value_name = "SECONDS", default_value_t = 2, value_parser = clap::value_parser!(u32).range(..=60))]
+    #[arg(long, value_name = "SECONDS", default_value_t = 2, requires = "retries", value_parser = clap::value_parser!(u32).range(..=60))]
     pub(crate) retry_delay: u32,
 }
 
 pub(crate) async fn run(args: Args, context: &Context) -> Result<()> {
     let (source, target) = (copy_settings::source(&args.source)?, copy_settings::target(&args)?);
     let to_pipe = matches!(target, copy::Target::Pipe(_));
+    copy_settings::refuse_without_effect(&args, &source, &target)?;
     let options = copy_settings::options(&args)?;
     copy_settings::refuse_mixed_output(to_pipe, context.output.json)?;
     let source = match source {
