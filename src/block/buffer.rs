@@ -85,13 +85,7 @@ impl Budget {
     /// A buffer of `len` bytes as soon as the budget has room for it. A buffer larger than the
     /// whole budget waits for all of it, so one request always gets through. Cancel-safe.
     pub async fn take(&self, len: usize) -> Buffer {
-        let permits = u32::try_from(len.div_ceil(PERMIT_BYTES))
-            .unwrap_or(u32::MAX)
-            .clamp(1, self.shared.permits_max);
-        let permit = Arc::clone(&self.shared.permits)
-            .acquire_many_owned(permits)
-            .await
-            .expect("the semaphore of a budget is never closed");
+        let permit = self.permit(len).await;
         let mut bytes = self.shared.spare().take(len);
         if bytes.is_empty() {
             // Fresh memory is zero already, most of the time.
@@ -103,6 +97,21 @@ impl Budget {
         let whole = start..start + len;
         let home = Some((Arc::clone(&self.shared), permit));
         Buffer { window: whole.clone(), whole, bytes, home }
+    }
+
+    /// A share without a buffer, for `len` bytes that are in other memory. Cancel-safe.
+    pub async fn share(&self, len: usize) -> Share {
+        Share { _permit: self.permit(len).await }
+    }
+
+    async fn permit(&self, len: usize) -> OwnedSemaphorePermit {
+        let permits = u32::try_from(len.div_ceil(PERMIT_BYTES))
+            .unwrap_or(u32::MAX)
+            .clamp(1, self.shared.permits_max);
+        Arc::clone(&self.shared.permits)
+            .acquire_many_owned(permits)
+            .await
+            .expect("the semaphore of a budget is never closed")
     }
 }
 

@@ -88,7 +88,8 @@ pub enum InitialContent {
 pub struct Timeouts {
     /// Connecting and negotiating, together.
     pub handshake: Duration,
-    /// Longest time without a byte moving while requests are in flight.
+    /// Longest time without an answer, and with less than 64 KiB moving, while requests are in
+    /// flight.
     pub stall: Duration,
 }
 

@@ -33,6 +33,9 @@ use crate::block::{Buffer, ByteRange};
 
 /// Longest a goodbye may take.
 const GOODBYE: Duration = Duration::from_secs(2);
+/// What has to move within the stall time-out while no request is answered to its end: at 120 s
+/// half a KiB a second.
+const PROGRESS_BYTES_MIN: u64 = 64 << 10;
 /// Parts of the stall time-out in which the watchdog looks.
 const WATCH_TICKS: u32 = 8;
 
@@ -65,6 +68,8 @@ pub(super) struct Shared {
     pub(super) work: Notify,
     /// Bytes moved in either direction: the watchdog sees whether it stands still.
     pub(super) moved_bytes: AtomicU64,
+    /// Requests that were answered to their end: the same.
+    answered: AtomicU64,
     places: Arc<Semaphore>,
 }
 
@@ -119,6 +124,7 @@ impl Connection {
             }),
             work: Notify::new(),
             moved_bytes: AtomicU64::new(0),
+            answered: AtomicU64::new(0),
             places: Arc::clone(&places),
         });
         let (read_half, write_half) = stream.halves();
@@ -321,6 +327,7 @@ impl Shared {
     pub(super) fn free(&self, cookie: u64) {
         let (index, _) = slot_of(cookie);
         let index = u16::try_from(index).expect("the slot exists");
+        self.answered.fetch_add(1, Ordering::Relaxed);
         let mut state = self.lock();
         state.slots[usize::from(index)].sent = false;
         state.free.push(index);
@@ -374,16 +381,19 @@ fn slot_of(cookie: u64) -> (usize, u64) {
     (usize::try_from(cookie & 0xffff).expect("16 bits"), cookie >> 16)
 }
 
-/// Ends the connection when requests wait and nothing has moved for `stall`; and, when it was
-/// closed, ends the task even if the server never answers what was abandoned.
+/// Ends the connection when requests wait and for `stall` none was answered and less than
+/// [`PROGRESS_BYTES_MIN`] moved: a server that drips bytes is no better than one that is silent. And,
+/// when it was closed, ends the task even if the server never answers what was abandoned.
 async fn watch(shared: &Shared, stall: Duration) {
-    let mut last_bytes = 0;
+    let mut mark = (0, 0);
     let mut quiet_ticks = 0;
     loop {
         tokio::time::sleep(stall / WATCH_TICKS).await;
+        let answered = shared.answered.load(Ordering::Relaxed);
         let moved_bytes = shared.moved_bytes.load(Ordering::Relaxed);
-        if moved_bytes != last_bytes || !shared.is_busy() {
-            (last_bytes, quiet_ticks) = (moved_bytes, 0);
+        let progress = answered != mark.0 || moved_bytes - mark.1 >= PROGRESS_BYTES_MIN;
+        if progress || !shared.is_busy() {
+            (mark, quiet_ticks) = ((answered, moved_bytes), 0);
             continue;
         }
         quiet_ticks += 1;

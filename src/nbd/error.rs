@@ -42,7 +42,7 @@ pub enum NbdError {
         #[source]
         cause: Arc<io::Error>,
     },
-    /// Nothing moved for too long.
+    /// Too little moved for too long.
     #[error("NBD server {peer} did not answer for {} s", .after.as_secs())]
     Stalled {
         /// Who.

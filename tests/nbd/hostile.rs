@@ -503,3 +503,52 @@ async fn a_server_that_trickles_the_handshake_is_given_up() {
     });
     assert_eq!(trickle.open().await.map(|_| ()).unwrap_err().kind(), Kind::Timeout);
 }
+
+/// Bytes that keep coming are no progress when they come one by one.
+#[tokio::test]
+async fn a_server_that_drips_its_reply_is_given_up() {
+    use std::time::Duration;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let server = Scripted::new(|stream| async move {
+        let (inner, theirs) = tokio::io::duplex(1 << 20);
+        let honest_play = play(
+            theirs,
+            STRUCTURED,
+            |option| honest(STRUCTURED, option),
+            |asked| asked.data(DONE, 0, 1 << 20),
+        );
+        let (mut from_client, mut to_client) = tokio::io::split(stream);
+        let (mut from_inner, mut to_inner) = tokio::io::split(inner);
+        let asked = std::sync::atomic::AtomicBool::new(false);
+        let forth = async {
+            let mut piece = [0; 1024];
+            while let Ok(len @ 1..) = from_client.read(&mut piece).await {
+                let magic = vmbackup::nbd::wire::REQUEST.to_be_bytes();
+                if piece[..len].starts_with(&magic) {
+                    asked.store(true, std::sync::atomic::Ordering::Relaxed);
+                }
+                to_inner.write_all(&piece[..len]).await.unwrap();
+            }
+        };
+        let back = async {
+            let mut byte = [0];
+            while from_inner.read_exact(&mut byte).await.is_ok() {
+                if asked.load(std::sync::atomic::Ordering::Relaxed) {
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                }
+                if to_client.write_all(&byte).await.is_err() {
+                    return;
+                }
+            }
+        };
+        tokio::select! { () = honest_play => {}, () = async { tokio::join!(forth, back); } => {} }
+    });
+    let stall = Duration::from_millis(800);
+    let timeouts = Timeouts { stall, ..Timeouts::default() };
+    let options =
+        vmbackup::nbd::ClientOptions { timeouts, ..vmbackup::nbd::ClientOptions::default() };
+    let client = vmbackup::nbd::Client::open(&server, "", options).await.unwrap();
+    let read = client.read(0, Buffer::unbudgeted(vec![0; 1 << 20]));
+    let read = tokio::time::timeout(stall * 10, read).await.expect("it is given up");
+    assert_eq!(read.map(|_| ()).unwrap_err().kind(), Kind::Timeout);
+}

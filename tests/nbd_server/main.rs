@@ -4,6 +4,7 @@
 
 #[path = "../nbd/corpus.rs"]
 mod corpus;
+mod crowd;
 mod fuzz;
 mod hostile;
 mod own;

@@ -163,7 +163,7 @@ async fn a_stopped_server_finishes_what_is_in_progress_and_then_closes() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn clients_beyond_the_limit_wait_for_their_turn() {
+async fn a_client_beyond_the_limit_waits_a_moment_for_its_turn() {
     let (disk, _) = pattern(65536);
     let rig =
         Rig::with_limits([Export::read_only("", disk)], Limits { connections: 1, ..limits() });

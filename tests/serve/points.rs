@@ -176,3 +176,30 @@ fn a_client_that_breaks_the_rules_is_told_of() {
     let stderr = serve.stop();
     assert!(stderr.contains("a client was cut off") && stderr.contains("reason"), "{stderr}");
 }
+
+#[test]
+fn a_client_that_is_refused_is_told_of() {
+    let (env, point) = env_with_point();
+    let serve = Serve::start(&env, &[&point, "--max-connections", "1", "--client-memory", "64M"]);
+    let mut guest = env.command("/usr/bin/python3");
+    guest.args([
+        "-c",
+        "import nbd, sys; h = nbd.NBD(); h.connect_uri(sys.argv[1]); h.pread(512, 0)\n\
+         print('in', flush=True); sys.stdin.read()",
+        &serve.uri(0),
+    ]);
+    guest.stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::piped());
+    let mut guest = guest.spawn().unwrap();
+    let mut said = [0; 3];
+    std::io::Read::read_exact(guest.stdout.as_mut().unwrap(), &mut said).unwrap();
+    let outcome = env.run("nbdcopy", &[&serve.uri(0), "null:"]);
+    assert_ne!(outcome.code, Some(0), "{outcome:?}");
+    assert!(outcome.stderr.contains("all 1 places are taken"), "{outcome:?}");
+    drop(guest.stdin.take());
+    guest.wait().unwrap();
+    env.run("nbdcopy", &[&serve.uri(0), "null:"]).ok();
+    let stderr = serve.stop();
+    assert!(stderr.contains("a client was refused"), "{stderr}");
+    assert!(stderr.contains("--max-connections"), "{stderr}");
+    env.vmbackup(&["serve", &point, "--client-memory", "1M"]).fails_with(&["--client-memory"]);
+}

@@ -10,9 +10,12 @@ use crate::cli::args::RepositoryArgs;
 use crate::cli::context::Context;
 use crate::cli::settings;
 use crate::cli::tls_settings::TlsArgs;
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::job::serve::{self, Access, Endpoint, Limits, PlainText, Report, Request, Served};
 use crate::units::ByteSize;
+
+/// Least memory for requests: two of the largest.
+const CLIENT_MEMORY_MIN: ByteSize = ByteSize(64 << 20);
 
 /// Serve the disks of points, straight from the repository, or images, to any NBD client
 ///
@@ -26,7 +29,10 @@ pub(crate) struct Args {
     /// Only this disk of a point (vda); may be given more than once
     #[arg(long, value_name = "DISK")]
     disk: Vec<String>,
-    /// Let clients write: to an overlay that is thrown away for a point, in place for a raw image
+    /// Let clients write: to an overlay that is thrown away for a point; to a raw image itself, in
+    /// place and for good. Its lock keeps QEMU and vmbackup off the file, but not a device or server
+    /// that shows the same bytes under another name, and an overlay of the file breaks when it
+    /// changes: serve a point, or a copy of the image, where either may be in use
     #[arg(long)]
     writable: bool,
     /// Tell what changed since this point, as a dirty bitmap; may be given more than once
@@ -56,7 +62,11 @@ pub(crate) struct Args {
     /// Memory for chunks of the repository
     #[arg(long, value_name = "SIZE", default_value = "256M")]
     cache: ByteSize,
-    /// Most clients at once
+    /// Memory for requests in progress, of all clients together; at least 64M
+    #[arg(long, value_name = "SIZE", default_value = "256M")]
+    client_memory: ByteSize,
+    /// Most clients at once; one more is refused. A client that only connects, or never makes a
+    /// request, makes room for others; one that is idle stays
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..))]
     max_connections: u16,
     #[command(flatten)]
@@ -83,7 +93,7 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<()> {
         },
         changes_since: args.changes_since,
         cache_bytes: args.cache.0,
-        limits: Limits { connections: args.max_connections.into(), ..Limits::default() },
+        limits: limits(args.max_connections, args.client_memory)?,
         tls: args.tls.options()?,
         plain_text: if args.insecure_tcp { PlainText::Anywhere } else { PlainText::ThisHost },
     };
@@ -95,6 +105,15 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<()> {
     }
     context.output.document("serve", serving.report(), describe)?;
     serving.run(&context.control).await
+}
+
+fn limits(connections: u16, memory: ByteSize) -> Result<Limits> {
+    if memory < CLIENT_MEMORY_MIN {
+        let message = format!("--client-memory: {memory} is less than {CLIENT_MEMORY_MIN}");
+        return Err(Error::new(Kind::Usage, message).hint("one request may have 32M"));
+    }
+    let total_bytes = usize::try_from(memory.0).unwrap_or(usize::MAX);
+    Ok(Limits { connections: connections.into(), total_bytes, ..Limits::default() })
 }
 
 /// A port to listen on.

@@ -360,7 +360,8 @@ impl Copying<'_> {
         match self.options.target_bytes {
             Some(target_bytes) if read_bytes > target_bytes => {
                 let (source, target) = &self.names;
-                let message = format!("{source} goes on after the {target_bytes} bytes of {target}");
+                let message =
+                    format!("{source} goes on after the {target_bytes} bytes of {target}");
                 Err(Error::new(Kind::NoSpace, message).hint("make the target larger"))
             }
             _ => Ok(()),

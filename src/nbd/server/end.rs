@@ -22,9 +22,18 @@ pub(super) enum End {
     /// The TLS handshake failed.
     #[error("no TLS")]
     Tls(Error),
-    /// Nothing moved for too long.
-    #[error("nothing moved for {0} s in the middle of {1}")]
+    /// Too little moved for too long.
+    #[error("too little moved for {0} s in the middle of {1}")]
     Stalled(u64, &'static str),
+    /// There were too many in the handshake, and it was there longest.
+    #[error("it had not finished the handshake, and others wait")]
+    Unfinished,
+    /// All places were taken, and it had made no use of its own.
+    #[error("it has never made a request, and others wait for a place")]
+    Unused,
+    /// All places are taken.
+    #[error("all {0} places are taken")]
+    Full(usize),
 }
 
 impl End {
@@ -34,6 +43,7 @@ impl End {
             Self::Left | Self::Stopped => return Ok(()),
             Self::Violation(_) => Kind::Protocol,
             Self::Stalled(..) => Kind::Timeout,
+            Self::Unfinished | Self::Unused | Self::Full(_) => Kind::Busy,
             Self::Lost(_) | Self::Tls(_) => Kind::Connection,
         };
         if let Self::Tls(error) = self {

@@ -2,14 +2,12 @@
 
 use super::contexts::Runs;
 use super::exports::Export;
-use super::limits::CACHE_BYTES_MAX;
+use super::limits::{CACHE_BYTES_MAX, CACHE_PIECE_BYTES};
+use super::memory::Allowance;
 use super::request::{Action, Durability, Fragments, Refusal, refuse};
-use crate::block::{BlockSink, Budget, Buffer, ByteRange, ZeroMode};
+use crate::block::{BlockSink, Buffer, ByteRange, ZeroMode};
 use crate::error::{Error, Kind, Result};
 use crate::nbd::wire::{errno, peer_text};
-
-/// CACHE reads ahead in pieces of this size.
-const CACHE_PIECE_BYTES: u64 = 1 << 20;
 
 /// What a request came to.
 pub(super) enum Outcome {
@@ -28,9 +26,9 @@ pub(super) async fn execute(
     export: &Export,
     action: Action,
     buffer: Option<Buffer>,
-    budget: &Budget,
+    memory: &Allowance,
 ) -> std::result::Result<Outcome, Refusal> {
-    match run(export, &action, buffer, budget).await {
+    match run(export, &action, buffer, memory).await {
         Ok(outcome) => Ok(outcome),
         Err(error) => {
             tracing::warn!(export = export.name, ?action, ?error, "a request failed");
@@ -43,7 +41,7 @@ async fn run(
     export: &Export,
     action: &Action,
     buffer: Option<Buffer>,
-    budget: &Budget,
+    memory: &Allowance,
 ) -> Result<Outcome> {
     let own = || buffer_missing(action);
     match action {
@@ -58,7 +56,7 @@ async fn run(
             }
             return Ok(Outcome::Status(told));
         }
-        Action::Cache(range) => cache(export, *range, budget).await?,
+        Action::Cache(range) => cache(export, *range, memory).await?,
         Action::Flush => {
             if let Some(sink) = &export.sink {
                 sink.flush().await?;
@@ -127,12 +125,12 @@ fn piece_max(request_bytes_max: u64) -> usize {
 }
 
 /// Reads through the source, whose caches remember.
-async fn cache(export: &Export, range: ByteRange, budget: &Budget) -> Result<()> {
+async fn cache(export: &Export, range: ByteRange, memory: &Allowance) -> Result<()> {
     let range = ByteRange::new(range.offset(), range.len().min(CACHE_BYTES_MAX));
     let align_bytes = export.geometry().align_bytes;
     for piece in range.pieces(CACHE_PIECE_BYTES.max(align_bytes)) {
         let len = usize::try_from(piece.len()).expect("a piece is a MiB");
-        read(export, piece.offset(), budget.take(len).await).await?;
+        read(export, piece.offset(), memory.take(len).await).await?;
     }
     Ok(())
 }

@@ -39,36 +39,54 @@ pub(super) const CACHE_BYTES_MAX: u64 = 32 << 20;
 /// Runs of zeroes are found, and left out of replies, at this granularity.
 pub(super) const ZERO_RUN_BYTES: usize = 32 << 10;
 
+/// CACHE reads ahead in pieces of this size.
+pub(super) const CACHE_PIECE_BYTES: u64 = 1 << 20;
+
+/// What an extent of a reply takes, as it is found and as it is sent.
+pub(super) const EXTENT_BYTES: usize = 32;
+
+/// How long a client that finds all places taken waits for one. Clients of ours, which wait 3 s for
+/// a connection beyond the first, go on with fewer.
+pub(super) const PLACE_WAIT: Duration = Duration::from_secs(1);
+
 /// How long requests are still taken, to be refused, once the server stops.
 pub(super) const STOP_GRACE: Duration = Duration::from_millis(500);
 
 /// What a server grants its clients.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// Connections at once; further ones wait in the kernel's queue until one is free.
+    /// Clients served at once. One more is refused, unless one of them has never made a request:
+    /// that one is cut off. A client that is idle between requests may be so for ever.
     pub connections: usize,
+    /// Clients in the handshake at once. One more takes the place of the one that is longest there.
+    pub handshakes: usize,
     /// Requests in progress on one connection; further ones are not read until one is answered.
     pub requests: u16,
-    /// Bytes of payloads in progress on one connection (one request always gets through). With
-    /// `connections` it bounds the memory of the whole server, and no client can starve another.
+    /// Bytes of requests in progress on one connection (one request always gets through).
     pub connection_bytes: usize,
+    /// Bytes of requests in progress on all connections. Half of it is divided among them, so that no
+    /// client can starve another; the rest goes to whoever asks first. At least 32 MiB more than the
+    /// parts, so that the largest request gets through.
+    pub total_bytes: usize,
     /// From the first byte to the end of the handshake.
     pub handshake: Duration,
-    /// Longest time without a byte moving in the middle of a request or of a reply. A client that is
-    /// idle between requests may be so for ever.
+    /// Longest time in which less than 64 KiB move, or the rest of it, in the middle of a request or
+    /// of a reply.
     pub stall: Duration,
     /// Longest time that requests in progress get once the server stops or the client has left.
     pub drain: Duration,
 }
 
 impl Default for Limits {
-    /// 64 connections; 64 requests in 16 MiB each (what nbdcopy keeps in flight by default); 10 s
-    /// (QEMU's `handshake-max-seconds`); 60 s; 30 s.
+    /// 64 connections, 128 handshakes; 64 requests in 16 MiB each (what nbdcopy keeps in flight by
+    /// default), in 256 MiB together; 10 s (QEMU's `handshake-max-seconds`); 60 s; 30 s.
     fn default() -> Self {
         Self {
             connections: 64,
+            handshakes: 128,
             requests: 64,
             connection_bytes: 16 << 20,
+            total_bytes: 256 << 20,
             handshake: Duration::from_secs(10),
             stall: Duration::from_secs(60),
             drain: Duration::from_secs(30),

@@ -10,7 +10,8 @@
 //! - The client is not trusted. Every number it sends is checked before it is used, no memory is
 //!   taken for a length that was not checked, all that it can make us hold has a limit
 //!   ([`Limits`]), and a client that breaks a rule gets an error or a disconnect, and the log a line
-//!   that names the rule. No client can slow another by not reading or not writing.
+//!   that names the rule. No client can slow another by not reading or not writing, nor keep
+//!   another out by not finishing the handshake or by never asking for anything.
 //! - A request that was read is answered once, with what the disk said: a failed read is an error,
 //!   never zeroes or old data.
 //! - A disk is open before the first client comes and stays open when the last has left; flushing at
@@ -33,8 +34,11 @@ mod execute;
 mod exports;
 mod limits;
 mod listen;
+mod memory;
 mod negotiate;
 mod options;
+mod pace;
+mod places;
 mod reply;
 mod request;
 mod session;
@@ -42,7 +46,6 @@ mod session;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
@@ -50,6 +53,8 @@ use super::stream::Stream;
 use super::tls::ServerTls;
 use crate::error::{Result, with_causes};
 use end::End;
+use memory::Memory;
+use places::Places;
 
 pub use exports::{Export, Exports};
 pub use limits::Limits;
@@ -70,7 +75,8 @@ struct Shared {
     tls: Option<ServerTls>,
     limits: Limits,
     stop: CancellationToken,
-    connections: Arc<Semaphore>,
+    places: Places,
+    memory: Memory,
 }
 
 impl Server {
@@ -81,35 +87,33 @@ impl Server {
 
     /// A server that offers TLS, or requires it.
     pub fn with_tls(exports: Exports, limits: Limits, tls: Option<ServerTls>) -> Self {
-        let connections = Arc::new(Semaphore::new(limits.connections.max(1)));
+        let (places, memory) = (Places::new(limits), Memory::new(&limits));
         let stop = CancellationToken::new();
-        Self { shared: Arc::new(Shared { exports, tls, limits, stop, connections }) }
+        Self { shared: Arc::new(Shared { exports, tls, limits, stop, places, memory }) }
     }
 
     /// Takes clients until [`Server::stop`], then waits until the last is gone (at most
     /// [`Limits::drain`] and a little). Dropping it cuts every client off.
     pub async fn listen(&self, listener: Listener) {
-        let Shared { stop, connections, .. } = &*self.shared;
+        let stop = &self.shared.stop;
         let mut sessions = JoinSet::new();
         loop {
-            let place = Arc::clone(connections).acquire_owned();
             let accepted = tokio::select! {
                 biased;
                 () = stop.cancelled() => break,
                 // Reaped as they end, so that the set does not grow.
                 Some(_) = sessions.join_next() => continue,
-                accepted = async { (place.await, listener.accept().await) } => accepted,
+                accepted = listener.accept() => accepted,
             };
             match accepted {
-                (place, Ok((stream, peer))) => {
+                Ok((stream, peer)) => {
                     let server = self.clone();
                     sessions.spawn(async move {
-                        let _place = place;
                         // Told to the log in there; the server goes on.
                         let _ = server.session(stream, &peer).await;
                     });
                 }
-                (_, Err(error)) => {
+                Err(error) => {
                     tracing::warn!(%error, "cannot accept a connection");
                     tokio::time::sleep(ACCEPT_PAUSE).await;
                 }
@@ -124,17 +128,20 @@ impl Server {
     /// failed, not the server.
     pub async fn session(&self, stream: Box<dyn Stream>, peer: &str) -> Result<()> {
         tracing::debug!(peer, "a client came");
-        let Shared { exports, tls, limits, stop, .. } = &*self.shared;
-        let offer = negotiate::Offer { exports, tls: tls.as_ref(), peer };
+        let Shared { exports, tls, limits, stop, places, memory } = &*self.shared;
+        let offer = negotiate::Offer { exports, tls: tls.as_ref(), places, peer };
+        let lobby = places.enter();
         let negotiated = negotiate::negotiate(stream, offer, stop);
         let negotiated = tokio::select! {
             biased;
             negotiated = tokio::time::timeout(limits.handshake, negotiated) => negotiated
                 .unwrap_or(Err(End::Stalled(limits.handshake.as_secs(), "the handshake"))),
+            () = lobby.cut() => Err(End::Unfinished),
             () = grace(stop) => Err(End::Stopped),
         };
+        drop(lobby);
         let end = match negotiated {
-            Ok(ready) => session::serve(ready, limits, stop).await,
+            Ok(ready) => session::serve(ready, memory.of_connection(), limits, stop).await,
             Err(end) => end,
         };
         let result = end.into_result(peer);

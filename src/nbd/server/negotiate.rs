@@ -23,6 +23,7 @@ use super::end::{End, violation};
 use super::exports::{Export, Exports};
 use super::limits::{OPTION_BYTES_MAX, OPTION_BYTES_SKIPPED_MAX, OPTIONS_MAX, STATE_WAIT};
 use super::options::{self, Malformed};
+use super::places::{Place, Places};
 use crate::nbd::initial_state::{self, InitialState};
 use crate::nbd::stream::Stream;
 use crate::nbd::tls::{Mode, ServerTls};
@@ -34,6 +35,7 @@ pub(super) struct Ready {
     pub(super) export: Arc<Export>,
     pub(super) style: HeaderStyle,
     pub(super) contexts: Vec<Context>,
+    pub(super) place: Place,
 }
 
 /// A session in which options are being answered.
@@ -53,6 +55,7 @@ struct Haggling<'a> {
 pub(super) struct Offer<'a> {
     pub(super) exports: &'a Exports,
     pub(super) tls: Option<&'a ServerTls>,
+    pub(super) places: &'a Places,
     pub(super) peer: &'a str,
 }
 
@@ -60,7 +63,7 @@ pub(super) struct Offer<'a> {
 enum Next {
     Option,
     Tls(ServerTls),
-    Transmission(Arc<Export>),
+    Transmission(Arc<Export>, Place),
 }
 
 /// Replies before the ACK: type and payload.
@@ -126,11 +129,12 @@ impl Haggling<'_> {
             match self.handle(option, &payload).await? {
                 Next::Option => {}
                 Next::Tls(tls) => self = self.into_tls(&tls).await?,
-                Next::Transmission(export) => {
+                Next::Transmission(export, place) => {
                     // What was chosen for another export does not hold for this one.
                     let chosen = self.chosen.take().filter(|(of, _)| Arc::ptr_eq(of, &export));
                     let contexts = chosen.map(|(_, contexts)| contexts).unwrap_or_default();
-                    return Ok(Ready { stream: self.stream, export, style: self.style, contexts });
+                    let Self { stream, style, .. } = self;
+                    return Ok(Ready { stream, export, style, contexts, place });
                 }
             }
         }
@@ -198,16 +202,19 @@ impl Haggling<'_> {
             _ if locked && option != option::ABORT => {
                 Err((reply::TLS_REQD, "this server requires TLS".to_owned()))
             }
-            option::EXPORT_NAME => return self.export_name(payload).await.map(Next::Transmission),
+            option::EXPORT_NAME => {
+                let (export, place) = self.export_name(payload).await?;
+                return Ok(Next::Transmission(export, place));
+            }
             option::ABORT => {
                 // The client may be gone already: it need not wait for the answer.
                 let _ = self.answer(option, Ok(Vec::new())).await;
                 return Err(End::Left);
             }
-            option::GO => match self.info(payload) {
-                Ok((export, items)) => {
+            option::GO => match self.go(payload).await {
+                Ok((export, items, place)) => {
                     self.answer(option, Ok(items)).await?;
-                    return Ok(Next::Transmission(export));
+                    return Ok(Next::Transmission(export, place));
                 }
                 Err(error) => Err(error),
             },
@@ -235,7 +242,7 @@ impl Haggling<'_> {
     }
 
     /// EXPORT_NAME has no way to refuse but to hang up.
-    async fn export_name(&mut self, name: &[u8]) -> Result<Arc<Export>, End> {
+    async fn export_name(&mut self, name: &[u8]) -> Result<(Arc<Export>, Place), End> {
         if self.style == HeaderStyle::Extended {
             return Err(violation("EXPORT_NAME after EXTENDED_HEADERS"));
         }
@@ -247,6 +254,8 @@ impl Haggling<'_> {
             // Who asks this way is told no block sizes, and may send blocks of 512 bytes.
             return Err(violation("EXPORT_NAME of an export with blocks above 512 bytes"));
         }
+        let places = self.offer.places;
+        let place = places.take().await.ok_or_else(|| End::Full(places.count()))?;
         let mut data = export.geometry().size_bytes.to_be_bytes().to_vec();
         data.extend(export.flags(self.style).to_be_bytes());
         if !self.no_zeroes {
@@ -254,7 +263,19 @@ impl Haggling<'_> {
         }
         self.stream.write_all(&data).await?;
         self.stream.flush().await?;
-        Ok(export)
+        Ok((export, place))
+    }
+
+    /// What GO tells, and a place for the client.
+    async fn go(&mut self, payload: &[u8]) -> Result<(Arc<Export>, Items, Place), Refused> {
+        let (export, items) = self.info(payload)?;
+        let Offer { places, peer, .. } = self.offer;
+        let Some(place) = places.take().await else {
+            let full = End::Full(places.count());
+            tracing::warn!(peer, "a client was refused: {full} (--max-connections)");
+            return Err((reply::POLICY, full.to_string()));
+        };
+        Ok((export, items, place))
     }
 
     /// What INFO and GO tell of an export.

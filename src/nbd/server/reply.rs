@@ -6,10 +6,9 @@
 use std::io::IoSlice;
 use std::ops::Range;
 
-use tokio::sync::OwnedSemaphorePermit;
-
 use super::execute::Outcome;
 use super::limits::ZERO_RUN_BYTES;
+use super::memory::Held;
 use super::request::{Fragments, Refusal};
 use crate::block::Buffer;
 use crate::nbd::wire::{self, HeaderStyle, Request, chunk};
@@ -24,7 +23,7 @@ pub(super) struct Reply {
     /// Where in `heads` a stretch ends, and the part of the buffer that follows it.
     parts: Vec<(usize, Range<usize>)>,
     data: Option<Buffer>,
-    _place: OwnedSemaphorePermit,
+    _held: Held,
 }
 
 impl Reply {
@@ -33,9 +32,9 @@ impl Reply {
         request: &Request,
         style: HeaderStyle,
         outcome: Result<Outcome, Refusal>,
-        place: OwnedSemaphorePermit,
+        held: Held,
     ) -> Self {
-        let mut reply = Self { heads: Vec::new(), parts: Vec::new(), data: None, _place: place };
+        let mut reply = Self { heads: Vec::new(), parts: Vec::new(), data: None, _held: held };
         let mut head = Head { out: &mut reply.heads, request, style };
         match outcome {
             Err(refusal) => head.error(&refusal),

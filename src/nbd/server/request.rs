@@ -3,7 +3,7 @@
 
 use super::contexts::Context;
 use super::exports::Export;
-use super::limits::PAYLOAD_BYTES_MAX;
+use super::limits::{CACHE_PIECE_BYTES, EXTENT_BYTES, EXTENTS_MAX, PAYLOAD_BYTES_MAX};
 use crate::block::{ByteRange, ZeroMode};
 use crate::nbd::wire::{HeaderStyle, Request, be32, be64, command, command_flag, errno};
 
@@ -18,6 +18,24 @@ pub(super) enum Action {
     Zero(ByteRange, ZeroMode, Durability),
     /// The contexts to tell of, and how many extents of each.
     Status(ByteRange, Vec<Context>, usize),
+}
+
+impl Action {
+    /// What it takes in memory at a time.
+    pub(super) fn memory_bytes(&self) -> usize {
+        match self {
+            Self::Read(range, _) | Self::Write(range, _) => {
+                usize::try_from(range.len()).expect("at most 32 MiB")
+            }
+            Self::Cache(range) => {
+                usize::try_from(range.len().min(CACHE_PIECE_BYTES)).expect("a MiB")
+            }
+            Self::Status(_, contexts, extents_max) => {
+                contexts.len() * EXTENTS_MAX.min(*extents_max) * EXTENT_BYTES
+            }
+            Self::Flush | Self::Trim(..) | Self::Zero(..) => 0,
+        }
+    }
 }
 
 /// Whether the data of a READ may come in several chunks.

@@ -6,10 +6,10 @@
 //!               └── wrong request: refusal ─────────────────────────┘
 //! ```
 //!
-//! Bounded: a request takes its place (one of [`Limits::requests`]) before its payload is read and
-//! keeps it until its reply is written; payloads share [`Limits::connection_bytes`]. A client that
-//! does not read its replies therefore stops being read, and after [`Limits::stall`] is cut off. A
-//! request that was read is answered, whatever becomes of it: a task that panics answers with EIO.
+//! Bounded: a request takes its place (one of [`Limits::requests`]) and its memory
+//! ([`super::memory`]) before its payload is read and keeps them until its reply is written. A client
+//! that does not read its replies therefore stops being read, and after [`Limits::stall`] is cut off;
+//! so is one that reads or writes a byte now and then ([`super::pace`]). A request that was read is answered, whatever becomes of it: a task that panics answers with EIO.
 //!
 //! When the client leaves or the server stops, what is in progress is finished and answered.
 
@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::{Semaphore, mpsc};
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
@@ -27,10 +27,13 @@ use super::end::{End, violation};
 use super::execute::{Outcome, execute};
 use super::exports::Export;
 use super::limits::{Limits, PAYLOAD_BYTES_MAX, PAYLOAD_BYTES_SKIPPED_MAX, STOP_GRACE};
+use super::memory::{Allowance, Held};
 use super::negotiate::Ready;
+use super::pace::Pace;
+use super::places::Place;
 use super::reply::Reply;
 use super::request::{Action, Agreed, Refusal, payload_bytes, refuse};
-use crate::block::{Budget, Buffer};
+use crate::block::Buffer;
 use crate::nbd::stream::{ReadHalf, WriteHalf};
 use crate::nbd::wire::{HeaderStyle, Request, command, errno};
 
@@ -44,8 +47,13 @@ const BATCH_MAX: usize = 16;
 const STATUS_PAYLOAD_BYTES_MAX: u64 = 4096;
 
 /// Serves requests until the client leaves, breaks a rule, or the server stops.
-pub(super) async fn serve(ready: Ready, limits: &Limits, stop: &CancellationToken) -> End {
-    let Ready { stream, export, style, contexts } = ready;
+pub(super) async fn serve(
+    ready: Ready,
+    memory: Allowance,
+    limits: &Limits,
+    stop: &CancellationToken,
+) -> End {
+    let Ready { stream, export, style, contexts, place } = ready;
     let (read_half, write_half) = stream.halves();
     let requests = usize::from(limits.requests.max(1));
     let (replies, to_write) = mpsc::channel(requests);
@@ -54,13 +62,8 @@ pub(super) async fn serve(ready: Ready, limits: &Limits, stop: &CancellationToke
         stall: limits.stall,
         stop,
         stop_at: None,
-        shared: Arc::new(Shared {
-            export,
-            style,
-            contexts,
-            budget: Budget::new(limits.connection_bytes),
-            replies,
-        }),
+        shared: Arc::new(Shared { export, style, contexts, memory, replies }),
+        place,
         places: Arc::new(Semaphore::new(requests)),
     };
     let mut writing = std::pin::pin!(write(to_write, write_half, limits.stall));
@@ -80,7 +83,7 @@ struct Shared {
     export: Arc<Export>,
     style: HeaderStyle,
     contexts: Vec<Context>,
-    budget: Budget,
+    memory: Allowance,
     replies: mpsc::Sender<Reply>,
 }
 
@@ -94,7 +97,8 @@ impl Shared {
 struct Open {
     request: Request,
     shared: Arc<Shared>,
-    place: Option<OwnedSemaphorePermit>,
+    /// Until it is answered.
+    held: Option<Held>,
 }
 
 impl Open {
@@ -103,8 +107,8 @@ impl Open {
     }
 
     fn send(&mut self, outcome: Result<Outcome, Refusal>) {
-        let Some(place) = self.place.take() else { return };
-        let reply = Reply::new(&self.request, self.shared.style, outcome, place);
+        let Some(held) = self.held.take() else { return };
+        let reply = Reply::new(&self.request, self.shared.style, outcome, held);
         // Never full: each reply has a place, and there are as many of both. Closed when the
         // connection broke: then nobody waits for the answer.
         let _ = self.shared.replies.try_send(reply);
@@ -125,6 +129,8 @@ struct Reader<'a> {
     /// Set once the server stops: until then requests are refused.
     stop_at: Option<Instant>,
     shared: Arc<Shared>,
+    /// The client's among all clients.
+    place: Place,
     places: Arc<Semaphore>,
 }
 
@@ -154,8 +160,10 @@ impl Reader<'_> {
         if payload > PAYLOAD_BYTES_SKIPPED_MAX {
             return Err(violation(format!("a payload of {payload} bytes")));
         }
+        self.place.mark_used();
         let place = Arc::clone(&self.places).acquire_owned().await.expect("never closed");
-        let open = Open { request, shared: Arc::clone(&self.shared), place: Some(place) };
+        let held = Some(Held::new(place));
+        let open = Open { request, shared: Arc::clone(&self.shared), held };
         self.start(open, payload).await
     }
 
@@ -175,6 +183,7 @@ impl Reader<'_> {
                     None => self.stop_at = Some(Instant::now() + STOP_GRACE),
                     Some(_) => return Err(End::Stopped),
                 },
+                () = self.place.cut() => return Err(End::Unused),
                 bytes = self.half.fill_buf() => {
                     return if bytes?.is_empty() { Err(End::Left) } else { Ok(()) };
                 }
@@ -183,7 +192,7 @@ impl Reader<'_> {
     }
 
     /// Reads the payload and hands the request to a task, or refuses it.
-    async fn start(&mut self, open: Open, payload: u64) -> Result<(), End> {
+    async fn start(&mut self, mut open: Open, payload: u64) -> Result<(), End> {
         let Request { command, .. } = open.request;
         let status = command == command::BLOCK_STATUS && payload <= STATUS_PAYLOAD_BYTES_MAX;
         let mut of_status = None;
@@ -206,7 +215,17 @@ impl Reader<'_> {
                 return Ok(());
             }
         };
+        let held = open.held.as_mut().expect("it is not answered yet");
+        let memory = &self.shared.memory;
+        let memory_bytes = action.memory_bytes();
+        if memory_bytes > 0 {
+            held.cap = Some(memory.share(memory_bytes).await);
+        }
         let buffer = match &action {
+            Action::Status(..) => {
+                held.memory = Some(memory.hold(memory_bytes).await);
+                None
+            }
             Action::Read(range, _) => Some(self.buffer(range.len()).await),
             Action::Write(range, _) => {
                 let mut buffer = self.buffer(range.len()).await;
@@ -216,8 +235,8 @@ impl Reader<'_> {
             _ => None,
         };
         tokio::spawn(async move {
-            let Shared { export, budget, .. } = &*open.shared;
-            let outcome = execute(export, action, buffer, budget).await;
+            let Shared { export, memory, .. } = &*open.shared;
+            let outcome = execute(export, action, buffer, memory).await;
             open.answer(outcome);
         });
         Ok(())
@@ -225,32 +244,36 @@ impl Reader<'_> {
 
     async fn buffer(&mut self, len: u64) -> Buffer {
         assert!(len <= PAYLOAD_BYTES_MAX, "a request's length was checked");
-        self.shared.budget.take(usize::try_from(len).expect("at most 32 MiB")).await
+        self.shared.memory.take(usize::try_from(len).expect("at most 32 MiB")).await
     }
 
     /// Reads a payload that nobody wants.
     async fn skip(&mut self, mut rest: u64) -> Result<(), End> {
         let mut piece = [0; 8192];
+        let mut pace = Pace::new("a payload", self.stall);
         while rest > 0 {
             let take = usize::try_from(rest).unwrap_or(usize::MAX).min(piece.len());
-            self.read_exact(&mut piece[..take], "a payload").await?;
-            rest -= take as u64;
+            rest -= self.read(&mut piece[..take], &mut pace).await? as u64;
         }
         Ok(())
     }
 
-    /// Fills `bytes`; each step has the stall time-out.
+    /// Fills `bytes`.
     async fn read_exact(&mut self, bytes: &mut [u8], what: &'static str) -> Result<(), End> {
+        let mut pace = Pace::new(what, self.stall);
         let mut done = 0;
         while done < bytes.len() {
-            let read = timeout(self.stall, self.half.read(&mut bytes[done..])).await;
-            let read = read.map_err(|_| End::Stalled(self.stall.as_secs(), what))??;
-            if read == 0 {
-                return Err(End::Lost(std::io::ErrorKind::UnexpectedEof.into()));
-            }
-            done += read;
+            done += self.read(&mut bytes[done..], &mut pace).await?;
         }
         Ok(())
+    }
+
+    /// Reads a byte at least.
+    async fn read(&mut self, bytes: &mut [u8], pace: &mut Pace) -> Result<usize, End> {
+        match pace.step(self.half.read(bytes)).await? {
+            0 => Err(End::Lost(std::io::ErrorKind::UnexpectedEof.into())),
+            read => Ok(read),
+        }
     }
 }
 
@@ -267,17 +290,15 @@ async fn write(
             reply.slices(&mut slices);
         }
         let mut rest = &mut slices[..];
+        let mut pace = Pace::new("a reply", stall);
         while !rest.is_empty() {
-            let written = timeout(stall, half.write_vectored(rest)).await;
-            let written = written.map_err(|_| End::Stalled(stall.as_secs(), "a reply"))??;
+            let written = pace.step(half.write_vectored(rest)).await?;
             if written == 0 {
                 return Err(End::Lost(std::io::ErrorKind::WriteZero.into()));
             }
             IoSlice::advance_slices(&mut rest, written);
         }
-        timeout(stall, half.flush())
-            .await
-            .map_err(|_| End::Stalled(stall.as_secs(), "a reply"))??;
+        pace.step(async { half.flush().await.map(|()| 0) }).await?;
         batch.clear();
     }
     // The client may have hung up first: everything it asked for is answered.

@@ -1,0 +1,158 @@
+//! Many clients, some of whom only want to be in the way: nobody else is kept out, held up, or made
+//! to wait for memory.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+use vmbackup::block::memory::MemoryDisk;
+use vmbackup::block::{BlockSource, Buffer};
+use vmbackup::error::Kind;
+use vmbackup::nbd::server::{Export, Limits};
+use vmbackup::nbd::wire::{HeaderStyle, Request, command, option};
+use vmbackup::nbd::{Client, ClientOptions};
+
+use crate::raw::{LONG, Raw, go, option_bytes};
+use crate::rig::{Rig, limits};
+
+const MIB: usize = 1 << 20;
+
+fn rig(limits: Limits) -> Rig {
+    let disk = Arc::new(MemoryDisk::with_content(vec![7; 4 * MIB]));
+    Rig::with_limits([Export::read_only("", disk)], limits)
+}
+
+/// A connection that says nothing.
+async fn connect(rig: &Rig) -> UnixStream {
+    UnixStream::connect(rig.socket()).await.unwrap()
+}
+
+/// A connection that has finished the handshake, with simple replies, and says no more.
+async fn enter(rig: &Rig) -> UnixStream {
+    let mut stream = connect(rig).await;
+    stream.write_all(&3_u32.to_be_bytes()).await.unwrap();
+    stream.write_all(&option_bytes(option::GO, &go(""))).await.unwrap();
+    // Greeting, two INFO replies and the ACK.
+    let mut told = vec![0; 18 + (20 + 14) + (20 + 12) + 20];
+    let read = tokio::time::timeout(LONG, stream.read_exact(&mut told)).await;
+    read.expect("in time").expect("the server answers");
+    stream
+}
+
+async fn ask(stream: &mut UnixStream, len: u64) {
+    let mut bytes = Vec::new();
+    let request = Request { flags: 0, command: command::READ, cookie: 1, offset: 0, len };
+    request.encode(HeaderStyle::Simple, &mut bytes);
+    stream.write_all(&bytes).await.unwrap();
+}
+
+async fn open(rig: &Rig) -> vmbackup::error::Result<Client> {
+    let options = ClientOptions { connections: 1, ..ClientOptions::default() };
+    let opening = Client::open_uri(&rig.uri(""), options).await;
+    if let Ok(client) = &opening {
+        let read = client.read(0, Buffer::unbudgeted(vec![0; 4096])).await.unwrap();
+        assert!(read.iter().all(|byte| *byte == 7));
+    }
+    opening
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn clients_that_never_finish_the_handshake_keep_nobody_out() {
+    let rig = rig(Limits { connections: 4, handshakes: 8, ..limits() });
+    let mut silent = Vec::new();
+    for _ in 0..100 {
+        silent.push(connect(&rig).await);
+    }
+    for _ in 0..4 {
+        open(&rig).await.unwrap();
+    }
+    // Those that came first made room.
+    let mut rest = Vec::new();
+    let ended = tokio::time::timeout(LONG, silent[0].read_to_end(&mut rest)).await;
+    let _ = ended.expect("it was cut off before its time");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn clients_that_never_make_a_request_make_room_and_idle_ones_stay() {
+    let short = Duration::from_millis(1500);
+    let rig = rig(Limits { connections: 3, handshake: short, ..limits() });
+    let mut guest = enter(&rig).await;
+    ask(&mut guest, 512).await;
+    let mut reply = vec![0; 16 + 512];
+    guest.read_exact(&mut reply).await.unwrap();
+    let unused = [enter(&rig).await, enter(&rig).await];
+    // They may be about to ask.
+    let full = open(&rig).await.err().expect("all places are taken");
+    assert_eq!(full.kind(), Kind::Permission, "{full:?}");
+    assert!(full.to_string().contains("all 3 places are taken"), "{full}");
+    tokio::time::sleep(short).await;
+    let newcomers = [open(&rig).await.unwrap(), open(&rig).await.unwrap()];
+    for mut cut in unused {
+        let mut rest = Vec::new();
+        let _ = tokio::time::timeout(LONG, cut.read_to_end(&mut rest)).await.expect("cut off");
+    }
+    // Idle for as long as it likes, because it has been used.
+    tokio::time::sleep(short * 2).await;
+    assert!(open(&rig).await.is_err(), "nobody is cut off for being idle");
+    ask(&mut guest, 512).await;
+    guest.read_exact(&mut reply).await.unwrap();
+    drop(newcomers);
+    open(&rig).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn clients_that_fetch_no_replies_hold_up_nobody() {
+    let least = Limits { connections: 8, total_bytes: 64 * MIB, ..limits() };
+    let rig = rig(least);
+    let mut greedy = Vec::new();
+    for _ in 0..7 {
+        let mut stream = enter(&rig).await;
+        for _ in 0..32 {
+            ask(&mut stream, 4 * MIB as u64).await;
+        }
+        greedy.push(stream);
+    }
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let begun = std::time::Instant::now();
+    let client = open(&rig).await.unwrap();
+    for _ in 0..50 {
+        client.read(0, Buffer::unbudgeted(vec![0; MIB])).await.unwrap();
+    }
+    assert!(begun.elapsed() < least.stall / 2, "it did not wait until they were cut off");
+}
+
+#[tokio::test]
+async fn a_client_that_drips_its_payload_is_cut_off() {
+    let short = Limits { stall: Duration::from_millis(400), ..limits() };
+    let mut raw = Raw::connect(short).await;
+    raw.send(&3_u32.to_be_bytes()).await;
+    raw.enter(HeaderStyle::Structured).await;
+    let write = Request { flags: 0, command: command::WRITE, cookie: 1, offset: 0, len: 4096 };
+    raw.request(HeaderStyle::Structured, write).await;
+    for _ in 0..200 {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        if raw.session.is_finished() || raw.stream.write_all(&[1]).await.is_err() {
+            return raw.breaks("in the middle of a payload").await;
+        }
+    }
+    panic!("it was served for ten times the stall time-out");
+}
+
+#[tokio::test]
+async fn a_client_that_sips_its_reply_is_cut_off() {
+    let short = Limits { stall: Duration::from_millis(400), ..limits() };
+    let mut raw = Raw::connect(short).await;
+    raw.send(&3_u32.to_be_bytes()).await;
+    raw.enter(HeaderStyle::Structured).await;
+    let read = Request { flags: 0, command: command::READ, cookie: 1, offset: 0, len: 1 << 20 };
+    raw.request(HeaderStyle::Structured, read).await;
+    for _ in 0..200 {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        raw.read(1).await;
+        if raw.session.is_finished() {
+            return raw.breaks("in the middle of a reply").await;
+        }
+    }
+    panic!("it was served for ten times the stall time-out");
+}
