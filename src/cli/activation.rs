@@ -41,11 +41,30 @@ pub(crate) fn sockets() -> Result<Vec<OwnedFd>> {
     (FIRST_FD..FIRST_FD + count).map(socket).collect()
 }
 
+/// Fails when a standard stream is a terminal, a file or a device: no client is at its other end.
+fn connected(fd: BorrowedFd<'_>, name: &str) -> Result<()> {
+    use rustix::fs::FileType;
+    let stat = rustix::fs::fstat(fd)
+        .map_err(|e| Error::io(format!("cannot serve on {name}"), std::io::Error::from(e)))?;
+    let is = match FileType::from_raw_mode(stat.st_mode) {
+        FileType::Fifo | FileType::Socket => return Ok(()),
+        FileType::RegularFile => "a file",
+        FileType::CharacterDevice if rustix::termios::isatty(fd) => "a terminal",
+        _ => "a device",
+    };
+    let message =
+        format!("{name} is {is}: --stdio serves a client at the other end of a pipe or socket");
+    Err(Error::new(Kind::Usage, message)
+        .hint("let a client start it (connect_command of libnbd, ssh), or serve on --socket"))
+}
+
 /// Standard input and output as one stream: a socket that is both, or two pipes.
 pub(crate) fn standard_streams() -> Result<Box<dyn Stream>> {
     let failed = |e: std::io::Error| Error::io("cannot serve on standard input and output", e);
     let copy = |fd: std::os::fd::BorrowedFd<'_>| fd.try_clone_to_owned().map_err(failed);
     let (input, output) = (std::io::stdin(), std::io::stdout());
+    connected(input.as_fd(), "standard input")?;
+    connected(output.as_fd(), "standard output")?;
     let input = copy(input.as_fd())?;
     if rustix::net::sockopt::socket_type(&input).is_ok() {
         let stream = std::os::unix::net::UnixStream::from(input);

@@ -257,6 +257,9 @@ fn command(after_bracket: &str, text: &str) -> Result<Vec<String>> {
 }
 
 #[cfg(test)]
+mod fuzz;
+
+#[cfg(test)]
 mod tests {
     use super::*;
 

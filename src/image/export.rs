@@ -131,11 +131,11 @@ impl Place {
     /// Room in the file system; `None` where the file is a device.
     fn free_bytes(&self) -> Option<u64> {
         self.file.metadata().ok().filter(std::fs::Metadata::is_file)?;
-        let room = rustix::fs::fstatvfs(&self.file).ok()?;
+        let space = rustix::fs::fstatvfs(&self.file).ok()?;
         // What is kept for root is there for root.
         let root = rustix::process::geteuid().is_root();
-        let blocks = if root { room.f_bfree } else { room.f_bavail };
-        blocks.checked_mul(room.f_frsize)
+        let blocks = if root { space.f_bfree } else { space.f_bavail };
+        blocks.checked_mul(space.f_frsize)
     }
 }
 

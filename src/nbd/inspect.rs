@@ -10,6 +10,7 @@ use super::export::ExportInfo;
 use super::negotiate::{Context, Greeted, Handshake};
 use super::request::Extents;
 use super::stream::{Connector, within};
+use super::tls::TlsSession;
 use super::wire::HeaderStyle;
 use crate::block::ByteRange;
 use crate::error::{Error, Kind, Result};
@@ -23,10 +24,25 @@ const STATUS_BYTES_MAX: u64 = 2 << 30;
 /// What a server says.
 #[derive(Clone, Debug)]
 pub struct Description {
+    /// How sessions begin.
+    pub greeting: Greeting,
     /// How requests would look.
     pub style: HeaderStyle,
+    /// TLS, if the session was inside it.
+    pub tls: Option<TlsSession>,
     /// Its exports, or the one that was asked for.
     pub exports: Vec<Described>,
+}
+
+/// How the sessions of a server begin.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Greeting {
+    /// With its one export.
+    Oldstyle,
+    /// With the name of the export, to which there is no refusal.
+    Newstyle,
+    /// With options, each of which is answered.
+    FixedNewstyle,
 }
 
 /// What a server says of an export.
@@ -62,11 +78,15 @@ pub async fn describe(
             Greeted::Oldstyle(negotiated) => {
                 let info = negotiated.export;
                 let only = Described { name: String::new(), info, contexts: Vec::new() };
-                return Ok(Description { style: HeaderStyle::Simple, exports: vec![only] });
+                let (greeting, style) = (Greeting::Oldstyle, HeaderStyle::Simple);
+                return Ok(Description { greeting, style, tls: None, exports: vec![only] });
             }
             Greeted::Newstyle(handshake) => handshake,
         };
         let style = handshake.agree_on_headers().await?;
+        let greeting =
+            if handshake.is_fixed() { Greeting::FixedNewstyle } else { Greeting::Newstyle };
+        let tls = handshake.tls().cloned();
         let names = match which {
             Which::One(name) => vec![name.to_owned()],
             Which::All => handshake.list().await?.into_iter().map(|listed| listed.name).collect(),
@@ -80,7 +100,7 @@ pub async fn describe(
             exports.push(described(&mut handshake, connector, name, timeouts).await?);
         }
         handshake.abort().await;
-        Ok(Description { style, exports })
+        Ok(Description { greeting, style, tls, exports })
     })
     .await
 }

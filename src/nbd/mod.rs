@@ -46,7 +46,7 @@ pub use commands::{Durable, Order};
 pub use error::NbdError;
 pub use export::{BlockSizes, ExportInfo};
 pub use initial_state::InitialState;
-pub use inspect::{Described, Description, Inspector, Runs, Which, describe};
+pub use inspect::{Described, Description, Greeting, Inspector, Runs, Which, describe};
 pub use negotiate::{Context, Greeted, Handshake, Listed, Negotiated, greet};
 pub use reconnect::{OnLost, ReconnectingClient, ReconnectingTarget, Retries};
 pub use stream::{Connector, ReadHalf, Stream, WriteHalf};

@@ -181,6 +181,16 @@ impl Handshake {
         Err(if let Some(refusal) = refusal { error.source(refusal) } else { error })
     }
 
+    /// Whether options have replies.
+    pub(super) fn is_fixed(&self) -> bool {
+        self.fixed
+    }
+
+    /// TLS, if the session is inside it.
+    pub(super) fn tls(&self) -> Option<&TlsSession> {
+        self.tls.as_ref()
+    }
+
     /// Asks for extended headers, else for structured replies, and takes what it gets.
     pub async fn agree_on_headers(&mut self) -> Result<HeaderStyle> {
         if !self.fixed {

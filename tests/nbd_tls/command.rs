@@ -101,6 +101,59 @@ fn a_point_is_read_in_tls_with_keys() {
 }
 
 #[test]
+fn info_tells_the_tls_of_the_session_and_who_is_at_its_other_end() {
+    let rig = Rig::with_certificates(&["--tls", "on"]);
+    let info = |uri: &str| rig.env.vmbackup(&["nbd", "info", uri, "--json"]).json();
+    let report = info(&rig.certificates());
+    assert_eq!(report["tls"]["version"], "TLSv1.3", "{report}");
+    assert!(report["tls"]["cipher"].as_str().unwrap().starts_with("TLS_"), "{report}");
+    assert_eq!(report["tls"]["peer"], "CN=server");
+    let text = rig.env.vmbackup(&["nbd", "info", &rig.certificates()]).ok().stdout;
+    assert!(text.contains("TLSv1.3 TLS_") && text.contains("certificate CN=server"), "{text}");
+    assert!(info(&rig.plain())["tls"].is_null());
+    let text = rig.env.vmbackup(&["nbd", "info", &rig.plain()]).ok().stdout;
+    assert!(text.contains("TLS          none"), "{text}");
+    let rig = Rig::with_keys(&[]);
+    let report = rig.env.vmbackup(&["nbd", "info", &rig.keys(), "--json"]).json();
+    assert!(report["tls"]["peer"].is_null() && report["tls"]["version"].is_string(), "{report}");
+}
+
+#[test]
+fn keys_that_everybody_can_read_are_warned_of_once() {
+    let mode = |file: &std::path::Path, mode| {
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(mode);
+        std::fs::set_permissions(file, mode).unwrap();
+    };
+    for (bits, warned) in [(0o644, true), (0o666, true), (0o640, false), (0o600, false)] {
+        let rig = Rig::with_keys(&[]);
+        mode(&rig.pki.psk(), bits);
+        let told = format!("chmod 600 {}", rig.pki.psk().display());
+        // The client opens two connections.
+        let outcome = rig.env.vmbackup(&["copy", &rig.keys(), "own.raw"]).ok();
+        assert_eq!(outcome.stderr.matches(&told).count(), usize::from(warned), "{outcome:?}");
+        let again = Serve::start(&rig.env, &["disk.raw", "--tls-psk-file", text(&rig.pki.psk())]);
+        assert_eq!(again.stop().contains(&told), warned, "{bits:o}");
+    }
+    let rig = Rig::with_certificates(&[]);
+    let (server, client) = (rig.pki.server(), rig.pki.client());
+    for (bits, warned) in [(0o604, true), (0o600, false)] {
+        let keys = [server.join("server-key.pem"), client.join("client-key.pem")];
+        for key in &keys {
+            mode(key, bits);
+        }
+        let told = keys.map(|key| format!("chmod 600 {}", key.display()));
+        let serve = Serve::start(&rig.env, &["disk.raw", "--tls-certificates", text(&server)]);
+        assert_eq!(serve.stop().contains(&told[0]), warned);
+        let outcome = rig.env.vmbackup(&["nbd", "info", &rig.certificates()]).ok();
+        assert_eq!(outcome.stderr.contains(&told[1]), warned, "{outcome:?}");
+    }
+}
+
+fn text(path: &std::path::Path) -> &str {
+    path.to_str().unwrap()
+}
+
+#[test]
 fn a_unix_socket_speaks_tls_too() {
     let (env, pki) = (TestEnv::new(), Pki::new());
     std::fs::write(env.path("disk.raw"), content(1)).unwrap();

@@ -54,6 +54,32 @@ fn clients_start_it_by_socket_activation() {
 }
 
 #[test]
+fn standard_streams_without_a_client_are_refused_in_plain_words() {
+    let env = env();
+    let file = |name: &str| std::fs::File::create(env.path(name)).unwrap();
+    let serve = || env.vmbackup_command(&["serve", "--stdio", "disk.raw"]);
+    let run = |command: &mut std::process::Command| crate::support::Outcome::of(command);
+    let null = std::process::Stdio::null;
+    for (outcome, said) in [
+        (run(serve().stdin(null())), "standard input is a device"),
+        (run(serve().stdin(file("in"))), "standard input is a file"),
+        (
+            {
+                let mut command = serve();
+                // The pipe's writer stays with us until it has ended.
+                let (reader, _writer) = std::io::pipe().unwrap();
+                let output = command.stdin(reader).stdout(file("out")).output().unwrap();
+                crate::support::Outcome::from_output("serve".into(), &output)
+            },
+            "standard output is a file",
+        ),
+    ] {
+        assert_eq!(outcome.code, Some(2), "{outcome:?}");
+        outcome.fails_with(&[said, "--stdio"]);
+    }
+}
+
+#[test]
 fn clients_start_it_on_standard_input_and_output() {
     let env = env();
     let program = env!("CARGO_BIN_EXE_vmbackup");

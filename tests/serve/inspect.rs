@@ -24,6 +24,47 @@ fn info_and_list_tell_what_a_server_of_ours_offers() {
 }
 
 #[test]
+fn info_tells_how_sessions_begin_and_what_is_in_an_export_only_if_asked() {
+    let env = TestEnv::new();
+    for (arg, handshake) in [
+        ("--oldstyle", "oldstyle"),
+        ("--mask-handshake=0", "newstyle"),
+        ("--newstyle", "fixed-newstyle"),
+    ] {
+        let server = NbdServer::nbdkit(&env, &[arg, "memory", "1M"]);
+        let report = env.vmbackup(&["nbd", "info", &server.uri(""), "--json"]).json();
+        assert_eq!(report["handshake"], handshake, "{report}");
+        assert!(report["tls"].is_null(), "{report}");
+        assert!(report["exports"][0]["content"].is_null(), "{report}");
+        let text = env.vmbackup(&["nbd", "info", &server.uri("")]).ok().stdout;
+        let line = format!("handshake    {}\n", handshake.replace('-', " "));
+        assert!(text.contains(&line) && !text.contains("content"), "{text}");
+    }
+    env.run("qemu-img", &["create", "-q", "-f", "qcow2", "d.qcow2", "1M"]).ok();
+    std::fs::write(env.path("fs"), vec![0; 4 << 20]).unwrap();
+    env.run("mkfs.ext4", &["-q", "fs"]).ok();
+    std::fs::write(env.path("odd"), b"QFI").unwrap();
+    std::fs::write(env.path("empty"), b"").unwrap();
+    for (file, content) in [
+        ("d.qcow2", "QEMU qcow image"),
+        ("fs", "ext2, ext3 or ext4 file system"),
+        ("odd", "data"),
+        ("empty", "nothing"),
+    ] {
+        let log = env.path(&format!("{file}.log"));
+        let logfile = format!("logfile={}", log.display());
+        let server = NbdServer::nbdkit(&env, &["--filter=log", "file", file, &logfile]);
+        env.vmbackup(&["nbd", "info", &server.uri("")]).ok();
+        let told = std::fs::read_to_string(&log).unwrap();
+        assert!(told.contains("Connect") && !told.contains("Read id="), "{told}");
+        let report = env.vmbackup(&["nbd", "info", &server.uri(""), "--content", "--json"]).json();
+        assert_eq!(report["exports"][0]["content"], content, "{report}");
+        let text = env.vmbackup(&["nbd", "info", &server.uri(""), "--content"]).ok().stdout;
+        assert!(text.contains(&format!("content      {content}")), "{text}");
+    }
+}
+
+#[test]
 fn a_map_shows_every_context_and_its_totals() {
     let env = TestEnv::new();
     env.run("qemu-img", &["create", "-f", "qcow2", "d.qcow2", "64M"]).ok();

@@ -192,9 +192,9 @@ fn a_client_that_is_refused_is_told_of() {
     let mut guest = guest.spawn().unwrap();
     let mut said = [0; 3];
     std::io::Read::read_exact(guest.stdout.as_mut().unwrap(), &mut said).unwrap();
-    let outcome = env.run("nbdcopy", &[&serve.uri(0), "null:"]);
-    assert_ne!(outcome.code, Some(0), "{outcome:?}");
-    assert!(outcome.stderr.contains("all 1 places are taken"), "{outcome:?}");
+    assert_ne!(env.run("nbdcopy", &[&serve.uri(0), "null:"]).code, Some(0));
+    let outcome = env.vmbackup(&["copy", &serve.uri(0), "null:"]);
+    outcome.fails_with(&["all 1 places are taken"]);
     drop(guest.stdin.take());
     guest.wait().unwrap();
     env.run("nbdcopy", &[&serve.uri(0), "null:"]).ok();

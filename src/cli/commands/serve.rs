@@ -78,6 +78,7 @@ pub(crate) struct Args {
 pub(crate) async fn run(args: Args, context: &Context) -> Result<()> {
     let what = args.what.iter().map(|text| settings::served(text)).collect::<Result<Vec<_>>>()?;
     let endpoints = endpoints(&args, context)?;
+    let single = args.stdio.then(activation::standard_streams).transpose()?;
     let from_repository = what.iter().any(|served| matches!(served, Served::Point(_)));
     let repository =
         if from_repository { Some(context.open(&args.repository).await?) } else { None };
@@ -99,9 +100,9 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<()> {
     };
     let serving =
         Box::pin(serve::open(repository.as_ref(), request, endpoints, &context.env)).await?;
-    if args.stdio {
+    if let Some(client) = single {
         // Standard output is the client's.
-        return serving.run_single(activation::standard_streams()?, &context.control).await;
+        return serving.run_single(client, &context.control).await;
     }
     context.output.document("serve", serving.report(), describe)?;
     serving.run(&context.control).await

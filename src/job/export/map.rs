@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use super::info::{self, Scope};
+use super::info::{self, Content, Scope};
 use crate::block::ByteRange;
 use crate::control::Control;
 use crate::error::{Error, Kind, Result};
@@ -90,7 +90,7 @@ pub async fn run(request: &Request, control: &Control) -> Result<Report> {
     let uri = &request.uri;
     let mut names = request.contexts.clone();
     if names.is_empty() {
-        let info = info::run(uri, Scope::One, control).await?;
+        let info = info::run(uri, Scope::One, Content::Unread, control).await?;
         names = info.exports.into_iter().flat_map(|export| export.contexts).collect();
     }
     if names.is_empty() {

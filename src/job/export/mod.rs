@@ -4,6 +4,7 @@
 //! Nothing is changed but by `write` and by a benchmark that was told to overwrite.
 
 pub mod bench;
+mod content;
 pub mod info;
 pub mod map;
 pub mod read;

@@ -54,7 +54,7 @@ use super::tls::ServerTls;
 use crate::error::{Result, with_causes};
 use end::End;
 use memory::Memory;
-use places::Places;
+use places::{Place, Places};
 
 pub use exports::{Export, Exports};
 pub use limits::Limits;
@@ -108,9 +108,11 @@ impl Server {
             match accepted {
                 Ok((stream, peer)) => {
                     let server = self.clone();
+                    // In the order in which they came, which is not that in which tasks begin.
+                    let lobby = self.shared.places.enter();
                     sessions.spawn(async move {
                         // Told to the log in there; the server goes on.
-                        let _ = server.session(stream, &peer).await;
+                        let _ = server.session_of(stream, &peer, lobby).await;
                     });
                 }
                 Err(error) => {
@@ -127,10 +129,14 @@ impl Server {
     /// Serves one client; `peer` names it in the log and in errors. An error is how the client
     /// failed, not the server.
     pub async fn session(&self, stream: Box<dyn Stream>, peer: &str) -> Result<()> {
+        self.session_of(stream, peer, self.shared.places.enter()).await
+    }
+
+    /// The same for a client that has a place to negotiate in.
+    async fn session_of(&self, stream: Box<dyn Stream>, peer: &str, lobby: Place) -> Result<()> {
         tracing::debug!(peer, "a client came");
         let Shared { exports, tls, limits, stop, places, memory } = &*self.shared;
         let offer = negotiate::Offer { exports, tls: tls.as_ref(), places, peer };
-        let lobby = places.enter();
         let negotiated = negotiate::negotiate(stream, offer, stop);
         let negotiated = tokio::select! {
             biased;

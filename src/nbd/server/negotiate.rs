@@ -257,7 +257,7 @@ impl Haggling<'_> {
         let places = self.offer.places;
         let place = places.take().await.ok_or_else(|| End::Full(places.count()))?;
         let mut data = export.geometry().size_bytes.to_be_bytes().to_vec();
-        data.extend(export.flags(self.style).to_be_bytes());
+        data.extend(self.flags(&export).to_be_bytes());
         if !self.no_zeroes {
             data.resize(data.len() + wire::PADDING_BYTES, 0);
         }
@@ -276,6 +276,14 @@ impl Haggling<'_> {
             return Err((reply::POLICY, full.to_string()));
         };
         Ok((export, items, place))
+    }
+
+    /// The transmission flags. Where one client is served at a time, none is told that it may come
+    /// several times over: nbdcopy, say, fails when it then cannot.
+    fn flags(&self, export: &Export) -> u16 {
+        let alone = self.offer.places.count() == 1;
+        let hidden = if alone { wire::export::CAN_MULTI_CONN } else { 0 };
+        export.flags(self.style) & !hidden
     }
 
     /// What INFO and GO tell of an export.
@@ -301,7 +309,7 @@ impl Haggling<'_> {
         let sizes: Vec<u8> = export.block_sizes().iter().flat_map(|n| n.to_be_bytes()).collect();
         items.push(item(info::BLOCK_SIZE, &sizes));
         let mut data = export.geometry().size_bytes.to_be_bytes().to_vec();
-        data.extend(export.flags(self.style).to_be_bytes());
+        data.extend(self.flags(&export).to_be_bytes());
         items.push(item(info::EXPORT, &data));
         Ok((export, items))
     }

@@ -32,9 +32,9 @@ impl Reply {
         request: &Request,
         style: HeaderStyle,
         outcome: Result<Outcome, Refusal>,
-        held: Held,
+        hold: Held,
     ) -> Self {
-        let mut reply = Self { heads: Vec::new(), parts: Vec::new(), data: None, _held: held };
+        let mut reply = Self { heads: Vec::new(), parts: Vec::new(), data: None, _held: hold };
         let mut head = Head { out: &mut reply.heads, request, style };
         match outcome {
             Err(refusal) => head.error(&refusal),

@@ -1,9 +1,12 @@
 //! The files of [`Credentials`](super::Credentials), read and taken apart without a word of their
 //! content in an error.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::Read;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use openssl::pkey::{PKey, Private};
 use openssl::x509::X509;
@@ -20,6 +23,11 @@ const USER_BYTES_MAX: usize = 128;
 const KEY_BYTES_MIN: usize = 16;
 /// Longest key (OpenSSL 1.1's `PSK_MAX_PSK_LEN`).
 const KEY_BYTES_MAX: usize = 256;
+
+/// What others may do with a file that is theirs to read or to write.
+const EVERYBODY: u32 = 0o006;
+/// Files that were warned of are remembered up to this number.
+const TOLD_MAX: usize = 1000;
 
 /// Whose certificate in a directory is ours.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,7 +92,7 @@ fn certificates(path: &Path) -> Result<Vec<X509>> {
 fn private_key(path: &Path) -> Result<PKey<Private>> {
     // An encrypted key is an error: the library would else ask on the terminal.
     let no_password = |_: &mut [u8]| Ok(0);
-    PKey::private_key_from_pem_callback(&read(path)?, no_password)
+    PKey::private_key_from_pem_callback(&read_secret(path)?, no_password)
         .map_err(|e| invalid(path, "a PEM file with a private key that has no password").source(e))
 }
 
@@ -105,7 +113,7 @@ impl Keys {
     /// Reads `place`, or the `keys.psk` in it.
     pub(super) fn load(place: &Path) -> Result<Self> {
         let path = if place.is_dir() { place.join(PSK_FILE) } else { place.to_owned() };
-        let bytes = read(&path)?;
+        let bytes = read_secret(&path)?;
         let keys = Self::parse(&bytes)
             .map_err(|why| invalid(&path, "a file of USER:HEXKEY lines").source(why))?;
         Ok(keys)
@@ -164,6 +172,23 @@ fn unhex(text: &[u8]) -> Option<Zeroizing<Vec<u8>>> {
         bytes.push(digit(*high)? << 4 | digit(*low)?);
     }
     Some(bytes)
+}
+
+/// Reads a file that nobody else should; says so, once, if everybody can. Who may must be decided by
+/// whoever keeps it: groups (root and qemu, say) are for that.
+fn read_secret(path: &Path) -> Result<Zeroizing<Vec<u8>>> {
+    static TOLD: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
+    let mode = path.metadata().map_or(0, |metadata| metadata.permissions().mode());
+    // Every connection reads the file anew.
+    let mut told = TOLD.lock().unwrap_or_else(PoisonError::into_inner);
+    if mode & EVERYBODY != 0 && told.len() < TOLD_MAX && told.insert(path.to_owned()) {
+        let (path, mode) = (path.display(), mode & 0o777);
+        tracing::warn!(
+            "everybody on this host can get at the key in {path} ({mode:03o}): chmod 600 {path}"
+        );
+    }
+    drop(told);
+    read(path)
 }
 
 /// Reads a file that must be one, and short.

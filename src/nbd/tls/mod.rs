@@ -189,4 +189,6 @@ pub struct TlsSession {
     pub version: String,
     /// The suite, as OpenSSL calls it.
     pub suite: String,
+    /// The subject of the peer's certificate, if it showed one.
+    pub peer: Option<String>,
 }

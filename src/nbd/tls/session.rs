@@ -16,7 +16,7 @@ use openssl::ssl::{
     SslRef, SslSessionCacheMode, SslVerifyMode, SslVersion,
 };
 use openssl::x509::verify::{X509CheckFlags, X509VerifyFlags};
-use openssl::x509::{X509VerifyResult, store::X509Lookup};
+use openssl::x509::{X509, X509NameEntryRef, X509VerifyResult, store::X509Lookup};
 use tokio::io::BufWriter;
 use tokio_openssl::SslStream;
 
@@ -26,6 +26,7 @@ use super::{
 };
 use crate::error::{Error, Kind, Result};
 use crate::nbd::stream::{ReadHalf, Stream, WriteHalf};
+use crate::nbd::wire;
 
 /// Suites of TLS 1.2 for certificates.
 const SUITES: &str = "ECDHE+AESGCM:ECDHE+CHACHA20:DHE-RSA+AESGCM:!PSK";
@@ -277,9 +278,18 @@ fn wrap(ssl: Ssl, stream: Box<dyn Stream>) -> Result<Wrapped> {
 
 fn secured(stream: Wrapped) -> Secured {
     let suite = stream.ssl().current_cipher().map_or("none", |cipher| cipher.name());
-    let session =
-        TlsSession { version: stream.ssl().version_str().to_owned(), suite: suite.to_owned() };
-    Secured { stream: Box::new(stream), session }
+    let (version, suite) = (stream.ssl().version_str().to_owned(), suite.to_owned());
+    let peer = stream.ssl().peer_certificate().map(|certificate| subject(&certificate));
+    Secured { stream: Box::new(stream), session: TlsSession { version, suite, peer } }
+}
+
+/// Whom a certificate is for, as `O=Example,CN=host`.
+fn subject(certificate: &X509) -> String {
+    let part = |entry: &X509NameEntryRef| {
+        let key = entry.object().nid().short_name().unwrap_or("?");
+        format!("{key}={}", wire::peer_text(entry.data().as_slice()))
+    };
+    certificate.subject_name().entries().map(part).collect::<Vec<_>>().join(",")
 }
 
 /// Why a handshake with `peer` failed: it is not who it should be, it refused us, it does not speak

@@ -4,7 +4,7 @@ use crate::cli::context::Context;
 use crate::cli::settings;
 use crate::cli::table::Table;
 use crate::error::Result;
-use crate::job::export::info::{self, Report, Scope};
+use crate::job::export::info::{self, Content, Report, Scope};
 use crate::units::ByteSize;
 
 /// List the exports of a server
@@ -16,7 +16,8 @@ pub(crate) struct Args {
 }
 
 pub(crate) async fn run(args: Args, context: &Context) -> Result<()> {
-    let report = info::run(&settings::nbd_uri(&args.uri)?, Scope::All, &context.control).await?;
+    let uri = settings::nbd_uri(&args.uri)?;
+    let report = info::run(&uri, Scope::All, Content::Unread, &context.control).await?;
     context.output.document("nbd-list", &report, describe)
 }
 
