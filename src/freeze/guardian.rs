@@ -7,6 +7,7 @@
 //! A guardian that is gone without a word (killed, say) leaves the guest as it is: then a second
 //! one is seated in this process to thaw.
 
+use std::fmt;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -61,6 +62,7 @@ pub struct Thawed {
 }
 
 /// Whether a guest is thawed.
+#[derive(Debug)]
 pub enum Thaw {
     /// For certain.
     Done,
@@ -71,6 +73,12 @@ pub enum Thaw {
 /// A thaw that somebody goes on trying.
 pub struct Pending {
     line: Option<Line>,
+}
+
+impl fmt::Debug for Pending {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Pending").field("tried", &self.line.is_some()).finish_non_exhaustive()
+    }
 }
 
 impl Pending {

@@ -1,15 +1,18 @@
 //! Recovery: what killed runs left on VMs is undone, on demand.
 //!
 //! ```text
-//!  one VM that is named, or every VM with a journal ─► lock ─► platform.recover
+//!  one VM that is named, or every VM with a journal ─► lock ─► platform.recover without a repository
 //!  restores that were killed ─► lock ─► restore::reconcile
+//!  the repository is opened ─► the same VMs again: bitmaps and checkpoints
 //! ```
 //!
-//! The same happens at the start of the next backup of a VM; this is for whoever does not want to
-//! wait for it. A VM that cannot be reached keeps its journal, one that is gone for good loses it.
+//! A guest that stands still waits for no repository: it may be locked, damaged, or behind a mount
+//! that does not answer. The same happens at the start of the next backup of a VM; this is for
+//! whoever does not want to wait for it. A VM that cannot be reached keeps its journal, one that is
+//! gone for good loses it.
 
 use std::error::Error as StdError;
-use std::io::{self, ErrorKind};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,11 +26,14 @@ use super::source::{self, ImageSpec, SourceSpec};
 use super::{Env, Repository, Surroundings};
 use crate::error::{Error, Kind, Result, with_causes};
 use crate::image::sweep_sockets;
-use crate::journal::{Abandoned, Phase, Place, Recovery};
+use crate::journal::{Abandoned, Journal, Phase, Place, Recovery};
 use crate::platform::{Asked, BackupMode, Platform, Quiesce, RecoverRequest, SnapshotRequest};
 use crate::vm::{PointId, Uuid, VmIdentity};
 
 pub use crate::journal::{Action, Item, Mode};
+
+/// In the place of a repository's id where there is none: nothing carries it.
+const NO_REPOSITORY: &str = "00000000";
 
 /// What to recover.
 #[derive(Clone, Debug)]
@@ -64,28 +70,49 @@ pub struct VmReport {
     pub problem: Option<String>,
 }
 
-/// Recovers. Without a repository bitmaps and checkpoints stay. Not cancel-safe.
+/// A recovery that has done what needs no repository.
+pub struct Begun {
+    mode: Mode,
+    wait: Wait,
+    found: Vec<Looked>,
+    restores: Vec<VmReport>,
+}
+
+/// Recovers what needs no repository: guests, jobs, files. Not cancel-safe.
 ///
 /// Fails for a VM that was named and cannot be recovered; of all VMs the report says which.
-pub async fn run(
-    repository: Option<&Repository>,
-    request: Request,
-    surroundings: Surroundings<'_>,
-) -> Result<Report> {
-    let job = Recover { repository, mode: request.mode, wait: request.wait, surroundings };
+pub async fn begin(request: &Request, surroundings: Surroundings<'_>) -> Result<Begun> {
+    let job = Recover { mode: request.mode, wait: request.wait, surroundings };
     if request.mode == Mode::Undo {
         sweep_sockets();
     }
-    let vms = match &request.source {
+    let (found, only) = match &request.source {
         Some(source) => {
             let platform = source::platform(source, surroundings.0).await?;
-            let report = job.one(platform.as_ref()).await?;
-            let restores = job.restores(Some(report.uuid)).await?;
-            std::iter::once(report).chain(restores).collect()
+            let report = job.first(platform.as_ref()).await?;
+            let only = Some(report.uuid);
+            (vec![Looked { report, source: Some(source.clone()) }], only)
         }
-        None => [job.restores(None).await?, job.all().await?].concat(),
+        None => (job.all().await?, None),
     };
-    Ok(Report { dry_run: request.mode == Mode::Look, repository_asked: repository.is_some(), vms })
+    let restores = job.restores(only).await?;
+    Ok(Begun { mode: request.mode, wait: request.wait, found, restores })
+}
+
+impl Begun {
+    /// Recovers the rest: bitmaps and checkpoints, which stay without a repository. Not cancel-safe.
+    pub async fn finish(
+        mut self,
+        repository: Option<&Repository>,
+        surroundings: Surroundings<'_>,
+    ) -> Result<Report> {
+        let job = Recover { mode: self.mode, wait: self.wait, surroundings };
+        for looked in &mut self.found {
+            job.again(looked, repository).await?;
+        }
+        let vms = self.found.into_iter().map(|looked| looked.report).chain(self.restores).collect();
+        Ok(Report { dry_run: self.mode == Mode::Look, repository_asked: repository.is_some(), vms })
+    }
 }
 
 /// Recovers a VM that is reached already.
@@ -95,65 +122,145 @@ pub(super) async fn run_on(
     platform: &dyn Platform,
     surroundings: Surroundings<'_>,
 ) -> Result<VmReport> {
-    let (mode, wait) = (Mode::Undo, Wait::No);
-    let job = Recover { repository: Some(repository), mode, wait, surroundings };
-    job.one(platform).await
+    let job = Recover { mode: Mode::Undo, wait: Wait::No, surroundings };
+    let mut report = job.first(platform).await?;
+    report.items.extend(job.one(platform, Some(repository)).await?.items);
+    Ok(report)
+}
+
+/// A VM, and the way to it where it is there.
+struct Looked {
+    report: VmReport,
+    source: Option<SourceSpec>,
 }
 
 struct Recover<'a> {
-    repository: Option<&'a Repository>,
     mode: Mode,
     wait: Wait,
     surroundings: Surroundings<'a>,
 }
 
 impl Recover<'_> {
-    /// Every VM with a journal.
-    async fn all(&self) -> Result<Vec<VmReport>> {
+    /// What needs no repository, of every VM with a journal.
+    async fn all(&self) -> Result<Vec<Looked>> {
         let (env, control) = self.surroundings;
-        let mut reports = Vec::new();
+        let mut found = Vec::new();
         for uuid in env.journals().vms()? {
             control.check()?;
-            let journal = env.journals().open(uuid)?;
-            let Some(run) = journal.earlier().last().cloned() else {
-                let problem = journal.is_unreadable().then(|| {
-                    let path = journal.path().display();
-                    format!("journal {path} cannot be read; name the VM (--domain, --qmp)")
-                });
-                let name = uuid.to_string();
-                reports.push(VmReport { name, uuid, items: Vec::new(), problem });
-                continue;
-            };
-            let found = source::platform(&place(&run.place, &run.name, uuid), env).await;
-            let recovered = match found {
-                Err(error) if is_gone(&run.place, &error) => self.gone(uuid, &run.name),
-                Err(error) => Err(error),
-                Ok(_) if are_gone(&run.place) => self.gone(uuid, &run.name),
-                Ok(platform) => self.one(platform.as_ref()).await,
-            };
-            let report = match recovered {
-                // Another VM has its monitor now.
-                Ok(other) if other.uuid != uuid => {
-                    reports.push(other);
-                    self.gone(uuid, &run.name)
+            match env.journals().open(uuid) {
+                Ok(journal) => self.by_journal(uuid, &journal, &mut found).await,
+                Err(error) => {
+                    let report = failed(uuid, &uuid.to_string(), &error);
+                    found.push(Looked { report, source: None });
                 }
-                other => other,
-            };
-            reports.push(report.unwrap_or_else(|error| failed(uuid, &run.name, &error)));
+            }
         }
-        Ok(reports)
+        Ok(found)
     }
 
-    async fn one(&self, platform: &dyn Platform) -> Result<VmReport> {
+    async fn by_journal(&self, uuid: Uuid, journal: &Journal, found: &mut Vec<Looked>) {
+        let (env, _) = self.surroundings;
+        let Some(run) = journal.earlier().last().cloned() else {
+            let problem = journal.is_unreadable().then(|| {
+                let path = journal.path().display();
+                format!(
+                    "journal {path} cannot be read; name the VM (--domain, --qmp), or remove it if the VM \
+                     was backed up by its images"
+                )
+            });
+            let report = VmReport { name: uuid.to_string(), uuid, items: Vec::new(), problem };
+            found.push(Looked { report, source: None });
+            return;
+        };
+        let way = place(&run.place, &run.name, uuid);
+        let mut source = None;
+        let recovered = match source::platform(&way, env).await {
+            Err(error) if is_gone(&run.place, &error) => self.gone(uuid, &run.name),
+            Err(error) => Err(error),
+            Ok(_) if are_gone(&run.place) => self.gone(uuid, &run.name),
+            Ok(platform) => {
+                source = Some(way);
+                self.first(platform.as_ref()).await
+            }
+        };
+        let report = match recovered {
+            // Another VM has its monitor now.
+            Ok(other) if other.uuid != uuid => {
+                found.push(Looked { report: other, source: source.take() });
+                self.gone(uuid, &run.name)
+            }
+            other => other,
+        };
+        let report = report.unwrap_or_else(|error| {
+            source = None;
+            failed(uuid, &run.name, &error)
+        });
+        found.push(Looked { report, source });
+    }
+
+    /// What needs no repository. Nothing where things are only looked at: the second time tells all.
+    async fn first(&self, platform: &dyn Platform) -> Result<VmReport> {
+        if self.mode == Mode::Undo {
+            return self
+                .ask(platform, (Bases::default(), NO_REPOSITORY.to_owned()), Asked::Later)
+                .await;
+        }
+        let VmIdentity { name, uuid, .. } = platform.identify().await?;
+        Ok(VmReport { name, uuid, items: Vec::new(), problem: None })
+    }
+
+    /// The same VM again, now with the repository, if there is one.
+    async fn again(&self, looked: &mut Looked, repository: Option<&Repository>) -> Result<()> {
+        let (env, control) = self.surroundings;
+        control.check()?;
+        let Some(source) = looked.source.take() else { return Ok(()) };
+        let second = match source::platform(&source, env).await {
+            Ok(platform) => self.one(platform.as_ref(), repository).await,
+            Err(error) => Err(error),
+        };
+        let report = &mut looked.report;
+        let second = second.unwrap_or_else(|error| failed(report.uuid, &report.name, &error));
+        for item in second.items {
+            // What was kept the first time was looked at again.
+            if !report.items.contains(&item) {
+                report.items.push(item);
+            }
+        }
+        report.problem = second.problem;
+        Ok(())
+    }
+
+    /// All of a VM. A repository that cannot be read is none.
+    async fn one(
+        &self,
+        platform: &dyn Platform,
+        repository: Option<&Repository>,
+    ) -> Result<VmReport> {
+        let none = || (Bases::default(), NO_REPOSITORY.to_owned());
+        let Some(repository) = repository else {
+            return self.ask(platform, none(), Asked::No).await;
+        };
+        let uuid = platform.identify().await?.uuid;
+        match Bases::read(repository, uuid).await {
+            Ok(bases) => self.ask(platform, (bases, repository.id()), Asked::Yes).await,
+            Err(error) => {
+                let mut report = self.ask(platform, none(), Asked::No).await?;
+                report.problem = Some(with_causes(&error));
+                Ok(report)
+            }
+        }
+    }
+
+    async fn ask(
+        &self,
+        platform: &dyn Platform,
+        (bases, id): (Bases, String),
+        repository: Asked,
+    ) -> Result<VmReport> {
         let (env, control) = self.surroundings;
         let vm = platform.identify().await?;
         let lock = VmLock::acquire_after(self.wait, &env.state_dir, &vm, "recovery", control);
         let _lock = lock.await?;
-        let (bases, repository) = match self.repository {
-            Some(repository) => (Bases::read(repository, vm.uuid).await?, Asked::Yes),
-            None => (Bases::default(), Asked::No),
-        };
-        let id = self.repository.map_or_else(|| "00000000".to_owned(), Repository::id);
         let snapshot = snapshot_request(&bases, id, env);
         let request = RecoverRequest { snapshot, repository, mode: self.mode };
         let items = platform.recover(&request, control).await?;
@@ -164,7 +271,14 @@ impl Recover<'_> {
     async fn restores(&self, only: Option<Uuid>) -> Result<Vec<VmReport>> {
         let (env, control) = self.surroundings;
         let mut reports = Vec::new();
-        for abandoned in env.journals().abandoned_restores()? {
+        let found = match env.journals().abandoned_restores() {
+            Ok(found) => found,
+            Err(error) => {
+                reports.push(failed(Uuid::nil(), "a restore", &error));
+                return Ok(reports);
+            }
+        };
+        for abandoned in found {
             control.check()?;
             let journal = match abandoned {
                 Abandoned::Restore(journal) => journal,
@@ -200,9 +314,15 @@ impl Recover<'_> {
         let mut journal = env.journals().open(uuid)?;
         let mut recovery = Recovery::new(self.mode);
         recovery.undo(format!("journal of VM '{name}', which is gone"));
-        journal.remove_files(&[Phase::Scratch, Phase::Socket], &mut recovery);
+        let files = [Phase::Scratch, Phase::Socket];
+        let stay = journal.remove_files(&files, &mut recovery);
         if recovery.changes() {
-            journal.undone_earlier(&Phase::ALL)?;
+            let runs: Vec<PointId> = journal.earlier().map(|run| run.point).collect();
+            for point in runs {
+                let stays = |phase: &Phase| files.contains(phase) && stay.contains(&point);
+                let over: Vec<Phase> = Phase::ALL.into_iter().filter(|p| !stays(p)).collect();
+                journal.undone(point, &over)?;
+            }
         }
         let items = recovery.into_items();
         Ok(VmReport { name: name.to_owned(), uuid, items, problem: None })
@@ -222,21 +342,23 @@ fn failed(uuid: Uuid, name: &str, error: &Error) -> VmReport {
 }
 
 /// Whether an error of looking for the VM means that it is not there any more. A QEMU by itself is
-/// gone when nobody listens on its monitor; a libvirt that does not answer says nothing.
+/// gone when nobody listens on its monitor; a libvirt that does not answer says nothing, nor does a
+/// path that means another file in each directory.
 fn is_gone(place: &Place, error: &Error) -> bool {
     match place {
-        Place::Qemu { .. } => {
+        Place::Qemu { monitor, .. } if monitor.is_absolute() => {
             let mut cause: Option<&(dyn StdError + 'static)> = Some(error);
             while let Some(error) = cause {
-                if let Some(io) = error.downcast_ref::<io::Error>() {
-                    return matches!(io.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused);
+                if let Some(qmp::Error::Connect { source, .. }) = error.downcast_ref() {
+                    let kind = source.kind();
+                    return matches!(kind, ErrorKind::NotFound | ErrorKind::ConnectionRefused);
                 }
                 cause = error.source();
             }
             false
         }
         Place::Libvirt { .. } => error.kind() == Kind::NotFound,
-        Place::Images { .. } => false,
+        Place::Qemu { .. } | Place::Images { .. } => false,
     }
 }
 

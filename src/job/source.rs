@@ -1,13 +1,13 @@
 //! Which VM or disk a job reads, as data; and the one place that opens the platform for it.
 
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use super::Env;
 use crate::block::BlockSource;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::image::open_image;
 use crate::nbd::{Client, ClientOptions, NbdUri};
 use crate::platform::image::{ImageSource, Images};
@@ -102,12 +102,14 @@ pub(super) async fn platform(spec: &SourceSpec, env: &Env) -> Result<Box<dyn Pla
         }
         #[cfg(not(feature = "libvirt"))]
         SourceSpec::Libvirt { .. } => {
-            use crate::error::{Error, Kind};
+            use crate::error::Kind;
             Err(Error::new(Kind::Unsupported, "this program was built without libvirt")
                 .hint("build it with the cargo feature 'libvirt', or use --qmp or --image"))
         }
         SourceSpec::Qemu { qmp, agent, name } => {
-            let (monitor, agent, name) = (qmp.clone(), agent.clone(), name.clone());
+            let (monitor, name) = (qmp.clone(), name.clone());
+            // Its user may be another process, in another directory.
+            let agent = agent.as_deref().map(absolute).transpose()?;
             let journals = env.journals();
             Ok(Box::new(Qemu::connect(QemuOptions { monitor, agent, name, journals }).await?))
         }
@@ -120,6 +122,11 @@ pub(super) async fn platform(spec: &SourceSpec, env: &Env) -> Result<Box<dyn Pla
             Ok(Box::new(images.journaled(env.journals())))
         }
     }
+}
+
+fn absolute(path: &Path) -> Result<PathBuf> {
+    std::path::absolute(path)
+        .map_err(|error| Error::io(format!("cannot find {}", path.display()), error))
 }
 
 /// Opens a single disk for reading.

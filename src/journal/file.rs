@@ -1,6 +1,6 @@
 //! The file of a journal: read with a bound, replaced as a whole, durable when a write returns.
 
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{self, DirBuilder, File, Metadata, OpenOptions};
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
@@ -67,7 +67,7 @@ pub(super) fn write(path: &Path, runs: &[&Run]) -> Result<()> {
         };
     }
     let text = serde_json::to_vec(&Written { version: VERSION, runs });
-    let text = text.expect("a journal is plain data");
+    let text = text.expect("a journal is text, numbers and bytes");
     let replace = || {
         make(directory)?;
         let new = path.with_extension("new");
@@ -128,16 +128,21 @@ pub(super) fn is_of(path: &Path, point: PointId) -> bool {
     name.starts_with("vmb-") && name.contains(&point.short())
 }
 
-/// Removes a file or directory; what stays is told in the log, and found again.
-pub(super) fn remove(path: &Path) {
-    let is_dir = path.symlink_metadata().is_ok_and(|data| data.is_dir());
-    let removed = if is_dir { fs::remove_dir_all(path) } else { fs::remove_file(path) };
+/// Removes the file or directory that `data` is of. Somebody else may have done that.
+pub(super) fn remove(path: &Path, data: &Metadata) -> io::Result<()> {
+    let removed = if data.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) };
     match removed {
-        Err(error) if error.kind() != ErrorKind::NotFound => {
-            tracing::warn!(path = %path.display(), %error, "what an earlier run left remains");
-        }
-        _ => {}
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+        result => result,
     }
+}
+
+/// Gives a journal that makes no sense the name `….unreadable`.
+pub(super) fn set_aside(path: &Path) -> Result<()> {
+    let failed = |e| Error::io(format!("cannot rename {}", path.display()), e);
+    let directory = path.parent().expect("a journal is in a directory");
+    fs::rename(path, path.with_extension("unreadable")).map_err(failed)?;
+    sync(directory).map_err(failed)
 }
 
 /// This boot; empty where the system does not tell.

@@ -53,11 +53,13 @@
 //! Deliberately not done: undoing by replay in the reverse order (a platform knows the order in which
 //! its things let go of each other).
 
+mod any_path;
 mod file;
 mod recovery;
 pub mod restore;
 
 use std::fmt;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -180,9 +182,9 @@ pub type Probe = Arc<dyn Fn(Phase, Moment) + Send + Sync>;
 pub struct Entry {
     /// The step.
     pub phase: Phase,
-    /// Names of what it made, as the phase says.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub objects: Vec<String>,
+    /// Names or paths of what it made, as the phase says.
+    #[serde(default, skip_serializing_if = "Vec::is_empty", with = "any_path::list")]
+    pub objects: Vec<PathBuf>,
 }
 
 impl Entry {
@@ -193,8 +195,7 @@ impl Entry {
 
     /// A step that makes these files.
     pub fn files<P: AsRef<Path>>(phase: Phase, paths: impl IntoIterator<Item = P>) -> Self {
-        let text = |path: P| path.as_ref().to_string_lossy().into_owned();
-        Self { phase, objects: paths.into_iter().map(text).collect() }
+        Self { phase, objects: paths.into_iter().map(|path| path.as_ref().to_owned()).collect() }
     }
 }
 
@@ -209,16 +210,19 @@ pub enum Place {
     },
     /// A QEMU by itself.
     Qemu {
-        /// Its monitor socket.
+        /// Its monitor socket. Absolute: whoever looks for it later may be in another directory.
+        #[serde(with = "any_path")]
         monitor: PathBuf,
-        /// Its guest agent's socket.
+        /// Its guest agent's socket; absolute.
+        #[serde(with = "any_path::option")]
         agent: Option<PathBuf>,
         /// The name it was given.
         name: Option<String>,
     },
     /// Image files.
     Images {
-        /// Path and format of each.
+        /// Path, absolute, and format of each.
+        #[serde(with = "any_path::images")]
         images: Vec<(PathBuf, String)>,
     },
 }
@@ -253,9 +257,9 @@ impl Run {
     }
 
     /// The objects of a phase.
-    pub fn objects(&self, phase: Phase) -> impl Iterator<Item = &str> {
+    pub fn objects(&self, phase: Phase) -> impl Iterator<Item = &Path> {
         let entries = self.entries.iter().filter(move |entry| entry.phase == phase);
-        entries.flat_map(|entry| &entry.objects).map(String::as_str)
+        entries.flat_map(|entry| &entry.objects).map(PathBuf::as_path)
     }
 
     /// Whether this machine was booted since: its processes are gone.
@@ -350,6 +354,15 @@ impl Journal {
         self.unreadable
     }
 
+    /// Gives one that makes no sense another name, under which nobody looks for it but people.
+    pub fn set_aside(&mut self) -> Result<()> {
+        if self.unreadable {
+            file::set_aside(&self.path)?;
+            self.unreadable = false;
+        }
+        Ok(())
+    }
+
     /// The runs that ended without undoing everything, oldest first.
     pub fn earlier(&self) -> impl Iterator<Item = &Run> {
         self.runs.iter().filter(|run| Some(run.point) != self.current)
@@ -406,17 +419,26 @@ impl Journal {
     }
 
     /// Removes the files and directories that earlier runs noted for `phases`, as far as they carry
-    /// the run's point in their names. For files of this machine.
-    pub fn remove_files(&self, phases: &[Phase], recovery: &mut Recovery) {
+    /// the run's point in their names. For files of this machine. The points of those that could not
+    /// be removed, or looked for: their entries stay.
+    pub fn remove_files(&self, phases: &[Phase], recovery: &mut Recovery) -> Vec<PointId> {
+        let mut stay = Vec::new();
         for run in self.earlier() {
             let paths = phases.iter().flat_map(|phase| run.objects(*phase));
-            for path in paths.map(Path::new).filter(|path| file::is_of(path, run.point)) {
-                let there = path.symlink_metadata().is_ok();
-                if there && recovery.undo(format!("{}", path.display())) {
-                    file::remove(path);
+            for path in paths.filter(|path| file::is_of(path, run.point)) {
+                let result = match path.symlink_metadata() {
+                    Err(error) if error.kind() == ErrorKind::NotFound => continue,
+                    _ if !recovery.undo(format!("{}", path.display())) => continue,
+                    Err(error) => Err(error),
+                    Ok(data) => file::remove(path, &data),
+                };
+                if let Err(error) = result {
+                    recovery.stays(error);
+                    stay.push(run.point);
                 }
             }
         }
+        stay
     }
 
     /// Says that these steps of a run are undone, or handed over.
@@ -436,11 +458,23 @@ impl Journal {
         self.write()
     }
 
+    /// The same of every earlier run for the repository of the current one.
+    pub fn undone_for_repository(&mut self, phases: &[Phase]) -> Result<()> {
+        let current = self.current;
+        let of_current = self.runs.iter().find(|run| Some(run.point) == current);
+        let Some(repository) = of_current.map(|run| run.repository.clone()) else {
+            return Ok(());
+        };
+        let earlier = |run: &&mut Run| Some(run.point) != current && run.repository == repository;
+        self.runs.iter_mut().filter(earlier).for_each(|run| run.remove(phases));
+        self.write()
+    }
+
     /// Points whose checkpoints an earlier run for `repository` was about to drop.
     pub fn handed_over(&self, repository: &str) -> Vec<PointId> {
         let runs = self.earlier().filter(|run| run.repository == repository);
         let objects = runs.flat_map(|run| run.objects(Phase::Handover));
-        objects.filter_map(|point| point.parse().ok()).collect()
+        objects.filter_map(|point| point.to_str()?.parse().ok()).collect()
     }
 
     /// Says that this was done, for the repository of the current run.
@@ -463,11 +497,11 @@ impl Journal {
     }
 
     fn write(&mut self) -> Result<()> {
+        self.set_aside()?;
         let current = self.current;
         let open: Vec<&Run> = self.runs.iter().filter(|run| !run.entries.is_empty()).collect();
         file::write(&self.path, &open)?;
         self.runs.retain(|run| !run.entries.is_empty() || Some(run.point) == current);
-        self.unreadable = false;
         Ok(())
     }
 }

@@ -1,5 +1,7 @@
 //! What a reconciliation found, one line per thing: undone, or only looked at.
 
+use std::fmt;
+
 use serde::Serialize;
 
 /// Whether things are undone.
@@ -49,6 +51,13 @@ impl Recovery {
     pub fn undo(&mut self, what: impl Into<String>) -> bool {
         self.note(Action::Undone, what);
         self.mode == Mode::Undo
+    }
+
+    /// Says that what was noted last was to be undone and was not: it stays.
+    pub fn stays(&mut self, why: impl fmt::Display) {
+        let item = self.items.last_mut().expect("something was noted");
+        item.action = Action::Kept;
+        item.what = format!("{}: {why}", item.what);
     }
 
     /// Notes something.

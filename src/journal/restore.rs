@@ -27,7 +27,7 @@ use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
-use super::{Journals, Moment, Phase, Probe, call, file};
+use super::{Journals, Moment, Phase, Probe, any_path, call, file};
 use crate::block::file::{FileStamp, Placed};
 use crate::error::{Error, Result};
 use crate::vm::{PointId, Uuid, VmIdentity};
@@ -329,35 +329,4 @@ fn lock(file: &File, path: &Path) -> io::Result<bool> {
         Err(error) => return Err(error.into()),
     }
     file::is_at(file, path)
-}
-
-/// Paths as text where they are text, else as bytes.
-mod any_path {
-    use std::ffi::OsStr;
-    use std::os::unix::ffi::{OsStrExt, OsStringExt};
-    use std::path::{Path, PathBuf};
-
-    use serde::{Deserialize, Deserializer, Serialize, Serializer};
-
-    #[derive(Serialize, Deserialize)]
-    #[serde(untagged)]
-    enum AnyPath {
-        Text(String),
-        Bytes(Vec<u8>),
-    }
-
-    pub(super) fn serialize<S: Serializer>(path: &Path, to: S) -> Result<S::Ok, S::Error> {
-        match path.to_str() {
-            Some(text) => AnyPath::Text(text.to_owned()),
-            None => AnyPath::Bytes(OsStr::as_bytes(path.as_os_str()).to_vec()),
-        }
-        .serialize(to)
-    }
-
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<PathBuf, D::Error> {
-        Ok(match AnyPath::deserialize(from)? {
-            AnyPath::Text(text) => text.into(),
-            AnyPath::Bytes(bytes) => std::ffi::OsString::from_vec(bytes).into(),
-        })
-    }
 }

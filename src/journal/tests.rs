@@ -40,7 +40,8 @@ fn what_a_run_noted_is_there_for_the_next_and_gone_when_it_is_finished() {
     let mut next = journals.open(VM).unwrap();
     let left: Vec<_> = next.earlier().cloned().collect();
     assert_eq!(left.len(), 1);
-    assert_eq!(left[0].objects(Phase::Scratch).collect::<Vec<_>>(), ["/s/a", "/s/b"]);
+    let scratch: Vec<_> = left[0].objects(Phase::Scratch).collect();
+    assert_eq!(scratch, [Path::new("/s/a"), Path::new("/s/b")]);
     assert!(left[0].has(Phase::Job) && !left[0].is_before_boot());
     assert!(next.owns(PointId([1; 16])) && !next.owns(PointId([2; 16])));
     next.begin(run(2));
@@ -66,6 +67,72 @@ fn a_journal_that_makes_no_sense_is_not_taken_for_none() {
         std::fs::write(journals.path(VM), text).unwrap();
         assert!(journals.open(VM).unwrap().is_unreadable(), "{text:?}");
     }
+    // Whoever writes over it leaves it to people.
+    let mut journal = journals.open(VM).unwrap();
+    journal.begin(run(1));
+    journal.note([Entry::of(Phase::Job)]).unwrap();
+    let aside = journals.path(VM).with_extension("unreadable");
+    assert_eq!(std::fs::read_to_string(aside).unwrap(), "{\"version\":2,\"runs\":[]}");
+    assert!(!journals.open(VM).unwrap().is_unreadable());
+    assert_eq!(journals.vms().unwrap(), [VM]);
+}
+
+#[test]
+fn paths_that_are_no_text_come_back_as_they_were() {
+    let dir = tempfile::tempdir().unwrap();
+    let journals = journals(dir.path());
+    let odd = || PathBuf::from(std::ffi::OsString::from_vec(b"/s/\xe9".to_vec()));
+    for place in [
+        Place::Qemu { monitor: odd(), agent: Some(odd()), name: None },
+        Place::Images { images: vec![(odd(), "raw".into()), ("/s/b".into(), "qcow2".into())] },
+    ] {
+        let mut journal = journals.open(VM).unwrap();
+        journal.begin(Run { place, ..run(1) });
+        journal.note([Entry::files(Phase::Scratch, [odd()])]).unwrap();
+        let left = journals.open(VM).unwrap();
+        assert_eq!(left.runs, journal.runs);
+        assert_eq!(left.runs[0].objects(Phase::Scratch).collect::<Vec<_>>(), [odd()]);
+        journal.finish().unwrap();
+    }
+}
+
+#[test]
+fn runs_for_another_repository_stay_open_when_one_has_judged_its_own() {
+    let dir = tempfile::tempdir().unwrap();
+    let journals = journals(dir.path());
+    for (id, repository) in [(1, "00c0ffee"), (2, "0000cafe")] {
+        let mut journal = journals.open(VM).unwrap();
+        journal.begin(Run { repository: repository.into(), ..run(id) });
+        journal.note([Entry::of(Phase::Bitmap)]).unwrap();
+    }
+    let mut journal = journals.open(VM).unwrap();
+    journal.begin(run(3));
+    journal.undone_for_repository(&Phase::ALL).unwrap();
+    let left: Vec<_> = journals.open(VM).unwrap().earlier().map(|run| run.point).collect();
+    assert_eq!(left, [PointId([2; 16])]);
+}
+
+#[test]
+fn a_file_that_cannot_be_removed_is_said_to_stay() {
+    let dir = tempfile::tempdir().unwrap();
+    let journals = journals(dir.path());
+    let point = PointId([1; 16]);
+    // Below a file nothing can be looked for, not even by root.
+    let plain = dir.path().join("plain");
+    std::fs::write(&plain, "").unwrap();
+    let there = dir.path().join(format!("vmb-{}.scratch", point.short()));
+    std::fs::write(&there, "").unwrap();
+    let not = plain.join(format!("vmb-{}.scratch", point.short()));
+    let mut journal = journals.open(VM).unwrap();
+    journal.begin(run(1));
+    journal.note([Entry::files(Phase::Scratch, [&there, &not])]).unwrap();
+    let next = journals.open(VM).unwrap();
+    let mut recovery = Recovery::new(Mode::Undo);
+    assert_eq!(next.remove_files(&[Phase::Scratch], &mut recovery), [point]);
+    let items = recovery.into_items();
+    assert_eq!(items[0].action, Action::Undone);
+    assert_eq!((items[1].action, items[1].what.contains("plain")), (Action::Kept, true));
+    assert!(!there.exists());
 }
 
 #[test]

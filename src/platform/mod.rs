@@ -171,6 +171,8 @@ pub struct RecoverRequest {
 pub enum Asked {
     /// Its points are in the request.
     Yes,
+    /// Not yet: what has nothing to do with it comes first, and the same is asked again.
+    Later,
     /// Nothing is known of its points.
     No,
 }

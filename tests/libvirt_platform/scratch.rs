@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use vmbackup::control::Control;
 use vmbackup::error::{Error, Kind};
+use vmbackup::journal::{Journals, Moment, Phase};
 use vmbackup::platform::libvirt::Libvirt;
 use vmbackup::platform::{Platform, Quiesce, VmSnapshot};
 
@@ -239,6 +240,34 @@ async fn a_daemon_that_is_away_for_seconds_costs_no_backup() {
     proxy.stop_for(Duration::from_secs(3));
     snapshot.commit().await.expect("commits");
     assert!(!has_backup_job(&bare));
+}
+
+/// The daemon goes away for some seconds just when it has begun the job.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_that_was_begun_when_the_connection_ended_is_not_forgotten() {
+    let env = TestEnv::new();
+    let bare = Bare::start(&env, &qcow2(&env, 'a', "8M"));
+    let proxy = Proxy::start(&env);
+    let mut options = bare.options();
+    options.uri = Some(format!("qemu+unix:///system?socket={}", proxy.path.display()));
+    let cut = proxy.clone();
+    let probe = move |phase, moment| {
+        if (phase, moment) == (Phase::Job, Moment::After) {
+            cut.stop_for(Duration::from_secs(4));
+        }
+    };
+    options.journals = Journals::new(env.path("journal"), Some(Arc::new(probe)));
+    let platform = Libvirt::open(options.clone()).await.expect("connects");
+    let opened = platform.open_snapshot(&request(1), &Control::new()).await;
+    opened.err().expect("the connection is gone");
+
+    options.journals = Journals::new(env.path("journal"), None);
+    let platform = Libvirt::open(options).await.expect("connects");
+    let next = platform.open_snapshot(&request(2), &Control::new()).await;
+    next.expect("the job of the first is not in the way").abort().await.expect("aborts");
+    assert!(!has_backup_job(&bare));
+    assert_eq!(bare.bitmaps(), Vec::<String>::new());
+    assert_eq!(std::fs::read_dir(env.path("journal")).expect("there").count(), 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -6,7 +6,7 @@ use vmbackup::journal::Phase;
 use crate::machine::Machine;
 use crate::support::TestEnv;
 
-/// Whether such a backup takes this step; there is no guest to freeze.
+/// Whether such a backup takes this step; there is no guest to freeze (see [`crate::frozen`]).
 fn takes(phase: Phase) -> bool {
     match phase {
         Phase::Scratch
@@ -26,6 +26,24 @@ fn takes(phase: Phase) -> bool {
         | Phase::Define
         | Phase::Discard => false,
     }
+}
+
+/// Its monitor was named by a path that means nothing elsewhere: it is not taken for gone.
+#[tokio::test]
+async fn a_qemu_that_was_named_in_another_directory_is_found_again() {
+    let env = TestEnv::new();
+    env.init_repo();
+    let machine = Machine::start().await;
+    let scratch = machine.path("scratch");
+    let args = ["full", "--qmp", "qmp.sock", "--scratch-dir", scratch.to_str().unwrap()];
+    let backup = env.stopped_in(&machine.path("."), "after:export", &args);
+    backup.signal("KILL");
+    backup.wait();
+    assert!(machine.ours().await.len() > 2, "a job, nodes and bitmaps");
+    let said = env.vmbackup(&["recover"]).ok().stdout;
+    assert!(said.contains("undone: job") && !said.contains("gone"), "{said}");
+    machine.holds_only(&[]).await;
+    assert_eq!(env.vmbackup(&["recover"]).ok().stdout, "nothing is left to undo\n");
 }
 
 #[tokio::test]

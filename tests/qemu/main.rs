@@ -14,6 +14,7 @@ mod support;
 mod machine;
 mod reading;
 
+mod frozen;
 mod incremental;
 mod killed;
 mod leftovers;

@@ -121,8 +121,20 @@ impl TestEnv {
     /// (`before:freeze`): to be killed there, or to go on when it is sent CONT.
     #[track_caller]
     pub(crate) fn stopped_at<S: AsRef<OsStr>>(&self, step: &str, args: &[S]) -> Process {
+        self.stopped_in(&self.path("."), step, args)
+    }
+
+    /// [`Self::stopped_at`], started in `directory`.
+    #[track_caller]
+    pub(crate) fn stopped_in<S: AsRef<OsStr>>(
+        &self,
+        directory: &Path,
+        step: &str,
+        args: &[S],
+    ) -> Process {
         let mut command = self.vmbackup_command(args);
-        let process = Process::spawn(command.env("VMBACKUP_STOP_AT", step));
+        let command = command.current_dir(directory).env("VMBACKUP_STOP_AT", step);
+        let process = Process::spawn(command);
         let stat = format!("/proc/{}/stat", process.id());
         wait_until(&format!("the step {step}"), 60, || {
             let text = fs::read_to_string(&stat).expect("a child is there until waited for");

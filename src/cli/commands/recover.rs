@@ -54,20 +54,18 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<()> {
     };
     let wait = vm_settings::wait(&args.wait)?;
     let mode = if args.dry_run { Mode::Look } else { Mode::Undo };
+    let request = Request { source, mode, wait };
+    let surroundings = (&context.env, &context.control);
+    let begun = context.watch(Box::pin(recover::begin(&request, surroundings))).await?;
     let repository = match context.open_if_made(&args.repository).await {
         Ok(repository) => repository,
-        // A guest that stands still does not wait for a repository.
         Err(error) => {
             let text = format!("bitmaps and checkpoints stay: {error}");
             context.control.notice(NoticeLevel::Warning, text);
             None
         }
     };
-    let job = recover::run(
-        repository.as_ref(),
-        Request { source, mode, wait },
-        (&context.env, &context.control),
-    );
+    let job = begun.finish(repository.as_ref(), surroundings);
     let report = context.watch(Box::pin(job)).await?;
     context.output.document("recover", &report, describe)?;
     report.problem().map_or(Ok(()), Err)

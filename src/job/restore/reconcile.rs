@@ -69,17 +69,20 @@ pub(in crate::job) async fn one(
     env: &Env,
     recovery: &mut Recovery,
 ) -> Result<()> {
+    let what = {
+        let run = journal.run();
+        format!("the killed restore of point {} of VM '{}'", run.point.short(), run.vm.name)
+    };
     let _lock = match lock {
         Lock::Held => None,
         Lock::Take => match VmLock::acquire(&env.state_dir, &journal.run().vm, "recovery") {
             Ok(lock) => Some(lock),
-            Err(error) if error.kind() == Kind::Busy => return Ok(()),
+            Err(error) if error.kind() == Kind::Busy => {
+                recovery.note(Action::Kept, format!("files of {what}: {error}"));
+                return Ok(());
+            }
             Err(error) => return Err(error),
         },
-    };
-    let what = {
-        let run = journal.run();
-        format!("the killed restore of point {} of VM '{}'", run.point.short(), run.vm.name)
     };
     let direction = match direction(&journal).await {
         Ok(direction) => direction,

@@ -24,13 +24,25 @@ pub(super) async fn reconcile(
         }
     }
     let Some(mut journal) = journal else { return Ok(()) };
+    if journal.is_unreadable() {
+        let path = journal.path().display();
+        let text =
+            format!("journal {path}, which cannot be read and gets the ending '.unreadable'");
+        recovery.note(Action::Kept, text);
+        if recovery.changes() {
+            journal.set_aside()?;
+        }
+    }
     let runs: Vec<_> = journal.earlier().cloned().collect();
     for run in runs {
         let judged =
             request.repository == Asked::Yes && run.repository == request.snapshot.repository;
         if !judged && run.has(Phase::Bitmap) {
-            let text = format!("bitmaps of VM '{}', whose repository was not asked", images.name);
-            recovery.note(Action::Kept, text);
+            if request.repository != Asked::Later {
+                let text =
+                    format!("bitmaps of VM '{}', whose repository was not asked", images.name);
+                recovery.note(Action::Kept, text);
+            }
         } else if recovery.changes() {
             journal.undone(run.point, &Phase::ALL)?;
         }

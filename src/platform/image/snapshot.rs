@@ -117,8 +117,12 @@ impl ImageSnapshot {
                 Ok(Self { journal, ..snapshot })
             }
             Err(error) => {
-                undo_all(&begun, control).await;
-                journal.as_mut().map_or(Ok(()), Journal::finish)?;
+                let undone = undo_all(&begun, control).await;
+                if let Some(journal) = journal.as_mut().filter(|_| undone)
+                    && let Err(error) = journal.finish()
+                {
+                    control.notice(NoticeLevel::Warning, error.in_one_line());
+                }
                 Err(error)
             }
         }
@@ -188,13 +192,16 @@ async fn lock_all(
     Ok((described, locked))
 }
 
-/// Removes the bitmaps that were begun; the locks are gone when this is called.
-async fn undo_all(disks: &[Begun<'_>], control: &Control) {
+/// Removes the bitmaps that were begun; the locks are gone when this is called. Whether none is left.
+async fn undo_all(disks: &[Begun<'_>], control: &Control) -> bool {
+    let mut undone = true;
     for disk in disks.iter().filter(|disk| disk.new != New::No) {
         if let Err(error) = disk.checkpoints.undo(&disk.top).await {
             control.notice(NoticeLevel::Warning, error.in_one_line());
+            undone = false;
         }
     }
+    undone
 }
 
 #[async_trait]
@@ -253,7 +260,7 @@ impl VmSnapshot for ImageSnapshot {
         after(self.journal.as_ref(), Phase::Handover);
         if let Some(journal) = self.journal.as_mut().filter(|_| result.is_ok()) {
             // Bitmaps of runs that never committed are among those removed.
-            journal.undone_earlier(&Phase::ALL)?;
+            journal.undone_for_repository(&Phase::ALL)?;
             journal.finish()?;
         }
         result

@@ -220,8 +220,8 @@ impl Opening {
         for (point, disks) in image_bitmaps(&self.survey, &self.chain) {
             if self.request.exists(point) {
                 self.stale.push((point, disks));
-            } else {
-                drop_stale(&self.checkpoints(), point, &disks).await;
+            } else if let Err(error) = drop_stale(&self.checkpoints(), point, &disks).await {
+                tracing::debug!(%error, %point, "a stale bitmap remains");
             }
         }
         Ok(())
@@ -310,7 +310,7 @@ impl Opening {
         let thawed: &[Phase] = if frozen { &[] } else { &[Phase::Freeze] };
         let begun = begun?;
         // One job at a time: those asked for before have failed, or this one would have.
-        let answered = Entry { phase: Phase::Job, objects: vec![BEGUN.to_owned()] };
+        let answered = Entry { phase: Phase::Job, objects: vec![BEGUN.into()] };
         let over = [&[Phase::Job, Phase::Scratch, Phase::Socket][..], thawed].concat();
         self.lock.journal.undone_earlier(&over)?;
         self.lock.journal.amend(thawed, [answered])?;
@@ -443,43 +443,65 @@ impl Opening {
         }
     }
 
-    /// Undoes what was done, as far as it can be; what cannot be is logged and found by the next
-    /// run.
+    /// Undoes what was done, as far as it can be; what cannot be is logged, stays in the journal and
+    /// is found by the next run.
     async fn undo(&mut self) {
-        let point = self.request.point;
+        let mut stays = Vec::new();
+        // The connection may be what failed, and the job live on.
+        match self.domain.revived().await {
+            Ok(domain) => self.domain = domain,
+            Err(error) => tracing::warn!(?error, "what a failed backup left cannot be looked for"),
+        }
         if self.begun == Begun::Asked {
-            let ours = matches!(job::active(&self.domain).await, Ok(Some(job)) if job.point == Some(point));
-            if ours && let Err(error) = job::end(&self.domain).await {
-                // It stays in the journal, by which the next run ends it.
-                tracing::warn!(?error, "the job of a failed backup remains");
-                return;
+            match self.undo_job().await {
+                Err(error) => {
+                    tracing::warn!(?error, "the job of a failed backup remains");
+                    stays.extend([Phase::Job, Phase::Scratch, Phase::Socket, Phase::Checkpoint]);
+                }
+                // libvirt creates the checkpoint before the export: it can exist without the job.
+                Ok(()) => {
+                    if let Err(error) = self.checkpoints().discard(self.request.point).await {
+                        tracing::warn!(?error, "the checkpoint of a failed backup remains");
+                        stays.push(Phase::Checkpoint);
+                    }
+                }
             }
-            self.remove_files(point);
-            // libvirt creates the checkpoint before the export: it can exist without the job.
-            if let Err(error) = self.checkpoints().discard(point).await {
-                tracing::warn!(?error, "the checkpoint of a failed backup remains");
-            }
+        }
+        if self.begun == Begun::Unanswered {
+            stays.extend([Phase::Job, Phase::Scratch, Phase::Socket, Phase::Checkpoint]);
         }
         for base in &self.bases.defined {
             if let Err(error) = self.checkpoints().delete(*base, Delete::Metadata).await {
                 tracing::warn!(?error, "checkpoint metadata remains");
+                stays.push(Phase::Checkpoint);
             }
         }
-        let frozen = self.frost.is_there().await;
+        if self.frost.is_there().await {
+            stays.push(Phase::Freeze);
+        }
+        let point = self.request.point;
         let journal = &mut self.lock.journal;
+        let over: Vec<_> = Phase::ALL.into_iter().filter(|phase| !stays.contains(phase)).collect();
         let recorded = if !journal.owns(point) {
             Ok(())
-        } else if self.begun == Begun::Unanswered {
-            let thawed: &[Phase] = if frozen { &[] } else { &[Phase::Freeze] };
-            journal.undone(point, thawed)
-        } else if frozen {
-            journal.undone(point, &Phase::all_but(Phase::Freeze))
-        } else {
+        } else if stays.is_empty() {
             journal.finish()
+        } else {
+            journal.undone(point, &over)
         };
         if let Err(error) = recorded {
             tracing::warn!(?error, "the journal of a failed backup remains");
         }
+    }
+
+    /// Ends the job if it is there, and removes what it leaves.
+    async fn undo_job(&self) -> Result<()> {
+        let point = self.request.point;
+        if job::active(&self.domain).await?.is_some_and(|job| job.point == Some(point)) {
+            job::end(&self.domain).await?;
+        }
+        self.remove_files(point);
+        Ok(())
     }
 
     fn into_snapshot(self, opened: Opened) -> RunningSnapshot {

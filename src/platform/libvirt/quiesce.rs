@@ -1,14 +1,14 @@
 //! Freezing the guest's file systems around the instant: who may, and what the record says.
 //!
 //! ```text
-//!  record "frozen" ─► guardian ─► freeze ─► (the backup job begins) ─► thaw ─► level
-//!                                                                       └► record taken back,
-//!                                                                          if it is certain
+//!  journal ─► guardian ─► freeze ─► (the backup job begins) ─► thaw ─► level
+//!                                                                └► entry taken back, if it is
+//!                                                                   certain
 //! ```
 //!
 //! Freezing and thawing is the guardian's ([`crate::freeze`]). What is kept here is whether the
-//! guest *may* still be frozen ([`Frost`]): as long as it may, the record in [`super::lock`] says
-//! so, whatever becomes of the backup, and the next run on this domain thaws.
+//! guest *may* still be frozen ([`Frost`]): as long as it may, the journal says so, whatever becomes
+//! of the backup, and the next run on this domain thaws.
 
 use std::path::Path;
 use std::time::Duration;
@@ -93,9 +93,13 @@ pub(super) async fn freeze(
     let (reason, frost) = match (wish.quiesce, problem) {
         (Quiesce::Never, _) => return (Ok(Frozen::No(None)), frost),
         (_, Some(problem)) => (problem, frost),
-        (_, None) => match try_freeze(domain, wish).await {
-            Ok(frozen) => return (Ok(Frozen::Yes(frozen)), Frost::default()),
-            Err(NotFrozen { reason, thaw }) => (reason, Frost::after(thaw)),
+        (_, None) => match guardian(domain, wish.guardian).await {
+            // Nothing was asked of the guest: what was known of it holds.
+            Err(reason) => (reason, frost),
+            Ok(guardian) => match guardian.freeze(wish.budget).await {
+                Ok(frozen) => return (Ok(Frozen::Yes(frozen)), Frost::default()),
+                Err(NotFrozen { reason, thaw }) => (reason, Frost::after(thaw)),
+            },
         },
     };
     if wish.quiesce == Quiesce::Require {
@@ -106,12 +110,6 @@ pub(super) async fn freeze(
         return (Err(error), frost);
     }
     (Ok(Frozen::No(Some(reason))), frost)
-}
-
-async fn try_freeze(domain: &DomainHandle, wish: &Wish<'_>) -> Result<freeze::Frozen, NotFrozen> {
-    let guardian = guardian(domain, wish.guardian).await;
-    let guardian = guardian.map_err(|reason| NotFrozen { reason, thaw: Thaw::Done })?;
-    guardian.freeze(wish.budget).await
 }
 
 /// A guardian with a connection of its own to the domain.

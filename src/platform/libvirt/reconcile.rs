@@ -56,8 +56,11 @@ pub(super) async fn recover(
         let survey = Survey::take(domain, &request.snapshot).await?;
         marks(domain, &survey, &request.snapshot, &mut recovery).await?;
     }
-    let repository = (request.repository == Asked::Yes).then_some(&request.snapshot.repository);
-    close(&mut lock.journal, repository, &mut recovery)?;
+    if request.repository != Asked::Later {
+        let asked = request.repository == Asked::Yes;
+        let repository = asked.then_some(&request.snapshot.repository);
+        close(&mut lock.journal, repository, &mut recovery)?;
+    }
     Ok(recovery.into_items())
 }
 
@@ -101,8 +104,8 @@ impl Leftovers<'_> {
         if self.journal.is_unreadable() {
             let path = self.journal.path().display();
             let text = format!(
-                "journal {path}, which cannot be read: a job of that run on domain '{name}' has to \
-                 be ended by hand ('virsh domjobabort {name}')"
+                "journal {path}, which cannot be read and gets the ending '.unreadable': a job of that \
+                 run on domain '{name}' has to be ended by hand ('virsh domjobabort {name}')"
             );
             self.recovery.note(Action::Kept, text);
         }
@@ -119,9 +122,14 @@ impl Leftovers<'_> {
                 return Ok(frost);
             }
             frost = quiesce::thaw_left(self.domain, self.guardian).await;
+            if frost.is_there().await {
+                self.recovery.stays("the guest's agent does not answer; thawing goes on");
+                return Ok(frost);
+            }
         }
-        if self.recovery.changes() && !frost.is_there().await {
+        if self.recovery.changes() {
             self.journal.undone_earlier(&[Phase::Freeze])?;
+            self.journal.set_aside()?;
         }
         Ok(frost)
     }
@@ -140,7 +148,7 @@ impl Leftovers<'_> {
             return Ok(());
         }
         // One that was not answered may still begin, and is ended then.
-        let over = |run: &&Run| run.objects(Phase::Job).any(|o| o == BEGUN);
+        let over = |run: &&Run| run.objects(Phase::Job).any(|o| o == Path::new(BEGUN));
         let over: Vec<PointId> = self.journal.earlier().filter(over).map(|run| run.point).collect();
         over.into_iter().try_for_each(|point| self.journal.undone(point, &[Phase::Job]))
     }
@@ -152,11 +160,11 @@ impl Leftovers<'_> {
             return Ok(());
         }
         let phases = [Phase::Scratch, Phase::Socket];
-        self.journal.remove_files(&phases, self.recovery);
+        let stay = self.journal.remove_files(&phases, self.recovery);
         if !self.recovery.changes() {
             return Ok(());
         }
-        let waits = |run: &&Run| !run.has(Phase::Job);
+        let waits = |run: &&Run| !run.has(Phase::Job) && !stay.contains(&run.point);
         let over: Vec<PointId> = self.journal.earlier().filter(waits).map(|r| r.point).collect();
         over.into_iter().try_for_each(|point| self.journal.undone(point, &phases))
     }
@@ -193,7 +201,9 @@ async fn marks(
             continue;
         }
         if survey.running {
-            drop_stale(&checkpoints, point, &disks).await;
+            if let Err(error) = drop_stale(&checkpoints, point, &disks).await {
+                recovery.stays(error);
+            }
             continue;
         }
         let bitmap = chain.of_point(point);
@@ -249,19 +259,23 @@ pub(super) fn image_bitmaps(survey: &Survey, chain: &BitmapNames) -> Vec<(PointI
 }
 
 /// Removes the bitmaps of `point` from `disks` of a running domain: defines them for libvirt first.
-/// A bitmap that is broken beyond this is found again by the next run.
-pub(super) async fn drop_stale(checkpoints: &Checkpoints<'_>, point: PointId, disks: &[String]) {
+/// A bitmap that is broken beyond this is found again by the next run; the first error is returned.
+pub(super) async fn drop_stale(
+    checkpoints: &Checkpoints<'_>,
+    point: PointId,
+    disks: &[String],
+) -> Result<()> {
     let known = KnownPoint { id: point, disks: Vec::new(), checkpoint_xml: None };
+    let mut result = Ok(());
     for disk in disks {
         let dropped = match checkpoints.redefine(&known, &[disk], Check::Trust).await {
             Ok(true) => checkpoints.discard(point).await,
             Ok(false) => Ok(()),
             Err(error) => Err(error),
         };
-        if let Err(error) = dropped {
-            tracing::debug!(?error, disk, %point, "a stale bitmap remains");
-        }
+        result = result.and(dropped);
     }
+    result
 }
 
 /// Closes the books on bitmaps and checkpoints: those of `repository` were judged, those of others

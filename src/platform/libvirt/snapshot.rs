@@ -4,7 +4,7 @@
 //! without any error, so a read counts only if the job was active *after* it
 //! ([`VmSnapshot::still_valid`]).
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -116,8 +116,8 @@ impl RunningSnapshot {
     /// has not stored yet.
     fn note_handover(&mut self) -> Result<()> {
         let older = self.defined.iter().chain(self.stale.iter().map(|(point, _)| point));
-        let older = older.filter(|point| **point != self.point).map(ToString::to_string);
-        let objects: Vec<String> = older.collect();
+        let older = older.filter(|point| **point != self.point);
+        let objects: Vec<PathBuf> = older.map(|point| point.to_string().into()).collect();
         if objects.is_empty() {
             return Ok(());
         }
@@ -251,8 +251,11 @@ impl VmSnapshot for RunningSnapshot {
             result = result.and(dropped);
         }
         for (point, disks) in &self.stale {
-            if *point != self.point && !self.defined.contains(point) {
-                drop_stale(&checkpoints, *point, disks).await;
+            if *point != self.point
+                && !self.defined.contains(point)
+                && let Err(error) = drop_stale(&checkpoints, *point, disks).await
+            {
+                tracing::debug!(%error, %point, "a stale bitmap remains");
             }
         }
         if self.metadata == CheckpointMetadata::Remove {
@@ -282,6 +285,8 @@ impl VmSnapshot for RunningSnapshot {
             let forgotten = checkpoints.delete(*point, Delete::Metadata).await;
             result = result.and(forgotten);
         }
-        result.and(self.close_journal().await)
+        // What remains is found by what the journal has.
+        result?;
+        self.close_journal().await
     }
 }

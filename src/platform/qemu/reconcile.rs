@@ -22,6 +22,7 @@ use crate::error::Result;
 use crate::image::bitmap::BitmapNames;
 use crate::journal::{Action, Journal, Phase, Recovery};
 use crate::platform::{Asked, RecoverRequest};
+use crate::vm::PointId;
 
 /// Undoes, or looks for, what dead runs left.
 pub(super) async fn reconcile(
@@ -39,11 +40,21 @@ pub(super) async fn reconcile(
             .map_err(|error| error.context("cannot remove what an earlier backup left in QEMU"))?;
     }
     work_dir::sweep(&scratch_base(&request.snapshot), qemu.identity.uuid, recovery)?;
-    journal.remove_files(&[Phase::Scratch], recovery);
+    let stay = journal.remove_files(&[Phase::Scratch], recovery);
     if request.repository == Asked::Yes {
         bitmaps(qemu, request, recovery).await?;
     }
-    close(journal, request, thawed, recovery)
+    if !recovery.changes() {
+        return Ok(());
+    }
+    if thawed {
+        journal.set_aside()?;
+    }
+    close(journal, request, |point, phase| match phase {
+        Phase::Freeze => thawed,
+        Phase::Scratch => !stay.contains(&point),
+        _ => true,
+    })
 }
 
 /// Thaws the guest if an earlier run may have left it frozen; whether it is thawed for certain.
@@ -53,10 +64,21 @@ async fn thaw(
     guardian: Option<&Path>,
     recovery: &mut Recovery,
 ) -> bool {
-    let mut frozen = journal.earlier().filter(|run| run.has(Phase::Freeze));
-    let Some(run) = frozen.find(|run| !run.is_before_boot()) else { return true };
     let name = &qemu.identity.name;
-    let noted = run.objects(Phase::Freeze).next().map(Path::new);
+    if journal.is_unreadable() {
+        let path = journal.path().display();
+        let text = format!(
+            "journal {path}, which cannot be read and gets the ending '.unreadable': the guest of VM \
+             '{name}' may have been frozen; name its agent (--agent) to have it thawed"
+        );
+        recovery.note(Action::Kept, text);
+    }
+    let mut frozen = journal.earlier().filter(|run| run.has(Phase::Freeze));
+    let run = frozen.find(|run| !run.is_before_boot());
+    if run.is_none() && !journal.is_unreadable() {
+        return true;
+    }
+    let noted = run.and_then(|run| run.objects(Phase::Freeze).next());
     let Some(socket) = qemu.options.agent.as_deref().or(noted) else { return true };
     if !recovery.undo(format!("file systems of VM '{name}', which may be frozen: thawed")) {
         return false;
@@ -64,7 +86,7 @@ async fn thaw(
     match quiesce::thaw_left(socket, guardian).await {
         Ok(()) => true,
         Err(reason) => {
-            recovery.note(Action::Kept, format!("frozen file systems of VM '{name}': {reason}"));
+            recovery.stays(reason);
             false
         }
     }
@@ -88,31 +110,26 @@ async fn bitmaps(qemu: &Qemu, request: &RecoverRequest, recovery: &mut Recovery)
             let bitmap = BitmapRef { node: node.name().to_owned(), name: name.to_owned() };
             if let Err(error) = remove_bitmap(&qemu.monitor, &bitmap).await {
                 // It only costs, and a read-only layer keeps it.
-                tracing::warn!(?error, name, "a bitmap of an earlier backup remains");
+                recovery.stays(error);
             }
         }
     }
     Ok(())
 }
 
-/// Closes the books on what was looked for.
+/// Closes the books on what was looked for, and is over.
 fn close(
     journal: &mut Journal,
     request: &RecoverRequest,
-    thawed: bool,
-    recovery: &Recovery,
+    is_over: impl Fn(PointId, Phase) -> bool,
 ) -> Result<()> {
-    if !recovery.changes() {
-        return Ok(());
-    }
     let asked = request.repository == Asked::Yes;
     let judged = |repository: &str| asked && repository == request.snapshot.repository;
     let runs: Vec<_> = journal.earlier().map(|run| (run.point, judged(&run.repository))).collect();
     for (point, judged) in runs {
         let over = Phase::ALL.into_iter().filter(|phase| match phase {
-            Phase::Freeze => thawed,
             Phase::Bitmap => judged,
-            _ => true,
+            phase => is_over(point, *phase),
         });
         journal.undone(point, &over.collect::<Vec<_>>())?;
     }

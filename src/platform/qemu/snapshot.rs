@@ -66,6 +66,8 @@ pub(super) async fn open(
     }
     control.check()?;
     let QemuOptions { monitor, agent, name, .. } = qemu.options.clone();
+    let failed = |e| Error::io(format!("cannot find {}", monitor.display()), e);
+    let monitor = std::path::absolute(&monitor).map_err(failed)?;
     let place = Place::Qemu { monitor, agent, name };
     let vm = &qemu.identity;
     journal.begin(Run::new(request.point, &vm.name, &request.repository, place));
@@ -241,7 +243,13 @@ impl Snapshot {
         let agent = qemu.options.agent.as_deref();
         // All of it before the freeze: the guest does not wait for our disk.
         self.note_instant(agent.filter(|_| request.quiesce != Quiesce::Never))?;
-        let frozen = quiesce::freeze(agent, request, running).await?;
+        let frozen = match quiesce::freeze(agent, request, running).await {
+            Ok(frozen) => frozen,
+            Err((error, thaw)) => {
+                self.thaw = thaw;
+                return Err(error);
+            }
+        };
         if matches!(frozen, quiesce::Frozen::Yes(_)) {
             self.journal.after(Phase::Freeze);
         }
