@@ -6,22 +6,25 @@
 //! 2. the whole sink cleared in advance, if the sink promises that this is fast
 //!    ([`ZeroMode::FastOnly`]) and keeps the promise: two small pieces go first and are timed,
 //!    because there are servers that say "fast" and write. Before that one block tells whether the
-//!    sink is the source under another name, which no name and no address could;
+//!    sink is the source under another name ([`super::canary`]);
 //! 3. each hole for itself, less what the query says is zero at its ends.
 //!
 //! Nothing is cleared in advance where space is to be allocated: it would be allocated twice.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::Instant;
 
+use super::canary::{Canary, canary};
 use super::{Destination, Options, Shape, Zeroes};
-use crate::block::{BlockSink, BlockSource, Buffer, ByteRange, ExtentKind, ZeroMode};
-use crate::error::{Error, Kind, Result};
+use crate::block::{BlockSink, BlockSource, ByteRange, ExtentKind, ZeroMode};
+use crate::control::Control;
+use crate::error::{Kind, Result};
 use crate::units::{GIB, MIB};
 
-/// Queries about a sink that goes on saying "zero": 1 GiB each on servers with 32-bit lengths.
-const QUERIES_MAX: usize = 4096;
+/// Queries about a disk that goes on saying "zero": 1 GiB each on servers with 32-bit lengths.
+pub(super) const QUERIES_MAX: usize = 4096;
 
 /// Smaller sinks are cleared by one request, without a trial.
 const TRIAL_SIZE_BYTES: u64 = 16 * MIB;
@@ -35,10 +38,6 @@ const TRIAL: Duration = Duration::from_millis(100);
 /// Slower clearing (between the two trials, so that latency does not count) is no faster than
 /// writing.
 const FAST_BYTES_PER_SECOND: f64 = 1_000_000_000.0;
-
-/// Size of the block that is cleared first, and the most of them looked at for one that is not
-/// zero already.
-const CANARY: (u64, usize) = (4096, 64);
 
 /// What to do about zeroes.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -72,12 +71,13 @@ impl ZeroPolicy {
 }
 
 /// Looks at the sink and clears it in advance where that is cheap; fails when that would clear the
-/// source. What was cleared stays cleared, and was to be overwritten. Not cancel-safe where the two
-/// are the same disk: a block may be left zero.
+/// source. What was cleared stays cleared, and was to be overwritten. Stops when `control` asks for it;
+/// cancel-safe ([`super::canary`]).
 pub(super) async fn prepare(
-    (source, sink): (&dyn BlockSource, &dyn BlockSink),
+    (source, sink): (&Arc<dyn BlockSource>, &Arc<dyn BlockSink>),
     options: &Options,
     shape: Shape,
+    control: &Control,
 ) -> Result<ZeroPolicy> {
     if options.zeroes == Zeroes::Allocated {
         return Ok(ZeroPolicy::Make(ZeroMode::Allocated, Vec::new()));
@@ -90,12 +90,16 @@ pub(super) async fn prepare(
         return Ok(ZeroPolicy::Make(ZeroMode::Sparse, Vec::new()));
     }
     let context = |what: &str| format!("cannot {what} {}", options.sink_name);
-    let known = look(sink, whole).await.map_err(|e| e.context(context("look at")))?;
+    let known = control.run(look(&**sink, whole)).await;
+    let known = known.map_err(|e| e.context(context("look at")))?;
     if known == [whole] {
         return Ok(ZeroPolicy::LeaveOut);
     }
-    let cleared = match canary(source, sink, shape, options).await? {
-        Canary::Cleared => clear(sink, shape).await.map_err(|e| e.context(context("clear")))?,
+    let cleared = match canary((source, sink), options, shape, control).await? {
+        Canary::Cleared => {
+            let cleared = control.run(clear(&**sink, shape)).await;
+            cleared.map_err(|e| e.context(context("clear")))?
+        }
         Canary::Kept => 0,
     };
     tracing::debug!(?cleared, known = known.len(), "what the destination holds");
@@ -132,101 +136,6 @@ async fn look(sink: &dyn BlockSink, whole: ByteRange) -> Result<Vec<ByteRange>> 
     Ok(vec![ByteRange::between(whole.offset(), zero_end)])
 }
 
-/// What became of the block that is cleared first.
-enum Canary {
-    /// It was cleared, and the source is as it was; or there is nothing in the source to lose.
-    Cleared,
-    /// It was not: the sink does not clear fast, or no block was found that would tell.
-    Kept,
-}
-
-/// Clears a block of the sink where the source has data, and fails when the source lost it: then the
-/// block is put back.
-async fn canary(
-    source: &dyn BlockSource,
-    sink: &dyn BlockSink,
-    shape: Shape,
-    options: &Options,
-) -> Result<Canary> {
-    let failed = |e: Error| e.context(format!("cannot clear {}", options.sink_name));
-    if !sink.can_zero() {
-        return Ok(Canary::Kept);
-    }
-    let read_failed = |e: Error| e.context(format!("cannot read {}", options.source_name));
-    let (range, bytes) = match telling_block(source, shape).await.map_err(read_failed)? {
-        Telling::Block(range, bytes) => (range, bytes),
-        Telling::NoData => return Ok(Canary::Cleared),
-        Telling::NotFound => return Ok(Canary::Kept),
-    };
-    if !fast_zero(sink, range).await.map_err(failed)? {
-        return Ok(Canary::Kept);
-    }
-    let now = read_block(source, range).await;
-    if now.as_ref().is_ok_and(|now| *now == bytes) {
-        return Ok(Canary::Cleared);
-    }
-    // It is gone, or nobody can tell.
-    let lost = |e: Error| e.context(format!("{range} of {} are left zero", options.sink_name));
-    sink.write(range.offset(), Buffer::unbudgeted(bytes)).await.map_err(lost)?;
-    sink.flush().await.map_err(lost)?;
-    now.map_err(read_failed)?;
-    let message = format!(
-        "{} and {} are the same disk: it would be copied to itself",
-        options.source_name, options.sink_name
-    );
-    Err(Error::new(Kind::Usage, message).hint("name another target"))
-}
-
-/// A block of the source that is not zero.
-enum Telling {
-    Block(ByteRange, Vec<u8>),
-    /// The source has no data.
-    NoData,
-    /// None of those looked at.
-    NotFound,
-}
-
-/// Looks at the beginning of each extent of data, and then in ever larger strides.
-async fn telling_block(source: &dyn BlockSource, shape: Shape) -> Result<Telling> {
-    let block_bytes = CANARY.0.next_multiple_of(shape.cell_bytes);
-    let (mut at, mut looked_at) = (0, 0);
-    let mut none = Telling::NoData;
-    for _ in 0..QUERIES_MAX {
-        if at >= shape.size_bytes {
-            return Ok(none);
-        }
-        let map = source.extents(ByteRange::between(at, shape.size_bytes)).await?;
-        assert!(map.end() > at, "a map makes progress");
-        at = map.end();
-        for extent in map.iter().filter(|extent| extent.kind != ExtentKind::Zero) {
-            none = Telling::NotFound;
-            let first = extent.range.offset().next_multiple_of(block_bytes);
-            let mut stride = block_bytes;
-            let mut start = first;
-            while start.saturating_add(block_bytes) <= extent.range.end() {
-                let range = ByteRange::new(start, block_bytes);
-                let bytes = read_block(source, range).await?;
-                if bytes.iter().any(|byte| *byte != 0) {
-                    return Ok(Telling::Block(range, bytes));
-                }
-                looked_at += 1;
-                if looked_at == CANARY.1 {
-                    return Ok(none);
-                }
-                start = first.saturating_add(stride);
-                stride = stride.saturating_mul(2);
-            }
-        }
-    }
-    Ok(Telling::NotFound)
-}
-
-async fn read_block(source: &dyn BlockSource, range: ByteRange) -> Result<Vec<u8>> {
-    let len = usize::try_from(range.len()).expect("a block fits memory");
-    let buffer = source.read(range.offset(), Buffer::unbudgeted(vec![0; len])).await?;
-    Ok(buffer.to_vec())
-}
-
 /// Clears the sink from the front, as far as that is fast; where that ended.
 async fn clear(sink: &dyn BlockSink, shape: Shape) -> Result<u64> {
     let size_bytes = shape.size_bytes;
@@ -260,7 +169,7 @@ async fn clear(sink: &dyn BlockSink, shape: Shape) -> Result<u64> {
 }
 
 /// Whether the sink cleared `range` because that is fast.
-async fn fast_zero(sink: &dyn BlockSink, range: ByteRange) -> Result<bool> {
+pub(super) async fn fast_zero(sink: &dyn BlockSink, range: ByteRange) -> Result<bool> {
     match sink.zero(range, ZeroMode::FastOnly).await {
         Ok(()) => Ok(true),
         Err(error) if error.kind() == Kind::Unsupported => Ok(false),

@@ -27,6 +27,7 @@
 //! Deliberately not done here: retries (a source that is opened again does them, `nbd::reconnect`), the decision what is
 //! incremental (the source's extents), committing (the job).
 
+mod canary;
 mod clear;
 mod compare;
 mod direct;
@@ -227,7 +228,7 @@ async fn run(
         shape = shape.in_cells_of(LEAF_BYTES);
     }
     let size_bytes = shape.size_bytes;
-    let zeroes = control.run(clear::prepare((&*source, &*sink), options, shape)).await?;
+    let zeroes = clear::prepare((&source, &sink), options, shape, control).await?;
     let job = Arc::new(step::Copying::new((source, sink), options, (shape, zeroes), hash));
     let report = match direct {
         Some(ends) => direct::run(job, ends, options, (control, progress)).await?,

@@ -8,7 +8,7 @@ use super::step::Copying;
 use super::{Flush, Options, REQUEST_BYTES_DIRECT, Report, Shape, Tail, clear};
 use crate::block::file::PipeReader;
 use crate::block::memory::MemoryDisk;
-use crate::block::{BlockSink, ByteRange};
+use crate::block::{BlockSink, BlockSource, ByteRange};
 use crate::control::{Control, DiskProgress};
 use crate::error::{Error, Kind, Result};
 
@@ -27,9 +27,9 @@ pub async fn copy_pipe(
     let geometry = sink.geometry();
     let shape = Shape::between((&geometry, &geometry), options, REQUEST_BYTES_DIRECT)?;
     // Steps only write here; what they would read from is never asked.
-    let nothing = Arc::new(MemoryDisk::zeroed(0));
-    let zeroes = control.run(clear::prepare((&*nothing, &*sink), options, shape)).await?;
-    let ends = (nothing as _, Arc::clone(&sink));
+    let nothing: Arc<dyn BlockSource> = Arc::new(MemoryDisk::zeroed(0));
+    let zeroes = clear::prepare((&nothing, &sink), options, shape, control).await?;
+    let ends = (nothing, Arc::clone(&sink));
     let job = Arc::new(Copying::new(ends, options, (shape, zeroes), None));
     let mut writes = JoinSet::new();
     let report = read_all(pipe, (&job, &mut writes), options, (control, progress)).await;
