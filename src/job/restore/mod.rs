@@ -53,7 +53,7 @@ use crate::vm::{PointId, Uuid, VmIdentity};
 use outcome::Outcome;
 pub use place::{ImageFormat, Place};
 use problems::Problems;
-use salvage::{Damaged, DamagedRange, Salvage, Source};
+use salvage::{Damaged, DamagedRange, Listing, Salvage, Source};
 use target::{Complete, Target};
 
 /// Size of one request: a few neighbouring chunks come with one read of their pack, and go to the
@@ -198,10 +198,9 @@ async fn restore(
         Ok(Copied { disks, images, damaged }) => {
             control.set_phase("putting everything in place");
             let from = (repository, hold);
-            let lost = (damaged, &mut journal);
-            match salvage::record(from, &manifest, &request, lost, surroundings).await {
-                Ok(salvage) => {
-                    let all = Everything { images, definition: definition.as_ref(), salvage };
+            match salvage::list(from, &manifest, &request, damaged, env).await {
+                Ok(listing) => {
+                    let all = Everything { images, definition: definition.as_ref(), listing };
                     let end = (&mut journal, control);
                     let placed = put_in_place(repository, &manifest, &request, all, end).await;
                     placed.map(|(files, salvage)| (disks, files, salvage))
@@ -313,7 +312,7 @@ async fn examine<'m>(
 struct Everything<'a> {
     images: Vec<Complete>,
     definition: Option<&'a domain::Prepared>,
-    salvage: Option<Salvage>,
+    listing: Option<Listing>,
 }
 
 /// Gives everything its name and defines the domain; the files that were written. When something
@@ -322,22 +321,28 @@ async fn put_in_place(
     repository: &Repository,
     manifest: &Manifest,
     request: &Request,
-    Everything { images, definition, salvage }: Everything<'_>,
+    Everything { images, definition, listing }: Everything<'_>,
     (journal, control): (&mut RestoreJournal, &Control),
 ) -> Result<(Vec<PathBuf>, Option<Salvage>)> {
     if let Some(definition) = definition {
         // Copying took its time.
         if let Err(error) = definition.check().await {
-            return Err(target::keep_all(images, manifest.point, error).await);
+            return Err(keep_copies(images, listing, manifest.point, error, control).await);
         }
     }
-    let mut outcome = Outcome::default();
+    let mut outcome = Outcome::new(manifest.point);
+    // They are written, whatever fails now.
+    let images = target::hold_devices(images, &mut outcome);
     let all = async {
+        if let Some(listing) = &listing {
+            outcome.list(listing.write(journal)?)?;
+        }
         if definition.is_some() {
             target::lock_all(&images, &mut outcome)?;
         }
         target::place_all(images, &mut outcome, journal).await?;
-        let left_out: Vec<_> = salvage.iter().flat_map(Salvage::left_out).collect();
+        let left_out = listing.iter().flat_map(|listing| listing.salvage.left_out());
+        let left_out: Vec<_> = left_out.collect();
         let (from, end) = ((repository, manifest), (&mut outcome, &mut *journal));
         let mut files = artifacts::write(from, request, &left_out, end).await?;
         if let Some(definition) = definition {
@@ -352,12 +357,42 @@ async fn put_in_place(
                 control.notice(NoticeLevel::Warning, error.in_one_line());
             }
             outcome.keep(journal, control);
-            Ok((files, salvage))
+            if let Some(listing) = &listing {
+                listing.tell(manifest, control);
+            }
+            Ok((files, listing.map(|listing| listing.salvage)))
         }
         Err(error) if is_unanswered(journal, &error) => Err(error
             .context("whether the domain was defined is not known, so nothing was put back")
             .hint("run 'vmbackup recover' when libvirt answers")),
         Err(error) => Err(outcome.put_back(error, control)),
+    }
+}
+
+/// Keeps the copies of a restore that cannot end well now, and beside them the list of what they lack,
+/// without which they are given up. `error`, with where they are.
+async fn keep_copies(
+    images: Vec<Complete>,
+    listing: Option<Listing>,
+    point: PointId,
+    error: Error,
+    control: &Control,
+) -> Error {
+    let list = listing.map(|listing| listing.keep_beside(point)).transpose();
+    match list.map(Option::flatten) {
+        Ok(None) => target::keep_all(images, point, error).await,
+        Ok(Some(list)) => {
+            let error = target::keep_all(images, point, error).await;
+            error.context(format!("what is damaged in the copies is in {}", list.display()))
+        }
+        Err(unlisted) => {
+            let error = error.context(format!(
+                "the copies lack what is damaged and no list of it can be written, so they were \
+                 given up ({})",
+                unlisted.in_one_line()
+            ));
+            target::keep_none(images, error, control)
+        }
     }
 }
 

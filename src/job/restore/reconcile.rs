@@ -9,11 +9,11 @@
 //! have begun to use what he found: a file is touched only if it is the recorded one, was not written
 //! since, and nobody holds it. If that is not so of one of them, all stay, and it is said what is what.
 //! A complete image that replaced nothing is never removed, and neither is one without which there
-//! would be none.
+//! would be none. The list of what is damaged stays beside the disks that stay, and only there.
 
 use std::path::{Path, PathBuf};
 
-use super::domain;
+use super::{domain, salvage};
 use crate::block::file::{FileStamp, Placed};
 use crate::control::Control;
 use crate::error::{Error, Kind, Result, with_causes};
@@ -22,7 +22,7 @@ use crate::job::Env;
 use crate::job::lock::VmLock;
 use crate::journal::{Abandoned, Action, Mode, Placing, Recovery, RestoreJournal, Step};
 use crate::platform::tell;
-use crate::vm::{Uuid, VmIdentity};
+use crate::vm::{PointId, Uuid, VmIdentity};
 
 /// Who keeps others from the VM meanwhile.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -96,7 +96,8 @@ pub(in crate::job) async fn one(
         // Whatever anybody defines meanwhile.
         journal.note(Step::Undo)?;
     }
-    let mut left = Left { steps: journal.steps(), what: &what, recovery };
+    let point = journal.run().point;
+    let mut left = Left { steps: journal.steps(), point, what: &what, recovery };
     let settled = match direction {
         Direction::Undo => left.undo()?,
         Direction::Forward => left.forward()?,
@@ -132,6 +133,7 @@ async fn direction(journal: &RestoreJournal) -> Result<Direction> {
 /// What is left, being looked at.
 struct Left<'a> {
     steps: &'a [Step],
+    point: PointId,
     what: &'a str,
     recovery: &'a mut Recovery,
 }
@@ -177,10 +179,14 @@ impl Left<'_> {
             self.recovery.note(Action::Kept, text);
             return Ok(false);
         }
+        let disks_stay = self.leaves_disks(&placings)?;
         for (placing, old) in back.into_iter().rev() {
             let path = placing.path.display();
             let text = format!("{path} of {}: what it had replaced is back", self.what);
             if self.recovery.undo(text) {
+                if disks_stay && salvage::is_list(&placing.path) {
+                    self.keep_list(&placing.path)?;
+                }
                 Placed::found(placing.path.clone(), old).put_back()?;
             }
         }
@@ -188,6 +194,15 @@ impl Left<'_> {
         for placing in &placings {
             if find(placing)? == Found::Placed(None) {
                 let path = placing.path.display();
+                if !disks_stay
+                    && salvage::is_list(&placing.path)
+                    && unused(&placing.path, &placing.new)?.is_ok()
+                {
+                    if self.recovery.undo(format!("{path} of {}", self.what)) {
+                        remove(&placing.path)?;
+                    }
+                    continue;
+                }
                 let text =
                     format!("{path}, which is complete and replaced nothing, of {}", self.what);
                 self.recovery.note(Action::Adopted, text);
@@ -197,6 +212,26 @@ impl Left<'_> {
         self.directories();
         self.devices();
         Ok(settled)
+    }
+
+    /// Whether undoing leaves anything besides a list of what is damaged.
+    fn leaves_disks(&self, placings: &[Placing]) -> Result<bool> {
+        for placing in placings.iter().filter(|placing| !salvage::is_list(&placing.path)) {
+            if find(placing)? == Found::Placed(None) {
+                return Ok(true);
+            }
+        }
+        Ok(self.steps.iter().any(|step| matches!(step, Step::Overwrite { .. })))
+    }
+
+    /// Keeps a list beside its name, which another gets back.
+    fn keep_list(&mut self, list: &Path) -> Result<()> {
+        let failed = |e| Error::io(format!("cannot read {}", list.display()), e);
+        let json = std::fs::read(list).map_err(failed)?;
+        let beside = salvage::keep_beside(list, &json, self.point)?;
+        let text = format!("{}, what is damaged in what stays, of {}", beside.display(), self.what);
+        self.recovery.note(Action::Adopted, text);
+        Ok(())
     }
 
     /// What was replaced goes; whether nothing is left to do.
@@ -385,7 +420,8 @@ mod tests {
 
     fn run(steps: &[Step], direction: Direction) -> bool {
         let mut recovery = Recovery::new(Mode::Undo);
-        let mut left = Left { steps, what: WHAT, recovery: &mut recovery };
+        let point = PointId([7; 16]);
+        let mut left = Left { steps, point, what: WHAT, recovery: &mut recovery };
         match direction {
             Direction::Undo => left.undo().unwrap(),
             Direction::Forward => left.forward().unwrap(),
@@ -473,5 +509,37 @@ mod tests {
         fs::write(&placing.path, "foreign").unwrap();
         assert!(!run(&steps, Direction::Undo));
         assert_eq!(content(&base), ["foreign", "new", "old"]);
+    }
+
+    #[test]
+    fn the_list_of_what_is_damaged_stays_beside_disks_that_stay_and_goes_without() {
+        for (old, image) in [(false, false), (false, true), (true, false), (true, true)] {
+            let base = tempfile::tempdir().unwrap();
+            let mut steps = Vec::new();
+            for name in ["damaged.json", "vda.raw"] {
+                let path = base.path().join(name);
+                let temporary = base.path().join(format!(".{name}.1.part"));
+                fs::write(&temporary, "new").unwrap();
+                if old && name == "damaged.json" {
+                    fs::write(&path, "old").unwrap();
+                }
+                let new = stamp(&temporary).unwrap().unwrap();
+                let old = stamp(&path).unwrap();
+                steps.push(Step::Temporary { temporary: temporary.clone() });
+                let placing = Placing { temporary, path, new, old };
+                steps.push(Step::Place(placing.clone()));
+                if image || name == "damaged.json" {
+                    place(&placing);
+                }
+            }
+            assert!(run(&steps, Direction::Undo));
+            let expected: &[&str] = match (old, image) {
+                (false, false) => &[],
+                (true, false) => &["old"],
+                (false, true) => &["new", "new"],
+                (true, true) => &["new", "new", "old"],
+            };
+            assert_eq!(content(&base), expected, "old {old}, image {image}");
+        }
     }
 }

@@ -6,13 +6,16 @@
 //! ```
 //!
 //! The list is there before the first image takes its name: a disk with holes must never look like a
-//! sound one. Errors of the store, of the index and of the target end a restore as ever
+//! sound one. It is part of what the restore puts in place, and stays as long as a disk of it does
+//! ([`super::outcome`]). Errors of the store, of the index and of the target end a restore as ever
 //! ([`crate::repo::losses`]). A disk of which a part is lost cannot have the content root of its
 //! point, so nothing proves it; what was read of it is proven chunk by chunk.
 //!
 //! What a point holds besides disks is left out where it is damaged; a domain that needs it is not
 //! defined. Without its manifest nothing of a point can be found.
 
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -21,7 +24,7 @@ use serde::Serialize;
 use super::Request;
 use super::artifacts::{self, no_room, write_file};
 use crate::block::BlockSource;
-use crate::block::file::Existing;
+use crate::block::file::{Existing, Placed};
 use crate::clock::Timestamp;
 use crate::control::{Control, NoticeLevel};
 use crate::error::{Error, Kind, Result};
@@ -36,6 +39,9 @@ const LIST: &str = "damaged.json";
 
 /// Version of the list's format: raised when a field is removed or changes its meaning.
 const LIST_VERSION: u32 = 1;
+
+/// Names tried for a list that is kept beside the one it was made for.
+const BESIDE_MAX: u32 = 100;
 
 /// What becomes of data that is damaged in the repository.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -164,14 +170,76 @@ pub(super) fn path_beside_images(request: &Request) -> Option<PathBuf> {
     request.directory.as_ref().filter(|_| request.damaged == Damaged::Zeroes).map(beside)
 }
 
-/// Makes the list durable, once all is copied, and says so. None where damage ends a restore.
-pub(super) async fn record(
+/// Whether `path` is that of a list beside images.
+pub(super) fn is_list(path: &Path) -> bool {
+    path.file_name().is_some_and(|name| name == LIST)
+}
+
+/// What a restore could not bring back, and the list of it, which is not written yet.
+pub(super) struct Listing {
+    pub(super) salvage: Salvage,
+    json: Vec<u8>,
+    existing: Existing,
+}
+
+impl Listing {
+    /// Writes the list and gives it its name, which is not synced yet.
+    pub(super) fn write(&self, journal: &mut RestoreJournal) -> Result<Placed> {
+        if let Some(directory) = self.salvage.list.parent().filter(|_| !is_list(&self.salvage.list))
+        {
+            let fail = |e| Error::io(format!("cannot make {}", directory.display()), e);
+            std::fs::create_dir_all(directory).map_err(|e| no_room(fail(e)))?;
+        }
+        write_file(&self.salvage.list, &self.json, self.existing, journal)
+    }
+
+    /// Writes the list beside the name it was made for, for copies that are kept in the same way;
+    /// where it is. None if nothing is on it.
+    pub(super) fn keep_beside(&self, point: PointId) -> Result<Option<PathBuf>> {
+        if self.salvage.is_whole() {
+            return Ok(None);
+        }
+        keep_beside(&self.salvage.list, &self.json, point).map(Some)
+    }
+
+    /// Says what is damaged.
+    pub(super) fn tell(&self, manifest: &Manifest, control: &Control) {
+        tell(&self.salvage, manifest, control);
+    }
+}
+
+/// Writes a list durably under the name of `list` and a suffix, as copies get it; the name.
+pub(super) fn keep_beside(list: &Path, json: &[u8], point: PointId) -> Result<PathBuf> {
+    for number in 1..=BESIDE_MAX {
+        let mut name = list.as_os_str().to_owned();
+        name.push(format!(".restored-{}", point.short()));
+        if number > 1 {
+            name.push(format!("-{number}"));
+        }
+        let beside = PathBuf::from(name);
+        let fail = |e| no_room(Error::io(format!("cannot write {}", beside.display()), e));
+        let options = std::fs::File::options().write(true).create_new(true).mode(0o600).to_owned();
+        let mut file = match options.open(&beside) {
+            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => continue,
+            file => file.map_err(fail)?,
+        };
+        let directory = beside.parent().filter(|parent| !parent.as_os_str().is_empty());
+        let directory = directory.unwrap_or(Path::new("."));
+        let sync = || std::fs::File::open(directory)?.sync_all();
+        file.write_all(json).and_then(|()| file.sync_all()).and_then(|()| sync()).map_err(fail)?;
+        return Ok(beside);
+    }
+    Err(artifacts::exists(list))
+}
+
+/// The list of what was lost, once all is copied. None where damage ends a restore.
+pub(super) async fn list(
     (repository, hold): (&Repository, &Hold),
     manifest: &Manifest,
     request: &Request,
-    (ranges, journal): (Vec<DamagedRange>, &mut RestoreJournal),
-    (env, control): (&Env, &Control),
-) -> Result<Option<Salvage>> {
+    ranges: Vec<DamagedRange>,
+    env: &Env,
+) -> Result<Option<Listing>> {
     if request.damaged == Damaged::Fails {
         return Ok(None);
     }
@@ -193,15 +261,11 @@ pub(super) async fn record(
     let json = serde_json::to_vec_pretty(&list).map_err(|e| crate::job::internal("a list", e))?;
     let (path, existing) = match path_beside_images(request) {
         Some(path) => (path, request.existing),
-        None => (path_in(&env.state_dir, manifest.point, made)?, Existing::Refuse),
+        None => (path_in(&env.state_dir, manifest.point, made), Existing::Refuse),
     };
-    let placed = write_file(&path, &json, existing, journal)?;
-    placed.sync()?;
-    placed.discard()?;
     let damaged_bytes = ranges.iter().map(|range| range.bytes).sum();
     let salvage = Salvage { list: path, damaged_bytes, ranges, artifacts };
-    tell(&salvage, manifest, control);
-    Ok(Some(salvage))
+    Ok(Some(Listing { salvage, json, existing }))
 }
 
 /// What was collected is missing too, and that is no damage.
@@ -219,11 +283,9 @@ async fn check_point(repository: &Repository, manifest: &Manifest) -> Result<()>
 }
 
 /// The place of a list where there is no directory of images: this host's state.
-fn path_in(state_dir: &Path, point: PointId, made: Timestamp) -> Result<PathBuf> {
-    let directory = state_dir.join("damaged");
-    std::fs::create_dir_all(&directory)
-        .map_err(|e| no_room(Error::io(format!("cannot make {}", directory.display()), e)))?;
-    Ok(directory.join(format!("{}-{}.json", point.short(), made.as_microsecond())))
+fn path_in(state_dir: &Path, point: PointId, made: Timestamp) -> PathBuf {
+    let name = format!("{}-{}.json", point.short(), made.as_microsecond());
+    state_dir.join("damaged").join(name)
 }
 
 fn tell(salvage: &Salvage, manifest: &Manifest, control: &Control) {

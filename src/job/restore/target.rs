@@ -254,12 +254,28 @@ fn tell_overwritten(device: &Path, control: &Control) {
     control.notice(NoticeLevel::Warning, text);
 }
 
-/// Keeps domains from being started with the images before they are known to stay.
-pub(super) fn lock_all(disks: &[Complete], outcome: &mut Outcome) -> Result<()> {
+/// An image that is complete, with the lock of the one it replaces.
+pub(super) type Image = (NewFile, Option<ImageLock>);
+
+/// Remembers the devices, which are written whatever comes; the images.
+pub(super) fn hold_devices(disks: Vec<Complete>, outcome: &mut Outcome) -> Vec<Image> {
+    let mut images = Vec::new();
     for disk in disks {
-        if let Complete::New { file, .. } = disk {
-            outcome.hold(ImageLock::acquire(file.temporary_path())?);
+        match disk {
+            Complete::New { file, old } => images.push((file, old)),
+            Complete::Device { path, lock } => {
+                outcome.wrote(path);
+                outcome.hold(lock);
+            }
         }
+    }
+    images
+}
+
+/// Keeps domains from being started with the images before they are known to stay.
+pub(super) fn lock_all(images: &[Image], outcome: &mut Outcome) -> Result<()> {
+    for (file, _) in images {
+        outcome.hold(ImageLock::acquire(file.temporary_path())?);
     }
     Ok(())
 }
@@ -312,21 +328,10 @@ pub(super) fn keep_none(disks: Vec<Complete>, error: Error, control: &Control) -
 
 /// Gives all images their names.
 pub(super) async fn place_all(
-    disks: Vec<Complete>,
+    images: Vec<Image>,
     outcome: &mut Outcome,
     journal: &mut RestoreJournal,
 ) -> Result<()> {
-    let mut images = Vec::new();
-    // All devices first: they are written, whatever fails then.
-    for disk in disks {
-        match disk {
-            Complete::New { file, old } => images.push((file, old)),
-            Complete::Device { path, lock } => {
-                outcome.wrote(path);
-                outcome.hold(lock);
-            }
-        }
-    }
     for (file, _) in &images {
         journal.place(file.temporary_path(), file.path())?;
     }
