@@ -33,6 +33,66 @@ pub enum Wait {
     AtMost(Duration),
 }
 
+/// A wait that several things may take their share of: a QEMU's monitor first, then the VM.
+#[derive(Debug)]
+pub(super) struct Patience {
+    wait: Wait,
+    began: Instant,
+}
+
+impl Patience {
+    /// Begins now.
+    pub(super) fn new(wait: Wait) -> Self {
+        Self { wait, began: Instant::now() }
+    }
+
+    /// What is left of it.
+    pub(super) fn left(&self) -> Wait {
+        match self.wait {
+            Wait::No => Wait::No,
+            Wait::AtMost(bound) => Wait::AtMost(bound.saturating_sub(self.began.elapsed())),
+        }
+    }
+
+    /// Attempts until that fails for another reason than [`Kind::Busy`], or too much time has passed
+    /// for a further attempt; who is in the way is said once. Stopped by `control`, which drops an
+    /// attempt: it must be cancel-safe.
+    pub(super) async fn until_free<T, Attempt>(
+        &self,
+        control: &Control,
+        mut attempt: impl FnMut() -> Attempt,
+    ) -> Result<T>
+    where
+        Attempt: Future<Output = Result<T>>,
+    {
+        let mut is_told = false;
+        loop {
+            let error = match control.run(attempt()).await {
+                Err(error) if error.kind() == Kind::Busy => error,
+                done => return done,
+            };
+            let Wait::AtMost(bound) = self.wait else { return Err(error) };
+            let waited = self.began.elapsed();
+            let Some(left) = bound.checked_sub(waited).filter(|left| !left.is_zero()) else {
+                let seconds = waited.as_secs();
+                return Err(error.context(format!("waited {seconds} s for the end of another run")));
+            };
+            if !is_told {
+                is_told = true;
+                control.set_phase("waiting for another run to end");
+                let seconds = (left + Duration::from_millis(500)).as_secs();
+                let text = format!("{error}: waiting up to {seconds} s for another run to end");
+                control.notice(NoticeLevel::Info, text);
+            }
+            let pause = async {
+                tokio::time::sleep(left.min(LOOK_EVERY)).await;
+                Ok(())
+            };
+            control.run(pause).await?;
+        }
+    }
+}
+
 /// A VM held for one run. Released when dropped, or by the kernel when the process ends.
 #[derive(Debug)]
 pub struct VmLock {
@@ -42,7 +102,7 @@ pub struct VmLock {
 
 impl VmLock {
     /// The same as [`VmLock::acquire`], after the run that holds the VM has ended if there is to be a
-    /// wait; who that is is said once. Cancel-safe, and stopped by `control`.
+    /// wait. Cancel-safe, and stopped by `control`.
     pub async fn acquire_after(
         wait: Wait,
         state_dir: &Path,
@@ -50,31 +110,8 @@ impl VmLock {
         what: &str,
         control: &Control,
     ) -> Result<Self> {
-        let began = Instant::now();
-        let mut is_told = false;
-        loop {
-            let error = match (Self::acquire(state_dir, vm, what), wait) {
-                (Err(error), Wait::AtMost(_)) if error.kind() == Kind::Busy => error,
-                (done, _) => return done,
-            };
-            let Wait::AtMost(bound) = wait else { return Err(error) };
-            let waited = began.elapsed();
-            let Some(left) = bound.checked_sub(waited).filter(|left| !left.is_zero()) else {
-                let seconds = waited.as_secs();
-                return Err(error.context(format!("waited {seconds} s for the end of another run")));
-            };
-            if !is_told {
-                is_told = true;
-                control.set_phase("waiting for another run to end");
-                let text = format!("{error}: waiting up to {} s for its end", bound.as_secs());
-                control.notice(NoticeLevel::Info, text);
-            }
-            let pause = async {
-                tokio::time::sleep(left.min(LOOK_EVERY)).await;
-                Ok(())
-            };
-            control.run(pause).await?;
-        }
+        let attempt = || std::future::ready(Self::acquire(state_dir, vm, what));
+        Patience::new(wait).until_free(control, attempt).await
     }
 
     /// Holds `vm` for `what` ("backup into /srv/repo"); [`Kind::Busy`] when another run does.
@@ -172,6 +209,50 @@ mod tests {
             host: "h".into(),
             platform: "image".into(),
         }
+    }
+
+    /// What is busy until it was asked this often, asking taking 5 s as with a QEMU's monitor.
+    async fn free_after(asked: u32, patience: &Patience, control: &Control) -> Result<u32> {
+        let mut count = 0;
+        let attempt = || {
+            count += 1;
+            let busy = Error::new(Kind::Busy, "held");
+            let answer = if count > asked { Ok(count) } else { Err(busy) };
+            async move {
+                tokio::time::sleep(Duration::from_secs(5)).await;
+                answer
+            }
+        };
+        patience.until_free(control, attempt).await
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_wait_is_for_as_long_as_was_said_whatever_it_is_for() {
+        let control = Control::new();
+        let error = free_after(1, &Patience::new(Wait::No), &control).await.unwrap_err();
+        assert_eq!((error.kind(), error.to_string().as_str()), (Kind::Busy, "held"));
+        let patience = Patience::new(Wait::AtMost(Duration::from_secs(60)));
+        assert_eq!(free_after(3, &patience, &control).await.unwrap(), 4);
+        assert_eq!(control.notices_from(0).len(), 1, "said once");
+        let Wait::AtMost(left) = patience.left() else { panic!() };
+        assert!(left < Duration::from_secs(41), "{left:?}");
+        let error = free_after(u32::MAX, &patience, &control).await.unwrap_err();
+        assert!(error.to_string().starts_with("waited 6"), "{error}");
+        assert_eq!(error.kind(), Kind::Busy);
+        assert_eq!(patience.left(), Wait::AtMost(Duration::ZERO));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_wait_can_be_stopped_also_while_it_asks() {
+        let control = Control::new();
+        let stop = async {
+            tokio::time::sleep(Duration::from_secs(2)).await;
+            control.cancel();
+        };
+        let patience = Patience::new(Wait::AtMost(Duration::from_secs(3600)));
+        let (waited, ()) = tokio::join!(free_after(u32::MAX, &patience, &control), stop);
+        assert_eq!(waited.unwrap_err().kind(), Kind::Cancelled);
+        assert_eq!(patience.began.elapsed(), Duration::from_secs(2));
     }
 
     #[test]

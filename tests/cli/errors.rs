@@ -4,7 +4,7 @@
 use std::fs;
 
 use crate::fixture::Fixture;
-use crate::support::{Outcome, Process, wait_until};
+use crate::support::{Outcome, Process, is_listening, wait_until};
 
 #[test]
 fn a_repository_that_is_not_there_is_not_made_by_a_backup() {
@@ -207,7 +207,7 @@ fn a_bitmap_that_was_half_added_goes_with_the_run_that_fails() {
     let mut writer = env.command("qemu-nbd");
     writer.args(["-t", "-f", "raw", "-k"]).arg(&socket).arg(&fixture.image);
     let _writer = Process::spawn(&mut writer);
-    wait_until("qemu-nbd", 30, || socket.exists());
+    wait_until("qemu-nbd", 30, || is_listening(&socket));
 
     let (a, b) =
         (format!("{image},format=qcow2"), format!("{},format=raw", fixture.image.display()));

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 
 use serde_json::Value;
 
-use crate::support::{Outcome, Process, TestEnv, wait_until};
+use crate::support::{Outcome, Process, TestEnv, is_listening, wait_until};
 
 /// Size of the disk: several chunks and an odd tail.
 pub(crate) const DISK_BYTES: u64 = (3 << 20) + 4096;
@@ -74,7 +74,7 @@ impl Fixture {
         );
         wait_until("the monitor's socket", 60, || {
             assert!(vm.is_running(), "QEMU ended at once");
-            socket.exists()
+            is_listening(&socket)
         });
         let mut command = self.env.vmbackup_command(args);
         let scratch = self.env.path("scratch");

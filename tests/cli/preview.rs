@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use crate::errors::SmallDisk;
 use crate::fixture::{DISK, DISK_BYTES, Fixture};
-use crate::support::{Process, TestEnv, wait_until};
+use crate::support::{Process, TestEnv, is_listening, wait_until};
 
 /// Everything below a directory.
 fn tree(directory: &Path) -> Vec<PathBuf> {
@@ -126,7 +126,7 @@ fn what_a_vm_uses_is_no_place_to_restore_to() {
     );
     wait_until("qemu-nbd", 30, || {
         assert!(user.is_running());
-        socket.exists()
+        is_listening(&socket)
     });
     let device = format!("{DISK}={}", image.display());
     for args in [["--to", to.to_str().unwrap(), "--force"], ["--to-device", &device, "--force"]] {

@@ -5,7 +5,7 @@ use std::process::Command;
 
 use serde_json::Value;
 
-use crate::support::{Outcome, Process, TestEnv, wait_until};
+use crate::support::{Outcome, Process, TestEnv, is_listening, wait_until};
 
 /// A QEMU whose disk is an export of nbdkit that lies: block `at` of it reads with another content each
 /// time, all others are all right.
@@ -47,7 +47,7 @@ impl Bed {
         // QEMU wants to write to a disk; nobody does.
         command.args(["can_write=exit 0", "pwrite=cat >/dev/null"]);
         let process = Process::spawn(&mut command);
-        wait_until("nbdkit's socket", 20, || socket.exists());
+        wait_until("nbdkit's socket", 20, || is_listening(&socket));
         (process, socket)
     }
 
@@ -76,7 +76,7 @@ impl Bed {
             ))
             .args(["-device", "virtio-blk-pci,drive=d,id=disk"]);
         let process = Process::spawn(&mut command);
-        wait_until("the monitor's socket", 60, || qmp.exists());
+        wait_until("the monitor's socket", 60, || is_listening(qmp));
         process
     }
 

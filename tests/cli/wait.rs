@@ -1,9 +1,14 @@
 //! Two runs on one VM at the same time, with real processes: the second fails at once, or waits.
 
+use std::io::Read;
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use crate::support::{Process, TestEnv, wait_until};
+use crate::support::{Process, TestEnv, is_listening, wait_until};
+
+/// What a run says once it waits.
+const WAITING: &str = "waiting up to";
 
 /// A VM whose backup takes long enough to be stopped in the middle of.
 struct Bed {
@@ -65,8 +70,8 @@ fn a_second_run_is_refused_at_once_and_told_who_is_at_work() {
 fn a_second_run_that_waits_runs_once_the_first_has_ended() {
     let bed = Bed::new();
     let first = bed.held();
-    let second = bed.env.spawn_vmbackup(&bed.args(&["--wait"]));
-    std::thread::sleep(Duration::from_secs(2));
+    let mut second = bed.env.spawn_vmbackup(&bed.args(&["--wait"]));
+    second.wait_until_said(WAITING, 60);
     first.signal("CONT");
     let first_id = first.id();
     first.wait().ok();
@@ -88,8 +93,7 @@ fn the_wait_is_bounded_and_can_be_stopped() {
     assert!(late.stderr.contains("waited 1 s"), "{late:?}");
 
     let mut waiting = bed.env.spawn_vmbackup(&bed.args(&["--wait=600"]));
-    std::thread::sleep(Duration::from_secs(1));
-    assert!(waiting.is_running());
+    waiting.wait_until_said(WAITING, 60);
     waiting.signal("INT");
     wait_until("the end of the wait", 10, || !waiting.is_running());
     let stopped = waiting.wait();
@@ -117,4 +121,38 @@ fn a_recovery_waits_for_the_run_that_works_on_its_vm_if_it_is_to() {
     assert_eq!(report["vms"][0]["problem"], serde_json::Value::Null, "{report}");
     let items = report["vms"][0]["items"].to_string();
     assert!(items.contains("undone") && !items.contains("another run"), "{report}");
+}
+
+/// The monitor of a plain QEMU serves one client, which came before the lock of the VM: the second run
+/// once failed at once.
+#[test]
+fn a_second_run_waits_for_the_monitor_of_a_plain_qemu() {
+    let env = TestEnv::new();
+    env.init_repo();
+    let qmp = env.path("run/qmp.sock");
+    std::fs::write(env.path("a.raw"), vec![7; 1 << 20]).unwrap();
+    let mut command = env.command("qemu-system-x86_64");
+    command.args(["-machine", "q35,accel=tcg", "-nodefaults", "-display", "none", "-S"]);
+    command.args(["-m", "16"]);
+    command.args(["-name", "foo", "-uuid", &uuid::Uuid::new_v4().to_string()]);
+    command.args(["-qmp", &format!("unix:{},server=on,wait=off", qmp.display())]);
+    command.args(["-blockdev", "raw,node-name=d,file.driver=file,file.filename=a.raw"]);
+    command.args(["-device", "virtio-blk-pci,drive=d,id=disk"]);
+    let _vm = Process::spawn(&mut command);
+    wait_until("the monitor's socket", 60, || is_listening(&qmp));
+    // As the first run does from its first question on.
+    let mut held = UnixStream::connect(&qmp).unwrap();
+    held.read_exact(&mut [0]).unwrap();
+    let scratch = env.path("scratch");
+    std::fs::create_dir(&scratch).unwrap();
+    let (qmp, scratch) = (qmp.to_str().unwrap(), scratch.to_str().unwrap());
+    let args = ["full", "--qmp", qmp, "--scratch-dir", scratch, "--no-progress"];
+    let refused = env.vmbackup(&args);
+    assert_eq!(refused.code, Some(7), "{refused:?}");
+    let mut second = env.spawn_vmbackup(&[&args[..], &["--wait=10m"]].concat());
+    second.wait_until_said(WAITING, 60);
+    drop(held);
+    second.wait().ok();
+    let list = env.vmbackup(&["list", "--json"]).json();
+    assert_eq!(list["points"].as_array().unwrap().len(), 1, "{list}");
 }

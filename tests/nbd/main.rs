@@ -6,6 +6,8 @@ mod corpus;
 mod debian;
 mod fuzz;
 mod hostile;
+#[path = "../support/listening.rs"]
+mod listening;
 mod real;
 mod script;
 mod support;

@@ -8,6 +8,8 @@ use tempfile::TempDir;
 use vmbackup::block::conformance;
 use vmbackup::nbd::{Access, Client, ClientOptions, InitialContent, NbdUri};
 
+use crate::listening::is_listening;
+
 /// Patience for a server to come up on a loaded machine.
 const START: Duration = Duration::from_secs(30);
 
@@ -84,17 +86,6 @@ impl Drop for Server {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
-}
-
-/// Whether a process listens on this socket: its file is there a moment earlier (proc(5), flags
-/// `__SO_ACCEPTCON`).
-fn is_listening(socket: &Path) -> bool {
-    let table = std::fs::read_to_string("/proc/net/unix").expect("proc is mounted");
-    let path = socket.to_str().expect("a path of ours");
-    table.lines().any(|line| {
-        let mut fields = line.split_whitespace();
-        fields.nth(3) == Some("00010000") && fields.nth(3) == Some(path)
-    })
 }
 
 pub fn writing() -> ClientOptions {

@@ -125,7 +125,7 @@ fn an_image_behind_qemu_nbd_and_one_of_ours_are_changed_alike() {
     let mut command = env.command("qemu-nbd");
     command.args(["-f", "raw", "-t", "-k"]).arg(&socket).arg("other.raw");
     let _server = crate::support::Process::spawn(&mut command);
-    crate::support::wait_until("qemu-nbd", 20, || socket.exists());
+    crate::support::wait_until("qemu-nbd", 20, || crate::support::is_listening(&socket));
     change(&format!("nbd+unix:///?socket={}", socket.display()));
     assert!(std::fs::read(env.path("other.raw")).unwrap() == ours);
 }

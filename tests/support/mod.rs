@@ -12,6 +12,7 @@
 mod domain;
 mod env;
 mod guest;
+mod listening;
 mod luks;
 mod memory;
 mod outcome;
@@ -20,6 +21,7 @@ mod tools;
 pub(crate) use domain::{DiskFormat, DiskSpec, Domain, DomainSpec, Pool};
 pub(crate) use env::TestEnv;
 pub(crate) use guest::{Guest, GuestFiles};
+pub(crate) use listening::is_listening;
 pub(crate) use memory::with_peak_mib;
 pub(crate) use outcome::Outcome;
 pub(crate) use tools::{NbdServer, Process, assert_same_content, wait_for, wait_until};

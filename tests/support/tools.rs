@@ -1,16 +1,20 @@
 //! Processes with an end, waits with a deadline, servers on private sockets, image comparison.
 
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use super::env::TestEnv;
+use super::listening::is_listening;
 use super::outcome::Outcome;
 
 /// A running program, killed (only it) when dropped.
 pub(crate) struct Process {
     child: Option<Child>,
     command: String,
+    /// What it said on standard error, as far as [`Self::wait_until_said`] has read it.
+    said: Vec<u8>,
 }
 
 impl Process {
@@ -20,7 +24,7 @@ impl Process {
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
         let line = format!("{command:?}");
         let child = command.spawn().unwrap_or_else(|error| panic!("{line}: {error}"));
-        Self { child: Some(child), command: line }
+        Self { child: Some(child), command: line, said: Vec::new() }
     }
 
     /// Its process id.
@@ -40,10 +44,43 @@ impl Process {
         assert!(status.expect("kill runs").success(), "cannot signal {}", self.command);
     }
 
+    /// Waits until it has said `words` in one line on standard error; fails the test after `seconds`,
+    /// and when it ends without.
+    #[track_caller]
+    pub(crate) fn wait_until_said(&mut self, words: &str, seconds: u64) {
+        let child = self.child.as_mut().expect("present until waited for");
+        let mut stderr = child.stderr.take().expect("captured");
+        let (sender, receiver) = std::sync::mpsc::channel();
+        let wanted = words.to_owned();
+        // Byte by byte: what comes after the line is for whoever reads next.
+        std::thread::spawn(move || {
+            let (mut said, mut byte, mut line) = (Vec::new(), [0], 0);
+            while stderr.read(&mut byte).is_ok_and(|count| count == 1) {
+                said.push(byte[0]);
+                if byte == *b"\n" {
+                    if String::from_utf8_lossy(&said[line..]).contains(&wanted) {
+                        let _ = sender.send((true, said, stderr));
+                        return;
+                    }
+                    line = said.len();
+                }
+            }
+            let _ = sender.send((false, said, stderr));
+        });
+        let found = receiver.recv_timeout(Duration::from_secs(seconds));
+        let Ok((found, said, stderr)) = found else { panic!("no {words:?} after {seconds} s") };
+        child.stderr = Some(stderr);
+        self.said.extend(said);
+        let said = String::from_utf8_lossy(&self.said);
+        assert!(found, "{} ended without {words:?}: {said}", self.command);
+    }
+
     /// Waits for its end.
     pub(crate) fn wait(mut self) -> Outcome {
         let child = self.child.take().expect("present until waited for");
-        let output = child.wait_with_output().expect("own child");
+        let mut output = child.wait_with_output().expect("own child");
+        self.said.append(&mut output.stderr);
+        output.stderr = std::mem::take(&mut self.said);
         Outcome::from_output(self.command.clone(), &output)
     }
 }
@@ -117,17 +154,6 @@ impl NbdServer {
     pub(crate) fn process(&mut self) -> &mut Process {
         &mut self.process
     }
-}
-
-/// Whether a process listens on this socket: its file is there a moment earlier (proc(5), flags
-/// `__SO_ACCEPTCON`).
-pub(crate) fn is_listening(socket: &Path) -> bool {
-    let table = std::fs::read_to_string("/proc/net/unix").expect("proc is mounted");
-    let path = socket.to_str().expect("a path of ours");
-    table.lines().any(|line| {
-        let mut fields = line.split_whitespace();
-        fields.nth(3) == Some("00010000") && fields.nth(3) == Some(path)
-    })
 }
 
 fn unique() -> u32 {

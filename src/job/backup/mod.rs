@@ -24,7 +24,7 @@ pub use audit::SourceCheck;
 use heal::Reread;
 pub use sample::Sample;
 
-use super::lock::{VmLock, Wait};
+use super::lock::{Patience, VmLock, Wait};
 use super::points::{self, Bases};
 use super::restore::reconcile as restores;
 use super::source::{self, SnapshotOptions, SourceSpec};
@@ -119,7 +119,11 @@ pub async fn run(
     let (env, control) = surroundings;
     let started = env.clock.now();
     control.set_phase("looking at the VM");
-    let platform = source::platform(&request.source, env).await?;
+    // The monitor of a plain QEMU serves one client, and another run has it until its end.
+    let patience = Patience::new(request.wait);
+    let reached = patience.until_free(control, || source::platform(&request.source, env)).await;
+    let platform = reached?;
+    let request = Request { wait: patience.left(), ..request };
     let mut report = run_on(repository, platform.as_ref(), &request, surroundings).await?;
     report.elapsed_ms = env.elapsed_ms(started);
     Ok(report)
