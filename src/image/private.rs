@@ -74,7 +74,11 @@ fn sweep_in(parent: &Path) {
 /// The lock of a directory; `None` if somebody has it, or it is gone.
 fn lock(path: &Path) -> io::Result<Option<File>> {
     let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::RDONLY | OFlags::CLOEXEC;
-    let file = File::from(rustix::fs::open(path, flags, Mode::empty())?);
+    let file = match rustix::fs::open(path, flags, Mode::empty()) {
+        // A sweep took it for left before we had it.
+        Err(rustix::io::Errno::NOENT) => return Ok(None),
+        file => File::from(file?),
+    };
     match flock(&file, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => {}
         Err(rustix::io::Errno::WOULDBLOCK) => return Ok(None),
@@ -87,6 +91,13 @@ fn lock(path: &Path) -> io::Result<Option<File>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A sweep that came between making a directory and locking it once failed the backup.
+    #[test]
+    fn a_directory_that_is_gone_is_no_error() {
+        let parent = tempfile::tempdir().unwrap();
+        assert!(lock(&parent.path().join("vmbackup-nbd-swept")).unwrap().is_none());
+    }
 
     #[test]
     fn the_directory_of_a_killed_owner_is_removed_and_that_of_a_living_one_is_not() {
