@@ -63,6 +63,12 @@ impl Bases {
         self.ids.clone()
     }
 
+    /// The disks of the newest point, on which the next builds unless its bitmaps are gone.
+    pub(super) fn newest(&self) -> impl Iterator<Item = &StoredDisk> {
+        let newest = self.points.first();
+        newest.into_iter().flat_map(|point| &point.manifest.body.disks).map(|disk| &disk.stored)
+    }
+
     /// The stored disk that `disk` continues: what the bitmap names, for an incremental. A disk
     /// that is read in full has none, so that nothing of it can be kept by mistake; what the
     /// repository holds already is found by its content.

@@ -52,7 +52,7 @@ use std::sync::Arc;
 
 pub use catalog::{PointsOf, Summary, SummaryPages};
 pub use changes::ChangedDisk;
-pub use check::{CheckOptions, CheckReport, Depth, Repair};
+pub use check::{BaseDamage, CheckOptions, CheckReport, Depth, Repair};
 pub use gc::{CollectOptions, CollectReport};
 pub use hold::Hold;
 pub use index::is_of_index;

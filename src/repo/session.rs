@@ -18,7 +18,7 @@ use async_trait::async_trait;
 
 use super::blobs::{self, Blobs};
 use super::catalog;
-use super::check;
+use super::check::BaseDamage;
 use super::condemned::Condemned;
 use super::failure::Failure;
 use super::forget;
@@ -33,7 +33,6 @@ use super::trust::Trust;
 use super::writer::{DiskWriter, StoredDisk};
 use crate::block::{BlockSink, Buffer, ByteRange, ZeroMode};
 use crate::content;
-use crate::control::Control;
 use crate::error::{Error, Kind, Result};
 use crate::vm::{PointId, ReadMode};
 
@@ -280,14 +279,10 @@ impl Run {
         self.lease.check().await.map(drop)
     }
 
-    /// The ranges of a stored disk that do not restore, as far as that is known or seen without
-    /// reading all of it. Sorted.
-    pub async fn damage_of(
-        &self,
-        stored: &StoredDisk,
-        control: &Control,
-    ) -> Result<Vec<ByteRange>> {
-        check::damage_of(&self.shared.blobs, self.shared.chunk_levels, stored, control).await
+    /// What of the disks it may build on does not restore, as far as that is known now or seen without
+    /// reading all of it.
+    pub async fn base_damage(&self) -> Result<BaseDamage> {
+        BaseDamage::look(&self.shared.blobs, self.shared.chunk_levels).await
     }
 
     /// A disk to be written, against `base` if that has the same size.

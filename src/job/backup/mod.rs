@@ -39,7 +39,8 @@ use crate::journal::Phase;
 use crate::platform::{BackupMode, Platform, SnapshotRequest, VmSnapshot};
 use crate::repo::seal::random;
 use crate::repo::{
-    DiskWriter, ManifestDisk, ManifestDraft, Repository, Run, RunOptions, StoredDisk, WriteStats,
+    BaseDamage, DiskWriter, ManifestDisk, ManifestDraft, Repository, Run, RunOptions, StoredDisk,
+    WriteStats,
 };
 use crate::units::ByteSize;
 use crate::vm::{
@@ -144,7 +145,7 @@ pub(super) async fn run_on(
     let run = repository.begin_run(RunOptions::default()).await?;
     let point = PointId(random());
     let samples = (request.audit, request.verify_source);
-    let backup = Backup { run, point, vm, bases, samples, env, control };
+    let backup = Backup { run, point, vm, bases, damage: None, samples, env, control };
     let result = backup.with_snapshot(repository, platform, request).await;
     result.map_err(|error| error.context("the backup was not made"))
 }
@@ -167,6 +168,8 @@ struct Backup<'a> {
     point: PointId,
     vm: VmIdentity,
     bases: Bases,
+    /// What of the bases is damaged, if one may be built on.
+    damage: Option<BaseDamage>,
     /// How much is audited, and how much verified.
     samples: (Sample, Sample),
     env: &'a Env,
@@ -196,6 +199,10 @@ impl Backup<'_> {
             guardian: self.env.guardian.clone(),
             clock: Arc::clone(&self.env.clock),
         };
+        if let Err(error) = self.look_for_damage(request.mode).await {
+            self.abort_run().await;
+            return Err(error);
+        }
         self.control.set_phase("taking the snapshot");
         let opened = platform.open_snapshot(&request, self.control).await;
         let mut snapshot = match opened {
@@ -215,6 +222,29 @@ impl Backup<'_> {
                 Err(error)
             }
         }
+    }
+
+    /// Finds out what of the likely bases is damaged, before there is a snapshot: where anything is, a
+    /// disk's whole tree has to be walked, and a guest must not pay for that.
+    async fn look_for_damage(&mut self, mode: BackupMode) -> Result<()> {
+        if mode == BackupMode::Full {
+            return Ok(());
+        }
+        self.control.set_phase("looking for damage of the last point");
+        let mut disks = self.bases.newest().peekable();
+        if disks.peek().is_none() {
+            return Ok(());
+        }
+        let damage = self.run.base_damage().await?;
+        for disk in disks {
+            match damage.of(disk, self.control).await {
+                // A tree that cannot be walked is met again, and its disk read in full then.
+                Err(error) if error.kind() != Kind::Corrupt => return Err(error),
+                _ => {}
+            }
+        }
+        self.damage = Some(damage);
+        Ok(())
     }
 
     /// Why the copy failed: reads of a snapshot that was given up fail with whatever the platform's
@@ -332,30 +362,26 @@ impl Backup<'_> {
     ) -> Result<(copy::Report, Stored, Option<SourceCheck>)> {
         let writer = self.run.disk_writer(source.geometry().size_bytes, None);
         let options = copy::Options { unchanged: copy::Unchanged::Read, ..self.options(name) };
-        let sampled = self.sampled(&writer);
+        let sampled = self.sampled(&writer, &source);
         let sink = Arc::clone(&sampled) as Arc<dyn BlockSink>;
-        let copied =
-            copy::copy(Arc::clone(&source), sink, &options, self.control, progress).await?;
-        let check = self.recheck(name, &sampled, &source).await?;
+        let copied = copy::copy(source, sink, &options, self.control, progress).await?;
+        let check = self.recheck(name, &sampled).await?;
         Ok((copied, writer.finish().await?, check))
     }
 
-    fn sampled(&self, writer: &Arc<DiskWriter>) -> Arc<Sampled> {
-        Arc::new(Sampled::new(Arc::clone(writer), self.samples, u32::from_le_bytes(random())))
+    fn sampled(&self, writer: &Arc<DiskWriter>, source: &Arc<dyn BlockSource>) -> Arc<Sampled> {
+        let (writer, source) = (Arc::clone(writer), Arc::clone(source));
+        let seed = u32::from_le_bytes(random());
+        Arc::new(Sampled::new(writer, source, self.samples, seed, self.control.clone()))
     }
 
     /// Reads a sample of what was stored a second time. A difference fails the backup: what the
     /// rest of the point holds nobody knows then.
-    async fn recheck(
-        &self,
-        disk: &str,
-        sampled: &Sampled,
-        source: &Arc<dyn BlockSource>,
-    ) -> Result<Option<SourceCheck>> {
+    async fn recheck(&self, disk: &str, sampled: &Sampled) -> Result<Option<SourceCheck>> {
         if self.samples.1 != Sample::None {
             self.control.set_phase(format!("reading a sample of {disk} again"));
         }
-        let Some(recheck) = sampled.recheck(source, self.control).await? else { return Ok(None) };
+        let Some(recheck) = sampled.recheck().await? else { return Ok(None) };
         recheck.into_result(disk, &self.vm.name).map(Some)
     }
 
@@ -369,7 +395,10 @@ impl Backup<'_> {
         progress: &Arc<DiskProgress>,
     ) -> Result<Onto> {
         let (name, control) = (&progress.name, self.control);
-        let lost = self.run.damage_of(base, control).await?;
+        let lost = match &self.damage {
+            Some(damage) => damage.of(base, control).await?,
+            None => self.run.base_damage().await?.of(base, control).await?,
+        };
         let source: Arc<dyn BlockSource> = if lost.is_empty() {
             Arc::clone(source)
         } else {
@@ -383,18 +412,18 @@ impl Backup<'_> {
             Sample::None => None,
             Sample::Share(_) => Some(Arc::new(repository.open_disk(base).await?)),
         };
-        let sampled = self.sampled(&writer);
+        let sampled = self.sampled(&writer, &source);
         let sink = Arc::clone(&sampled) as Arc<dyn BlockSink>;
-        let copied = copy::copy(Arc::clone(&source), sink, &options, control, progress).await?;
+        let copied = copy::copy(source, sink, &options, control, progress).await?;
         let mut audit = None;
         if let Some(base) = base {
             control.set_phase(format!("auditing the dirty bitmap of {name}"));
-            audit = sampled.audit(&source, &base, control).await?;
+            audit = sampled.audit(&base).await?;
         }
         if audit.is_some_and(|audit| audit.differs_at.is_some()) {
             return Ok(Onto { copied, stored: None, audit, source_check: None });
         }
-        let source_check = self.recheck(name, &sampled, &source).await?;
+        let source_check = self.recheck(name, &sampled).await?;
         Ok(Onto { copied, stored: Some(writer.finish().await?), audit, source_check })
     }
 

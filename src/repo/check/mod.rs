@@ -39,7 +39,7 @@ use crate::block::ByteRange;
 use crate::control::Control;
 use crate::error::{Error, Kind, Result, with_causes};
 use crate::vm::PointId;
-pub(super) use disk::damage_of;
+pub use disk::BaseDamage;
 use trees::Walker;
 
 /// Findings of each sort that are listed.

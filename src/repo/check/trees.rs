@@ -27,13 +27,15 @@ const RANGES_MAX: usize = 10_000;
 /// Bad ranges of a disk and the reason for the first.
 type Bad = (Vec<ByteRange>, String);
 
+/// Nodes under which everything is there, by height.
+pub(super) type Whole = HashSet<(u8, ContentHash)>;
+
 pub(super) struct Walker<'a> {
     blobs: &'a Arc<Blobs>,
     chunk_levels: u32,
     findings: &'a Findings,
     control: &'a Control,
-    /// Nodes under which everything is there, by height.
-    whole: HashSet<(u8, ContentHash)>,
+    whole: Whole,
     /// What is wrong with the packs of which something is missed.
     faults: BTreeMap<ObjectName, Fault>,
     /// Blobs that are missed and in no segment of the index.
@@ -88,6 +90,16 @@ impl<'a> Walker<'a> {
             faults: BTreeMap::new(),
             unlisted: 0,
         }
+    }
+
+    /// Begins with what an earlier one, of the same findings, found whole.
+    pub(super) fn begin_with(&mut self, whole: Whole) {
+        self.whole = whole;
+    }
+
+    /// What was found whole.
+    pub(super) fn into_whole(self) -> Whole {
+        self.whole
     }
 
     /// The packs that something was missed of, and what is wrong with each.

@@ -137,6 +137,34 @@ async fn an_incremental_that_touches_the_damaged_chunk_heals_it() {
     }
 }
 
+/// Every incremental once walked the trees of its bases while the snapshot was open.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_damaged_of_a_base_is_known_from_the_second_question_on() {
+    let bed = Bed::new().await;
+    let old = add_point(&bed.open().await, 1, &[1, 2, 3]).await;
+    let sound = bed.open().await.begin_run(RunOptions::default()).await.unwrap();
+    harm(&bed, &packs(&bed, 2).await.remove(0), Harm::Rot).await;
+    check(&bed, DATA).await;
+    let run = bed.open().await.begin_run(RunOptions::default()).await.unwrap();
+    let control = Control::new();
+    let damage = run.base_damage().await.unwrap();
+    let ranges = damage.of(&old, &control).await.unwrap();
+    assert!(!ranges.is_empty());
+    let asked = Arc::new(AtomicBool::new(false));
+    let flag = Arc::clone(&asked);
+    bed.store.set_fault_hook(move |_| {
+        flag.store(true, Ordering::SeqCst);
+        None
+    });
+    assert_eq!(damage.of(&old, &control).await.unwrap(), ranges);
+    assert!(!asked.load(Ordering::SeqCst), "the store was asked again");
+    // A run that began before nobody met the damage walks nothing at all.
+    let damage = sound.base_damage().await.unwrap();
+    assert!(asked.swap(false, Ordering::SeqCst), "which packs there are");
+    assert_eq!(damage.of(&old, &control).await.unwrap(), []);
+    assert!(!asked.load(Ordering::SeqCst));
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn an_error_of_the_store_is_no_damage_and_is_not_recorded() {
     let bed = Bed::new().await;
