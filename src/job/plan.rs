@@ -10,7 +10,7 @@ use super::source::{self, SnapshotOptions, SourceSpec};
 use super::{Repository, Surroundings};
 use crate::error::{Kind, Result};
 use crate::platform::{BackupMode, SnapshotRequest};
-use crate::vm::{ExcludedDisk, PointId, ReadMode, VmIdentity};
+use crate::vm::{ExcludedDisk, NotCaptured, PointId, ReadMode, VmIdentity};
 
 /// The backup to plan.
 #[derive(Clone, Debug)]
@@ -32,6 +32,8 @@ pub struct Plan {
     pub disks: Vec<Disk>,
     /// The disks that would not.
     pub excluded: Vec<ExcludedDisk>,
+    /// What else of the VM would not be in the point.
+    pub not_captured: Vec<NotCaptured>,
     /// Scratch space, for a running VM.
     pub scratch: Option<Scratch>,
     /// What is in the way or weaker than it could be.
@@ -123,6 +125,7 @@ pub async fn run(
             })
             .collect(),
         excluded: plan.excluded,
+        not_captured: plan.not_captured,
         scratch: plan.scratch.map(|scratch| Scratch {
             directory: scratch.directory,
             bytes_max: scratch.bytes_max,

@@ -261,6 +261,8 @@ pub struct SnapshotPlan {
     pub disks: Vec<PlannedDisk>,
     /// The disks that would not.
     pub excluded: Vec<ExcludedDisk>,
+    /// What else of the VM would not be in the point, as of now.
+    pub not_captured: Vec<NotCaptured>,
     /// Where scratch would go and what it needs at most, for a running VM.
     pub scratch: Option<ScratchPlan>,
     /// What is in the way or weaker than it could be, each with the exact fix.

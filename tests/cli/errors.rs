@@ -61,6 +61,35 @@ fn an_ambiguous_prefix_lists_the_points_it_could_mean() {
     assert_eq!(outcome.code, Some(4), "{outcome:?}");
 }
 
+/// Found in review: the list showed their points as those of one VM.
+#[test]
+fn two_vms_of_one_name_are_told_apart_and_the_name_alone_is_ambiguous() {
+    let mut fixture = Fixture::new();
+    let first = fixture.uuid.to_string();
+    fixture.point();
+    let alone = fixture.env.vmbackup(&["list"]).text();
+    assert!(!alone.contains(&first[..8]), "{alone}");
+    fixture.uuid = uuid::Uuid::new_v4();
+    let second = fixture.uuid.to_string();
+    fixture.point();
+    let env = &fixture.env;
+    let list = env.vmbackup(&["list"]).text();
+    for uuid in [&first, &second] {
+        let called = format!(" foo ({}) ", &uuid[..8]);
+        assert_eq!(list.matches(&called).count(), 1, "{list}");
+    }
+    let restore = ["restore", "foo@latest", "--to", "to"];
+    for args in [&["list", "--domain", "foo"][..], &["show", "foo@latest"], &restore] {
+        let outcome = env.vmbackup(args).fails_with(&[&first, &second, "hint: "]);
+        assert_eq!(outcome.code, Some(4), "{outcome:?}");
+    }
+    let list = env.vmbackup(&["list", "--domain", &second[..8], "--json"]).json();
+    let uuids: Vec<_> =
+        list["points"].as_array().unwrap().iter().map(|p| &p["vm"]["uuid"]).collect();
+    assert_eq!(uuids, [&second], "{list}");
+    env.vmbackup(&["show", &format!("{}@latest", &first[..8])]).ok();
+}
+
 #[test]
 fn an_existing_target_is_replaced_with_force_only() {
     let fixture = Fixture::new();

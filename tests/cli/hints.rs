@@ -290,3 +290,17 @@ fn two_images_of_one_stem_are_both_named() {
     let words = ["'foo'", "foo.raw and", "sub/foo.raw"];
     each_fails_with(&[(&args, 2, &words)], |args| fixture.env.vmbackup(args));
 }
+
+#[test]
+fn a_plan_says_what_will_not_be_captured() {
+    let fixture = Fixture::new();
+    let image = fixture.image.display().to_string();
+    let by_image = ["plan", "--image", &image, "--name", "a", "--json"];
+    for plan in [fixture.env.vmbackup(&by_image), fixture.back_up(&["plan", "--json"])] {
+        let plan = plan.json();
+        let what = plan["not_captured"][0]["what"].as_str().expect("something");
+        assert!(what.contains("of the VM") || what.contains("of VM 'foo'"), "{plan}");
+    }
+    let text = fixture.back_up(&["plan"]).text();
+    assert!(text.contains("not captured: definition of VM 'foo'"), "{text}");
+}

@@ -239,3 +239,28 @@ fn a_disk_of_a_point_is_copied_without_a_restore() {
     env.vmbackup(&["copy", "point:foo@latest/nosuch", "null:"]).fails_with(&["no disk 'nosuch'"]);
     env.vmbackup(&["copy", "null:", "point:foo@latest"]).fails();
 }
+
+/// A logical volume is as large as its extents make it: rarely as large as the disk.
+#[test]
+fn a_larger_device_takes_the_disk_and_keeps_the_rest_of_what_it_had() {
+    let fixture = Fixture::new();
+    let env = &fixture.env;
+    let point = fixture.point();
+    let device = env.path("device");
+    fs::write(&device, vec![0x5a; 8 << 20]).unwrap();
+    let to = format!("{DISK}={}", device.display());
+    let restored = env.vmbackup(&["restore", &point, "--to-device", &to]).ok();
+    let words = ["larger than the disk", "8388608", "5238784 bytes"];
+    assert!(words.iter().all(|word| restored.stderr.contains(word)), "{restored:?}");
+    let (found, disk) = (fs::read(&device).unwrap(), fs::read(&fixture.image).unwrap());
+    assert_eq!(found.len(), 8 << 20);
+    assert!(found[..disk.len()] == disk, "the disk is what the point holds");
+    assert!(found[disk.len()..].iter().all(|byte| *byte == 0x5a), "the rest is untouched");
+    let small = env.path("small");
+    fs::write(&small, vec![0x5a; 1 << 20]).unwrap();
+    let to = format!("{DISK}={}", small.display());
+    let refused = env.vmbackup(&["restore", &point, "--to-device", &to]);
+    let refused = refused.fails_with(&["small", "at least 3149824 bytes"]);
+    assert_eq!(refused.code, Some(2), "{refused:?}");
+    assert!(fs::read(&small).unwrap().iter().all(|byte| *byte == 0x5a));
+}

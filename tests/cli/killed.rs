@@ -4,33 +4,7 @@
 use std::fs;
 use std::path::Path;
 
-use vmbackup::journal::Phase;
-
-use crate::support::{TestEnv, assert_same_content};
-
-/// Whether such a restore takes this step.
-fn takes(phase: Phase) -> bool {
-    match phase {
-        Phase::Temporary | Phase::Overwrite | Phase::Place | Phase::Discard => true,
-        Phase::Define
-        | Phase::Checkpoint
-        | Phase::Scratch
-        | Phase::Node
-        | Phase::Socket
-        | Phase::Freeze
-        | Phase::Bitmap
-        | Phase::Job
-        | Phase::Export
-        | Phase::Process
-        | Phase::Manifest
-        | Phase::Handover => false,
-    }
-}
-
-fn write(env: &TestEnv, name: &str, byte: u8) {
-    let command = format!("write -q -P {byte} 1M 2M");
-    env.run("qemu-io", &["-f", "raw", "-c", &command, &env.path(name).to_string_lossy()]).ok();
-}
+use crate::support::{Restored, TestEnv, assert_same_content, steps, write_pattern};
 
 fn names(directory: &Path) -> Vec<String> {
     let entries = fs::read_dir(directory).into_iter().flatten().flatten();
@@ -47,7 +21,7 @@ fn prepare(env: &TestEnv) -> String {
     for (name, byte) in [("a.raw", 1), ("b.raw", 2), ("c.raw", 3)] {
         let path = env.path(name);
         fs::File::create(&path).unwrap().set_len(8 << 20).unwrap();
-        write(env, name, byte);
+        write_pattern(env, (&env.path(name), "raw"), byte);
     }
     let images = ["--image", "a.raw", "--image", "b.raw", "--image", "c.raw"];
     let full = ["full", "--name", "web", "--json"];
@@ -62,7 +36,7 @@ fn reset(env: &TestEnv) {
     fs::create_dir(&out).unwrap();
     for name in ["out/a.raw", "out/b.raw", "device"] {
         fs::File::create(env.path(name)).unwrap().set_len(8 << 20).unwrap();
-        write(env, name, 9);
+        write_pattern(env, (&env.path(name), "raw"), 9);
     }
     fs::copy(env.path("device"), env.path("before.raw")).unwrap();
 }
@@ -73,9 +47,7 @@ fn a_restore_into_a_directory_can_be_killed_at_any_step() {
     let point = prepare(&env);
     let device = format!("c={}", env.path("device").display());
     let restore = ["restore", &point, "--to", "out", "--to-device", &device, "--force"];
-    let taken = Phase::ALL.into_iter().filter(|phase| takes(*phase));
-    let steps = taken.flat_map(|phase| [format!("before:{phase}"), format!("after:{phase}")]);
-    for (at, step) in steps.enumerate() {
+    for (at, step) in steps(|phase| Restored::Disks.takes(phase)).into_iter().enumerate() {
         reset(&env);
         let run = env.stopped_at(&step, &restore);
         run.signal("KILL");
@@ -129,7 +101,7 @@ fn what_is_used_after_a_killed_restore_is_never_taken_away() {
         })
         .collect();
     assert_eq!(new.len(), 1, "one of two has its name");
-    write(&env, new[0], 77);
+    write_pattern(&env, (&env.path(new[0]), "raw"), 77);
     let used = fs::read(env.path(new[0])).unwrap();
     for _ in 0..2 {
         let said = env.vmbackup(&["recover"]).ok().stdout;

@@ -12,14 +12,9 @@ use vmbackup::journal::Phase;
 
 use crate::rig::{assert_no_trace, disk_name};
 use crate::support::{
-    DiskFormat, DiskSpec, Domain, DomainSpec, Guest, TestEnv, assert_same_content, wait_until,
+    DiskFormat, DiskSpec, Domain, DomainSpec, Guest, TestEnv, assert_same_content, steps,
+    wait_until,
 };
-
-/// Every step that `takes` names, before and after.
-pub(crate) fn steps(takes: impl Fn(Phase) -> bool) -> Vec<String> {
-    let phases = Phase::ALL.into_iter().filter(|phase| takes(*phase));
-    phases.flat_map(|phase| [format!("before:{phase}"), format!("after:{phase}")]).collect()
-}
 
 /// Scratch, socket and export are made by libvirt with the job.
 fn running_takes(phase: Phase) -> bool {
@@ -92,6 +87,20 @@ impl Places {
     }
 }
 
+/// A file system in the guest that can be frozen.
+const MOUNTED: &str = "mke2fs /dev/vdb && mount /dev/vdb /mnt";
+
+/// A running domain of two disks with an agent that did `what`, and a point of it to build on.
+fn begun<'env>(env: &'env TestEnv, what: &str) -> (Places, Domain<'env>, Guest) {
+    env.init_repo();
+    let places = Places::new(env);
+    let (domain, mut guest) = Domain::boot(env, &small(&[DiskFormat::Qcow2, DiskFormat::Qcow2]));
+    domain.wait_for_agent();
+    guest.run(what);
+    env.vmbackup(&places.backup("full", &domain)).ok();
+    (places, domain, guest)
+}
+
 /// The guest's file systems take a write, soon.
 #[track_caller]
 fn assert_not_frozen(guest: &mut Guest, step: &str) {
@@ -147,12 +156,7 @@ fn mentions(text: &str) -> bool {
 #[test]
 fn a_backup_of_a_running_domain_can_be_killed_at_any_step() {
     let env = TestEnv::new();
-    env.init_repo();
-    let places = Places::new(&env);
-    let (domain, mut guest) = Domain::boot(&env, &small(&[DiskFormat::Qcow2, DiskFormat::Qcow2]));
-    domain.wait_for_agent();
-    guest.run("mke2fs /dev/vdb && mount /dev/vdb /mnt && fill vda 0 2 && sync");
-    env.vmbackup(&places.backup("full", &domain)).ok();
+    let (places, domain, mut guest) = begun(&env, &format!("{MOUNTED} && fill vda 0 2 && sync"));
     for (at, step) in steps(running_takes).iter().enumerate() {
         guest.run(&format!("rnd vda {} 20; echo {at} >/mnt/file; sync", 4096 + at * 100));
         let mut args = places.backup("backup", &domain);
@@ -248,12 +252,7 @@ fn image_bitmaps(env: &TestEnv, image: &str) -> Vec<String> {
 #[test]
 fn a_host_that_was_rebooted_in_a_backup_is_cleared_away() {
     let env = TestEnv::new();
-    env.init_repo();
-    let places = Places::new(&env);
-    let (domain, mut guest) = Domain::boot(&env, &small(&[DiskFormat::Qcow2, DiskFormat::Qcow2]));
-    domain.wait_for_agent();
-    guest.run("mke2fs /dev/vdb && mount /dev/vdb /mnt && fill vda 0 2 && sync");
-    env.vmbackup(&places.backup("full", &domain)).ok();
+    let (places, domain, _guest) = begun(&env, &format!("{MOUNTED} && fill vda 0 2 && sync"));
     let backup = env.stopped_at("before:manifest", &places.backup("backup", &domain));
     backup.signal("KILL");
     backup.wait();
@@ -330,12 +329,7 @@ fn a_repository_that_cannot_be_asked_keeps_every_bitmap() {
 #[ignore = "soak: a hundred backups are killed"]
 fn a_backup_of_a_running_domain_can_be_killed_at_any_moment() {
     let env = TestEnv::new();
-    env.init_repo();
-    let places = Places::new(&env);
-    let (domain, mut guest) = Domain::boot(&env, &small(&[DiskFormat::Qcow2, DiskFormat::Qcow2]));
-    domain.wait_for_agent();
-    guest.run("fill vda 0 2 && sync");
-    env.vmbackup(&places.backup("full", &domain)).ok();
+    let (places, domain, mut guest) = begun(&env, "fill vda 0 2 && sync");
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     let seed = now.expect("after 1970").subsec_nanos() | 1;
     let mut state = seed;

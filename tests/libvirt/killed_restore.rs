@@ -4,34 +4,10 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use vmbackup::journal::Phase;
-
-use crate::killed::steps;
-use crate::support::{DiskFormat, DiskSpec, Domain, DomainSpec, TestEnv, assert_same_content};
-
-/// Whether such a restore takes this step.
-fn takes(phase: Phase) -> bool {
-    match phase {
-        Phase::Temporary | Phase::Place | Phase::Define | Phase::Discard => true,
-        Phase::Overwrite
-        | Phase::Checkpoint
-        | Phase::Scratch
-        | Phase::Node
-        | Phase::Socket
-        | Phase::Freeze
-        | Phase::Bitmap
-        | Phase::Job
-        | Phase::Export
-        | Phase::Process
-        | Phase::Manifest
-        | Phase::Handover => false,
-    }
-}
-
-fn write(env: &TestEnv, image: &Path, byte: u8) {
-    let command = format!("write -q -P {byte} 1M 2M");
-    env.run("qemu-io", &["-f", "qcow2", "-c", &command, &image.to_string_lossy()]).ok();
-}
+use crate::support::{
+    DiskFormat, DiskSpec, Domain, DomainSpec, Restored, TestEnv, assert_same_content, steps,
+    write_pattern,
+};
 
 /// Files of a restore that are not under their names.
 fn parts(directory: &Path) -> Vec<String> {
@@ -55,17 +31,17 @@ fn a_restore_over_a_domain_can_be_killed_at_any_step() {
     let directory = images[0].parent().expect("absolute").to_owned();
     describe(&env, &domain, "new");
     for image in &images {
-        write(&env, image, 1);
+        write_pattern(&env, (image, "qcow2"), 1);
     }
     let report = env.vmbackup(&["full", "--domain", domain.name(), "--json"]).json();
     let point = report["point"].as_str().expect("a point id").to_owned();
     let new = domain.oracles("new");
     let restore = ["restore", &point, "--define", "--force"];
-    for (at, step) in steps(takes).iter().enumerate() {
+    for (at, step) in steps(|phase| Restored::Domain.takes(phase)).iter().enumerate() {
         // What is there differs from the point.
         describe(&env, &domain, "old");
         for image in &images {
-            write(&env, image, 2);
+            write_pattern(&env, (image, "qcow2"), 2);
         }
         let old = domain.oracles(&format!("old{at}"));
         let run = env.stopped_at(step, &restore);

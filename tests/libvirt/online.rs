@@ -93,3 +93,29 @@ fn the_guest_agent_freezes_the_file_systems_for_the_instant() {
     guest.run("echo again >/mnt/file; sync");
     assert_no_trace(&domain);
 }
+
+/// Another VM may write to it, and neither QEMU's bitmap nor ours sees that.
+#[test]
+fn a_shareable_disk_is_read_in_full_beside_an_incremental_one() {
+    let env = TestEnv::new();
+    env.init_repo();
+    let spec = DomainSpec::with_disks(&[DiskFormat::Qcow2, DiskFormat::Raw]);
+    let domain = Domain::define(&env, &spec);
+    let xml = domain.dump().replacen("<target dev='vdb'", "<shareable/><target dev='vdb'", 1);
+    let file = env.path("shareable.xml");
+    std::fs::write(&file, xml).expect("own directory");
+    domain.virsh(&["define", &file.to_string_lossy()]).ok();
+    assert!(domain.dump().contains("<shareable/>"));
+    let mut guest = domain.start();
+    guest.run("fill vda 0 4; fill vdb 0 4");
+    let first = take(&env, &domain, &mut guest, &["full"]);
+    // Past QEMU, as another VM would.
+    let image = domain.disk(1).to_string_lossy().into_owned();
+    let write = format!("printf other | dd of={image} bs=1 seek=33554432 conv=notrunc");
+    env.run("sh", &["-c", &write]).ok();
+    let second = take(&env, &domain, &mut guest, &["incremental"]);
+    assert_eq!((second.mode(0), second.mode(1)), ("incremental", "full"));
+    assert_eq!(second.report["disks"][1]["read"]["reason"], "shareable", "{}", second.report);
+    prove(&env, &first);
+    prove(&env, &second);
+}

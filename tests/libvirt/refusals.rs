@@ -94,6 +94,66 @@ fn plan_says_what_would_happen_and_changes_nothing() {
     assert_no_trace(&domain);
 }
 
+/// Found in review: exit code 20, and nothing about what to do.
+#[test]
+fn a_domain_that_is_saved_while_its_backup_begins_is_named_and_the_next_backup_works() {
+    let env = TestEnv::new();
+    env.init_repo();
+    let domain = Domain::define(&env, &DomainSpec::with_disks(&[DiskFormat::Qcow2]));
+    domain.virsh(&["start", domain.name()]).ok();
+    let backup = env.stopped_at("before:job", &["full", "--domain", domain.name()]);
+    domain.virsh(&["managedsave", domain.name()]).ok();
+    backup.signal("CONT");
+    let refused = backup.wait().fails_with(&[domain.name(), "saved", "hint: run the backup again"]);
+    assert_eq!(refused.code, Some(7), "{refused:?}");
+    env.vmbackup(&["full", "--domain", domain.name()]).ok();
+    domain.virsh(&["managedsave-remove", domain.name()]).ok();
+}
+
+/// libvirt lets one job at a time work on a domain: that of the backup is waited for, and after half
+/// a minute (`QEMU_JOB_WAIT_TIME`) the save is given up.
+#[test]
+fn a_domain_is_not_saved_while_it_is_backed_up() {
+    let env = TestEnv::new();
+    env.init_repo();
+    let (domain, _guest) = Domain::boot(&env, &DomainSpec::with_disks(&[DiskFormat::Qcow2]));
+    let backup = env.stopped_at("before:manifest", &["full", "--domain", domain.name()]);
+    domain.virsh(&["managedsave", domain.name()]).fails_with(&["state change lock"]);
+    assert_eq!(domain.state(), "running");
+    backup.signal("CONT");
+    backup.wait().ok();
+    assert_no_trace(&domain);
+}
+
+/// A domain has a mount namespace of its own, made when it starts.
+#[test]
+fn scratch_on_a_file_system_that_is_newer_than_the_domain_is_explained() {
+    let env = TestEnv::new();
+    env.init_repo();
+    let (domain, _guest) = Domain::boot(&env, &DomainSpec::with_disks(&[DiskFormat::Qcow2]));
+    let late = env.open_dir("late");
+    let scratch = late.to_string_lossy();
+    env.run("mount", &["-t", "tmpfs", "-o", "size=64M,mode=777", "vmbtest", &scratch]).ok();
+    let full = ["full", "--domain", domain.name(), "--scratch-dir", &scratch];
+    let refused = env.vmbackup(&full);
+    let left = fs::read_dir(&late).expect("own directory").count();
+    env.run("umount", &[&*scratch]).ok();
+    let refused = refused.fails_with(&["does not find scratch", &scratch, "mounted after"]);
+    assert_eq!((refused.code, left), (Some(3), 0), "{refused:?}");
+    assert_no_trace(&domain);
+}
+
+#[test]
+fn plan_says_that_the_tpm_is_left_out_without_a_key() {
+    let env = TestEnv::new();
+    env.init_repo();
+    let spec = DomainSpec { tpm: true, ..DomainSpec::with_disks(&[DiskFormat::Qcow2]) };
+    let domain = Domain::define(&env, &spec);
+    let plan = env.vmbackup(&["plan", "--domain", domain.name()]).text();
+    assert!(plan.contains("not captured: TPM state"), "{plan}");
+    assert!(plan.contains("vmbackup repo key add"), "{plan}");
+}
+
 #[test]
 fn a_running_domain_and_existing_images_are_never_overwritten() {
     let env = TestEnv::new();

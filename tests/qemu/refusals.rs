@@ -28,11 +28,39 @@ async fn what_cannot_be_done_is_refused_and_leaves_nothing() {
     let kind = refused(&mut machine, |r| r.exclude_disks = vec!["vdz".into()]).await;
     assert_eq!(kind, Kind::Usage);
     let all = vec!["disk-a".into(), "disk-b".into()];
-    assert_eq!(refused(&mut machine, |r| r.exclude_disks = all).await, Kind::NotFound);
+    assert_eq!(refused(&mut machine, |r| r.exclude_disks = all).await, Kind::Usage);
     let kind = refused(&mut machine, |r| r.quiesce = Quiesce::Require).await;
     assert_eq!(kind, Kind::Unsupported);
     let kind = refused(&mut machine, |r| r.scratch_dir = Some("/nonexistent".into())).await;
     assert_eq!(kind, Kind::NotFound);
+    machine.holds_only(&[]).await;
+}
+
+/// Nobody reads what it sends, which is more than a pipe takes: it goes on until it is cancelled.
+#[tokio::test]
+async fn a_vm_that_is_being_migrated_is_busy_and_the_migration_is_named() {
+    let mut machine = Machine::start().await;
+    let to = serde_json::json!({ "uri": "exec:sleep 20" });
+    machine.side.execute_raw("migrate", to).await.unwrap();
+    let point = machine.next_point();
+    let request = Points::default().request(&machine, point);
+    let platform = machine.platform().await;
+    let error = platform.open_snapshot(&request, &Control::new()).await.err().unwrap();
+    assert_eq!(error.kind(), Kind::Busy);
+    assert!(error.to_string().contains("VM 'plain' is being migrated"), "{error:?}");
+    assert!(error.hint_text().unwrap().contains("once the migration has ended"), "{error:?}");
+    let plan = platform.plan(&request).await.unwrap();
+    let fatal = plan.problems.iter().find(|problem| problem.fatal == Some(Kind::Busy));
+    assert!(fatal.is_some_and(|problem| problem.what.contains("migrated")), "{plan:?}");
+    machine.side.execute_raw("migrate_cancel", serde_json::json!({})).await.unwrap();
+    loop {
+        let error = platform.open_snapshot(&request, &Control::new()).await;
+        match error {
+            Ok(snapshot) => break snapshot.abort().await.unwrap(),
+            Err(error) => assert_eq!(error.kind(), Kind::Busy, "{error:?}"),
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    }
     machine.holds_only(&[]).await;
 }
 
@@ -54,5 +82,5 @@ async fn a_monitor_in_use_and_a_monitor_that_is_not_there_are_told_apart() {
     assert_eq!(busy.kind(), Kind::Busy);
     assert!(busy.hint_text().unwrap().contains("second socket"), "{busy:?}");
     let gone = Qemu::connect(machine.options("none.sock")).await.err().unwrap();
-    assert_eq!(gone.kind(), Kind::NotFound);
+    assert_eq!(gone.kind(), Kind::Connection);
 }

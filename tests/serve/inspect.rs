@@ -20,7 +20,7 @@ fn info_and_list_tell_what_a_server_of_ours_offers() {
     assert!(flags.contains(&&"read-only".into()) && flags.contains(&&"multi-conn".into()));
     let text = env.vmbackup(&["nbd", "info", &serve.uri(0), "--all"]).ok().stdout;
     assert!(text.contains("'disk.raw'") && text.contains("base:allocation"), "{text}");
-    assert_eq!(env.vmbackup(&["nbd", "info", "nbd+unix:///x?socket=nowhere"]).code, Some(3));
+    assert_eq!(env.vmbackup(&["nbd", "info", "nbd+unix:///x?socket=nowhere"]).code, Some(13));
 }
 
 #[test]

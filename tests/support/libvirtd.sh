@@ -45,7 +45,9 @@ start() {
     if answers; then exit 0; fi
     local daemon
     for daemon in virtlogd libvirtd; do
-      if [ -e "/run/$daemon.pid" ] && kill -0 "$(cat "/run/$daemon.pid")" 2>/dev/null; then
+      # A daemon that was killed leaves its number behind, which another process may have by now.
+      if [ -e "/run/$daemon.pid" ] \
+        && [ "$(cat "/proc/$(cat "/run/$daemon.pid")/comm" 2>/dev/null)" = "$daemon" ]; then
         continue
       fi
       "$daemon" -d 8>&- 9>&-

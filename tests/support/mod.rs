@@ -1,7 +1,7 @@
 //! What integration tests share: a hermetic environment, tool wrappers, a real guest.
 //!
 //! Used by `#[path = "../support/mod.rs"] mod support;` in `tests/<subject>/main.rs`. Nothing here
-//! knows the library: tests drive the built program and compare with what independent tools say.
+//! but the steps of the journal knows the library: tests drive the built program and compare with what independent tools say.
 //!
 //! Invariants: everything a test creates lies in its [`TestEnv`] or carries its unique name;
 //! processes end with the guard that started them, and only those; every wait has a deadline.
@@ -16,6 +16,7 @@ mod listening;
 mod luks;
 mod memory;
 mod outcome;
+mod steps;
 mod tools;
 
 pub(crate) use domain::{DiskFormat, DiskSpec, Domain, DomainSpec, Pool};
@@ -24,4 +25,5 @@ pub(crate) use guest::{Guest, GuestFiles};
 pub(crate) use listening::is_listening;
 pub(crate) use memory::with_peak_mib;
 pub(crate) use outcome::Outcome;
+pub(crate) use steps::{Restored, steps, write_pattern};
 pub(crate) use tools::{NbdServer, Process, assert_same_content, wait_for, wait_until};

@@ -1,5 +1,5 @@
-//! The monitor and agent connections, against real QEMUs, against what real QEMUs said
-//! (transcripts), and against peers that misbehave.
+//! The monitor and agent connections, against the QEMU that is installed, against what a QEMU 10.0.2
+//! said (transcripts; of no other version so far), and against peers that misbehave.
 // Helpers of tests are tests: a failed unwrap is a failed test (clippy only sees `#[test]`).
 #![allow(clippy::unwrap_used, missing_docs)]
 

@@ -1,4 +1,7 @@
-//! Recordings of real QEMUs, played back: what a version said stays tested when it is gone.
+//! Recordings of a real QEMU, played back: what a version said stays tested when it is gone.
+//!
+//! So far there are recordings of one version, QEMU 10.0.2. What others say, the oldest that is supported
+//! (7.2) among them, is tested only where such a QEMU is installed (`live`).
 //!
 //! Renew them, with the QEMU installed, by
 //! `QMP_RECORD=1 cargo test -p vmbackup-qmp --test monitor live::` and name the version in the

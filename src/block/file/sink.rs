@@ -74,16 +74,25 @@ struct Inner {
 }
 
 impl FileSink {
-    /// Opens an existing block device or file to be overwritten in place. Its size must be exactly
-    /// `size_bytes`: a guest that finds its disk longer or shorter than before may not boot. A
-    /// device that is mounted or otherwise claimed is refused (`O_EXCL`, open(2)).
+    /// Opens an existing block device or file, the first `size_bytes` of which are to be overwritten
+    /// in place. It must have them; what it has beyond stays as it is, as `dd` and `qemu-img convert
+    /// -n` leave it: volumes are made of extents and rarely as large as a disk. A device that is
+    /// mounted or otherwise claimed is refused (`O_EXCL`, open(2)).
     pub fn open(path: &Path, size_bytes: u64) -> Result<Self> {
         let mut sink = Self::open_any(path)?;
         check_size(path, sink.inner.size_bytes, size_bytes)?;
-        if let (Medium::Device, Some(inner)) = (sink.inner.medium, Arc::get_mut(&mut sink.inner)) {
-            inner.bypass = Bypass::of(&inner.file);
+        if let Some(inner) = Arc::get_mut(&mut sink.inner) {
+            inner.size_bytes = size_bytes;
+            if inner.medium == Medium::Device {
+                inner.bypass = Bypass::of(&inner.file);
+            }
         }
         Ok(sink)
+    }
+
+    /// Bytes of the file or device: more than are written where it is larger than the disk.
+    pub fn whole_bytes(&self) -> Result<u64> {
+        Ok(examine(&self.inner.file, Path::new(&self.inner.name))?.1)
     }
 
     /// Fails where [`FileSink::open`] would. Opens it for reading only and changes nothing.
@@ -157,7 +166,7 @@ fn exclusive(path: &Path) -> Result<OFlags> {
 }
 
 fn check_size(path: &Path, found: u64, size_bytes: u64) -> Result<()> {
-    if found == size_bytes {
+    if found >= size_bytes {
         return Ok(());
     }
     let message = format!(
@@ -166,7 +175,7 @@ fn check_size(path: &Path, found: u64, size_bytes: u64) -> Result<()> {
         ByteSize(found),
         ByteSize(size_bytes)
     );
-    let hint = format!("make it exactly {size_bytes} bytes long");
+    let hint = format!("it must have at least {size_bytes} bytes");
     Err(Error::new(Kind::Usage, message).hint(hint))
 }
 

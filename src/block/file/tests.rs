@@ -117,7 +117,7 @@ async fn zeroing_modes_make_holes_or_keep_space() {
 }
 
 #[tokio::test]
-async fn a_target_of_another_size_or_kind_is_refused() {
+async fn a_target_that_is_too_small_or_of_another_kind_is_refused() {
     let dir = dir();
     let path = dir.path().join("disk.raw");
     std::fs::write(&path, vec![1; 4096]).unwrap();

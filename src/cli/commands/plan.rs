@@ -55,6 +55,9 @@ fn describe(plan: &Plan) -> String {
     for disk in &plan.excluded {
         let _ = writeln!(out, "not included: {} ({})", disk.name, disk.reason);
     }
+    for thing in &plan.not_captured {
+        let _ = writeln!(out, "not captured: {}: {}", thing.what, thing.reason);
+    }
     if let Some(scratch) = &plan.scratch {
         let free = scratch.bytes_free.map_or("unknown".into(), |n| ByteSize(n).to_string());
         let most = ByteSize(scratch.bytes_max);

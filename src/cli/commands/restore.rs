@@ -38,7 +38,8 @@ pub(crate) struct Args {
     /// Only this disk (vda); may be given more than once
     #[arg(long, value_name = "DISK")]
     pub(crate) disk: Vec<String>,
-    /// Write a disk to a block device, all of it, zeroes included; may be given more than once
+    /// Write a disk to a block device, all of it, zeroes included; may be given more than once. What a
+    /// larger device has beyond stays as it is
     #[arg(long, value_name = "DISK=DEVICE")]
     pub(crate) to_device: Vec<String>,
     /// Define the domain in libvirt, under its own name, UUID and MAC addresses

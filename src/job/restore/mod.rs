@@ -423,7 +423,7 @@ async fn copy_all(
         places.push(place.expect("a disk without a place is a problem"));
         sources.push(source.expect("a disk that cannot be opened is a problem"));
     }
-    let devices = Target::open_devices(&places, &chosen, journal).await?;
+    let devices = Target::open_devices(&places, &chosen, (journal, surroundings.1)).await?;
     let (mut targets, mut disks, mut damaged) = (Vec::new(), Vec::new(), Vec::new());
     for (((disk, source), place), device) in chosen.iter().zip(sources).zip(&places).zip(devices) {
         let opened = if let Some(device) = device {

@@ -43,7 +43,7 @@ pub enum Place {
         /// Its format.
         format: ImageFormat,
     },
-    /// A device or a file that is there already, of exactly the size.
+    /// A device or a file that is there already, at least as large as the disk.
     Device(PathBuf),
 }
 

@@ -175,7 +175,7 @@ impl Target {
     pub(super) async fn open_devices(
         places: &[Place],
         disks: &[&ManifestDisk],
-        journal: &mut RestoreJournal,
+        (journal, control): (&mut RestoreJournal, &Control),
     ) -> Result<Vec<Option<Self>>> {
         let mut opened = Vec::new();
         for (place, disk) in places.iter().zip(disks) {
@@ -187,6 +187,9 @@ impl Target {
                 Place::Image { .. } => None,
             });
         }
+        for target in opened.iter().flatten() {
+            target.tell_of_rest(control)?;
+        }
         // Nothing is written yet: that one of them cannot be opened leaves all as they are.
         for place in places {
             if let Place::Device(path) = place {
@@ -197,6 +200,22 @@ impl Target {
             }
         }
         Ok(opened)
+    }
+
+    /// Says that a device is larger than its disk: the guest finds a larger one, with what was there.
+    fn tell_of_rest(&self, control: &Control) -> Result<()> {
+        let Self::Device { path, sink, .. } = self else { return Ok(()) };
+        let (whole, disk) = (sink.whole_bytes()?, sink.geometry().size_bytes);
+        if whole > disk {
+            let text = format!(
+                "{} has {whole} bytes and is larger than the disk: its last {} bytes stay as they \
+                 are, and a VM that uses it sees them",
+                path.display(),
+                whole - disk
+            );
+            control.notice(NoticeLevel::Warning, text);
+        }
+        Ok(())
     }
 
     async fn complete(self) -> Result<Complete> {

@@ -9,6 +9,7 @@ use crate::platform::{
 use crate::vm::{DiskDescription, DiskLayer, ExcludedDisk, ReadMode};
 
 use super::checkpoint::Checkpoints;
+use super::snapshot::description;
 use super::{ImageDisk, Images};
 
 /// The plan.
@@ -44,7 +45,9 @@ pub(super) async fn plan(images: &Images, request: &SnapshotRequest) -> Result<S
         let description = describe(disk, &layers);
         disks.push(PlannedDisk { description, read: Some(read), expected_bytes });
     }
-    Ok(SnapshotPlan { identity, running: false, disks, excluded, scratch: None, problems })
+    let not_captured = vec![description()];
+    let (running, scratch) = (false, None);
+    Ok(SnapshotPlan { identity, running, disks, excluded, not_captured, scratch, problems })
 }
 
 /// The disks that are read and those that are left out. An unknown name is an error.

@@ -141,12 +141,17 @@ impl ImageSnapshot {
             excluded,
             taken,
             quiescence: Quiescence { level, frozen_ms: None, reason: None },
-            not_captured: vec![NotCaptured {
-                what: "description of the VM".to_owned(),
-                reason: "only its images were given; keep its configuration elsewhere".to_owned(),
-            }],
+            not_captured: vec![description()],
             journal: None,
         }
+    }
+}
+
+/// What a point of images lacks.
+pub(super) fn description() -> NotCaptured {
+    NotCaptured {
+        what: "description of the VM".to_owned(),
+        reason: "only its images were given; keep its configuration elsewhere".to_owned(),
     }
 }
 

@@ -212,6 +212,27 @@ pub(super) async fn check_idle(
         .hint(format!("'virsh domjobinfo {name}' shows it; try again when it has ended")))
 }
 
+/// The error of a backup that could not begin: by what the domain does instead, if that is the cause,
+/// as it was looked at a moment before. libvirt has no code for it ("cannot perform disk backup for
+/// inactive domain" is not supported, "domain is not running" invalid, by 11.3).
+pub(super) async fn instead(domain: &DomainHandle, error: Error) -> Error {
+    if !matches!(error.kind(), Kind::Io | Kind::Unsupported) {
+        return error;
+    }
+    let asked = domain.raw_call("ask for the state of", |domain| {
+        Ok(if domain.is_active()? { Some(ffi::job_status(domain)?) } else { None })
+    });
+    let what = match asked.await {
+        Ok(Ok(None)) => "was shut off, saved or migrated away while the backup began".to_owned(),
+        Ok(Ok(Some(status))) if status.active => format!("is busy with {}", status.describe()),
+        // Nothing else is known: what failed says it best.
+        _ => return error,
+    };
+    Error::new(Kind::Busy, format!("domain '{}' {what}", domain.name))
+        .hint("run the backup again when that is over; a domain that is shut off is read from its images")
+        .source(error)
+}
+
 /// Ends the job and waits until it is gone; a guest that stands still because scratch ran full runs
 /// on. No job is success.
 pub(super) async fn end(domain: &DomainHandle) -> Result<()> {

@@ -25,7 +25,7 @@ use super::watch::{Watch, Watched};
 use super::{LibvirtOptions, artifacts, reach, stopped};
 use crate::clock::Timestamp;
 use crate::control::{Control, NoticeLevel};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, with_causes};
 use crate::image::bitmap::BitmapNames;
 use crate::journal::{Action, Entry, Mode, Phase, Place, Recovery, Run};
 use crate::platform::space::{Space, no_room};
@@ -74,7 +74,7 @@ pub(super) async fn open(
         Ok(opened) => Ok(Box::new(opening.into_snapshot(opened))),
         Err(error) => {
             opening.undo().await;
-            Err(error)
+            Err(job::instead(&opening.domain, error).await)
         }
     }
 }
@@ -435,12 +435,32 @@ impl Opening {
                 let owner = self.domain.host.qemu_dir().as_deref().and_then(scratch::owner);
                 error.hint(self.places.access_hint(owner.as_deref()))
             }
+            Kind::Io if self.is_unseen(&error) => {
+                let message = format!(
+                    "QEMU of domain '{}' does not find scratch directory {}",
+                    self.domain.name,
+                    self.places.scratch.display()
+                );
+                Error::new(Kind::NotFound, message).source(error).hint(
+                    "a file system that was mounted after the domain was started is not there for \
+                     its QEMU (libvirt gives each a mount namespace of its own): name a directory \
+                     that was mounted before with --scratch-dir, or restart the domain",
+                )
+            }
             Kind::NoSpace => error.hint(format!(
                 "free space in {} or name another directory with --scratch-dir",
                 self.places.scratch.display()
             )),
             _ => error,
         }
+    }
+
+    /// Whether QEMU failed to find a scratch file that libvirt had just made. The text is the system's,
+    /// after the path QEMU was told (block/file-posix.c).
+    fn is_unseen(&self, error: &Error) -> bool {
+        let text = with_causes(error);
+        text.contains("No such file or directory")
+            && text.contains(&*self.places.scratch.to_string_lossy())
     }
 
     /// Undoes what was done, as far as it can be; what cannot be is logged, stays in the journal and

@@ -10,7 +10,7 @@ use super::connection::DomainHandle;
 use super::lock::DomainLock;
 use super::scratch::{Places, is_remote};
 use super::survey::Survey;
-use super::{LibvirtOptions, job, quiesce, stopped};
+use super::{LibvirtOptions, artifacts, job, quiesce, stopped};
 use crate::error::{Kind, Result};
 use crate::image::bitmap::BitmapNames;
 use crate::platform::space::{Space, no_room};
@@ -57,8 +57,12 @@ pub(super) async fn plan(
     }
     let scratch = survey.running.then(|| scratch(domain, options, request, &survey, &mut problems));
     quiesce_problem(&survey, request, &mut problems);
-    let excluded = survey.set.excluded;
-    Ok(SnapshotPlan { identity, running: survey.running, disks, excluded, scratch, problems })
+    // Read as a backup would, and thrown away: nothing else knows what can be read.
+    let has_key = request.repository_has_key;
+    let (_, not_captured) =
+        artifacts::capture(domain, &survey.live, survey.inactive, has_key).await?;
+    let (running, excluded) = (survey.running, survey.set.excluded);
+    Ok(SnapshotPlan { identity, running, disks, excluded, not_captured, scratch, problems })
 }
 
 /// What the domain's state allows: bases, and what changed since; `None` where that cannot be asked

@@ -5,6 +5,7 @@ use std::path::Path;
 use super::disks::Disk;
 use super::error::failed;
 use super::names::Temp;
+use super::snapshot::definition;
 use super::{Qemu, checkpoint, scratch_base};
 use crate::error::{Kind, Result};
 use crate::platform::space::{Space, no_room};
@@ -50,6 +51,7 @@ pub(super) async fn plan(qemu: &Qemu, request: &SnapshotRequest) -> Result<Snaps
         running: status.running,
         disks: disks.collect(),
         excluded: survey.disks.excluded,
+        not_captured: vec![definition(&qemu.identity.name)],
         scratch: Some(scratch),
         problems,
     })

@@ -43,6 +43,17 @@ use crate::vm::{Artifact, Consistency, ExcludedDisk, NotCaptured, PointId, Quies
 /// Connections QEMU lets in per disk: those of our client, and two to spare.
 const CONNECTIONS_PER_DISK: u32 = 6;
 
+/// What a point of a QEMU lacks.
+pub(super) fn definition(vm: &str) -> NotCaptured {
+    NotCaptured {
+        what: format!("definition of VM '{vm}'"),
+        reason:
+            "a QEMU without libvirt does not tell how it was started: keep its command line or \
+                 start script beside the backups"
+                .into(),
+    }
+}
+
 /// Takes the instant. What it did is undone when it fails.
 pub(super) async fn open(
     qemu: &Qemu,
@@ -141,12 +152,6 @@ impl Snapshot {
         });
         let described = described.collect();
         let open = disks.protected.into_iter().zip(bases);
-        let definition = NotCaptured {
-            what: format!("definition of VM '{}'", qemu.identity.name),
-            reason: "a QEMU without libvirt does not tell how it was started: keep its command \
-                     line or start script beside the backups"
-                .into(),
-        };
         Self {
             monitor: qemu.monitor.clone(),
             events: qemu.monitor.subscribe(),
@@ -160,7 +165,7 @@ impl Snapshot {
             excluded: disks.excluded,
             taken: request.clock.now(),
             quiescence: Quiescence { level: Consistency::Crash, frozen_ms: None, reason: None },
-            not_captured: vec![definition],
+            not_captured: vec![definition(&qemu.identity.name)],
             things: Things::default(),
             watch: None,
             checkpoints: Vec::new(),

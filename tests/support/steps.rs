@@ -1,0 +1,51 @@
+//! The steps of the journal at which tests stop and kill a run: the one part of this folder that knows
+//! the library, whose `match` without a default makes whoever adds a step say who takes it.
+
+use std::path::Path;
+
+use vmbackup::journal::Phase;
+
+use super::env::TestEnv;
+
+/// Every step that `takes` names, before and after.
+pub(crate) fn steps(takes: impl Fn(Phase) -> bool) -> Vec<String> {
+    let phases = Phase::ALL.into_iter().filter(|phase| takes(*phase));
+    phases.flat_map(|phase| [format!("before:{phase}"), format!("after:{phase}")]).collect()
+}
+
+/// What a restore makes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Restored {
+    /// Images and devices.
+    Disks,
+    /// Images and the domain they belong to.
+    Domain,
+}
+
+impl Restored {
+    /// Whether its restore takes this step.
+    pub(crate) fn takes(self, phase: Phase) -> bool {
+        match phase {
+            Phase::Temporary | Phase::Place | Phase::Discard => true,
+            Phase::Overwrite => self == Self::Disks,
+            Phase::Define => self == Self::Domain,
+            Phase::Checkpoint
+            | Phase::Scratch
+            | Phase::Node
+            | Phase::Socket
+            | Phase::Freeze
+            | Phase::Bitmap
+            | Phase::Job
+            | Phase::Export
+            | Phase::Process
+            | Phase::Manifest
+            | Phase::Handover => false,
+        }
+    }
+}
+
+/// Writes 2 MiB of one byte into an image that nobody has open.
+pub(crate) fn write_pattern(env: &TestEnv, (image, format): (&Path, &str), byte: u8) {
+    let command = format!("write -q -P {byte} 1M 2M");
+    env.run("qemu-io", &["-f", format, "-c", &command, &image.to_string_lossy()]).ok();
+}
