@@ -62,7 +62,7 @@ fn journal(env: &TestEnv) -> String {
 }
 
 #[test]
-fn a_guest_of_a_plain_qemu_is_not_left_frozen() {
+fn a_real_guest_of_a_plain_qemu_is_not_left_frozen() {
     let env = TestEnv::new();
     env.init_repo();
     let dir = env.path("vm");
