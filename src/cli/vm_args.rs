@@ -65,6 +65,10 @@ pub(crate) struct SnapshotArgs {
     /// Directory for scratch files: local, and writable by QEMU
     #[arg(long, value_name = "DIR")]
     pub(crate) scratch_dir: Option<PathBuf>,
+    /// Let the backup break rather than a write of the guest fail or wait when scratch is full
+    /// (with --qmp; otherwise the backup is given up while there is room)
+    #[arg(long)]
+    pub(crate) guest_first: bool,
     /// Allow disks to cross the network unencrypted where nothing else reaches the host
     #[arg(long)]
     pub(crate) insecure_tcp: bool,

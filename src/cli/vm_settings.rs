@@ -57,6 +57,7 @@ pub(crate) fn snapshot(args: SnapshotArgs) -> Result<SnapshotOptions> {
         scratch_dir: args.scratch_dir.as_deref().map(scratch_dir).transpose()?,
         exclude_disks: args.exclude_disk,
         insecure_tcp: args.insecure_tcp,
+        guest_first: args.guest_first,
     })
 }
 

@@ -205,6 +205,12 @@ impl Guardian {
 }
 
 impl Frozen {
+    /// Says that the caller has ended it by itself, for certain: the guardian does nothing. What is
+    /// not said in time the guardian finds out.
+    pub async fn release(mut self) {
+        self.guardian.line.send(&Order::Release).await;
+    }
+
     /// Thaws and says what was achieved.
     pub async fn thaw(mut self) -> Thawed {
         let budget_ms = u64::try_from(self.budget.as_millis()).unwrap_or(u64::MAX);

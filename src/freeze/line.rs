@@ -32,6 +32,8 @@ pub(super) enum Order {
     },
     /// Thaw.
     Thaw,
+    /// Whoever asked has ended it by itself: nothing is to be done.
+    Release,
 }
 
 /// What a guardian says.

@@ -22,6 +22,9 @@
 //! guardian is killed too) is done by the next run, from the platform's own record: a platform
 //! records "frozen" before it asks for the freeze and takes that back only on [`Thaw::Done`].
 //!
+//! A pause of the guest is guarded in the same way, but made and ended by the run, which alone has
+//! the monitor; the guardian acts only when the run is gone ([`Subject::Paused`], [`Frozen::release`]).
+//!
 //! Who freezes what is the platforms' business ([`Freezable`]); what a level is worth is decided
 //! here (`outcome`), the same for all.
 
@@ -60,6 +63,13 @@ pub enum Subject {
     Agent {
         /// The socket.
         socket: PathBuf,
+    },
+    /// A plain QEMU that its run stops and lets go on by itself: guarded is that it goes on.
+    Paused {
+        /// The monitor's socket, which the run holds as long as it lives.
+        monitor: PathBuf,
+        /// The node that is there as long as the run's pause lasts.
+        marker: String,
     },
 }
 

@@ -4,7 +4,7 @@
 //!  prepare ─► wait for an order ─► freeze ─► wait: thaw | run gone | budget over ─► thaw … ─► end
 //!                   │                └ failed, or no answer in time ────────────────►┤
 //!                   ├ thaw (what an earlier run left) ───────────────────────────────┘
-//!                   └ run gone: end
+//!                   └ run gone: end                       └ released (the run ended it itself): end
 //! ```
 //!
 //! The thaw is tried until it succeeds or the guest is gone; it gives up after an hour, when the
@@ -41,13 +41,25 @@ pub async fn serve(mut guest: Box<dyn Freezable>, mut line: Line) {
     let mut freeze = Freeze { since: Instant::now(), expired: false };
     match line.receive().await {
         Some(Order::Freeze { budget_ms }) => {
-            freeze.hold(guest.as_mut(), Duration::from_millis(budget_ms), &mut line).await;
+            let budget = Duration::from_millis(budget_ms);
+            if freeze.hold(guest.as_mut(), budget, &mut line).await == Held::Released {
+                return;
+            }
         }
         Some(Order::Thaw) => {}
         // Nothing was frozen, and nobody is there to ask for it.
-        Some(Order::Watch(_)) | None => return,
+        Some(Order::Watch(_) | Order::Release) | None => return,
     }
     freeze.end(guest.as_mut(), &mut line).await;
+}
+
+/// How a freeze that was asked for is over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Held {
+    /// It is to be thawed here.
+    ToThaw,
+    /// Whoever asked has ended it.
+    Released,
 }
 
 /// A freeze that was asked for.
@@ -57,8 +69,8 @@ struct Freeze {
 }
 
 impl Freeze {
-    /// Freezes, and returns when it is time to thaw.
-    async fn hold(&mut self, guest: &mut dyn Freezable, budget: Duration, line: &mut Line) {
+    /// Freezes, and returns when it is over.
+    async fn hold(&mut self, guest: &mut dyn Freezable, budget: Duration, line: &mut Line) -> Held {
         // Before the freeze: a frozen guest's agent answers little else.
         let mounted = guest.file_systems().await;
         self.since = Instant::now();
@@ -66,14 +78,15 @@ impl Freeze {
             Ok(count) => count,
             Err(reason) => {
                 line.send(&Report::NotFrozen(reason)).await;
-                return;
+                return Held::ToThaw;
             }
         };
         let partial = mounted.and_then(|mounted| outcome::partial(count, &mounted));
         line.send(&Report::Frozen { count, partial }).await;
         // "Thaw", nonsense, or the closing of the line: all mean that it is time.
-        let told = line.receive::<Order>();
-        self.expired = tokio::time::timeout_at(self.since + budget, told).await.is_err();
+        let told = tokio::time::timeout_at(self.since + budget, line.receive::<Order>()).await;
+        self.expired = told.is_err();
+        if let Ok(Some(Order::Release)) = told { Held::Released } else { Held::ToThaw }
     }
 
     /// Thaws until it is done.

@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 
 use crate::error::{Error, Kind, Result};
 use crate::freeze::{self, Freezable, Line, Subject};
-use crate::platform::qemu::AgentChannel;
+use crate::platform::qemu::{AgentChannel, PausedGuest};
 
 pub use crate::freeze::COMMAND;
 
@@ -29,6 +29,7 @@ pub async fn run(stream: UnixStream) -> Result<()> {
             return Err(Error::new(Kind::Unsupported, "this program was built without libvirt"));
         }
         Subject::Agent { socket } => Box::new(AgentChannel::new(socket)),
+        Subject::Paused { monitor, marker } => Box::new(PausedGuest::new(monitor, marker)),
     };
     freeze::serve(guest, line).await;
     Ok(())

@@ -107,6 +107,7 @@ pub async fn run(
         scratch_dir: request.options.scratch_dir,
         exclude_disks: request.options.exclude_disks,
         insecure_tcp: request.options.insecure_tcp,
+        guest_first: request.options.guest_first,
         guardian: env.guardian.clone(),
         clock: Arc::clone(&env.clock),
     };

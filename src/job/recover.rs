@@ -405,6 +405,7 @@ fn snapshot_request(bases: &Bases, repository: String, env: &Env) -> SnapshotReq
         scratch_dir: None,
         exclude_disks: Vec::new(),
         insecure_tcp: false,
+        guest_first: false,
         guardian: env.guardian.clone(),
         clock: Arc::clone(&env.clock),
     }

@@ -55,6 +55,8 @@ pub struct SnapshotOptions {
     pub exclude_disks: Vec<String>,
     /// Allow a plaintext TCP export of the disks.
     pub insecure_tcp: bool,
+    /// The snapshot breaks before a write of the guest fails for want of scratch.
+    pub guest_first: bool,
 }
 
 /// A disk image and its format, which is given and never probed: a guest can forge the header of

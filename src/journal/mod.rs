@@ -28,13 +28,17 @@
 //!  node                             scratch nodes
 //!  socket       of the job          NBD server
 //!  freeze       by the guardian     by the guardian
+//!  pause                            guest first (*)
 //!  bitmap                           in the transaction  qemu-img bitmap
+//!  filter                           guest first (*)
 //!  job          job, checkpoint     transaction
 //!  export       of the job          snapshot nodes,
 //!                                   exports
 //!  process                                              qemu-nbd
 //!  manifest     the point exists    the same            the same
 //!  handover     older ones go       the same            the same
+//!
+//!  (*) instead of the job, with `--guest-first`; several disks at once need the pause
 //!
 //!               a restore ([`restore`])
 //!  temporary    a file or directory gets made, under a name that nothing else has
@@ -45,7 +49,7 @@
 //! ```
 //!
 //! Who undoes what is the platform's business (`reconcile` there), at the start of the next backup and
-//! for `vmbackup recover`. No step pauses a guest; whoever adds one adds its phase here.
+//! for `vmbackup recover`.
 //!
 //! The [`Probe`] is how tests stop a run just before or after a step: the list they go through is
 //! [`Phase::ALL`], so that none is forgotten.
@@ -85,8 +89,12 @@ pub enum Phase {
     Socket,
     /// The guest's file systems are frozen. Objects: the agent's socket, for a plain QEMU.
     Freeze,
+    /// The guest stands still for a moment.
+    Pause,
     /// Bitmaps in images. Objects: the images.
     Bitmap,
+    /// Filters between the guest's devices and their nodes. Objects: filter, node and device.
+    Filter,
     /// The backup job; with libvirt the job's checkpoint as well. Its name carries the point.
     Job,
     /// Exports, named after the point.
@@ -112,13 +120,15 @@ pub enum Phase {
 
 impl Phase {
     /// All of them, in the order of a run.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 18] = [
         Self::Checkpoint,
         Self::Scratch,
         Self::Node,
         Self::Socket,
         Self::Freeze,
+        Self::Pause,
         Self::Bitmap,
+        Self::Filter,
         Self::Job,
         Self::Export,
         Self::Process,
@@ -144,7 +154,9 @@ impl Phase {
             Self::Node => "node",
             Self::Socket => "socket",
             Self::Freeze => "freeze",
+            Self::Pause => "pause",
             Self::Bitmap => "bitmap",
+            Self::Filter => "filter",
             Self::Job => "job",
             Self::Export => "export",
             Self::Process => "process",

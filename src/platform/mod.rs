@@ -141,6 +141,9 @@ pub struct SnapshotRequest {
     pub exclude_disks: Vec<String>,
     /// Allow a plaintext TCP export of the disks where nothing else reaches the host.
     pub insecure_tcp: bool,
+    /// Whether the snapshot has to break before a write of the guest fails, or waits for long,
+    /// because scratch is full. A platform that cannot promise it refuses.
+    pub guest_first: bool,
     /// The program that becomes a freeze guardian when started as `PROGRAM guardian`; without one
     /// the guardian is a thread and ends with this process.
     pub guardian: Option<PathBuf>,

@@ -174,6 +174,7 @@ pub fn request(mode: BackupMode, n: u8, known: &[(u8, &[(&str, usize)])]) -> Sna
         scratch_dir: None,
         exclude_disks: Vec::new(),
         insecure_tcp: false,
+        guest_first: false,
         guardian: None,
         clock: std::sync::Arc::new(vmbackup::clock::SystemClock),
     }

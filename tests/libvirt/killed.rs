@@ -24,6 +24,8 @@ fn running_takes(phase: Phase) -> bool {
         | Phase::Socket
         | Phase::Export
         | Phase::Node
+        | Phase::Pause
+        | Phase::Filter
         | Phase::Bitmap
         | Phase::Process
         | Phase::Temporary
@@ -42,6 +44,8 @@ fn stopped_takes(phase: Phase) -> bool {
         | Phase::Job
         | Phase::Scratch
         | Phase::Node
+        | Phase::Pause
+        | Phase::Filter
         | Phase::Socket
         | Phase::Export
         | Phase::Temporary

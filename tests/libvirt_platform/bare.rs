@@ -164,6 +164,7 @@ pub(crate) fn request(id: u8) -> SnapshotRequest {
         scratch_dir: None,
         exclude_disks: Vec::new(),
         insecure_tcp: false,
+        guest_first: false,
         guardian: None,
         clock: std::sync::Arc::new(vmbackup::clock::SystemClock),
     }

@@ -15,6 +15,7 @@ mod machine;
 mod reading;
 
 mod frozen;
+mod guest_first;
 mod incremental;
 mod killed;
 mod leftovers;

@@ -49,8 +49,19 @@ impl Points {
     ) -> (PointId, Vec<Read>) {
         let point = machine.next_point();
         let request = SnapshotRequest { mode, ..self.request(machine, point) };
+        (point, self.back_up_as(machine, &request, meanwhile).await)
+    }
+
+    /// The same as asked for.
+    pub(crate) async fn back_up_as(
+        &mut self,
+        machine: &mut Machine,
+        request: &SnapshotRequest,
+        meanwhile: &[(&str, &str)],
+    ) -> Vec<Read> {
+        let point = request.point;
         let platform = machine.platform().await;
-        let mut snapshot = platform.open_snapshot(&request, &Control::new()).await.unwrap();
+        let mut snapshot = platform.open_snapshot(request, &Control::new()).await.unwrap();
         for (disk, what) in meanwhile {
             machine.guest(disk, what).await;
         }
@@ -61,7 +72,7 @@ impl Points {
         self.held.insert(point, held.collect());
         self.newest_first.insert(0, point);
         snapshot.commit().await.unwrap();
-        (point, reads)
+        reads
     }
 
     pub(crate) async fn read_all(&self, snapshot: &mut dyn VmSnapshot) -> Result<Vec<Read>> {
@@ -112,6 +123,7 @@ pub(crate) fn request(
         scratch_dir: Some(scratch.to_owned()),
         exclude_disks: Vec::new(),
         insecure_tcp: false,
+        guest_first: false,
         guardian: None,
         clock: std::sync::Arc::new(vmbackup::clock::SystemClock),
     }

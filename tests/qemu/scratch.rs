@@ -2,14 +2,14 @@
 
 use std::path::PathBuf;
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vmbackup::control::Control;
 use vmbackup::error::{Error, Kind};
 use vmbackup::platform::{Platform, SnapshotRequest, VmSnapshot};
 use vmbackup::vm::PointId;
 
-use crate::machine::Machine;
+use crate::machine::{FILLER, Guest, Machine};
 use crate::reading::{Points, open};
 
 /// A small file system in a machine's directory, unmounted with its guard.
@@ -40,7 +40,7 @@ impl Drop for Small {
 }
 
 /// Waits until the snapshot says that it was lost.
-pub(crate) async fn loss(snapshot: &mut dyn VmSnapshot) -> Error {
+async fn loss(snapshot: &mut dyn VmSnapshot) -> Error {
     for _ in 0..100 {
         if let Err(error) = snapshot.still_valid().await {
             return error;
@@ -54,7 +54,7 @@ pub(crate) async fn loss(snapshot: &mut dyn VmSnapshot) -> Error {
 async fn a_guest_of_a_plain_qemu_that_fills_scratch_writes_on_and_the_backup_is_given_up() {
     let machine = Machine::start().await;
     machine.guest("disk-a", "write -P 1 0 16M").await;
-    let small = Small::mount(&machine, "8m");
+    let small = Small::mount(&machine, "4m");
     let points = Points::default();
     let request = SnapshotRequest {
         scratch_dir: Some(small.path.clone()),
@@ -63,9 +63,9 @@ async fn a_guest_of_a_plain_qemu_that_fills_scratch_writes_on_and_the_backup_is_
     let platform = machine.platform().await;
     let mut snapshot = open(&platform, &request).await;
     // Nobody reads; the guest overwrites more than fits, and each of its writes succeeds.
-    for at in 0..16 {
-        machine.guest("disk-a", &format!("write -P 2 {at}M 1M")).await;
-        tokio::time::sleep(Duration::from_millis(150)).await;
+    for at in 0..48 {
+        machine.guest("disk-a", &format!("write -P 2 {}k 128k", at * 128)).await;
+        tokio::time::sleep(Duration::from_millis(100)).await;
     }
     let error = loss(snapshot.as_mut()).await;
     assert_eq!(error.kind(), Kind::NoSpace, "{error:?}");
@@ -76,7 +76,40 @@ async fn a_guest_of_a_plain_qemu_that_fills_scratch_writes_on_and_the_backup_is_
     snapshot.abort().await.unwrap();
     assert!(small.is_empty());
     machine.holds_only(&[]).await;
-    machine.guest("disk-a", "read -P 2 0 16M").await;
+    machine.guest("disk-a", "read -P 2 0 6M").await;
+}
+
+/// With nobody to end the jobs in time the guest stands still; its writes are not lost.
+#[tokio::test]
+async fn a_guest_that_a_killed_run_left_without_scratch_runs_on_with_the_next_on_a_plain_qemu() {
+    let mut machine = Machine::with(Guest::WillBoot(FILLER)).await;
+    machine.guest("disk-a", "write -P 1 1M 15M").await;
+    let small = Small::mount(&machine, "4m");
+    let (points, point) = (Points::default(), machine.next_point());
+    let request = SnapshotRequest {
+        scratch_dir: Some(small.path.clone()),
+        ..points.request(&machine, point)
+    };
+    let platform = machine.platform().await;
+    // Dropped, nobody watches; the jobs go on.
+    drop(open(&platform, &request).await);
+    machine.side.cont().await.unwrap();
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while machine.side.query_status().await.unwrap().status != "io-error" {
+        assert!(Instant::now() < deadline, "the guest does not fill scratch");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let point = machine.next_point();
+    let next = open(&platform, &points.request(&machine, point)).await;
+    assert!(small.is_empty());
+    // Each of its writes arrives: it stops at the first that fails.
+    while !machine.reads("disk-a", "read -P 0x77 1M 15M").await {
+        assert!(Instant::now() < deadline, "{:?}", machine.side.query_status().await);
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    assert!(machine.runs().await);
+    next.abort().await.unwrap();
+    machine.holds_only(&[]).await;
 }
 
 #[tokio::test]
@@ -97,7 +130,8 @@ async fn scratch_of_a_plain_qemu_that_is_short_or_vanishes_gives_the_backup_up()
     snapshot.still_valid().await.unwrap();
     let run = std::fs::read_dir(&small.path).unwrap().next().unwrap().unwrap().path();
     std::fs::rename(&run, small.path.join("moved")).unwrap();
-    let error = loss(snapshot.as_mut()).await;
+    tokio::time::sleep(Duration::from_millis(600)).await;
+    let error = snapshot.still_valid().await.unwrap_err();
     assert!(format!("{error:?}").contains("space for scratch is not known"), "{error:?}");
     machine.guest("disk-a", "write -P 2 0 16M").await;
     snapshot.abort().await.unwrap();

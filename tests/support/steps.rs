@@ -34,6 +34,8 @@ impl Restored {
             | Phase::Node
             | Phase::Socket
             | Phase::Freeze
+            | Phase::Pause
+            | Phase::Filter
             | Phase::Bitmap
             | Phase::Job
             | Phase::Export

@@ -196,6 +196,7 @@ impl Backup<'_> {
             scratch_dir: request.options.scratch_dir.clone(),
             exclude_disks: request.options.exclude_disks.clone(),
             insecure_tcp: request.options.insecure_tcp,
+            guest_first: request.options.guest_first,
             guardian: self.env.guardian.clone(),
             clock: Arc::clone(&self.env.clock),
         };

@@ -344,6 +344,7 @@ pub(super) fn request(mode: BackupMode, quiesce: Quiesce) -> Request {
             scratch_dir: None,
             exclude_disks: Vec::new(),
             insecure_tcp: false,
+            guest_first: false,
         },
         audit: Sample::default(),
         verify_source: Sample::None,

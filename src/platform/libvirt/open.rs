@@ -36,6 +36,19 @@ use crate::vm::{Artifact, ArtifactKind, FullReason, PointId, Quiescence};
 /// the domain's job lock.
 const BEGIN_TIMEOUT: Duration = Duration::from_secs(60);
 
+/// Refuses a promise that libvirt cannot keep: its jobs have no way to break before the guest's write
+/// fails (libvirt 11.3 sets no `on-cbw-error`), and the watch may be slower than the guest.
+pub(super) fn check_guest_first(request: &SnapshotRequest) -> Result<()> {
+    if !request.guest_first {
+        return Ok(());
+    }
+    let what = "libvirt cannot let a backup break before a write of the guest (--guest-first)";
+    Err(Error::new(Kind::Unsupported, what).hint(
+        "leave the option out: scratch is watched, and the backup given up while there is room; a \
+         guest that is faster stands still until then and runs on",
+    ))
+}
+
 /// Opens a snapshot of the domain.
 pub(super) async fn open(
     domain: &DomainHandle,
@@ -55,6 +68,7 @@ pub(super) async fn open(
         let snapshot = stopped::open(domain, survey, lock, request, control).await?;
         return Ok(Box::new(snapshot));
     }
+    check_guest_first(request)?;
     let places = Places::choose(&domain.host, &survey, &domain.name, request, &options.runtime_dir);
     let chain = BitmapNames::new(&request.repository, domain.uuid)?;
     let mut opening = Opening {

@@ -10,7 +10,7 @@ use super::connection::DomainHandle;
 use super::lock::DomainLock;
 use super::scratch::{Places, is_remote};
 use super::survey::Survey;
-use super::{LibvirtOptions, artifacts, job, quiesce, stopped};
+use super::{LibvirtOptions, artifacts, job, open, quiesce, stopped};
 use crate::error::{Kind, Result};
 use crate::image::bitmap::BitmapNames;
 use crate::platform::space::{Space, no_room};
@@ -54,6 +54,11 @@ pub(super) async fn plan(
             what: "no disk has anything to build on".into(),
             fix: "take a full backup first: 'vmbackup full'".into(),
         });
+    }
+    if survey.running
+        && let Err(error) = open::check_guest_first(request)
+    {
+        problems.push(Problem::fatal(&error));
     }
     let scratch = survey.running.then(|| scratch(domain, options, request, &survey, &mut problems));
     quiesce_problem(&survey, request, &mut problems);

@@ -102,32 +102,24 @@ pub(super) fn changes_bitmap(disk: &Disk, point: PointId, index: usize) -> Bitma
     BitmapRef { node: disk.node.name().to_owned(), name: Temp::Changes.name(point, index) }
 }
 
-/// What the transaction does with the bitmaps of a disk.
-pub(super) fn actions(
-    disk: &Disk,
-    base: Option<&Base>,
-    new: Option<&BitmapRef>,
-    changes: &BitmapRef,
-) -> Vec<Action> {
-    let mut actions = Vec::new();
-    if let Some(base) = base {
-        let name = base.bitmap.name.clone().expect("a base is found by name");
-        let source = BitmapRef { node: disk.node.name().to_owned(), name };
-        // Disabled, so that a read-only export may offer it.
-        let merged = NewBitmap {
-            granularity: u32::try_from(base.bitmap.granularity).ok(),
-            state: BitmapState::Disabled,
-            storage: BitmapStorage::Transient,
-        };
-        actions.push(Action::bitmap_add(changes, &merged));
-        actions.push(Action::bitmap_merge(changes, &[source]));
-    }
-    if let Some(new) = new {
-        let storage =
-            if disk.keeps_bitmaps() { BitmapStorage::Persistent } else { BitmapStorage::Transient };
-        actions.push(Action::bitmap_add(new, &NewBitmap { storage, ..NewBitmap::default() }));
-    }
-    actions
+/// Gathers what changed since the base into a bitmap of its own.
+pub(super) fn merge(disk: &Disk, base: &Base, changes: &BitmapRef) -> [Action; 2] {
+    let name = base.bitmap.name.clone().expect("a base is found by name");
+    let source = BitmapRef { node: disk.node.name().to_owned(), name };
+    // Disabled, so that a read-only export may offer it.
+    let merged = NewBitmap {
+        granularity: u32::try_from(base.bitmap.granularity).ok(),
+        state: BitmapState::Disabled,
+        storage: BitmapStorage::Transient,
+    };
+    [Action::bitmap_add(changes, &merged), Action::bitmap_merge(changes, &[source])]
+}
+
+/// Begins the new checkpoint of a disk.
+pub(super) fn begin(disk: &Disk, new: &BitmapRef) -> Action {
+    let storage =
+        if disk.keeps_bitmaps() { BitmapStorage::Persistent } else { BitmapStorage::Transient };
+    Action::bitmap_add(new, &NewBitmap { storage, ..NewBitmap::default() })
 }
 
 #[cfg(test)]

@@ -161,6 +161,7 @@ pub(super) mod tests {
             scratch_dir: None,
             exclude_disks: Vec::new(),
             insecure_tcp: false,
+            guest_first: false,
             guardian: None,
             clock: std::sync::Arc::new(crate::clock::SystemClock),
         }

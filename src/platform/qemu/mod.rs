@@ -20,15 +20,44 @@
 //! removes them first (`reconcile`), with what the journal says. The caller keeps two runs on one VM apart (`job` has a lock
 //! per VM): a leftover cannot be told from a run of somebody else's.
 //!
-//! Deliberately not here: QEMU before 7.0 (no `snapshot-access`), the explicit copy-before-write
-//! filter, VMs on other hosts (the export is a local socket). Bitmaps of lower layers of a backing
+//! A job that cannot keep old content fails the guest's write: QEMU 10.1 is the first whose jobs can be
+//! told otherwise, which they always are where they can. Before that there are two ways to keep a
+//! full scratch from hurting the guest. Scratch is watched, and the jobs are ended while there is
+//! room (`watch`): always, and as good as the watch is fast. With `guest_first` the guest's writes
+//! never fail for it and never wait longer than some seconds, whatever happens: filters of our own
+//! take the place of the jobs, and the instant breaks instead (`filter`). What that costs: a
+//! transaction cannot move devices, so the guest is paused for a moment where it has several disks
+//! (`pause`), and what a killed run leaves lies between the guest and its disks until the next
+//! command, or `recover`, takes it out. Therefore it is not the default.
+//!
+//! ```text
+//!  guest ──► filter (ours) ──► disk node [bitmaps]       on-cbw-error=break-snapshot
+//!               │   └────────► scratch node ──► work directory/0.raw
+//!               └── snapshot-access node ──► NBD export ──► … as above
+//! ```
+//!
+//! A filter that broke goes on, says nothing, and fails every read of the instant: so the instant of
+//! every disk is read once more by `still_valid`, whichever way it was kept. One that is not below
+//! its device any more would serve live data: that is asked for, too.
+//!
+//! Not here yet: giving scratch back for what is stored. QEMU allows it (seen on 10.0 with jobs and
+//! with filters of our own: with `discard=unmap` on the snapshot-access and scratch nodes and a
+//! writable export, an NBD TRIM of 8 MiB shrank the scratch file by 8 MiB, and later writes there
+//! copied nothing); a trimmed range can never be read again, which an audit, a damaged base and
+//! `--verify-source` all may ask for, so that only disks read in full, without the latter, could.
+//!
+//! Deliberately not here: QEMU before 7.0 (no `snapshot-access`), VMs on other hosts (the export is a
+//! local socket). Bitmaps of lower layers of a backing
 //! chain are not merged: a disk that got an overlay since its base is read in full.
 
 mod agent;
 mod checkpoint;
 mod disks;
 mod error;
+mod filter;
+mod instant;
 mod names;
+mod pause;
 mod plan;
 mod quiesce;
 mod reconcile;
@@ -46,6 +75,7 @@ pub use self::agent::AgentChannel;
 use self::checkpoint::Base;
 use self::disks::Disks;
 use self::error::failed;
+pub use self::pause::PausedGuest;
 use super::{BackupMode, Platform, RecoverRequest, SnapshotPlan, SnapshotRequest, VmSnapshot};
 use crate::control::Control;
 use crate::error::{Error, Kind, Result};

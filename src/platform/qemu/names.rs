@@ -33,6 +33,10 @@ pub(super) enum Temp {
     Export,
     /// The merged bitmap.
     Changes,
+    /// The copy-before-write filter, where there is no job.
+    Guard,
+    /// The node that says that we paused the guest.
+    Pause,
 }
 
 impl Temp {
@@ -44,6 +48,8 @@ impl Temp {
             Self::Snapshot => "snp",
             Self::Export => "exp",
             Self::Changes => "chg",
+            Self::Guard => "cbw",
+            Self::Pause => "pse",
         }
     }
 
@@ -102,8 +108,16 @@ mod tests {
 
     #[test]
     fn temporary_names_fit_a_node_name_and_are_recognised() {
-        let all =
-            [Temp::Scratch, Temp::Job, Temp::Filter, Temp::Snapshot, Temp::Export, Temp::Changes];
+        let all = [
+            Temp::Scratch,
+            Temp::Job,
+            Temp::Filter,
+            Temp::Snapshot,
+            Temp::Export,
+            Temp::Changes,
+            Temp::Guard,
+            Temp::Pause,
+        ];
         for kind in all {
             let name = kind.name(PointId([0xab; 16]), 1234);
             assert!(name.len() <= 31, "{name}");

@@ -6,7 +6,7 @@ use super::disks::Disk;
 use super::error::failed;
 use super::names::Temp;
 use super::snapshot::definition;
-use super::{Qemu, checkpoint, scratch_base};
+use super::{Qemu, checkpoint, filter, scratch_base};
 use crate::error::{Kind, Result};
 use crate::platform::space::{Space, no_room};
 use crate::platform::{PlannedDisk, Problem, Quiesce, ScratchPlan, SnapshotPlan, SnapshotRequest};
@@ -27,6 +27,12 @@ pub(super) async fn plan(qemu: &Qemu, request: &SnapshotRequest) -> Result<Snaps
     }
     problems.extend(others(qemu).await?);
     problems.extend(survey.disks.protected.iter().filter_map(untracked));
+    if request.guest_first
+        && !qemu.features.backup_on_cbw_error
+        && let Err(error) = filter::plan(qemu, &survey, |_| String::new()).await
+    {
+        problems.push(Problem::fatal(&error));
+    }
     if request.quiesce == Quiesce::Require && qemu.options.agent.is_none() {
         let what = "freezing is required and no guest agent socket is given".into();
         let fix = "give --agent SOCKET".into();

@@ -5,7 +5,7 @@
 //! ```
 //!
 //! Everything temporary carries our names (`names::Temp`); the journal adds what QEMU cannot tell:
-//! that the guest may be frozen, and where scratch was. The NBD server has no name and QEMU tells of
+//! that the guest may be frozen, where scratch was, and the node a device had before a filter. The NBD server has no name and QEMU tells of
 //! none: it is taken for ours only if other things of ours are there and nobody else has an NBD
 //! export. Bitmaps of other repositories are theirs to judge.
 
@@ -15,6 +15,7 @@ use qmp::Monitor;
 use qmp::block::{BitmapRef, Node};
 
 use super::error::failed;
+use super::filter::Filter;
 use super::names::Temp;
 use super::teardown::{OurServer, Things, remove_bitmap};
 use super::{Qemu, quiesce, scratch_base, work_dir};
@@ -32,7 +33,7 @@ pub(super) async fn reconcile(
     recovery: &mut Recovery,
 ) -> Result<()> {
     let thawed = thaw(qemu, journal, request.snapshot.guardian.as_deref(), recovery).await;
-    let things = leftovers(&qemu.monitor).await?;
+    let things = leftovers(&qemu.monitor, journal).await?;
     if things.tell(&qemu.identity.name, recovery) && recovery.changes() {
         things
             .take_down(&qemu.monitor)
@@ -136,10 +137,11 @@ fn close(
     Ok(())
 }
 
-async fn leftovers(monitor: &Monitor) -> Result<Things> {
+async fn leftovers(monitor: &Monitor, journal: &Journal) -> Result<Things> {
     let exports = monitor.query_block_exports().await.map_err(failed("cannot ask for exports"))?;
     let jobs = monitor.query_jobs().await.map_err(failed("cannot ask for jobs"))?;
     let nodes = monitor.query_named_block_nodes().await.map_err(failed("cannot ask for nodes"))?;
+    let devices = monitor.query_block().await.map_err(failed("cannot ask for the disks"))?;
     let node_names = |kind: Temp| {
         let of_kind = nodes.iter().map(Node::name).filter(move |name| kind.is(name));
         of_kind.map(str::to_owned).collect::<Vec<_>>()
@@ -154,10 +156,18 @@ async fn leftovers(monitor: &Monitor) -> Result<Things> {
         }
     }
     let foreign = exports.iter().any(|export| export.sort == "nbd" && !Temp::Export.is(&export.id));
+    let guards = node_names(Temp::Guard);
+    let filters = guards.iter().map(|name| {
+        let noted = journal.earlier().flat_map(|run| run.objects(Phase::Filter));
+        let noted = noted.filter_map(Path::to_str);
+        Filter::found(name, &devices, noted)
+    });
     let mut things = Things {
         exports: exports.into_iter().map(|e| e.id).filter(|id| Temp::Export.is(id)).collect(),
         server: None,
+        pause: node_names(Temp::Pause).pop(),
         snapshots: node_names(Temp::Snapshot),
+        filters: filters.collect(),
         jobs: jobs.into_iter().map(|job| job.id).filter(|id| Temp::Job.is(id)).collect(),
         scratch: node_names(Temp::Scratch),
         changes,

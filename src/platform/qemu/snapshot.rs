@@ -1,7 +1,7 @@
 //! The instant: opening it, reading it, ending it.
 //!
 //! ```text
-//!  reconcile ► check, survey ► scratch nodes ► NBD server ► freeze ► TRANSACTION ► thaw
+//!  reconcile ► check, survey ► scratch nodes ► NBD server ► the instant (`instant`)
 //!      ► snapshot nodes ► exports ► (reading) ► still valid? ► commit | abort
 //! ```
 //!
@@ -16,7 +16,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use qmp::block::BitmapRef;
 use qmp::export::NewExport;
-use qmp::{Action, BackupJob, Event, Monitor, OnTargetFailure, Received, Subscription, jobs};
+use qmp::{Event, Monitor, Received, Subscription, jobs};
 use serde_json::json;
 
 use super::disks::Disk;
@@ -25,8 +25,8 @@ use super::names::Temp;
 use super::teardown::{First, OurServer, Things, remove_bitmap};
 use super::watch::Watch;
 use super::work_dir::WorkDir;
-use super::{Qemu, QemuOptions, Survey, checkpoint, quiesce, reconcile, scratch_base};
-use crate::block::BlockSource;
+use super::{Qemu, QemuOptions, Survey, checkpoint, filter, reconcile, scratch_base};
+use crate::block::{BlockSource, Buffer};
 use crate::clock::Timestamp;
 use crate::control::{Control, NoticeLevel};
 use crate::error::{Error, Kind, Result};
@@ -35,9 +35,7 @@ use crate::image::bitmap::BitmapNames;
 use crate::journal::{Entry, Journal, Mode, Phase, Place, Recovery, Run};
 use crate::nbd::{Client, ClientOptions, NbdUri};
 use crate::platform::space::{self, Space, no_room};
-use crate::platform::{
-    Asked, Quiesce, RecoverRequest, SnapshotDisk, SnapshotRequest, VmSnapshot, tell,
-};
+use crate::platform::{Asked, RecoverRequest, SnapshotDisk, SnapshotRequest, VmSnapshot, tell};
 use crate::vm::{Artifact, Consistency, ExcludedDisk, NotCaptured, PointId, Quiescence, ReadMode};
 
 /// Connections QEMU lets in per disk: those of our client, and two to spare.
@@ -75,6 +73,12 @@ pub(super) async fn open(
     if Space::of(&base)?.is_low() {
         return Err(no_room(&base));
     }
+    let filters = match Keeper::of(qemu, request) {
+        Keeper::Jobs => Vec::new(),
+        Keeper::Filters => {
+            filter::plan(qemu, &survey, |index| Temp::Guard.name(request.point, index)).await?
+        }
+    };
     control.check()?;
     let QemuOptions { monitor, agent, name, .. } = qemu.options.clone();
     let failed = |e| Error::io(format!("cannot find {}", monitor.display()), e);
@@ -98,6 +102,7 @@ pub(super) async fn open(
     };
     journal.after(Phase::Scratch);
     let mut snapshot = Snapshot::new(qemu, request, survey, (work_dir, journal));
+    snapshot.things.filters = filters;
     match snapshot.set_up(qemu, request, control).await {
         Ok(()) => Ok(Box::new(snapshot)),
         Err(error) => {
@@ -110,32 +115,51 @@ pub(super) async fn open(
     }
 }
 
-struct Snapshot {
-    monitor: Monitor,
+pub(super) struct Snapshot {
+    pub(super) monitor: Monitor,
     events: Subscription,
-    point: PointId,
-    names: BitmapNames,
+    pub(super) point: PointId,
+    pub(super) names: BitmapNames,
     work_dir: WorkDir,
-    journal: Journal,
+    pub(super) journal: Journal,
+    /// What keeps what the guest overwrites.
+    pub(super) keeper: Keeper,
     /// Whether the guest is thawed for certain.
-    thaw: Thaw,
-    disks: Vec<OpenDisk>,
+    pub(super) thaw: Thaw,
+    pub(super) disks: Vec<OpenDisk>,
     described: Vec<SnapshotDisk>,
     excluded: Vec<ExcludedDisk>,
-    taken: Timestamp,
-    quiescence: Quiescence,
+    pub(super) taken: Timestamp,
+    pub(super) quiescence: Quiescence,
     not_captured: Vec<NotCaptured>,
-    things: Things,
+    pub(super) things: Things,
     /// From the instant until its jobs have ended.
     watch: Option<Watch>,
     /// Checkpoints the transaction made, or may have made.
-    checkpoints: Vec<BitmapRef>,
+    pub(super) checkpoints: Vec<BitmapRef>,
 }
 
 /// A disk of the snapshot and the base it is read against.
-struct OpenDisk {
-    disk: Disk,
-    base: Option<checkpoint::Base>,
+pub(super) struct OpenDisk {
+    pub(super) disk: Disk,
+    pub(super) base: Option<checkpoint::Base>,
+}
+
+/// What keeps what the guest overwrites.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Keeper {
+    /// Backup jobs, and the filters they bring.
+    Jobs,
+    /// Filters of our own.
+    Filters,
+}
+
+impl Keeper {
+    /// Filters where the guest comes first and jobs cannot let it.
+    fn of(qemu: &Qemu, request: &SnapshotRequest) -> Self {
+        let by_job = qemu.features.backup_on_cbw_error;
+        if request.guest_first && !by_job { Self::Filters } else { Self::Jobs }
+    }
 }
 
 impl Snapshot {
@@ -159,6 +183,7 @@ impl Snapshot {
             names,
             work_dir,
             journal,
+            keeper: Keeper::of(qemu, request),
             thaw: Thaw::Done,
             disks: open.map(|(disk, base)| OpenDisk { disk, base: base.ok() }).collect(),
             described,
@@ -234,65 +259,6 @@ impl Snapshot {
         Ok(socket)
     }
 
-    /// Freeze, transaction, thaw.
-    async fn take_instant(
-        &mut self,
-        qemu: &Qemu,
-        request: &SnapshotRequest,
-        control: &Control,
-    ) -> Result<()> {
-        let actions = self.actions(qemu);
-        let status = self.monitor.query_status().await;
-        let running = status.map_err(failed("cannot ask for the state"))?.running;
-        control.set_phase("freezing the guest");
-        let agent = qemu.options.agent.as_deref();
-        // All of it before the freeze: the guest does not wait for our disk.
-        self.note_instant(agent.filter(|_| request.quiesce != Quiesce::Never))?;
-        let frozen = match quiesce::freeze(agent, request, running).await {
-            Ok(frozen) => frozen,
-            Err((error, thaw)) => {
-                self.thaw = thaw;
-                return Err(error);
-            }
-        };
-        if matches!(frozen, quiesce::Frozen::Yes(_)) {
-            self.journal.after(Phase::Freeze);
-        }
-        control.set_phase("taking the instant");
-        self.journal.before(Phase::Job);
-        self.taken = request.clock.now();
-        let taken = self.monitor.transaction(&actions).await;
-        if taken.is_ok() {
-            self.journal.after(Phase::Job);
-            self.journal.after(Phase::Bitmap);
-        }
-        // Before anything else, whatever became of the transaction.
-        (self.quiescence, self.thaw) = frozen.thaw().await;
-        if matches!(self.thaw, Thaw::Done) {
-            self.journal.undone(self.point, &[Phase::Freeze])?;
-        }
-        let vm = &qemu.identity.name;
-        taken.map_err(|error| {
-            let error = failed(format!("cannot take the instant of VM '{vm}'"))(error);
-            match error.kind() {
-                Kind::Busy => error.hint("wait for, or cancel, the job that holds the disk"),
-                _ => error,
-            }
-        })
-    }
-
-    /// Writes down what the instant takes.
-    fn note_instant(&mut self, agent: Option<&Path>) -> Result<()> {
-        let entries = [Phase::Bitmap, Phase::Job, Phase::Export].map(Entry::of).into_iter();
-        let freeze = agent.map(|socket| Entry::files(Phase::Freeze, [socket]));
-        self.journal.note(entries.chain(freeze))?;
-        self.journal.before(Phase::Bitmap);
-        if agent.is_some() {
-            self.journal.before(Phase::Freeze);
-        }
-        Ok(())
-    }
-
     /// Closes this run's part of the journal, but for what may not be over.
     async fn close_journal(&mut self, undone: bool) -> Result<()> {
         let thawed = match &mut self.thaw {
@@ -307,35 +273,6 @@ impl Snapshot {
         }
     }
 
-    /// What happens at the instant, noted for undoing.
-    fn actions(&mut self, qemu: &Qemu) -> Vec<Action> {
-        let on_target_failure = if qemu.features.backup_on_cbw_error {
-            OnTargetFailure::BreakSnapshot
-        } else {
-            OnTargetFailure::BreakGuestWrite
-        };
-        let mut actions = Vec::new();
-        for (index, OpenDisk { disk, base }) in self.disks.iter().enumerate() {
-            let changes = checkpoint::changes_bitmap(disk, self.point, index);
-            let new = checkpoint::new_bitmap(disk, &self.names, self.point);
-            actions.extend(checkpoint::actions(disk, base.as_ref(), new.as_ref(), &changes));
-            if base.is_some() {
-                self.things.changes.push(changes);
-            }
-            self.checkpoints.extend(new);
-            let job = BackupJob {
-                id: Temp::Job.name(self.point, index),
-                device: disk.node.name().to_owned(),
-                target: Temp::Scratch.name(self.point, index),
-                filter: Temp::Filter.name(self.point, index),
-                on_target_failure,
-            };
-            actions.push(Action::backup(&job));
-            self.things.jobs.push(job.id);
-        }
-        actions
-    }
-
     async fn export(&mut self, qemu: &Qemu, index: usize) -> Result<()> {
         let OpenDisk { disk, base } = &self.disks[index];
         let node = Temp::Snapshot.name(self.point, index);
@@ -347,7 +284,10 @@ impl Snapshot {
         };
         let what = format!("cannot export the instant of disk {}", disk.name);
         self.things.snapshots.push(node.clone());
-        let filter = Temp::Filter.name(self.point, index);
+        let filter = match self.keeper {
+            Keeper::Jobs => Temp::Filter.name(self.point, index),
+            Keeper::Filters => Temp::Guard.name(self.point, index),
+        };
         let options = json!({ "driver": "snapshot-access", "node-name": node, "file": filter });
         self.monitor.blockdev_add(options).await.map_err(failed(what.clone()))?;
         self.things.exports.push(export.id.clone());
@@ -436,8 +376,47 @@ impl Snapshot {
                 return Err(lost(&format!("export {id} is gone")));
             }
         }
+        let devices = self.monitor.query_block().await;
+        let devices = devices.map_err(failed("cannot ask for the disks"))?;
+        if let Some(filter) = self.things.filters.iter().find(|f| !f.is_attached(&devices)) {
+            return Err(lost(&format!("{} has left its filter", filter.device)));
+        }
+        for index in 0..self.disks.len() {
+            self.check_read(index).await?;
+        }
         Ok(())
     }
+
+    /// Reads a little of a disk's instant: QEMU does not tell of one that broke.
+    async fn check_read(&self, index: usize) -> Result<()> {
+        let name = &self.disks[index].disk.name;
+        let uri = NbdUri::unix(self.work_dir.socket()?, export_name(index));
+        let options = ClientOptions { connections: 1, ..ClientOptions::default() };
+        let read = async {
+            let client = Client::open_uri(&uri, options).await?;
+            let geometry = client.geometry();
+            let len = geometry.size_bytes.min(geometry.align_bytes.max(512));
+            let len = usize::try_from(len).expect("a block fits memory");
+            client.read(0, Buffer::unbudgeted(vec![0; len])).await.map(drop)
+        };
+        let Err(error) = read.await else { return Ok(()) };
+        let directory = self.work_dir.scratch_dir();
+        if Space::of(directory).is_ok_and(Space::is_low) {
+            return Err(broke(name, directory).source(error));
+        }
+        Err(lost(&format!("that of disk {name} cannot be read any more")).source(error))
+    }
+}
+
+/// The instant gave way where the guest's write would have failed.
+fn broke(disk: &str, directory: &Path) -> Error {
+    let directory = directory.display();
+    let what = format!(
+        "scratch directory {directory} ran full and the instant of disk {disk} broke; the guest was \
+         not disturbed"
+    );
+    Error::new(Kind::NoSpace, what)
+        .hint("free space there, or name a larger local directory with --scratch-dir")
 }
 
 fn lost(why: &str) -> Error {
@@ -497,7 +476,7 @@ impl VmSnapshot for Snapshot {
 
     async fn still_valid(&mut self) -> Result<()> {
         let now = self.check_now().await.map_err(|error| match error.kind() {
-            Kind::SnapshotLost => error,
+            Kind::SnapshotLost | Kind::NoSpace => error,
             _ => lost("QEMU cannot be asked").source(error),
         });
         // The watch says why before it ends a job: what it says is there when the job is not.

@@ -12,6 +12,8 @@ use qmp::{Monitor, jobs};
 use tokio::time::Instant;
 
 use super::error::failed;
+use super::filter::Filter;
+use super::pause;
 use crate::error::{Error, Kind, Result};
 use crate::journal::Recovery;
 
@@ -31,10 +33,14 @@ pub(super) struct Things {
     pub(super) exports: Vec<String>,
     /// Whether the NBD server is ours.
     pub(super) server: Option<OurServer>,
+    /// The node that marks our pause of the guest.
+    pub(super) pause: Option<String>,
     /// snapshot-access nodes.
     pub(super) snapshots: Vec<String>,
     /// Jobs.
     pub(super) jobs: Vec<String>,
+    /// Filters that take the place of jobs.
+    pub(super) filters: Vec<Filter>,
     /// Scratch nodes.
     pub(super) scratch: Vec<String>,
     /// Merged bitmaps.
@@ -49,13 +55,18 @@ impl Things {
     /// Notes each of them; whether there are any.
     pub(super) fn tell(&self, vm: &str, recovery: &mut Recovery) -> bool {
         let changes = self.changes.iter().map(|bitmap| &bitmap.name);
+        let filters = self.filters.iter().map(|filter| &filter.name);
         let kinds = [
             ("export", self.exports.iter().collect::<Vec<_>>()),
             ("job", self.jobs.iter().collect()),
             ("node", self.snapshots.iter().chain(&self.scratch).collect()),
+            ("filter", filters.collect()),
             ("bitmap", changes.collect()),
         ];
-        let mut any = false;
+        let mut any = self.pause.is_some();
+        if any {
+            recovery.undo(format!("pause of VM '{vm}': it goes on"));
+        }
         for (kind, names) in kinds {
             for name in names {
                 any = true;
@@ -68,12 +79,10 @@ impl Things {
     /// Takes all of it down. Not cancel-safe: what was not reached stays for `reconcile`.
     pub(super) async fn take_down(&self, monitor: &Monitor) -> Result<()> {
         let mut first = First::default();
-        for id in &self.exports {
-            first.note(missing_is_fine(monitor.export_del(id, ExportEnd::Hard).await, || {
-                format!("cannot remove the export {id}")
-            }));
+        if let Some(marker) = &self.pause {
+            first.note(pause::go_on(monitor, marker).await.map(drop));
         }
-        first.note(self.exports_gone(monitor).await);
+        first.note(self.end_exports(monitor).await);
         if self.server.is_some() {
             first.note(stop_server(monitor).await);
         }
@@ -84,12 +93,27 @@ impl Things {
             first.note(end_job(monitor, id).await);
         }
         first.note(self.run_on(monitor).await);
+        for filter in &self.filters {
+            first.note(filter.remove(monitor).await);
+        }
         for node in &self.scratch {
             first.note(del_node(monitor, node).await);
         }
         for bitmap in &self.changes {
             first.note(remove_bitmap(monitor, bitmap).await);
         }
+        first.into()
+    }
+
+    /// Ends the exports and waits until nobody can read through them.
+    async fn end_exports(&self, monitor: &Monitor) -> Result<()> {
+        let mut first = First::default();
+        for id in &self.exports {
+            first.note(missing_is_fine(monitor.export_del(id, ExportEnd::Hard).await, || {
+                format!("cannot remove the export {id}")
+            }));
+        }
+        first.note(self.exports_gone(monitor).await);
         first.into()
     }
 
@@ -105,6 +129,20 @@ impl Things {
         }
         for id in &self.jobs {
             first.note(cancel_job(monitor, id).await);
+        }
+        if !self.filters.is_empty() {
+            // Nobody may read the instant any more: past its filter the guest changes it. QEMU lets a
+            // device leave only then, too ("Permission conflict").
+            first.note(self.end_exports(monitor).await);
+            for node in &self.snapshots {
+                first.note(del_node(monitor, node).await);
+            }
+            if !first.is_clean() {
+                return first.into();
+            }
+        }
+        for filter in &self.filters {
+            first.note(filter.detach(monitor).await);
         }
         first.note(self.run_on(monitor).await);
         first.into()
@@ -159,7 +197,8 @@ async fn stop_server(monitor: &Monitor) -> Result<()> {
     }
 }
 
-async fn del_node(monitor: &Monitor, node: &str) -> Result<()> {
+/// Removes a node; one that is not there is no error.
+pub(super) async fn del_node(monitor: &Monitor, node: &str) -> Result<()> {
     let what = || format!("cannot remove the block node {node}");
     missing_is_fine(monitor.blockdev_del(node).await, what)
 }

@@ -1,0 +1,140 @@
+//! A pause of the guest, for the instant of several disks that no transaction can give.
+//!
+//! ```text
+//!  guardian ──► running? ──► marker node ──► stop ──► (the instant) ──► cont ──► marker gone
+//!                                 │ run killed, or QEMU does not answer ▲
+//!                                 └── guardian, next run, `recover` ────┘  if the marker is there
+//! ```
+//!
+//! QEMU does not tell who stopped a guest. The marker does: a node without content that is there
+//! exactly as long as our pause may last. Whoever finds it lets the guest go on and removes it;
+//! without it nobody touches a paused guest, which is somebody else's.
+//!
+//! The run makes and ends the pause itself, over the monitor that only one client can have; the
+//! guardian ([`crate::freeze`]) gets the monitor when the run is gone.
+
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use qmp::block::is_missing;
+use qmp::{Address, Monitor};
+use serde_json::json;
+
+use super::error::failed;
+use crate::error::{Error, Kind, Result, with_causes};
+use crate::freeze::{self, FileSystem, Freezable, Guardian, Subject};
+
+/// How long the guardian waits for word. What it acts on is the end of the run: before that it does
+/// not get the monitor. The pause itself takes milliseconds, and as long as images take to be flushed.
+const BUDGET: Duration = Duration::from_secs(3600);
+/// Longest wait of the guardian for the monitor, and for one answer.
+const ANSWER: Duration = Duration::from_secs(5);
+/// What QEMU calls a guest that `stop` has stopped (qapi/run-state.json).
+const PAUSED: &str = "paused";
+
+/// A guest that may be paused now: somebody guards it.
+pub(super) struct Pause {
+    monitor: Monitor,
+    marker: String,
+    guard: freeze::Frozen,
+}
+
+impl Pause {
+    /// Sets the guardian up. Nothing is paused yet.
+    pub(super) async fn prepare(
+        monitor: &Monitor,
+        socket: &Path,
+        marker: &str,
+        program: Option<&Path>,
+    ) -> Result<Self> {
+        let socket = std::path::absolute(socket)
+            .map_err(|e| Error::io(format!("cannot resolve {}", socket.display()), e))?;
+        let (monitor, marker) = (monitor.clone(), marker.to_owned());
+        let subject = Subject::Paused { monitor: socket.clone(), marker: marker.clone() };
+        let own = Box::new(PausedGuest::new(socket, marker.clone()));
+        let nobody =
+            |reason| Error::new(Kind::Internal, format!("nobody guards the pause: {reason}"));
+        let guardian = Guardian::start(program, subject, own).await.map_err(nobody)?;
+        let guard = guardian.freeze(BUDGET).await.map_err(|failed| nobody(failed.reason))?;
+        Ok(Self { monitor, marker, guard })
+    }
+
+    /// Stops the guest, if it runs.
+    pub(super) async fn stop(&mut self) -> Result<()> {
+        let status = self.monitor.query_status().await;
+        if !status.map_err(failed("cannot ask for the state"))?.running {
+            return Ok(());
+        }
+        let node = json!({ "driver": "null-co", "node-name": self.marker, "size": 0 });
+        let added = self.monitor.blockdev_add(node).await;
+        added.map_err(failed("cannot mark the pause of the guest"))?;
+        self.monitor.stop().await.map_err(failed("cannot pause the guest"))
+    }
+
+    /// Lets it go on, if it was stopped here.
+    pub(super) async fn end(self) -> Result<()> {
+        go_on(&self.monitor, &self.marker).await?;
+        self.guard.release().await;
+        Ok(())
+    }
+}
+
+/// Lets a guest go on that the run of this marker has paused; whether there was one.
+pub(super) async fn go_on(monitor: &Monitor, marker: &str) -> Result<bool> {
+    let nodes = monitor.query_named_block_nodes().await.map_err(failed("cannot ask for nodes"))?;
+    if !nodes.iter().any(|node| node.name() == marker) {
+        return Ok(false);
+    }
+    let status = monitor.query_status().await.map_err(failed("cannot ask for the state"))?;
+    if status.status == PAUSED {
+        monitor.cont().await.map_err(failed("cannot let the guest go on"))?;
+    }
+    match monitor.blockdev_del(marker).await {
+        Err(error) if !is_missing(&error) => Err(failed("cannot unmark the pause")(error)),
+        _ => Ok(true),
+    }
+}
+
+/// The pause as its guardian sees it: there is nothing to make, only to end.
+pub struct PausedGuest {
+    socket: PathBuf,
+    marker: String,
+}
+
+impl PausedGuest {
+    /// The guest of the monitor at `socket`, whose pause `marker` tells.
+    pub fn new(socket: PathBuf, marker: String) -> Self {
+        Self { socket, marker }
+    }
+}
+
+#[async_trait]
+impl Freezable for PausedGuest {
+    async fn prepare(&mut self) -> Result<(), String> {
+        Ok(())
+    }
+
+    async fn file_systems(&mut self) -> Option<Vec<FileSystem>> {
+        None
+    }
+
+    async fn freeze(&mut self, _budget: Duration) -> Result<u32, String> {
+        Ok(1)
+    }
+
+    async fn thaw(&mut self) -> Result<u32, String> {
+        let options = qmp::Options { greeting: ANSWER, command: ANSWER };
+        let monitor = Monitor::connect(&Address::Unix(self.socket.clone()), options).await;
+        let monitor = monitor.map_err(|error| with_causes(&error))?;
+        let went_on = go_on(&monitor, &self.marker).await.map_err(|error| with_causes(&error))?;
+        Ok(u32::from(went_on))
+    }
+
+    async fn is_gone(&mut self) -> bool {
+        let connected = tokio::net::UnixStream::connect(&self.socket).await;
+        let gone = [ErrorKind::NotFound, ErrorKind::ConnectionRefused];
+        connected.is_err_and(|error| gone.contains(&error.kind()))
+    }
+}
