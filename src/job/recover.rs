@@ -19,7 +19,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use super::lock::{VmLock, Wait};
+use super::lock::{Patience, VmLock, Wait};
 use super::points::Bases;
 use super::restore::reconcile as restore;
 use super::source::{self, ImageSpec, SourceSpec};
@@ -73,7 +73,7 @@ pub struct VmReport {
 /// A recovery that has done what needs no repository.
 pub struct Begun {
     mode: Mode,
-    wait: Wait,
+    patience: Patience,
     found: Vec<Looked>,
     restores: Vec<VmReport>,
 }
@@ -82,21 +82,22 @@ pub struct Begun {
 ///
 /// Fails for a VM that was named and cannot be recovered; of all VMs the report says which.
 pub async fn begin(request: &Request, surroundings: Surroundings<'_>) -> Result<Begun> {
-    let job = Recover { mode: request.mode, wait: request.wait, surroundings };
+    let patience = Patience::new(request.wait);
+    let job = Recover { mode: request.mode, patience: &patience, surroundings };
     if request.mode == Mode::Undo {
         sweep_sockets();
     }
     let (found, only) = match &request.source {
         Some(source) => {
-            let platform = source::platform(source, surroundings.0).await?;
-            let report = job.first(platform.as_ref()).await?;
+            let platform = job.platform(source).await?;
+            let report = job.first(platform.as_ref(), patience.left()).await?;
             let only = Some(report.uuid);
             (vec![Looked { report, source: Some(source.clone()) }], only)
         }
         None => (job.all().await?, None),
     };
     let restores = job.restores(only).await?;
-    Ok(Begun { mode: request.mode, wait: request.wait, found, restores })
+    Ok(Begun { mode: request.mode, patience, found, restores })
 }
 
 impl Begun {
@@ -106,7 +107,7 @@ impl Begun {
         repository: Option<&Repository>,
         surroundings: Surroundings<'_>,
     ) -> Result<Report> {
-        let job = Recover { mode: self.mode, wait: self.wait, surroundings };
+        let job = Recover { mode: self.mode, patience: &self.patience, surroundings };
         for looked in &mut self.found {
             job.again(looked, repository).await?;
         }
@@ -122,8 +123,9 @@ pub(super) async fn run_on(
     platform: &dyn Platform,
     surroundings: Surroundings<'_>,
 ) -> Result<VmReport> {
-    let job = Recover { mode: Mode::Undo, wait: Wait::No, surroundings };
-    let mut report = job.first(platform).await?;
+    let patience = Patience::new(Wait::No);
+    let job = Recover { mode: Mode::Undo, patience: &patience, surroundings };
+    let mut report = job.first(platform, Wait::No).await?;
     report.items.extend(job.one(platform, Some(repository)).await?.items);
     Ok(report)
 }
@@ -136,7 +138,8 @@ struct Looked {
 
 struct Recover<'a> {
     mode: Mode,
-    wait: Wait,
+    /// For all VMs together.
+    patience: &'a Patience,
     surroundings: Surroundings<'a>,
 }
 
@@ -179,10 +182,16 @@ impl Recover<'_> {
             Err(error) => Err(error),
             Ok(_) if are_gone(&run.place) => self.gone(uuid, &run.name),
             Ok(platform) => {
-                source = Some(way);
-                self.first(platform.as_ref()).await
+                source = Some(way.clone());
+                self.first(platform.as_ref(), Wait::No).await
             }
         };
+        if recovered.as_ref().is_err_and(|error| error.kind() == Kind::Busy) {
+            // The next VM's guest may stand still: this one is waited for afterwards.
+            let report = VmReport { name: run.name, uuid, items: Vec::new(), problem: None };
+            found.push(Looked { report, source: Some(way) });
+            return;
+        }
         let report = match recovered {
             // Another VM has its monitor now.
             Ok(other) if other.uuid != uuid => {
@@ -198,12 +207,17 @@ impl Recover<'_> {
         found.push(Looked { report, source });
     }
 
+    /// The way to a VM; a monitor that another run has is waited for.
+    async fn platform(&self, source: &SourceSpec) -> Result<Box<dyn Platform>> {
+        let (env, control) = self.surroundings;
+        self.patience.until_free(control, || source::platform(source, env)).await
+    }
+
     /// What needs no repository. Nothing where things are only looked at: the second time tells all.
-    async fn first(&self, platform: &dyn Platform) -> Result<VmReport> {
+    async fn first(&self, platform: &dyn Platform, wait: Wait) -> Result<VmReport> {
         if self.mode == Mode::Undo {
-            return self
-                .ask(platform, (Bases::default(), NO_REPOSITORY.to_owned()), Asked::Later)
-                .await;
+            let none = (Bases::default(), NO_REPOSITORY.to_owned());
+            return self.ask(platform, none, (Asked::Later, wait)).await;
         }
         let VmIdentity { name, uuid, .. } = platform.identify().await?;
         Ok(VmReport { name, uuid, items: Vec::new(), problem: None })
@@ -211,10 +225,10 @@ impl Recover<'_> {
 
     /// The same VM again, now with the repository, if there is one.
     async fn again(&self, looked: &mut Looked, repository: Option<&Repository>) -> Result<()> {
-        let (env, control) = self.surroundings;
+        let (_, control) = self.surroundings;
         control.check()?;
         let Some(source) = looked.source.take() else { return Ok(()) };
-        let second = match source::platform(&source, env).await {
+        let second = match self.platform(&source).await {
             Ok(platform) => self.one(platform.as_ref(), repository).await,
             Err(error) => Err(error),
         };
@@ -237,14 +251,15 @@ impl Recover<'_> {
         repository: Option<&Repository>,
     ) -> Result<VmReport> {
         let none = || (Bases::default(), NO_REPOSITORY.to_owned());
+        let wait = self.patience.left();
         let Some(repository) = repository else {
-            return self.ask(platform, none(), Asked::No).await;
+            return self.ask(platform, none(), (Asked::No, wait)).await;
         };
         let uuid = platform.identify().await?.uuid;
         match Bases::read(repository, uuid).await {
-            Ok(bases) => self.ask(platform, (bases, repository.id()), Asked::Yes).await,
+            Ok(bases) => self.ask(platform, (bases, repository.id()), (Asked::Yes, wait)).await,
             Err(error) => {
-                let mut report = self.ask(platform, none(), Asked::No).await?;
+                let mut report = self.ask(platform, none(), (Asked::No, wait)).await?;
                 report.problem = Some(with_causes(&error));
                 Ok(report)
             }
@@ -255,11 +270,11 @@ impl Recover<'_> {
         &self,
         platform: &dyn Platform,
         (bases, id): (Bases, String),
-        repository: Asked,
+        (repository, wait): (Asked, Wait),
     ) -> Result<VmReport> {
         let (env, control) = self.surroundings;
         let vm = platform.identify().await?;
-        let lock = VmLock::acquire_after(self.wait, &env.state_dir, &vm, "recovery", control);
+        let lock = VmLock::acquire_after(wait, &env.state_dir, &vm, "recovery", control);
         let _lock = lock.await?;
         let snapshot = snapshot_request(&bases, id, env);
         let request = RecoverRequest { snapshot, repository, mode: self.mode };

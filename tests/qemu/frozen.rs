@@ -107,6 +107,8 @@ fn a_real_guest_of_a_plain_qemu_is_not_left_frozen() {
     std::fs::write(&path, "{\"version\":99,\"runs\":[]}").unwrap();
     let monitor = dir.join("qmp.sock");
     let (monitor, agent) = (monitor.to_str().unwrap(), dir.join("agent.sock"));
+    let said = env.vmbackup(&["recover", "--qmp", monitor]).ok().stdout;
+    assert!(said.contains("name its agent") && path.exists(), "{said}");
     let named = ["recover", "--qmp", monitor, "--agent", agent.to_str().unwrap()];
     let said = env.vmbackup(&named).ok().stdout;
     assert!(said.contains(".unreadable") && said.contains("thawed"), "{said}");

@@ -210,6 +210,11 @@ impl Listing {
 
 /// Writes a list durably under the name of `list` and a suffix, as copies get it; the name.
 pub(super) fn keep_beside(list: &Path, json: &[u8], point: PointId) -> Result<PathBuf> {
+    let directory = list.parent().filter(|parent| !parent.as_os_str().is_empty());
+    let directory = directory.unwrap_or(Path::new("."));
+    let fail = |e| no_room(Error::io(format!("cannot make {}", directory.display()), e));
+    // That of a list that is not beside images may not be there yet.
+    std::fs::create_dir_all(directory).map_err(fail)?;
     for number in 1..=BESIDE_MAX {
         let mut name = list.as_os_str().to_owned();
         name.push(format!(".restored-{}", point.short()));
@@ -223,8 +228,6 @@ pub(super) fn keep_beside(list: &Path, json: &[u8], point: PointId) -> Result<Pa
             Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => continue,
             file => file.map_err(fail)?,
         };
-        let directory = beside.parent().filter(|parent| !parent.as_os_str().is_empty());
-        let directory = directory.unwrap_or(Path::new("."));
         let sync = || std::fs::File::open(directory)?.sync_all();
         file.write_all(json).and_then(|()| file.sync_all()).and_then(|()| sync()).map_err(fail)?;
         return Ok(beside);
@@ -318,5 +321,21 @@ pub(super) fn advise(error: Error) -> Error {
              'restore --salvage' restores the rest, with zeroes where data is damaged",
         ),
         _ => error,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_list_is_kept_beside_also_where_its_directory_is_not_there_yet() {
+        let dir = tempfile::tempdir().unwrap();
+        let list = dir.path().join("damaged/00c0ffee.json");
+        for name in ["00c0ffee.json.restored-01010101", "00c0ffee.json.restored-01010101-2"] {
+            let kept = keep_beside(&list, b"{}", PointId([1; 16])).unwrap();
+            assert_eq!(kept, list.with_file_name(name));
+            assert_eq!(std::fs::read(kept).unwrap(), b"{}");
+        }
     }
 }

@@ -5,7 +5,7 @@
 //! ```
 //!
 //! The two do not share their places: who connects and never finishes the handshake keeps nobody
-//! out who does. A place is for as long as the client stays, because a guest may be idle for days;
+//! out who does. (Who connects anew faster than others can finish theirs does: that is for a firewall.) A place is for as long as the client stays, because a guest may be idle for days;
 //! only who took one and has never asked for anything since is cut off for those who wait.
 
 use std::collections::VecDeque;

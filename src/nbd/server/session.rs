@@ -9,7 +9,8 @@
 //! Bounded: a request takes its place (one of [`Limits::requests`]) and its memory
 //! ([`super::memory`]) before its payload is read and keeps them until its reply is written. A client
 //! that does not read its replies therefore stops being read, and after [`Limits::stall`] is cut off;
-//! so is one that reads or writes a byte now and then ([`super::pace`]). A request that was read is answered, whatever becomes of it: a task that panics answers with EIO.
+//! so is one that reads or writes a byte now and then ([`super::pace`]). A request that was read is
+//! answered, whatever becomes of it: a task that panics answers with EIO.
 //!
 //! When the client leaves or the server stops, what is in progress is finished and answered.
 
@@ -63,13 +64,25 @@ pub(super) async fn serve(
         stop,
         stop_at: None,
         shared: Arc::new(Shared { export, style, contexts, memory, replies }),
-        place,
+        place: &place,
         places: Arc::new(Semaphore::new(requests)),
     };
     let mut writing = std::pin::pin!(write(to_write, write_half, limits.stall));
+    // Whatever the reader waits for: memory that others hold, storage, a payload that drips.
+    let overdue = async {
+        stop.cancelled().await;
+        tokio::time::sleep(STOP_GRACE + limits.drain).await;
+    };
+    let reading = async {
+        tokio::select! {
+            end = reader.run() => end,
+            () = overdue => End::Stopped,
+        }
+    };
     // The reader owns the way to the writer; when it and the last task are gone, the writer ends.
+    // The client's place is kept until then: what it holds counts as long as it is held.
     tokio::select! {
-        end = reader.run() => match timeout(limits.drain, writing).await {
+        end = reading => match timeout(limits.drain, writing).await {
             Ok(Err(lost)) if !matches!(end, End::Violation(_)) => lost,
             Ok(_) => end,
             Err(_) => End::Stalled(limits.drain.as_secs(), "requests after the client left"),
@@ -130,7 +143,7 @@ struct Reader<'a> {
     stop_at: Option<Instant>,
     shared: Arc<Shared>,
     /// The client's among all clients.
-    place: Place,
+    place: &'a Place,
     places: Arc<Semaphore>,
 }
 
@@ -250,7 +263,7 @@ impl Reader<'_> {
     /// Reads a payload that nobody wants.
     async fn skip(&mut self, mut rest: u64) -> Result<(), End> {
         let mut piece = [0; 8192];
-        let mut pace = Pace::new("a payload", self.stall);
+        let mut pace = Pace::new("a payload", self.stall, rest);
         while rest > 0 {
             let take = usize::try_from(rest).unwrap_or(usize::MAX).min(piece.len());
             rest -= self.read(&mut piece[..take], &mut pace).await? as u64;
@@ -260,7 +273,7 @@ impl Reader<'_> {
 
     /// Fills `bytes`.
     async fn read_exact(&mut self, bytes: &mut [u8], what: &'static str) -> Result<(), End> {
-        let mut pace = Pace::new(what, self.stall);
+        let mut pace = Pace::new(what, self.stall, bytes.len() as u64);
         let mut done = 0;
         while done < bytes.len() {
             done += self.read(&mut bytes[done..], &mut pace).await?;
@@ -290,7 +303,8 @@ async fn write(
             reply.slices(&mut slices);
         }
         let mut rest = &mut slices[..];
-        let mut pace = Pace::new("a reply", stall);
+        let batch_bytes = rest.iter().map(|slice| slice.len() as u64).sum();
+        let mut pace = Pace::new("a reply", stall, batch_bytes);
         while !rest.is_empty() {
             let written = pace.step(half.write_vectored(rest)).await?;
             if written == 0 {

@@ -28,8 +28,10 @@ use super::{Qemu, Survey};
 use crate::error::{Error, Kind, Result};
 
 /// Seconds a write of the guest waits for scratch, then the instant breaks. More than a busy disk
-/// takes, less than a guest's own limit (30 s for SCSI in Linux).
-const WAIT_SECS: u32 = 5;
+/// takes, less than a guest's own limit (30 s for SCSI in Linux), and no more than older QEMUs can
+/// count: they hold nanoseconds in 32 bits (4.29 s; "block/copy-before-write: use uint64_t for timeout
+/// in nanoseconds", after 9.0).
+const WAIT_SECS: u32 = 4;
 /// Separates the parts of a filter in the journal.
 const SEPARATOR: char = '\t';
 
@@ -53,6 +55,26 @@ impl Filter {
         });
         let what = format!("cannot filter the writes of {}", self.device);
         monitor.blockdev_add(options).await.map_err(failed(what))
+    }
+
+    /// Fails unless the device is where it was found, and alone there: a job of somebody else has put
+    /// a node of its own between the two, or soon will, and would miss every write from now on.
+    pub(super) async fn check(filters: &[Self], monitor: &Monitor) -> Result<()> {
+        let devices = monitor.query_block().await.map_err(failed("cannot ask for the disks"))?;
+        for Self { node, device, .. } in filters {
+            let is_it = |found: &&Device| {
+                found.qdev.as_deref().is_some_and(|qdev| qom_path(qdev) == *device)
+            };
+            let found = devices.iter().find(is_it).and_then(|found| found.inserted.as_ref());
+            if found.map(qmp::block::Node::name) != node.as_deref() {
+                let what = format!("{device} has another image than a moment ago");
+                return Err(Error::new(Kind::SnapshotLost, what).hint("run it again"));
+            }
+        }
+        match foreign_job(monitor).await? {
+            Some(job) => Err(Error::new(Kind::Busy, format!("the block job '{job}' has begun"))),
+            None => Ok(()),
+        }
     }
 
     /// Moves the device onto the filter: its instant.

@@ -20,7 +20,7 @@ use super::pause::Pause;
 use super::snapshot::{Keeper, OpenDisk, Snapshot};
 use super::{Qemu, checkpoint, quiesce};
 use crate::control::Control;
-use crate::error::{Kind, Result};
+use crate::error::{Error, Kind, Result};
 use crate::freeze::Thaw;
 use crate::journal::{Entry, Phase};
 use crate::platform::{Quiesce, SnapshotRequest};
@@ -38,7 +38,7 @@ impl Snapshot {
         control.set_phase("freezing the guest");
         let agent = qemu.options.agent.as_deref();
         self.note_instant(agent.filter(|_| request.quiesce != Quiesce::Never))?;
-        let pause = self.prepare(qemu, request, running).await?;
+        let pause = self.prepare(qemu, request).await?;
         let frozen = match quiesce::freeze(agent, request, running).await {
             Ok(frozen) => frozen,
             Err((error, thaw)) => {
@@ -95,19 +95,15 @@ impl Snapshot {
     }
 
     /// What can be done before the guest stands still in any way; the pause that the instant needs.
-    async fn prepare(
-        &mut self,
-        qemu: &Qemu,
-        request: &SnapshotRequest,
-        running: bool,
-    ) -> Result<Option<Pause>> {
+    async fn prepare(&mut self, qemu: &Qemu, request: &SnapshotRequest) -> Result<Option<Pause>> {
         if self.keeper == Keeper::Jobs {
             return Ok(None);
         }
         for (index, filter) in self.things.filters.iter().enumerate() {
             filter.add(&self.monitor, &Temp::Scratch.name(self.point, index)).await?;
         }
-        if !running || self.disks.len() < 2 {
+        // Also of a guest that stands still: somebody may let it go on.
+        if self.disks.len() < 2 {
             return Ok(None);
         }
         let marker = Temp::Pause.name(self.point, 0);
@@ -153,8 +149,11 @@ impl Snapshot {
             Some(pause) => pause.end().await,
             None => Ok(()),
         };
-        if went_on.is_ok() {
-            self.things.pause = None;
+        match &went_on {
+            Ok(()) => self.things.pause = None,
+            Err(error) => {
+                tracing::error!(%error, "the guest is paused; it goes on when this is undone");
+            }
         }
         moved.and(went_on)
     }
@@ -166,10 +165,16 @@ impl Snapshot {
         }
         self.journal.after(Phase::Bitmap);
         self.journal.before(Phase::Filter);
+        Filter::check(&self.things.filters, &self.monitor).await?;
         for filter in &self.things.filters {
             filter.attach(&self.monitor).await?;
         }
         self.journal.after(Phase::Filter);
+        let status = self.monitor.query_status().await;
+        if status.map_err(failed("cannot ask for the state"))?.running && self.disks.len() > 1 {
+            let what = "somebody let the guest go on between the instants of its disks";
+            return Err(Error::new(Kind::SnapshotLost, what).hint("run it again"));
+        }
         Ok(())
     }
 

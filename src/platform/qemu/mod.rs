@@ -167,9 +167,7 @@ impl Qemu {
             self.monitor.query_status().await.map_err(failed("cannot ask for the state"))?;
         let migration = self.monitor.query_migrate_status().await;
         let migration = migration.map_err(failed("cannot ask for the migration"))?;
-        // Everything else is the end of a migration (qapi/migration.json, MigrationStatus).
-        let settled = ["none", "completed", "failed", "cancelled"];
-        let moving = migration.as_deref().is_some_and(|status| !settled.contains(&status));
+        let moving = is_moving(migration.as_deref());
         let elsewhere = ["inmigrate", "postmigrate", "finish-migrate"];
         if moving || elsewhere.contains(&status.status.as_str()) {
             return Err(Error::new(Kind::Busy, format!("VM '{vm}' is being migrated"))
@@ -266,6 +264,13 @@ impl Platform for Qemu {
     ) -> Result<Box<dyn VmSnapshot>> {
         snapshot::open(self, request, control).await
     }
+}
+
+/// Whether this is the status of a migration that has not ended (qapi/migration.json,
+/// `MigrationStatus`).
+fn is_moving(status: Option<&str>) -> bool {
+    let settled = ["none", "completed", "failed", "cancelled"];
+    status.is_some_and(|status| !settled.contains(&status))
 }
 
 #[cfg(test)]

@@ -18,7 +18,7 @@ use super::error::failed;
 use super::filter::Filter;
 use super::names::Temp;
 use super::teardown::{OurServer, Things, remove_bitmap};
-use super::{Qemu, quiesce, scratch_base, work_dir};
+use super::{Qemu, pause, quiesce, scratch_base, work_dir};
 use crate::error::Result;
 use crate::image::bitmap::BitmapNames;
 use crate::journal::{Action, Journal, Phase, Recovery};
@@ -32,8 +32,16 @@ pub(super) async fn reconcile(
     request: &RecoverRequest,
     recovery: &mut Recovery,
 ) -> Result<()> {
+    let things = leftovers(&qemu.monitor, journal).await;
+    // The agent of a paused guest does not answer.
+    if let Ok(Things { pause: Some(marker), .. }) = &things
+        && recovery.changes()
+        && let Err(error) = pause::go_on(&qemu.monitor, marker).await
+    {
+        tracing::warn!(%error, "the guest is still paused");
+    }
     let thawed = thaw(qemu, journal, request.snapshot.guardian.as_deref(), recovery).await;
-    let things = leftovers(&qemu.monitor, journal).await?;
+    let things = things?;
     if things.tell(&qemu.identity.name, recovery) && recovery.changes() {
         things
             .take_down(&qemu.monitor)
@@ -68,10 +76,11 @@ async fn thaw(
     let name = &qemu.identity.name;
     if journal.is_unreadable() {
         let path = journal.path().display();
-        let text = format!(
-            "journal {path}, which cannot be read and gets the ending '.unreadable': the guest of VM \
-             '{name}' may have been frozen; name its agent (--agent) to have it thawed"
-        );
+        let then = match qemu.options.agent {
+            Some(_) => "and gets the ending '.unreadable'",
+            None => "and may tell of a frozen guest: name its agent (--agent) to have it thawed",
+        };
+        let text = format!("journal {path} of VM '{name}', which cannot be read {then}");
         recovery.note(Action::Kept, text);
     }
     let mut frozen = journal.earlier().filter(|run| run.has(Phase::Freeze));
@@ -80,7 +89,9 @@ async fn thaw(
         return true;
     }
     let noted = run.and_then(|run| run.objects(Phase::Freeze).next());
-    let Some(socket) = qemu.options.agent.as_deref().or(noted) else { return true };
+    let Some(socket) = qemu.options.agent.as_deref().or(noted) else {
+        return !journal.is_unreadable();
+    };
     if !recovery.undo(format!("file systems of VM '{name}', which may be frozen: thawed")) {
         return false;
     }

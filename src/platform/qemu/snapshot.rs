@@ -25,7 +25,7 @@ use super::names::Temp;
 use super::teardown::{First, OurServer, Things, remove_bitmap};
 use super::watch::Watch;
 use super::work_dir::WorkDir;
-use super::{Qemu, QemuOptions, Survey, checkpoint, filter, reconcile, scratch_base};
+use super::{Qemu, QemuOptions, Survey, checkpoint, filter, is_moving, reconcile, scratch_base};
 use crate::block::{BlockSource, Buffer};
 use crate::clock::Timestamp;
 use crate::control::{Control, NoticeLevel};
@@ -124,6 +124,8 @@ pub(super) struct Snapshot {
     pub(super) journal: Journal,
     /// What keeps what the guest overwrites.
     pub(super) keeper: Keeper,
+    /// Whether jobs give the instant up without a word where scratch fails.
+    breaks: bool,
     /// Whether the guest is thawed for certain.
     pub(super) thaw: Thaw,
     pub(super) disks: Vec<OpenDisk>,
@@ -184,6 +186,7 @@ impl Snapshot {
             work_dir,
             journal,
             keeper: Keeper::of(qemu, request),
+            breaks: qemu.features.backup_on_cbw_error,
             thaw: Thaw::Done,
             disks: open.map(|(disk, base)| OpenDisk { disk, base: base.ok() }).collect(),
             described,
@@ -297,9 +300,13 @@ impl Snapshot {
     /// Ends the snapshot; the checkpoints stay.
     async fn end(&mut self) -> Result<()> {
         let mut first = First::default();
-        first.note(self.things.take_down(&self.monitor).await);
-        self.watch = None;
-        first.note(self.work_dir.remove());
+        let taken_down = self.things.take_down(&self.monitor).await;
+        // Scratch that is still written stays where it is seen, and watched as long as we are here.
+        if taken_down.is_ok() {
+            self.watch = None;
+            first.note(self.work_dir.remove());
+        }
+        first.note(taken_down);
         first.into()
     }
 
@@ -380,6 +387,15 @@ impl Snapshot {
         let devices = devices.map_err(failed("cannot ask for the disks"))?;
         if let Some(filter) = self.things.filters.iter().find(|f| !f.is_attached(&devices)) {
             return Err(lost(&format!("{} has left its filter", filter.device)));
+        }
+        if self.keeper == Keeper::Jobs && !self.breaks {
+            return Ok(());
+        }
+        // No job of ours keeps a migration from beginning, and its other end writes past the filters.
+        let migration = self.monitor.query_migrate_status().await;
+        let migration = migration.map_err(failed("cannot ask for the migration"))?;
+        if is_moving(migration.as_deref()) {
+            return Err(lost("the VM is being migrated"));
         }
         for index in 0..self.disks.len() {
             self.check_read(index).await?;
