@@ -85,33 +85,19 @@ impl Budget {
     /// A buffer of `len` bytes as soon as the budget has room for it. A buffer larger than the
     /// whole budget waits for all of it, so one request always gets through. Cancel-safe.
     pub async fn take(&self, len: usize) -> Buffer {
-        let permit = self.permit(len).await;
-        let mut bytes = self.shared.spare().take(len);
-        if bytes.is_empty() {
-            // Fresh memory is zero already, most of the time.
-            bytes = vec![0; len + ALIGN_BYTES];
-        } else {
-            bytes.resize(len + ALIGN_BYTES, 0);
-        }
-        let start = bytes.as_ptr().align_offset(ALIGN_BYTES).min(ALIGN_BYTES);
-        let whole = start..start + len;
-        let home = Some((Arc::clone(&self.shared), permit));
-        Buffer { window: whole.clone(), whole, bytes, home }
+        self.share(len).await.into_buffer(len)
     }
 
     /// A share without a buffer, for `len` bytes that are in other memory. Cancel-safe.
     pub async fn share(&self, len: usize) -> Share {
-        Share { _permit: self.permit(len).await }
-    }
-
-    async fn permit(&self, len: usize) -> OwnedSemaphorePermit {
         let permits = u32::try_from(len.div_ceil(PERMIT_BYTES))
             .unwrap_or(u32::MAX)
             .clamp(1, self.shared.permits_max);
-        Arc::clone(&self.shared.permits)
+        let permit = Arc::clone(&self.shared.permits)
             .acquire_many_owned(permits)
             .await
-            .expect("the semaphore of a budget is never closed")
+            .expect("the semaphore of a budget is never closed");
+        Share { shared: Arc::clone(&self.shared), permit }
     }
 }
 
@@ -155,10 +141,28 @@ impl Buffer {
     }
 }
 
-/// A share of a budget without the buffer it came with: for what was made of its bytes.
+/// A share of a budget without a buffer: for what is in other memory, or was made of its bytes.
 #[derive(Debug)]
 pub struct Share {
-    _permit: OwnedSemaphorePermit,
+    shared: Arc<Shared>,
+    permit: OwnedSemaphorePermit,
+}
+
+impl Share {
+    /// A buffer of `len` bytes, which the share was taken for.
+    pub fn into_buffer(self, len: usize) -> Buffer {
+        let Self { shared, permit } = self;
+        let mut bytes = shared.spare().take(len);
+        if bytes.is_empty() {
+            // Fresh memory is zero already, most of the time.
+            bytes = vec![0; len + ALIGN_BYTES];
+        } else {
+            bytes.resize(len + ALIGN_BYTES, 0);
+        }
+        let start = bytes.as_ptr().align_offset(ALIGN_BYTES).min(ALIGN_BYTES);
+        let whole = start..start + len;
+        Buffer { window: whole.clone(), whole, bytes, home: Some((shared, permit)) }
+    }
 }
 
 impl Buffer {
@@ -171,7 +175,7 @@ impl Buffer {
         shared.spare().give(bytes, shared.budget_bytes());
         let surplus = permit.num_permits().saturating_sub(len.div_ceil(PERMIT_BYTES).max(1));
         drop(permit.split(surplus));
-        Some(Share { _permit: permit })
+        Some(Share { shared, permit })
     }
 }
 

@@ -4,7 +4,7 @@
 use std::fs;
 
 use crate::fixture::Fixture;
-use crate::support::{Outcome, Process, is_listening, wait_until};
+use crate::support::{Outcome, Process, SmallDisk, is_listening, wait_until};
 
 #[test]
 fn a_repository_that_is_not_there_is_not_made_by_a_backup() {
@@ -112,7 +112,7 @@ fn a_full_target_is_refused_before_the_first_write_and_nothing_is_left() {
     let env = &fixture.env;
     fixture.write(0, b"data", 3 << 20);
     let point = fixture.point();
-    let small = SmallDisk::mount(&fixture);
+    let small = SmallDisk::mount(&fixture.env.path("."), "2M");
     let to = small.path.join("to");
     let outcome = env.vmbackup(&["restore", &point, "--to", to.to_str().unwrap()]);
     let outcome = outcome.fails_with(&["free"]);
@@ -129,7 +129,7 @@ fn a_target_that_fills_up_while_it_is_written_is_left_clean_and_says_what_to_do(
     fixture.write(0, b"begin", 512 << 10);
     fixture.write((3 << 20) - (256 << 10), b"end", (256 << 10) + 4096);
     let point = fixture.point();
-    let small = SmallDisk::mount(&fixture);
+    let small = SmallDisk::mount(&fixture.env.path("."), "2M");
     fs::write(small.path.join("other"), vec![1; (2 << 20) - (776 << 10)]).unwrap();
     let to = small.path.join("to");
     let args = ["restore", &point, "--to", to.to_str().unwrap(), "--format", "qcow2"];
@@ -155,7 +155,7 @@ fn a_target_directory_is_made_but_not_the_one_it_is_in() {
 fn a_full_repository_fails_the_backup_and_keeps_the_points_it_has() {
     let fixture = Fixture::new();
     let env = &fixture.env;
-    let small = SmallDisk::mount(&fixture);
+    let small = SmallDisk::mount(&fixture.env.path("."), "2M");
     let repo = small.path.join("repo").display().to_string();
     env.vmbackup(&["repo", "init", "--no-key", "--repo", &repo]).ok();
     let run = || fixture.back_up(&["full", "--repo", &repo]);
@@ -261,25 +261,4 @@ fn largest_file(directory: &std::path::Path) -> std::path::PathBuf {
         }
     }
     files.into_iter().max().expect("a file").1
-}
-
-/// A file system of 2 MiB, unmounted when dropped.
-pub(crate) struct SmallDisk {
-    pub(crate) path: std::path::PathBuf,
-}
-
-impl SmallDisk {
-    pub(crate) fn mount(fixture: &Fixture) -> Self {
-        let path = fixture.env.path("small");
-        fs::create_dir(&path).unwrap();
-        let at = path.to_str().unwrap();
-        fixture.env.run("mount", &["-t", "tmpfs", "-o", "size=2M", "vmbtest", at]).ok();
-        Self { path }
-    }
-}
-
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        let _ = std::process::Command::new("umount").arg(&self.path).status();
-    }
 }

@@ -4,7 +4,7 @@
 use std::process::{Child, Stdio};
 
 use crate::fixture::Fixture;
-use crate::support::{Outcome, wait_until};
+use crate::support::{Outcome, SmallDisk, wait_until};
 
 /// An image opened for writing, as by a VM that runs; ended when dropped.
 struct InUse(Child);
@@ -103,7 +103,7 @@ fn a_password_file_that_is_missing_is_named_with_the_way_it_was_given() {
 fn a_copy_into_a_full_file_system_says_where_to_make_room() {
     let fixture = Fixture::new();
     fixture.write(0, b"data", 3 << 20);
-    let small = crate::errors::SmallDisk::mount(&fixture);
+    let small = SmallDisk::mount(&fixture.env.path("."), "2M");
     for name in ["copy.raw", "copy.qcow2"] {
         let to = small.path.join(name).display().to_string();
         let from = fixture.image.display().to_string();
@@ -211,7 +211,7 @@ fn a_backup_of_no_disk_at_all_is_refused() {
 fn a_file_system_that_is_read_only_is_not_a_matter_of_who_runs_it() {
     let fixture = Fixture::new();
     let point = fixture.point();
-    let small = crate::errors::SmallDisk::mount(&fixture);
+    let small = SmallDisk::mount(&fixture.env.path("."), "2M");
     let there = small.path.display().to_string();
     let repo = small.path.join("repo").display().to_string();
     fixture.env.run("cp", &["-a", fixture.env.repo().to_str().unwrap(), &repo]).ok();

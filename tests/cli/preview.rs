@@ -5,9 +5,8 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use crate::errors::SmallDisk;
 use crate::fixture::{DISK, DISK_BYTES, Fixture};
-use crate::support::{Process, TestEnv, is_listening, wait_until};
+use crate::support::{Process, SmallDisk, TestEnv, is_listening, wait_until};
 
 /// Everything below a directory.
 fn tree(directory: &Path) -> Vec<PathBuf> {
@@ -88,7 +87,7 @@ fn all_that_is_in_the_way_is_told_at_once_each_with_its_fix() {
     let name = |at: usize| report["disks"][at]["name"].as_str().unwrap();
     let device = env.path("device");
     File::create(&device).unwrap().set_len(1 << 20).unwrap();
-    let small = SmallDisk::mount(&fixture);
+    let small = SmallDisk::mount(&fixture.env.path("."), "2M");
     let to = small.path.join("missing/to");
     let devices = [format!("{}={}", name(0), device.display()), "vdx=/dev/null".to_owned()];
     let mut args = vec!["restore", "pair@latest", "--to", to.to_str().unwrap()];

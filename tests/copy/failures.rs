@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use crate::ends::is_running;
-use crate::support::{NbdServer, Process, TestEnv, wait_until};
+use crate::support::{NbdServer, Process, SmallDisk, TestEnv, wait_until};
 
 fn source(env: &TestEnv, len: usize) -> PathBuf {
     let path = env.path("source.raw");
@@ -74,26 +74,6 @@ fn a_full_target_ends_the_copy_with_its_name_and_the_offset() {
     outcome.fails_with(&["cannot write bytes", &uri, "no space left", "after 0 bytes"]);
 }
 
-/// A file system that is unmounted when dropped.
-struct SmallDisk(PathBuf);
-
-impl SmallDisk {
-    fn mount(env: &TestEnv, size: &str) -> Self {
-        let path = env.path("small");
-        fs::create_dir_all(&path).unwrap();
-        env.run("mount", &["-t", "tmpfs", "-o", &format!("size={size}"), "vmbtest", text(&path)])
-            .ok();
-        Self(path)
-    }
-}
-
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        // Nothing is left to tell it to.
-        let _ = std::process::Command::new("umount").arg(&self.0).status();
-    }
-}
-
 /// A write of part of a grain that vmdk could not copy up came back as an invalid argument.
 #[test]
 fn a_full_file_system_is_told_whatever_the_format() {
@@ -104,9 +84,9 @@ fn a_full_file_system_is_told_whatever_the_format() {
     }
     let source = env.path("source.raw");
     fs::write(&source, bytes).unwrap();
-    let small = SmallDisk::mount(&env, "4M");
+    let small = SmallDisk::mount(&env.path("."), "4M");
     for format in ["vmdk", "vdi", "qcow2", "vhdx"] {
-        let image = small.0.join(format!("image.{format}"));
+        let image = small.path.join(format!("image.{format}"));
         let target = format!("{format}:{}", text(&image));
         let check = |how: &[&str]| {
             let outcome = env.vmbackup(&[&["copy", text(&source), &target][..], how].concat());

@@ -16,35 +16,7 @@ use vmbackup::platform::{Platform, Quiesce, VmSnapshot};
 
 use crate::bare::{Bare, known, point, qcow2, request, take};
 use crate::quiesce::options;
-use crate::support::{DiskFormat, Domain, DomainSpec, Outcome, TestEnv, wait_until};
-
-/// A small file system, unmounted with its guard.
-struct Small<'env> {
-    env: &'env TestEnv,
-    path: PathBuf,
-}
-
-impl<'env> Small<'env> {
-    fn mount(env: &'env TestEnv) -> Self {
-        let path = env.path("small");
-        std::fs::create_dir(&path).expect("own directory");
-        let small = Self { env, path };
-        let mount = ["-t", "tmpfs", "-o", "size=48m,mode=777", "vmbtest"];
-        Outcome::of(env.command("mount").args(mount).arg(&small.path)).ok();
-        small
-    }
-
-    fn files(&self) -> Vec<PathBuf> {
-        let entries = std::fs::read_dir(&self.path).expect("mounted");
-        entries.map(|entry| entry.expect("readable").path()).collect()
-    }
-}
-
-impl Drop for Small<'_> {
-    fn drop(&mut self) {
-        Outcome::of(self.env.command("umount").arg("-l").arg(&self.path));
-    }
-}
+use crate::support::{DiskFormat, Domain, DomainSpec, Outcome, SmallDisk, TestEnv, wait_until};
 
 /// Waits until the snapshot says that it was lost.
 async fn loss(snapshot: &mut dyn VmSnapshot) -> Error {
@@ -61,7 +33,7 @@ async fn loss(snapshot: &mut dyn VmSnapshot) -> Error {
 async fn a_guest_that_fills_scratch_writes_on_and_the_backup_is_given_up() {
     let env = TestEnv::new();
     // Before the domain starts: its QEMU lives in a mount namespace of its own.
-    let small = Small::mount(&env);
+    let small = SmallDisk::mount(&env.path("."), "48M");
     let (domain, mut guest) = Domain::boot(&env, &DomainSpec::with_disks(&[DiskFormat::Qcow2]));
     guest.run("dd if=/dev/zero of=/dev/vda bs=1M count=64 conv=notrunc,fsync 2>/dev/null");
     let platform = Libvirt::open(options(&env, &domain)).await.expect("connects");
@@ -87,7 +59,7 @@ async fn a_guest_that_fills_scratch_writes_on_and_the_backup_is_given_up() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_guest_that_a_killed_run_left_without_scratch_runs_on_with_the_next() {
     let env = TestEnv::new();
-    let small = Small::mount(&env);
+    let small = SmallDisk::mount(&env.path("."), "48M");
     let (domain, mut guest) = Domain::boot(&env, &DomainSpec::with_disks(&[DiskFormat::Qcow2]));
     guest.run("dd if=/dev/zero of=/dev/vda bs=1M count=64 conv=notrunc,fsync 2>/dev/null");
     let platform = Libvirt::open(options(&env, &domain)).await.expect("connects");

@@ -8,8 +8,7 @@ use vmbackup::vm::ReadMode;
 
 use crate::machine::{COUNTER, Guest, Machine};
 use crate::reading::{Points, open};
-use crate::scratch::Small;
-use crate::support::TestEnv;
+use crate::support::{SmallDisk, TestEnv};
 
 fn first(request: SnapshotRequest) -> SnapshotRequest {
     SnapshotRequest { guest_first: true, ..request }
@@ -19,7 +18,7 @@ fn first(request: SnapshotRequest) -> SnapshotRequest {
 async fn a_write_that_fills_scratch_completes_and_the_instant_breaks() {
     let mut machine = Machine::with(Guest::Idle).await;
     machine.guest("disk-a", "write -P 1 0 16M").await;
-    let small = Small::mount(&machine, "8m");
+    let small = SmallDisk::mount(&machine.path("."), "8m");
     let (mut points, point) = (Points::default(), machine.next_point());
     let mut request = first(points.request(&machine, point));
     request.scratch_dir = Some(small.path.clone());
@@ -35,7 +34,7 @@ async fn a_write_that_fills_scratch_completes_and_the_instant_breaks() {
     assert!(points.read_all(snapshot.as_mut()).await.is_err(), "nothing is read as the instant");
     snapshot.abort().await.unwrap();
     drop(platform);
-    assert!(small.is_empty());
+    assert!(small.files().is_empty());
     machine.guest("disk-a", "read -P 2 0 16M").await;
     assert_eq!(machine.tops().await, ["a", "b"]);
     assert!(machine.runs().await);
@@ -52,7 +51,7 @@ async fn a_backup_whose_instant_broke_fails_says_so_and_leaves_nothing() {
     env.init_repo();
     let machine = Machine::with(Guest::Idle).await;
     machine.guest("disk-a", "write -P 1 0 16M").await;
-    let small = Small::mount(&machine, "8m");
+    let small = SmallDisk::mount(&machine.path("."), "8m");
     let (monitor, scratch) = (machine.path("qmp.sock"), &small.path);
     let (monitor, scratch) = (monitor.to_str().unwrap(), scratch.to_str().unwrap());
     let args = ["full", "--qmp", monitor, "--scratch-dir", scratch, "--guest-first"];
@@ -65,7 +64,7 @@ async fn a_backup_whose_instant_broke_fails_says_so_and_leaves_nothing() {
     assert!(said.contains("scratch directory") && said.contains("guest"), "{said}");
     let list = env.vmbackup(&["list", "--json"]).json();
     assert_eq!(list["points"].as_array().unwrap().len(), 0, "{list}");
-    assert!(small.is_empty());
+    assert!(small.files().is_empty());
     assert_eq!(machine.tops().await, ["a", "b"]);
     machine.holds_only(&[]).await;
     assert_eq!(std::fs::read_dir(env.path("state/journal")).unwrap().count(), 0);

@@ -1,7 +1,5 @@
 //! Scratch that runs short: the guest comes first.
 
-use std::path::PathBuf;
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 use vmbackup::control::Control;
@@ -11,33 +9,7 @@ use vmbackup::vm::PointId;
 
 use crate::machine::{FILLER, Guest, Machine};
 use crate::reading::{Points, open};
-
-/// A small file system in a machine's directory, unmounted with its guard.
-pub(crate) struct Small {
-    pub(crate) path: PathBuf,
-}
-
-impl Small {
-    pub(crate) fn mount(machine: &Machine, size: &str) -> Self {
-        let path = machine.path("small");
-        std::fs::create_dir(&path).unwrap();
-        let size = format!("size={size},mode=777");
-        let options = ["-t", "tmpfs", "-o", &size, "vmbtest"];
-        let mounted = Command::new("mount").args(options).arg(&path).status();
-        assert!(mounted.unwrap().success());
-        Self { path }
-    }
-
-    pub(crate) fn is_empty(&self) -> bool {
-        std::fs::read_dir(&self.path).unwrap().count() == 0
-    }
-}
-
-impl Drop for Small {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("-l").arg(&self.path).status();
-    }
-}
+use crate::support::SmallDisk;
 
 /// Waits until the snapshot says that it was lost.
 async fn loss(snapshot: &mut dyn VmSnapshot) -> Error {
@@ -54,7 +26,7 @@ async fn loss(snapshot: &mut dyn VmSnapshot) -> Error {
 async fn a_guest_of_a_plain_qemu_that_fills_scratch_writes_on_and_the_backup_is_given_up() {
     let machine = Machine::start().await;
     machine.guest("disk-a", "write -P 1 0 16M").await;
-    let small = Small::mount(&machine, "4m");
+    let small = SmallDisk::mount(&machine.path("."), "4m");
     let points = Points::default();
     let request = SnapshotRequest {
         scratch_dir: Some(small.path.clone()),
@@ -74,7 +46,7 @@ async fn a_guest_of_a_plain_qemu_that_fills_scratch_writes_on_and_the_backup_is_
     // The same reason however often it is asked for.
     assert_eq!(snapshot.still_valid().await.unwrap_err().kind(), Kind::NoSpace);
     snapshot.abort().await.unwrap();
-    assert!(small.is_empty());
+    assert!(small.files().is_empty());
     machine.holds_only(&[]).await;
     machine.guest("disk-a", "read -P 2 0 6M").await;
 }
@@ -84,7 +56,7 @@ async fn a_guest_of_a_plain_qemu_that_fills_scratch_writes_on_and_the_backup_is_
 async fn a_guest_that_a_killed_run_left_without_scratch_runs_on_with_the_next_on_a_plain_qemu() {
     let mut machine = Machine::with(Guest::WillBoot(FILLER)).await;
     machine.guest("disk-a", "write -P 1 1M 15M").await;
-    let small = Small::mount(&machine, "4m");
+    let small = SmallDisk::mount(&machine.path("."), "4m");
     let (points, point) = (Points::default(), machine.next_point());
     let request = SnapshotRequest {
         scratch_dir: Some(small.path.clone()),
@@ -101,7 +73,7 @@ async fn a_guest_that_a_killed_run_left_without_scratch_runs_on_with_the_next_on
     }
     let point = machine.next_point();
     let next = open(&platform, &points.request(&machine, point)).await;
-    assert!(small.is_empty());
+    assert!(small.files().is_empty());
     // Each of its writes arrives: it stops at the first that fails.
     while !machine.reads("disk-a", "read -P 0x77 1M 15M").await {
         assert!(Instant::now() < deadline, "{:?}", machine.side.query_status().await);
@@ -115,7 +87,7 @@ async fn a_guest_that_a_killed_run_left_without_scratch_runs_on_with_the_next_on
 #[tokio::test]
 async fn scratch_of_a_plain_qemu_that_is_short_or_vanishes_gives_the_backup_up() {
     let machine = Machine::start().await;
-    let small = Small::mount(&machine, "8m");
+    let small = SmallDisk::mount(&machine.path("."), "8m");
     let points = Points::default();
     let wanted = SnapshotRequest {
         scratch_dir: Some(small.path.clone()),
@@ -130,8 +102,7 @@ async fn scratch_of_a_plain_qemu_that_is_short_or_vanishes_gives_the_backup_up()
     snapshot.still_valid().await.unwrap();
     let run = std::fs::read_dir(&small.path).unwrap().next().unwrap().unwrap().path();
     std::fs::rename(&run, small.path.join("moved")).unwrap();
-    tokio::time::sleep(Duration::from_millis(600)).await;
-    let error = snapshot.still_valid().await.unwrap_err();
+    let error = loss(snapshot.as_mut()).await;
     assert!(format!("{error:?}").contains("space for scratch is not known"), "{error:?}");
     machine.guest("disk-a", "write -P 2 0 16M").await;
     snapshot.abort().await.unwrap();

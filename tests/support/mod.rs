@@ -16,6 +16,7 @@ mod listening;
 mod luks;
 mod memory;
 mod outcome;
+mod small_disk;
 mod steps;
 mod tools;
 
@@ -25,5 +26,6 @@ pub(crate) use guest::{Guest, GuestFiles};
 pub(crate) use listening::is_listening;
 pub(crate) use memory::with_peak_mib;
 pub(crate) use outcome::Outcome;
+pub(crate) use small_disk::SmallDisk;
 pub(crate) use steps::{Restored, steps, write_pattern};
 pub(crate) use tools::{NbdServer, Process, assert_same_content, wait_for, wait_until};

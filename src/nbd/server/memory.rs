@@ -103,14 +103,7 @@ impl Allowance {
 
     /// A buffer, for whoever has a share of the cap for it.
     pub(super) async fn take(&self, len: usize) -> Buffer {
-        if len > self.reserve_bytes {
-            return self.pool.take(len).await;
-        }
-        tokio::select! {
-            biased;
-            own = self.reserve.take(len) => own,
-            shared = self.pool.take(len) => shared,
-        }
+        self.hold(len).await.into_buffer(len)
     }
 }
 
