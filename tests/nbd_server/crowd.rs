@@ -4,11 +4,13 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use async_trait::async_trait;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
+use tokio::sync::Semaphore;
 use vmbackup::block::memory::MemoryDisk;
-use vmbackup::block::{BlockSource, Buffer};
-use vmbackup::error::Kind;
+use vmbackup::block::{BlockSource, Buffer, ByteRange, ExtentMap, Geometry};
+use vmbackup::error::{Kind, Result};
 use vmbackup::nbd::server::{Export, Limits};
 use vmbackup::nbd::wire::{HeaderStyle, Request, command, option};
 use vmbackup::nbd::{Client, ClientOptions};
@@ -47,7 +49,7 @@ async fn ask(stream: &mut UnixStream, len: u64) {
     stream.write_all(&bytes).await.unwrap();
 }
 
-async fn open(rig: &Rig) -> vmbackup::error::Result<Client> {
+async fn open(rig: &Rig) -> Result<Client> {
     let options = ClientOptions { connections: 1, ..ClientOptions::default() };
     let opening = Client::open_uri(&rig.uri(""), options).await;
     if let Ok(client) = &opening {
@@ -157,4 +159,69 @@ async fn a_client_that_sips_its_reply_is_cut_off() {
         }
     }
     panic!("it was served for ten times the stall time-out");
+}
+
+/// A disk that is not read before the gate has room for it, as on storage that hangs.
+struct Gated {
+    disk: MemoryDisk,
+    gate: Arc<Semaphore>,
+}
+
+#[async_trait]
+impl BlockSource for Gated {
+    fn geometry(&self) -> Geometry {
+        BlockSource::geometry(&self.disk)
+    }
+
+    async fn extents(&self, range: ByteRange) -> Result<ExtentMap> {
+        self.disk.extents(range).await
+    }
+
+    async fn read(&self, offset: u64, buffer: Buffer) -> Result<Buffer> {
+        self.gate.acquire().await.unwrap().forget();
+        self.disk.read(offset, buffer).await
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_place_is_taken_until_the_last_request_of_its_client_gave_its_memory_back() {
+    let gate = Arc::new(Semaphore::new(0));
+    let disk = MemoryDisk::with_content(vec![7; 4 * MIB]);
+    let export = Export::read_only("", Arc::new(Gated { disk, gate: Arc::clone(&gate) }));
+    let drain = Duration::from_millis(200);
+    let rig = Rig::with_limits([export], Limits { connections: 1, drain, ..limits() });
+    let mut gone = enter(&rig).await;
+    ask(&mut gone, 1 << 20).await;
+    ask(&mut gone, 1 << 20).await;
+    drop(gone);
+    // Its session is over: the drain was.
+    tokio::time::sleep(5 * drain).await;
+    let full = open(&rig).await.err().expect("storage holds what it asked for still");
+    assert!(full.to_string().contains("all 1 places are taken"), "{full}");
+    gate.add_permits(1);
+    tokio::time::sleep(drain).await;
+    assert!(open(&rig).await.is_err(), "one of two is there still");
+    gate.add_permits(2);
+    open(&rig).await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn stopping_takes_one_drain_whatever_a_client_is_in_the_middle_of() {
+    let (stall, drain) = (Duration::from_secs(1000), Duration::from_secs(10));
+    let style = HeaderStyle::Structured;
+    let mut raw = Raw::connect(Limits { stall, drain, ..limits() }).await;
+    raw.send(&3_u32.to_be_bytes()).await;
+    raw.enter(style).await;
+    let ask = |command, len| Request { flags: 0, command, cookie: 1, offset: 0, len };
+    // A reply that is not fetched, and a payload that does not come.
+    raw.request(style, ask(command::READ, 1 << 20)).await;
+    raw.request(style, ask(command::WRITE, 4096)).await;
+    raw.send(&[1; 100]).await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let begun = tokio::time::Instant::now();
+    raw.server.stop();
+    let error = raw.session.await.unwrap().expect_err("it was cut off");
+    assert_eq!(error.kind(), Kind::Timeout, "{error:?}");
+    let taken = begun.elapsed();
+    assert!(taken >= drain && taken < drain + Duration::from_secs(1), "{taken:?}");
 }

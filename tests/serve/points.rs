@@ -1,6 +1,7 @@
 //! Points, straight from the repository.
 
 use crate::rig::{Serve, back_up, content, env_with_point, qemu_io, read};
+use crate::support::TestEnv;
 
 #[test]
 fn a_served_point_is_the_disk_that_was_backed_up() {
@@ -201,5 +202,18 @@ fn a_client_that_is_refused_is_told_of() {
     let stderr = serve.stop();
     assert!(stderr.contains("a client was refused"), "{stderr}");
     assert!(stderr.contains("--max-connections"), "{stderr}");
-    env.vmbackup(&["serve", &point, "--client-memory", "1M"]).fails_with(&["--client-memory"]);
+}
+
+#[test]
+fn memory_that_so_many_clients_cannot_share_is_refused_with_what_they_need() {
+    let env = TestEnv::new();
+    std::fs::write(env.path("disk.raw"), content(1)).unwrap();
+    for (connections, memory, least) in [("1", "1M", "64M"), ("2000", "64M", "157M")] {
+        let args = ["--max-connections", connections, "--client-memory", memory];
+        let outcome = env.vmbackup(&[&["serve", "disk.raw"], &args[..]].concat());
+        assert_eq!(outcome.code, Some(2), "{outcome:?}");
+        outcome.fails_with(&[&format!("--client-memory {least}"), "--max-connections"]);
+        let args = ["disk.raw", "--max-connections", connections, "--client-memory", least];
+        Serve::start(&env, &args).stop();
+    }
 }

@@ -10,12 +10,9 @@ use crate::cli::args::RepositoryArgs;
 use crate::cli::context::Context;
 use crate::cli::settings;
 use crate::cli::tls_settings::TlsArgs;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Result};
 use crate::job::serve::{self, Access, Endpoint, Limits, PlainText, Report, Request, Served};
 use crate::units::ByteSize;
-
-/// Least memory for requests: two of the largest.
-const CLIENT_MEMORY_MIN: ByteSize = ByteSize(64 << 20);
 
 /// Serve the disks of points, straight from the repository, or images, to any NBD client
 ///
@@ -62,7 +59,8 @@ pub(crate) struct Args {
     /// Memory for chunks of the repository
     #[arg(long, value_name = "SIZE", default_value = "256M")]
     cache: ByteSize,
-    /// Memory for requests in progress, of all clients together; at least 64M
+    /// Memory for requests in progress, of all clients together; at least 64M, and more where there
+    /// may be more than 512 clients
     #[arg(long, value_name = "SIZE", default_value = "256M")]
     client_memory: ByteSize,
     /// Most clients at once; one more is refused. A client that only connects, or never makes a
@@ -109,12 +107,14 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<()> {
 }
 
 fn limits(connections: u16, memory: ByteSize) -> Result<Limits> {
-    if memory < CLIENT_MEMORY_MIN {
-        let message = format!("--client-memory: {memory} is less than {CLIENT_MEMORY_MIN}");
-        return Err(Error::new(Kind::Usage, message).hint("one request may have 32M"));
-    }
+    let connections = usize::from(connections);
     let total_bytes = usize::try_from(memory.0).unwrap_or(usize::MAX);
-    Ok(Limits { connections: connections.into(), total_bytes, ..Limits::default() })
+    let limits = Limits { connections, total_bytes, ..Limits::default() };
+    limits.check().map_err(|error| {
+        let least = Limits::total_bytes_min(connections) >> 20;
+        error.hint(format!("give --client-memory {least}M, or a smaller --max-connections"))
+    })?;
+    Ok(limits)
 }
 
 /// A port to listen on.

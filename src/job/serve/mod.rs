@@ -166,6 +166,7 @@ pub async fn open(
     env: &Env,
 ) -> Result<Serving> {
     // Before anything is locked or listens.
+    request.limits.check()?;
     let tls = request.tls.as_ref().map(ServerTls::load).transpose()?;
     let hold = match repository {
         Some(repository) => match repository.hold().await {

@@ -13,11 +13,9 @@ use std::sync::Arc;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use super::limits::{Limits, PAYLOAD_BYTES_MAX};
+use super::limits::{Limits, PAYLOAD_BYTES_MAX, RESERVE_BYTES_MIN};
 use crate::block::{Budget, Buffer, Share};
 
-/// Smallest reserve of a connection.
-const RESERVE_BYTES_MIN: usize = 64 << 10;
 /// The unit of the cap, so that its permits fit.
 const UNIT_BYTES: usize = 4096;
 
@@ -29,16 +27,23 @@ pub(super) struct Memory {
     cap_bytes: usize,
 }
 
+/// Bytes of each connection's reserve, and of the pool.
+pub(super) fn parts(limits: &Limits) -> (usize, usize) {
+    let Limits { connections, connection_bytes, total_bytes, .. } = *limits;
+    let connections = connections.max(1);
+    let fair_bytes = total_bytes / 2 / connections;
+    let reserve_bytes = fair_bytes.min(connection_bytes).max(RESERVE_BYTES_MIN);
+    // The largest request has to fit.
+    let largest = usize::try_from(PAYLOAD_BYTES_MAX).expect("32 MiB");
+    let pool_bytes = total_bytes.saturating_sub(reserve_bytes * connections).max(largest);
+    (reserve_bytes, pool_bytes)
+}
+
 impl Memory {
     pub(super) fn new(limits: &Limits) -> Self {
-        let Limits { connections, connection_bytes, total_bytes, .. } = *limits;
-        let connections = connections.max(1);
-        let fair_bytes = total_bytes / 2 / connections;
-        let reserve_bytes = fair_bytes.min(connection_bytes).max(RESERVE_BYTES_MIN);
-        // The largest request has to fit.
-        let largest = usize::try_from(PAYLOAD_BYTES_MAX).expect("32 MiB");
-        let pool_bytes = total_bytes.saturating_sub(reserve_bytes * connections).max(largest);
-        Self { pool: Budget::new(pool_bytes), reserve_bytes, cap_bytes: connection_bytes }
+        let (reserve_bytes, pool_bytes) = parts(limits);
+        let pool = Budget::new(pool_bytes);
+        Self { pool, reserve_bytes, cap_bytes: limits.connection_bytes }
     }
 
     /// The part of a connection.

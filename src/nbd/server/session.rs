@@ -12,7 +12,10 @@
 //! so is one that reads or writes a byte now and then ([`super::pace`]). A request that was read is
 //! answered, whatever becomes of it: a task that panics answers with EIO.
 //!
-//! When the client leaves or the server stops, what is in progress is finished and answered.
+//! When the client leaves or the server stops, what is in progress is finished and answered, as far as
+//! that takes no longer than [`Limits::drain`]. A task that takes longer (storage that hangs) is left
+//! to itself; the client's place among all clients stays taken until the last of them is done, because
+//! until then its memory is.
 
 use std::io::IoSlice;
 use std::sync::Arc;
@@ -58,36 +61,41 @@ pub(super) async fn serve(
     let (read_half, write_half) = stream.halves();
     let requests = usize::from(limits.requests.max(1));
     let (replies, to_write) = mpsc::channel(requests);
+    // What waits to be written counts as well.
+    let place = Arc::new(place);
+    let _place = Arc::clone(&place);
     let reader = Reader {
         half: BufReader::with_capacity(READ_BUFFER_BYTES, read_half),
         stall: limits.stall,
         stop,
         stop_at: None,
-        shared: Arc::new(Shared { export, style, contexts, memory, replies }),
-        place: &place,
+        shared: Arc::new(Shared { export, style, contexts, memory, replies, place }),
         places: Arc::new(Semaphore::new(requests)),
     };
     let mut writing = std::pin::pin!(write(to_write, write_half, limits.stall));
-    // Whatever the reader waits for: memory that others hold, storage, a payload that drips.
+    // The reader owns the way to the writer; when it and the last task are gone, the writer ends.
+    let serving = async {
+        tokio::select! {
+            end = reader.run() => match timeout(limits.drain, writing).await {
+                Ok(Err(lost)) if !matches!(end, End::Violation(_)) => lost,
+                Ok(_) => end,
+                Err(_) => End::Stalled(limits.drain.as_secs(), "requests after the client left"),
+            },
+            result = &mut writing => result.err().unwrap_or(End::Left),
+        }
+    };
+    // Whatever is waited for then (memory that others hold, storage, a payload that drips, a client
+    // that fetches no replies): all of it together gets this long.
     let overdue = async {
         stop.cancelled().await;
         tokio::time::sleep(STOP_GRACE + limits.drain).await;
     };
-    let reading = async {
-        tokio::select! {
-            end = reader.run() => end,
-            () = overdue => End::Stopped,
-        }
-    };
-    // The reader owns the way to the writer; when it and the last task are gone, the writer ends.
-    // The client's place is kept until then: what it holds counts as long as it is held.
     tokio::select! {
-        end = reading => match timeout(limits.drain, writing).await {
-            Ok(Err(lost)) if !matches!(end, End::Violation(_)) => lost,
-            Ok(_) => end,
-            Err(_) => End::Stalled(limits.drain.as_secs(), "requests after the client left"),
-        },
-        result = &mut writing => result.err().unwrap_or(End::Left),
+        biased;
+        end = serving => end,
+        () = overdue => {
+            End::Stalled(limits.drain.as_secs(), "what was in progress when the server stopped")
+        }
     }
 }
 
@@ -98,6 +106,8 @@ struct Shared {
     contexts: Vec<Context>,
     memory: Allowance,
     replies: mpsc::Sender<Reply>,
+    /// The client's among all clients.
+    place: Arc<Place>,
 }
 
 impl Shared {
@@ -109,9 +119,9 @@ impl Shared {
 /// A request that was read and not answered yet.
 struct Open {
     request: Request,
-    shared: Arc<Shared>,
-    /// Until it is answered.
+    /// Until it is answered. Goes before the place that `shared` keeps.
     held: Option<Held>,
+    shared: Arc<Shared>,
 }
 
 impl Open {
@@ -142,8 +152,6 @@ struct Reader<'a> {
     /// Set once the server stops: until then requests are refused.
     stop_at: Option<Instant>,
     shared: Arc<Shared>,
-    /// The client's among all clients.
-    place: &'a Place,
     places: Arc<Semaphore>,
 }
 
@@ -173,10 +181,10 @@ impl Reader<'_> {
         if payload > PAYLOAD_BYTES_SKIPPED_MAX {
             return Err(violation(format!("a payload of {payload} bytes")));
         }
-        self.place.mark_used();
+        self.shared.place.mark_used();
         let place = Arc::clone(&self.places).acquire_owned().await.expect("never closed");
         let held = Some(Held::new(place));
-        let open = Open { request, shared: Arc::clone(&self.shared), held };
+        let open = Open { request, held, shared: Arc::clone(&self.shared) };
         self.start(open, payload).await
     }
 
@@ -196,7 +204,7 @@ impl Reader<'_> {
                     None => self.stop_at = Some(Instant::now() + STOP_GRACE),
                     Some(_) => return Err(End::Stopped),
                 },
-                () = self.place.cut() => return Err(End::Unused),
+                () = self.shared.place.cut() => return Err(End::Unused),
                 bytes = self.half.fill_buf() => {
                     return if bytes?.is_empty() { Err(End::Left) } else { Ok(()) };
                 }
