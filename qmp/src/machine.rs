@@ -43,15 +43,10 @@ impl Monitor {
         Ok(self.execute(qmp::query_name {}).await?.name)
     }
 
-    /// The status of a migration (`active`, `setup`), if there ever was one.
-    pub async fn query_migrate_status(&self) -> Result<Option<String>> {
-        #[derive(Deserialize)]
-        struct Reply {
-            #[serde(default)]
-            status: Option<String>,
-        }
-        let reply: Reply = self.query("query-migrate", json!({})).await?;
-        Ok(reply.status)
+    /// What is known of the last migration (`status`, its times and amounts); an empty object if there
+    /// never was one. As QEMU writes it: what is in it differs by version and state.
+    pub async fn query_migrate(&self) -> Result<Value> {
+        self.query("query-migrate", json!({})).await
     }
 
     /// Pauses the guest.

@@ -109,6 +109,9 @@ fn a_real_guest_of_a_plain_qemu_is_not_left_frozen() {
     let (monitor, agent) = (monitor.to_str().unwrap(), dir.join("agent.sock"));
     let said = env.vmbackup(&["recover", "--qmp", monitor]).ok().stdout;
     assert!(said.contains("name its agent") && path.exists(), "{said}");
+    // Nor does a backup take its place.
+    env.vmbackup(&["backup", "--qmp", monitor]).fails_with(&["may be frozen", "--agent"]);
+    assert!(path.exists());
     let named = ["recover", "--qmp", monitor, "--agent", agent.to_str().unwrap()];
     let said = env.vmbackup(&named).ok().stdout;
     assert!(said.contains(".unreadable") && said.contains("thawed"), "{said}");

@@ -175,7 +175,7 @@ async fn a_block_job_of_somebody_else_is_never_cut_off() {
     machine.holds_only(&[]).await;
 }
 
-async fn end(machine: &Machine) {
+pub(crate) async fn end(machine: &Machine) {
     machine.side.job_cancel("their-job").await.unwrap();
     while !machine.side.query_jobs().await.unwrap().is_empty() {
         tokio::time::sleep(std::time::Duration::from_millis(20)).await;

@@ -218,6 +218,12 @@ impl Machine {
         names
     }
 
+    /// What is in the scratch directory.
+    pub(crate) fn scratch(&self) -> Vec<PathBuf> {
+        let entries = std::fs::read_dir(self.path("scratch")).unwrap();
+        entries.map(|entry| entry.unwrap().path()).collect()
+    }
+
     /// Asserts that nothing of ours is there but these points' bitmaps (one per disk each).
     pub(crate) async fn holds_only(&self, points: &[PointId]) {
         let names = self.ours().await;
@@ -226,8 +232,7 @@ impl Machine {
             let point = point.to_string();
             assert_eq!(names.iter().filter(|name| name.contains(&point)).count(), 2, "{names:?}");
         }
-        let scratch = std::fs::read_dir(self.path("scratch")).unwrap();
-        assert_eq!(scratch.count(), 0, "the scratch directory is empty");
+        assert!(self.scratch().is_empty(), "{:?}", self.scratch());
         // The server is stopped: another can be started.
         let socket = self.path("probe.sock");
         self.side.nbd_server_start(&socket, 1).await.unwrap();
@@ -243,9 +248,14 @@ impl Machine {
 
     /// Kills QEMU, and starts it again.
     pub(crate) async fn crash(&mut self) {
+        self.kill();
+        self.start_again().await;
+    }
+
+    /// Kills QEMU.
+    pub(crate) fn kill(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
-        self.start_again().await;
     }
 
     async fn start_again(&mut self) {

@@ -14,11 +14,15 @@ mod support;
 mod machine;
 mod reading;
 
+mod disturbed;
 mod frozen;
+mod gone;
 mod guest_first;
+mod hanging;
 mod incremental;
 mod killed;
 mod leftovers;
+mod moved;
 mod program;
 mod refusals;
 mod scratch;

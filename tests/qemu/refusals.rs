@@ -7,8 +7,8 @@ use vmbackup::error::Kind;
 use vmbackup::platform::qemu::Qemu;
 use vmbackup::platform::{BackupMode, Platform, Quiesce, SnapshotRequest};
 
-use crate::machine::Machine;
-use crate::reading::Points;
+use crate::machine::{Machine, UUID};
+use crate::reading::{Points, open};
 
 async fn refused(machine: &mut Machine, change: impl FnOnce(&mut SnapshotRequest)) -> Kind {
     let point = machine.next_point();
@@ -33,6 +33,25 @@ async fn what_cannot_be_done_is_refused_and_leaves_nothing() {
     assert_eq!(kind, Kind::Unsupported);
     let kind = refused(&mut machine, |r| r.scratch_dir = Some("/nonexistent".into())).await;
     assert_eq!(kind, Kind::NotFound);
+    machine.holds_only(&[]).await;
+}
+
+#[tokio::test]
+async fn no_backup_takes_the_place_of_a_journal_that_may_tell_of_a_frozen_guest() {
+    let mut machine = Machine::start().await;
+    let journal = machine.path("journal").join(format!("{UUID}.json"));
+    std::fs::create_dir(journal.parent().unwrap()).unwrap();
+    std::fs::write(&journal, "{\"version\":99,\"runs\":[]}").unwrap();
+    assert_eq!(refused(&mut machine, |_| ()).await, Kind::Busy);
+    let files = std::fs::read_dir(machine.path("journal")).unwrap();
+    let files: Vec<_> = files.map(|file| file.unwrap().path()).collect();
+    assert_eq!(files, std::slice::from_ref(&journal));
+    assert_eq!(std::fs::read_to_string(&journal).unwrap(), "{\"version\":99,\"runs\":[]}");
+    // As the message says.
+    std::fs::remove_file(&journal).unwrap();
+    let (points, point) = (Points::default(), machine.next_point());
+    let platform = machine.platform().await;
+    open(&platform, &points.request(&machine, point)).await.abort().await.unwrap();
     machine.holds_only(&[]).await;
 }
 

@@ -190,7 +190,7 @@ async fn identity(monitor: &Monitor) {
     assert_eq!(monitor.query_name().await.unwrap().as_deref(), Some("transcript"));
     let status = monitor.query_status().await.unwrap();
     assert_eq!((status.running, status.status.as_str()), (false, "prelaunch"));
-    assert_eq!(monitor.query_migrate_status().await.unwrap(), None);
+    assert_eq!(monitor.query_migrate().await.unwrap(), json!({}));
     let devices = monitor.query_block().await.unwrap();
     let top = |device: &qmp::block::Device| device.inserted.as_ref().unwrap().name().to_owned();
     let tops: Vec<_> = devices.iter().map(top).collect();

@@ -22,6 +22,7 @@ use qmp::block::Device;
 use serde_json::json;
 
 use super::error::failed;
+use super::graph::Graph;
 use super::names::Temp;
 use super::teardown::del_node;
 use super::{Qemu, Survey};
@@ -40,7 +41,7 @@ const SEPARATOR: char = '\t';
 pub(super) struct Filter {
     /// Its node.
     pub(super) name: String,
-    /// The node the device has without it; not known where the journal is lost.
+    /// The node the device had before it; not known where the journal is lost.
     pub(super) node: Option<String>,
     /// QOM path of the device.
     pub(super) device: String,
@@ -60,6 +61,10 @@ impl Filter {
     /// Fails unless the device is where it was found, and alone there: a job of somebody else has put
     /// a node of its own between the two, or soon will, and would miss every write from now on.
     pub(super) async fn check(filters: &[Self], monitor: &Monitor) -> Result<()> {
+        // Before the nodes: one that a job put in is the job's.
+        if let Some(job) = foreign_job(monitor).await? {
+            return Err(Error::new(Kind::Busy, format!("the block job '{job}' has begun")));
+        }
         let devices = monitor.query_block().await.map_err(failed("cannot ask for the disks"))?;
         for Self { node, device, .. } in filters {
             let is_it = |found: &&Device| {
@@ -71,10 +76,7 @@ impl Filter {
                 return Err(Error::new(Kind::SnapshotLost, what).hint("run it again"));
             }
         }
-        match foreign_job(monitor).await? {
-            Some(job) => Err(Error::new(Kind::Busy, format!("the block job '{job}' has begun"))),
-            None => Ok(()),
-        }
+        Ok(())
     }
 
     /// Moves the device onto the filter: its instant.
@@ -98,7 +100,10 @@ impl Filter {
             return Ok(());
         }
         let (device, filter) = (&self.device, &self.name);
-        let Some(node) = &self.node else {
+        // Somebody may have put an overlay between the two: the device's writes go there.
+        let graph = Graph::ask(monitor).await?;
+        let below = graph.as_ref().and_then(|graph| graph.below(filter));
+        let Some(node) = below.or(self.node.as_deref()) else {
             let what = format!("nothing tells which node {device} had before {filter}");
             return Err(Error::new(Kind::NotFound, what).hint(format!(
                 "set it by hand: the monitor command qom-set with path {device}, property drive and \

@@ -36,6 +36,8 @@
 //!               └── snapshot-access node ──► NBD export ──► … as above
 //! ```
 //!
+//! A scratch file system that hangs holds up whatever QEMU takes down (`teardown`): it is left alone then.
+//!
 //! A filter that broke goes on, says nothing, and fails every read of the instant: so the instant of
 //! every disk is read once more by `still_valid`, whichever way it was kept. One that is not below
 //! its device any more would serve live data: that is asked for, too.
@@ -55,7 +57,9 @@ mod checkpoint;
 mod disks;
 mod error;
 mod filter;
+mod graph;
 mod instant;
+mod migration;
 mod names;
 mod pause;
 mod plan;
@@ -75,6 +79,7 @@ pub use self::agent::AgentChannel;
 use self::checkpoint::Base;
 use self::disks::Disks;
 use self::error::failed;
+use self::migration::Settled;
 pub use self::pause::PausedGuest;
 use super::{BackupMode, Platform, RecoverRequest, SnapshotPlan, SnapshotRequest, VmSnapshot};
 use crate::control::Control;
@@ -152,8 +157,9 @@ impl Qemu {
         Ok(Survey { disks, names, bases })
     }
 
-    /// Why no instant can be taken of this VM now, whatever the disks are.
-    async fn check_state(&self) -> Result<()> {
+    /// Why no instant can be taken of this VM now, whatever the disks are; else what is known of its
+    /// migrations.
+    async fn check_state(&self) -> Result<Settled> {
         let vm = &self.identity.name;
         if !self.features.snapshot_access || !self.features.backup_filter_node_name {
             let (major, minor, _) = self.monitor.greeting().version.number;
@@ -163,17 +169,7 @@ impl Qemu {
             )
             .hint("QEMU 7.2 or newer is needed"));
         }
-        let status =
-            self.monitor.query_status().await.map_err(failed("cannot ask for the state"))?;
-        let migration = self.monitor.query_migrate_status().await;
-        let migration = migration.map_err(failed("cannot ask for the migration"))?;
-        let moving = is_moving(migration.as_deref());
-        let elsewhere = ["inmigrate", "postmigrate", "finish-migrate"];
-        if moving || elsewhere.contains(&status.status.as_str()) {
-            return Err(Error::new(Kind::Busy, format!("VM '{vm}' is being migrated"))
-                .hint("back it up where it runs once the migration has ended"));
-        }
-        Ok(())
+        Settled::ask(&self.monitor, vm).await
     }
 }
 
@@ -264,13 +260,6 @@ impl Platform for Qemu {
     ) -> Result<Box<dyn VmSnapshot>> {
         snapshot::open(self, request, control).await
     }
-}
-
-/// Whether this is the status of a migration that has not ended (qapi/migration.json,
-/// `MigrationStatus`).
-fn is_moving(status: Option<&str>) -> bool {
-    let settled = ["none", "completed", "failed", "cancelled"];
-    status.is_some_and(|status| !settled.contains(&status))
 }
 
 #[cfg(test)]

@@ -23,6 +23,7 @@ use qmp::{Address, Monitor};
 use serde_json::json;
 
 use super::error::failed;
+use super::graph::Graph;
 use crate::error::{Error, Kind, Result, with_causes};
 use crate::freeze::{self, FileSystem, Freezable, Guardian, Subject};
 
@@ -75,7 +76,11 @@ impl Pause {
 
     /// Lets it go on, if it was stopped here.
     pub(super) async fn end(self) -> Result<()> {
-        go_on(&self.monitor, &self.marker).await?;
+        if let Err(error) = go_on(&self.monitor, &self.marker).await {
+            // Some of what stands in the way does so once (an image that QEMU could not activate).
+            tracing::warn!(%error, "the guest does not go on; tried once more");
+            go_on(&self.monitor, &self.marker).await?;
+        }
         self.guard.release().await;
         Ok(())
     }
@@ -83,8 +88,7 @@ impl Pause {
 
 /// Lets a guest go on that the run of this marker has paused; whether there was one.
 pub(super) async fn go_on(monitor: &Monitor, marker: &str) -> Result<bool> {
-    let nodes = monitor.query_named_block_nodes().await.map_err(failed("cannot ask for nodes"))?;
-    if !nodes.iter().any(|node| node.name() == marker) {
+    if !is_marked(monitor, marker).await? {
         return Ok(false);
     }
     let status = monitor.query_status().await.map_err(failed("cannot ask for the state"))?;
@@ -94,6 +98,18 @@ pub(super) async fn go_on(monitor: &Monitor, marker: &str) -> Result<bool> {
     match monitor.blockdev_del(marker).await {
         Err(error) if !is_missing(&error) => Err(failed("cannot unmark the pause")(error)),
         _ => Ok(true),
+    }
+}
+
+async fn is_marked(monitor: &Monitor, marker: &str) -> Result<bool> {
+    let failed = match monitor.query_named_block_nodes().await {
+        Ok(nodes) => return Ok(nodes.iter().any(|node| node.name() == marker)),
+        Err(error) => failed("cannot ask for nodes")(error),
+    };
+    // A broken image of somebody else is no reason to leave a guest paused.
+    match Graph::ask(monitor).await {
+        Ok(Some(graph)) => Ok(graph.has(marker)),
+        _ => Err(failed),
     }
 }
 
@@ -133,8 +149,13 @@ impl Freezable for PausedGuest {
     }
 
     async fn is_gone(&mut self) -> bool {
-        let connected = tokio::net::UnixStream::connect(&self.socket).await;
-        let gone = [ErrorKind::NotFound, ErrorKind::ConnectionRefused];
-        connected.is_err_and(|error| gone.contains(&error.kind()))
+        is_gone(&self.socket).await
     }
+}
+
+/// Whether nobody listens on a monitor's socket: its QEMU has ended.
+pub(super) async fn is_gone(socket: &Path) -> bool {
+    let connected = tokio::net::UnixStream::connect(socket).await;
+    let gone = [ErrorKind::NotFound, ErrorKind::ConnectionRefused];
+    connected.is_err_and(|error| gone.contains(&error.kind()))
 }

@@ -1,13 +1,17 @@
-//! What a dead run left in a QEMU is taken down before the next one begins.
+//! What dead runs left in and beside a QEMU is taken down before the next one begins, or told.
 //!
 //! ```text
-//!  journal ─► thaw ─► exports, jobs, nodes by name ─► scratch ─► bitmaps whose point does not exist
+//!  journal, QEMU ─► a pause ends ─► thaw ─► exports … nodes by name ─► scratch ─► bitmaps without a point
 //! ```
 //!
-//! Everything temporary carries our names (`names::Temp`); the journal adds what QEMU cannot tell:
-//! that the guest may be frozen, where scratch was, and the node a device had before a filter. The NBD server has no name and QEMU tells of
-//! none: it is taken for ours only if other things of ours are there and nobody else has an NBD
-//! export. Bitmaps of other repositories are theirs to judge.
+//! Everything temporary carries our names (`names::Temp`). The journal adds what QEMU cannot tell: that
+//! the guest may be frozen, where scratch was, and the node a device had before a filter. One that
+//! cannot be read may tell of a frozen guest: as long as that is not thawed for certain it stays, and
+//! no backup begins ([`check_readable`]), which would write its own in that place.
+//!
+//! The NBD server has no name: it is ours only if other things of ours are there and nobody else has
+//! an NBD export. Bitmaps of other repositories are theirs to judge; ours are removed only if it is
+//! known which points exist. Called by `snapshot::open` and `Qemu::recover`.
 
 use std::path::Path;
 
@@ -19,7 +23,7 @@ use super::filter::Filter;
 use super::names::Temp;
 use super::teardown::{OurServer, Things, remove_bitmap};
 use super::{Qemu, pause, quiesce, scratch_base, work_dir};
-use crate::error::Result;
+use crate::error::{Error, Kind, Result};
 use crate::image::bitmap::BitmapNames;
 use crate::journal::{Action, Journal, Phase, Recovery};
 use crate::platform::{Asked, RecoverRequest};
@@ -66,6 +70,19 @@ pub(super) async fn reconcile(
     })
 }
 
+/// Fails while there is a journal that cannot be read: the guest may be frozen, and what a backup writes
+/// down would take the place of the only hint at that.
+pub(super) fn check_readable(journal: &Journal, vm: &str) -> Result<()> {
+    if !journal.is_unreadable() {
+        return Ok(());
+    }
+    let path = journal.path().display();
+    let what = format!("the guest of VM '{vm}' may be frozen: nobody can read journal {path}");
+    Err(Error::new(Kind::Busy, what).hint(
+        "name its agent (--agent), so that it is thawed first; if it is not frozen, remove the journal",
+    ))
+}
+
 /// Thaws the guest if an earlier run may have left it frozen; whether it is thawed for certain.
 async fn thaw(
     qemu: &Qemu,
@@ -77,8 +94,11 @@ async fn thaw(
     if journal.is_unreadable() {
         let path = journal.path().display();
         let then = match qemu.options.agent {
-            Some(_) => "and gets the ending '.unreadable'",
-            None => "and may tell of a frozen guest: name its agent (--agent) to have it thawed",
+            Some(_) => "and gets the ending '.unreadable' once its guest is thawed",
+            None => {
+                "and may tell of a frozen guest: name its agent (--agent) to have it thawed, or remove \
+                 the journal if the guest is not frozen; no backup begins before"
+            }
         };
         let text = format!("journal {path} of VM '{name}', which cannot be read {then}");
         recovery.note(Action::Kept, text);
@@ -173,7 +193,12 @@ async fn leftovers(monitor: &Monitor, journal: &Journal) -> Result<Things> {
         let noted = noted.filter_map(Path::to_str);
         Filter::found(name, &devices, noted)
     });
+    let scratch = nodes.iter().filter(|node| Temp::Scratch.is(node.name()));
+    let directories = scratch.filter_map(|node| Path::new(&node.file).parent());
+    let mut directories: Vec<_> = directories.map(Path::to_owned).collect();
+    directories.dedup();
     let mut things = Things {
+        directories,
         exports: exports.into_iter().map(|e| e.id).filter(|id| Temp::Export.is(id)).collect(),
         server: None,
         pause: node_names(Temp::Pause).pop(),

@@ -21,11 +21,14 @@ use serde_json::json;
 
 use super::disks::Disk;
 use super::error::failed;
+use super::migration::Settled;
 use super::names::Temp;
 use super::teardown::{First, OurServer, Things, remove_bitmap};
 use super::watch::Watch;
 use super::work_dir::WorkDir;
-use super::{Qemu, QemuOptions, Survey, checkpoint, filter, is_moving, reconcile, scratch_base};
+use super::{
+    Qemu, QemuOptions, Survey, checkpoint, filter, pause, reconcile, scratch_base, work_dir,
+};
 use crate::block::{BlockSource, Buffer};
 use crate::clock::Timestamp;
 use crate::control::{Control, NoticeLevel};
@@ -67,7 +70,8 @@ pub(super) async fn open(
     let reconciled = reconcile::reconcile(qemu, &mut journal, &wanted, &mut recovery).await;
     tell(recovery, control);
     reconciled?;
-    qemu.check_state().await?;
+    reconcile::check_readable(&journal, &qemu.identity.name)?;
+    let migration = qemu.check_state().await?;
     let survey = qemu.survey(request).await?;
     survey.check_mode(request.mode)?;
     if Space::of(&base)?.is_low() {
@@ -101,8 +105,9 @@ pub(super) async fn open(
         }
     };
     journal.after(Phase::Scratch);
-    let mut snapshot = Snapshot::new(qemu, request, survey, (work_dir, journal));
+    let mut snapshot = Snapshot::new(qemu, request, (survey, migration), (work_dir, journal));
     snapshot.things.filters = filters;
+    snapshot.things.directories.push(snapshot.work_dir.scratch_dir().to_owned());
     match snapshot.set_up(qemu, request, control).await {
         Ok(()) => Ok(Box::new(snapshot)),
         Err(error) => {
@@ -117,6 +122,12 @@ pub(super) async fn open(
 
 pub(super) struct Snapshot {
     pub(super) monitor: Monitor,
+    /// Its socket.
+    socket: PathBuf,
+    /// The VM's name.
+    vm: String,
+    /// Of before the instant.
+    migration: Settled,
     events: Subscription,
     pub(super) point: PointId,
     pub(super) names: BitmapNames,
@@ -128,6 +139,8 @@ pub(super) struct Snapshot {
     breaks: bool,
     /// Whether the guest is thawed for certain.
     pub(super) thaw: Thaw,
+    /// Whether QEMU has ended.
+    gone: bool,
     pub(super) disks: Vec<OpenDisk>,
     described: Vec<SnapshotDisk>,
     excluded: Vec<ExcludedDisk>,
@@ -168,7 +181,7 @@ impl Snapshot {
     fn new(
         qemu: &Qemu,
         request: &SnapshotRequest,
-        survey: Survey,
+        (survey, migration): (Survey, Settled),
         (work_dir, journal): (WorkDir, Journal),
     ) -> Self {
         let Survey { disks, names, bases } = survey;
@@ -180,6 +193,9 @@ impl Snapshot {
         let open = disks.protected.into_iter().zip(bases);
         Self {
             monitor: qemu.monitor.clone(),
+            socket: qemu.options.monitor.clone(),
+            vm: qemu.identity.name.clone(),
+            migration,
             events: qemu.monitor.subscribe(),
             point: request.point,
             names,
@@ -188,6 +204,7 @@ impl Snapshot {
             keeper: Keeper::of(qemu, request),
             breaks: qemu.features.backup_on_cbw_error,
             thaw: Thaw::Done,
+            gone: false,
             disks: open.map(|(disk, base)| OpenDisk { disk, base: base.ok() }).collect(),
             described,
             excluded: disks.excluded,
@@ -265,6 +282,7 @@ impl Snapshot {
     /// Closes this run's part of the journal, but for what may not be over.
     async fn close_journal(&mut self, undone: bool) -> Result<()> {
         let thawed = match &mut self.thaw {
+            _ if self.gone => true,
             Thaw::Done => true,
             Thaw::Pending(pending) => pending.is_done().await,
         };
@@ -299,23 +317,29 @@ impl Snapshot {
 
     /// Ends the snapshot; the checkpoints stay.
     async fn end(&mut self) -> Result<()> {
-        let mut first = First::default();
-        let taken_down = self.things.take_down(&self.monitor).await;
-        // Scratch that is still written stays where it is seen, and watched as long as we are here.
-        if taken_down.is_ok() {
-            self.watch = None;
-            first.note(self.work_dir.remove());
+        if let Err(error) = self.things.take_down(&self.monitor).await {
+            // Our connection ended and nobody listens where it was: all there was went with QEMU.
+            let closed = error.kind() == Kind::Connection;
+            self.gone = closed && pause::is_gone(&self.socket).await;
+            if !self.gone {
+                // Scratch that is still written stays where it is seen, and watched as long as we
+                // are here.
+                return Err(error);
+            }
+            tracing::warn!(%error, "QEMU has ended: there is nothing to take down");
         }
-        first.note(taken_down);
-        first.into()
+        self.watch = None;
+        self.work_dir.remove()
     }
 
     /// Ends the snapshot and removes its checkpoints.
     async fn undo(&mut self) -> Result<()> {
         let mut first = First::default();
         first.note(self.end().await);
-        for bitmap in &self.checkpoints {
-            first.note(remove_bitmap(&self.monitor, bitmap).await);
+        if !self.gone {
+            for bitmap in &self.checkpoints {
+                first.note(remove_bitmap(&self.monitor, bitmap).await);
+            }
         }
         let undone = first.is_clean();
         first.note(self.close_journal(undone).await);
@@ -365,6 +389,11 @@ impl Snapshot {
     }
 
     async fn check_now(&mut self) -> Result<()> {
+        let settled = self.migration.check(&self.monitor, &self.vm).await;
+        settled.map_err(|error| match error.kind() {
+            Kind::Busy => lost(&error.to_string()),
+            _ => error,
+        })?;
         self.check_events()?;
         let found = self.monitor.query_jobs().await.map_err(failed("cannot ask for the jobs"))?;
         for id in &self.things.jobs {
@@ -391,12 +420,6 @@ impl Snapshot {
         if self.keeper == Keeper::Jobs && !self.breaks {
             return Ok(());
         }
-        // No job of ours keeps a migration from beginning, and its other end writes past the filters.
-        let migration = self.monitor.query_migrate_status().await;
-        let migration = migration.map_err(failed("cannot ask for the migration"))?;
-        if is_moving(migration.as_deref()) {
-            return Err(lost("the VM is being migrated"));
-        }
         for index in 0..self.disks.len() {
             self.check_read(index).await?;
         }
@@ -417,6 +440,9 @@ impl Snapshot {
         };
         let Err(error) = read.await else { return Ok(()) };
         let directory = self.work_dir.scratch_dir();
+        if let Err(hangs) = work_dir::answers(directory).await {
+            return Err(lost(&format!("that of disk {name} broke: {hangs}")).source(error));
+        }
         if Space::of(directory).is_ok_and(Space::is_low) {
             return Err(broke(name, directory).source(error));
         }

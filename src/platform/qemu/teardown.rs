@@ -3,7 +3,12 @@
 //! Every step is tried even if one before it failed; what is gone already is no error. The first
 //! error is returned. Used by the end of a run, by a run that fails while it opens, and for what
 //! a dead run left (`reconcile`).
+//!
+//! Only a pause is ended while the file system of scratch does not answer: QEMU waits for requests that
+//! hang in it before it lets go of anything else, and its guest with it (seen on 10.0: `block-export-del`
+//! does not return).
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use qmp::block::{BitmapRef, is_missing};
@@ -13,7 +18,7 @@ use tokio::time::Instant;
 
 use super::error::failed;
 use super::filter::Filter;
-use super::pause;
+use super::{pause, work_dir};
 use crate::error::{Error, Kind, Result};
 use crate::journal::Recovery;
 
@@ -29,6 +34,8 @@ const NO_SPACE: &str = "nospace";
 /// Temporary things in a QEMU, by name.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Things {
+    /// Where scratch is.
+    pub(super) directories: Vec<PathBuf>,
     /// Exports.
     pub(super) exports: Vec<String>,
     /// Whether the NBD server is ours.
@@ -82,6 +89,7 @@ impl Things {
         if let Some(marker) = &self.pause {
             first.note(pause::go_on(monitor, marker).await.map(drop));
         }
+        self.scratch_answers().await?;
         first.note(self.end_exports(monitor).await);
         if self.server.is_some() {
             first.note(stop_server(monitor).await);
@@ -105,6 +113,13 @@ impl Things {
         first.into()
     }
 
+    async fn scratch_answers(&self) -> Result<()> {
+        for directory in &self.directories {
+            work_dir::answers(directory).await?;
+        }
+        Ok(())
+    }
+
     /// Ends the exports and waits until nobody can read through them.
     async fn end_exports(&self, monitor: &Monitor) -> Result<()> {
         let mut first = First::default();
@@ -120,6 +135,7 @@ impl Things {
     /// Ends what costs the guest's writes anything, at once; reads of the instant fail from then on.
     /// The rest is left to [`Things::take_down`]. Cancel-safe.
     pub(super) async fn give_up(&self, monitor: &Monitor) -> Result<()> {
+        self.scratch_answers().await?;
         let mut first = First::default();
         // All of them before the wait for any: a write may be held by each.
         for id in &self.jobs {

@@ -2,20 +2,28 @@
 //!
 //! Readable by nobody but QEMU's user and us: it holds what the guest's disks held. The owner is
 //! taken from the monitor socket, which QEMU made. That user owns the directory once it has it, and
-//! may be hostile: everything is made and given away by descriptor, never by name. Removal follows no link: it removes the names
-//! we gave and the directory, nothing else.
+//! may be hostile: what is in it is made and given away by descriptor, never by name. Removal is by
+//! name and takes the directory with all that is in it; it follows no link.
+//!
+//! Whether its file system still takes writes is asked by a process of its own ([`answers`]): whoever
+//! asks one that hangs, hangs.
 
 use std::fs::{self, File, Metadata, Permissions};
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, fchown};
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
 
 use rustix::fs::{CWD, Mode, OFlags, mkdirat, openat};
 
 use super::names;
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::journal::Recovery;
 use crate::vm::{PointId, Uuid};
+
+/// Longest wait for the file system of a scratch directory: a busy one takes seconds.
+pub(super) const ANSWER: Duration = Duration::from_secs(10);
 
 /// A run's directory.
 #[derive(Debug)]
@@ -81,6 +89,30 @@ impl WorkDir {
     /// Removes the directory and what is in it. What is gone already is no error.
     pub(super) fn remove(&self) -> Result<()> {
         remove(&self.path)
+    }
+}
+
+/// Fails with [`Kind::Timeout`] if the file system of a scratch directory takes no writes now. Whatever
+/// else it says is an answer. Cancel-safe.
+///
+/// Not noticed is a device that hangs below a cache which still takes them.
+pub(super) async fn answers(directory: &Path) -> Result<()> {
+    // Changes nothing but a time, makes nothing, follows no link.
+    let mut touch = tokio::process::Command::new("touch");
+    touch.args(["-c", "-h", "--"]).arg(directory).kill_on_drop(true);
+    touch.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    match tokio::time::timeout(ANSWER, touch.status()).await {
+        Ok(Ok(_)) => Ok(()),
+        Ok(Err(error)) => {
+            tracing::warn!(%error, "cannot start 'touch': scratch is taken to answer");
+            Ok(())
+        }
+        Err(_) => {
+            let what = format!("scratch directory {} does not answer", directory.display());
+            Err(Error::new(Kind::Timeout, what).hint(
+                "QEMU is left alone until it does; then run 'vmbackup recover' or the next backup",
+            ))
+        }
     }
 }
 

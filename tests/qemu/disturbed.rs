@@ -1,0 +1,144 @@
+//! What somebody else does at the worst moment of a `--guest-first` backup: between the steps of its
+//! instant, and below its filters.
+
+use std::os::unix::fs::FileExt;
+use std::process::Command;
+
+use serde_json::json;
+use vmbackup::platform::{BackupMode, SnapshotRequest};
+
+use crate::machine::{Guest, Machine, SIZE};
+use crate::reading::{Points, open};
+use crate::support::{Outcome, TestEnv};
+
+/// Runs a backup that stands still at `step` while `meanwhile` happens; also how many points there are.
+async fn disturbed(
+    machine: &Machine,
+    step: &str,
+    meanwhile: impl AsyncFnOnce(),
+) -> (Outcome, usize) {
+    let env = TestEnv::new();
+    env.init_repo();
+    let (monitor, scratch) = (machine.path("qmp.sock"), machine.path("scratch"));
+    let (monitor, scratch) = (monitor.to_str().unwrap(), scratch.to_str().unwrap());
+    let args = ["full", "--qmp", monitor, "--scratch-dir", scratch, "--guest-first", "--json"];
+    let backup = env.stopped_at(step, &args);
+    meanwhile().await;
+    backup.signal("CONT");
+    let outcome = backup.wait();
+    let list = env.vmbackup(&["list", "--json"]).json();
+    let journals = std::fs::read_dir(env.path("state/journal")).unwrap().count();
+    assert_eq!(journals, 0, "{outcome:?}");
+    (outcome, list["points"].as_array().unwrap().len())
+}
+
+/// QEMU lets none begin on the disks themselves once the filters are above their nodes.
+#[tokio::test]
+async fn a_block_job_that_begins_before_the_devices_move_keeps_them_where_they_are() {
+    let machine = Machine::with(Guest::Idle).await;
+    let (outcome, points) = disturbed(&machine, "before:pause", async || {
+        for node in ["source", "theirs"] {
+            let node = json!({ "driver": "null-co", "node-name": node, "size": SIZE,
+                "read-zeroes": true });
+            machine.side.blockdev_add(node).await.unwrap();
+        }
+        let mirror = |device: &str| {
+            json!({ "device": device, "target": "theirs", "sync": "none",
+            "job-id": "their-job" })
+        };
+        assert!(machine.side.execute_raw("blockdev-mirror", mirror("b")).await.is_err());
+        machine.side.execute_raw("blockdev-mirror", mirror("source")).await.unwrap();
+    })
+    .await;
+    assert_eq!((outcome.code, points), (Some(7), 0), "busy: {outcome:?}");
+    assert!(outcome.stderr.contains("their-job"), "{outcome:?}");
+    assert_eq!(machine.tops().await, ["a", "b"]);
+    assert_eq!(machine.side.query_jobs().await.unwrap().len(), 1);
+    assert!(machine.runs().await);
+    crate::guest_first::end(&machine).await;
+    machine.holds_only(&[]).await;
+}
+
+#[tokio::test]
+async fn a_disk_that_gets_an_overlay_before_the_devices_move_keeps_it() {
+    let machine = Machine::with(Guest::Idle).await;
+    let (outcome, points) = disturbed(&machine, "before:pause", async || {
+        let overlay = json!({ "node-name": "b", "snapshot-file": machine.path("overlay.qcow2"),
+            "snapshot-node-name": "overlay", "format": "qcow2" });
+        machine.side.execute_raw("blockdev-snapshot-sync", overlay).await.unwrap();
+    })
+    .await;
+    assert_eq!((outcome.code, points), (Some(16), 0), "lost: {outcome:?}");
+    assert!(outcome.stderr.contains("another image"), "{outcome:?}");
+    assert_eq!(machine.tops().await, ["a", "overlay"]);
+    assert!(machine.runs().await);
+    machine.holds_only(&[]).await;
+}
+
+#[tokio::test]
+async fn a_guest_that_somebody_lets_go_on_between_the_instants_of_its_disks_has_none() {
+    let machine = Machine::with(Guest::Idle).await;
+    let (outcome, points) = disturbed(&machine, "before:filter", async || {
+        assert!(!machine.runs().await, "the backup has paused it");
+        machine.side.cont().await.unwrap();
+    })
+    .await;
+    assert_eq!((outcome.code, points), (Some(16), 0), "lost: {outcome:?}");
+    assert!(outcome.stderr.contains("let the guest go on"), "{outcome:?}");
+    assert!(machine.runs().await);
+    assert_eq!(machine.tops().await, ["a", "b"]);
+    machine.holds_only(&[]).await;
+}
+
+/// QEMU tries to activate all images first, fails for one of somebody else, and does not try that again;
+/// nor does it tell of any node while that one is there.
+#[tokio::test]
+async fn a_guest_that_does_not_go_on_at_once_is_let_go_on_once_more() {
+    let machine = Machine::with(Guest::Idle).await;
+    let image = machine.path("theirs.qcow2");
+    let mut make = Command::new("qemu-img");
+    make.args(["create", "-q", "-f", "qcow2"]).arg(&image).arg("1M");
+    assert!(make.status().unwrap().success());
+    let (outcome, points) = disturbed(&machine, "before:filter", async || {
+        let file = json!({ "driver": "file", "filename": image, "active": false });
+        let theirs = json!({ "driver": "qcow2", "node-name": "theirs", "active": false,
+            "file": file });
+        machine.side.blockdev_add(theirs).await.unwrap();
+        let file = std::fs::OpenOptions::new().write(true).open(&image).unwrap();
+        file.write_all_at(&[0; 4096], 0).unwrap();
+    })
+    .await;
+    // What the broken image keeps QEMU from telling costs a full read next time, no more.
+    assert_eq!(points, 1, "{outcome:?}");
+    assert!(outcome.stderr.contains("theirs is ejected"), "QEMU did fail once: {outcome:?}");
+    assert!(machine.runs().await);
+    assert_eq!(machine.tops().await, ["a", "b"]);
+}
+
+/// Moved to the node it had, the device would write below what it wrote meanwhile; QEMU does not let it.
+#[tokio::test]
+async fn a_device_whose_disk_got_an_overlay_below_the_filter_goes_on_with_the_overlay() {
+    let mut machine = Machine::with(Guest::Idle).await;
+    machine.guest("disk-b", "write -P 1 0 4M").await;
+    let oracle = machine.oracle().await;
+    let (mut points, point) = (Points::default(), machine.next_point());
+    let request = SnapshotRequest { guest_first: true, ..points.request(&machine, point) };
+    let platform = machine.platform().await;
+    let mut snapshot = open(&platform, &request).await;
+    let overlay = json!({ "node-name": "b", "snapshot-file": machine.path("overlay.qcow2"),
+        "snapshot-node-name": "overlay", "format": "qcow2" });
+    machine.side.execute_raw("blockdev-snapshot-sync", overlay).await.unwrap();
+    machine.guest("disk-b", "write -P 2 1M 1M").await;
+    let reads = points.read_all(snapshot.as_mut()).await.unwrap();
+    assert!(reads.iter().zip(&oracle).all(|(read, oracle)| read.content == *oracle));
+    snapshot.still_valid().await.unwrap();
+    snapshot.commit().await.unwrap();
+    drop(platform);
+    assert_eq!(machine.tops().await, ["a", "overlay"]);
+    machine.holds_only(&[point]).await;
+    machine.guest("disk-b", "write -P 3 3M 1M").await;
+    assert!(machine.reads("disk-b", "read -P 2 1M 1M").await);
+    let (_, reads) = points.back_up(&mut machine, BackupMode::Auto, &[]).await;
+    let at = |mib: usize| reads[1].content[mib << 20];
+    assert_eq!((at(0), at(1), at(2), at(3), at(4)), (1, 2, 1, 3, 0));
+}

@@ -1,0 +1,90 @@
+//! Scratch that hangs: with `--guest-first` the guest's write completes, and the backup gives up in
+//! bounded time and leaves QEMU, which would hang with it, alone until scratch answers.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use crate::machine::{Guest, Machine};
+use crate::support::TestEnv;
+
+/// A file system on a file, whose writes hang while it is frozen.
+struct Freezer {
+    path: PathBuf,
+}
+
+fn run(program: &str, arguments: &[&str], path: &Path) {
+    let status = Command::new(program).args(arguments).arg(path).status();
+    assert!(status.expect("it runs").success(), "{program} {arguments:?} {}", path.display());
+}
+
+impl Freezer {
+    fn mount(machine: &Machine) -> Self {
+        let (image, path) = (machine.path("freezer.img"), machine.path("freezer"));
+        std::fs::File::create_new(&image).unwrap().set_len(64 << 20).unwrap();
+        std::fs::create_dir(&path).unwrap();
+        run("mkfs.ext4", &["-q", "-F"], &image);
+        run("mount", &["-o", "loop", image.to_str().unwrap()], &path);
+        Self { path }
+    }
+
+    fn freeze(&self) {
+        run("fsfreeze", &["-f"], &self.path);
+    }
+
+    fn thaw(&self) {
+        run("fsfreeze", &["-u"], &self.path);
+    }
+
+    fn runs(&self) -> usize {
+        let entries = std::fs::read_dir(&self.path).unwrap().flatten();
+        entries.filter(|entry| entry.file_name().to_string_lossy().starts_with("vmb-")).count()
+    }
+}
+
+impl Drop for Freezer {
+    fn drop(&mut self) {
+        // Not frozen, in most cases.
+        let _ = Command::new("fsfreeze").arg("-u").arg(&self.path).output();
+        let _ = Command::new("umount").arg("-l").arg(&self.path).status();
+    }
+}
+
+#[tokio::test]
+async fn scratch_that_hangs_holds_up_neither_the_guest_nor_the_backup_and_is_undone_later() {
+    let env = TestEnv::new();
+    env.init_repo();
+    let machine = Machine::with(Guest::Idle).await;
+    let freezer = Freezer::mount(&machine);
+    let (monitor, scratch) = (machine.path("qmp.sock"), freezer.path.clone());
+    let (monitor, scratch) = (monitor.to_str().unwrap(), scratch.to_str().unwrap());
+    let args = ["full", "--qmp", monitor, "--scratch-dir", scratch, "--guest-first"];
+    let backup = env.stopped_at("after:export", &args);
+    freezer.freeze();
+    let begun = Instant::now();
+    // QEMU's cbw-timeout is 4 s.
+    machine.guest("disk-a", "write -P 2 1M 1M").await;
+    let waited = begun.elapsed();
+    assert!((3..20).contains(&waited.as_secs()), "{waited:?}");
+    backup.signal("CONT");
+    let outcome = backup.wait();
+    assert!(begun.elapsed() < Duration::from_secs(120), "it gives up: {:?}", begun.elapsed());
+    assert!(outcome.code.is_some_and(|code| code > 0), "{outcome:?}");
+    assert!(outcome.stderr.contains("does not answer"), "{outcome:?}");
+    // QEMU answers and the guest works.
+    let begun = Instant::now();
+    machine.guest("disk-a", "write -P 3 2M 1M").await;
+    assert!(machine.runs().await && machine.tops().await[0].starts_with("vmb-cbw-"));
+    let recover = env.vmbackup(&["recover"]);
+    assert!(recover.code.is_some_and(|code| code > 0), "{recover:?}");
+    machine.guest("disk-a", "write -P 4 3M 1M").await;
+    assert!(begun.elapsed() < Duration::from_secs(60), "{:?}", begun.elapsed());
+    assert_eq!(freezer.runs(), 1);
+    freezer.thaw();
+    let said = env.vmbackup(&["recover"]).ok().stdout;
+    assert!(said.contains("undone: filter"), "{said}");
+    assert_eq!((freezer.runs(), machine.tops().await), (0, vec!["a".into(), "b".into()]));
+    assert!(machine.reads("disk-a", "read -P 4 3M 1M").await && machine.runs().await);
+    machine.holds_only(&[]).await;
+    assert_eq!(env.vmbackup(&["recover"]).ok().stdout, "nothing is left to undo\n");
+}
