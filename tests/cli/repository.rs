@@ -136,6 +136,23 @@ fn a_key_is_added_at_a_terminal_with_the_old_password_asked_for_once() {
     env.vmbackup(&["list", "--password-file", new.to_str().unwrap()]).ok();
 }
 
+/// Found in review: a line of progress each second, of nothing.
+#[test]
+fn a_wait_for_a_password_is_no_progress() {
+    let env = TestEnv::new();
+    let (given, fifo) = (env.path("given"), env.path("fifo"));
+    fs::write(&given, "secret").unwrap();
+    env.vmbackup(&["repo", "init", "--password-file", given.to_str().unwrap()]).ok();
+    env.run("mkfifo", &[&fifo]).ok();
+    let remove = ["repo", "key", "remove", "none", "--json", "--password-file"];
+    let process = env.spawn_vmbackup(&[&remove[..], &[fifo.to_str().unwrap()]].concat());
+    // Longer than machines are left without a line of progress.
+    std::thread::sleep(std::time::Duration::from_millis(2500));
+    fs::write(&fifo, "secret").unwrap();
+    let outcome = process.wait().fails();
+    assert!(!outcome.stderr.contains("\"phase\":\"\""), "{outcome:?}");
+}
+
 /// Reads what is on the screen up to the end of a question.
 fn until_asked(said: &mut impl Read, screen: &mut String, question: &str) {
     let is_asked =
