@@ -4,6 +4,7 @@
 //!  one VM that is named, or every VM with a journal ─► lock ─► platform.recover without a repository
 //!  restores that were killed ─► lock ─► restore::reconcile
 //!  the repository is opened ─► the same VMs again: bitmaps and checkpoints
+//!                          ─► VMs another run was at work on: waited for, and all of the above
 //! ```
 //!
 //! A guest that stands still waits for no repository: it may be locked, damaged, or behind a mount
@@ -11,9 +12,8 @@
 //! whoever does not want to wait for it. A VM that cannot be reached keeps its journal, one that is
 //! gone for good loses it.
 
-use std::error::Error as StdError;
-use std::io::ErrorKind;
-use std::path::{Path, PathBuf};
+mod way;
+
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -22,13 +22,14 @@ use serde::Serialize;
 use super::lock::{Patience, VmLock, Wait};
 use super::points::Bases;
 use super::restore::reconcile as restore;
-use super::source::{self, ImageSpec, SourceSpec};
+use super::source::{self, SourceSpec};
 use super::{Env, Repository, Surroundings};
-use crate::error::{Error, Kind, Result, with_causes};
+use crate::error::{Error, Kind, Result};
 use crate::image::sweep_sockets;
-use crate::journal::{Abandoned, Journal, Phase, Place, Recovery};
+use crate::journal::{Abandoned, Journal, Phase, Recovery};
 use crate::platform::{Asked, BackupMode, Platform, Quiesce, RecoverRequest, SnapshotRequest};
 use crate::vm::{PointId, Uuid, VmIdentity};
+use way::{are_gone, is_gone, way_to};
 
 pub use crate::journal::{Action, Item, Mode};
 
@@ -89,10 +90,10 @@ pub async fn begin(request: &Request, surroundings: Surroundings<'_>) -> Result<
     }
     let (found, only) = match &request.source {
         Some(source) => {
-            let platform = job.platform(source).await?;
+            let platform = job.platform(source, &patience).await?;
             let report = job.first(platform.as_ref(), patience.left()).await?;
             let only = Some(report.uuid);
-            (vec![Looked { report, source: Some(source.clone()) }], only)
+            (vec![Looked { report, next: Next::Repository(source.clone()) }], only)
         }
         None => (job.all().await?, None),
     };
@@ -101,17 +102,27 @@ pub async fn begin(request: &Request, surroundings: Surroundings<'_>) -> Result<
 }
 
 impl Begun {
-    /// Recovers the rest: bitmaps and checkpoints, which stay without a repository. Not cancel-safe.
+    /// Recovers the rest: bitmaps and checkpoints, which stay without a repository; then VMs that
+    /// were busy. Not cancel-safe.
     pub async fn finish(
-        mut self,
+        self,
         repository: Option<&Repository>,
         surroundings: Surroundings<'_>,
     ) -> Result<Report> {
         let job = Recover { mode: self.mode, patience: &self.patience, surroundings };
-        for looked in &mut self.found {
+        let (busy, mut found): (Vec<_>, Vec<_>) =
+            self.found.into_iter().partition(|looked| matches!(looked.next, Next::All));
+        for looked in &mut found {
             job.again(looked, repository).await?;
         }
-        let vms = self.found.into_iter().map(|looked| looked.report).chain(self.restores).collect();
+        for looked in busy {
+            let mut waited_for = job.once_free(looked).await?;
+            for looked in &mut waited_for {
+                job.again(looked, repository).await?;
+            }
+            found.extend(waited_for);
+        }
+        let vms = found.into_iter().map(|looked| looked.report).chain(self.restores).collect();
         Ok(Report { dry_run: self.mode == Mode::Look, repository_asked: repository.is_some(), vms })
     }
 }
@@ -130,10 +141,60 @@ pub(super) async fn run_on(
     Ok(report)
 }
 
-/// A VM, and the way to it where it is there.
+/// A VM that was looked at.
 struct Looked {
     report: VmReport,
-    source: Option<SourceSpec>,
+    next: Next,
+}
+
+/// What is left to do about a VM.
+enum Next {
+    /// Nothing, or nothing that can be done now.
+    Nothing,
+    /// What needs the repository, by this way.
+    Repository(SourceSpec),
+    /// All: another run was at work on it, and whatever that makes of it, it may be gone by then.
+    All,
+}
+
+/// Whether a VM that another run works on is waited for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Turn {
+    /// No: the next VM's guest may stand still.
+    First,
+    /// Yes.
+    Last,
+}
+
+/// Why a VM was not recovered.
+enum Stopped {
+    /// Another run is at work on it, or a client has its monitor: that one sees to it.
+    AtWork(Error),
+    /// Something failed. A job of anybody else that makes the VM busy is such a thing: nobody sees
+    /// to what is left.
+    Failed(Error),
+}
+
+impl From<Error> for Stopped {
+    fn from(error: Error) -> Self {
+        Self::Failed(error)
+    }
+}
+
+impl From<Stopped> for Error {
+    fn from(stopped: Stopped) -> Self {
+        match stopped {
+            Stopped::AtWork(error) | Stopped::Failed(error) => error,
+        }
+    }
+}
+
+/// An error of taking what only one run can have.
+fn taken(error: Error) -> Stopped {
+    match error.kind() {
+        Kind::Busy => Stopped::AtWork(error),
+        _ => Stopped::Failed(error),
+    }
 }
 
 struct Recover<'a> {
@@ -150,71 +211,75 @@ impl Recover<'_> {
         let mut found = Vec::new();
         for uuid in env.journals().vms()? {
             control.check()?;
-            match env.journals().open(uuid) {
-                Ok(journal) => self.by_journal(uuid, &journal, &mut found).await,
-                Err(error) => {
-                    let report = failed(uuid, &uuid.to_string(), &error);
-                    found.push(Looked { report, source: None });
-                }
-            }
+            found.extend(self.by_journal(uuid, &uuid.to_string(), Turn::First).await);
         }
         Ok(found)
     }
 
-    async fn by_journal(&self, uuid: Uuid, journal: &Journal, found: &mut Vec<Looked>) {
+    /// The same for a VM that was busy then. What its run has finished is not left.
+    async fn once_free(&self, looked: Looked) -> Result<Vec<Looked>> {
+        let (_, control) = self.surroundings;
+        control.check()?;
+        let VmReport { uuid, name, .. } = looked.report;
+        Ok(self.by_journal(uuid, &name, Turn::Last).await)
+    }
+
+    /// What needs no repository, of the VM of a journal; and of the one that has its monitor now.
+    async fn by_journal(&self, uuid: Uuid, name: &str, turn: Turn) -> Vec<Looked> {
         let (env, _) = self.surroundings;
+        let only = |report| vec![Looked { report, next: Next::Nothing }];
+        let journal = match env.journals().open(uuid) {
+            Ok(journal) => journal,
+            Err(error) => return only(failed(uuid, name, &error.into())),
+        };
         let Some(run) = journal.earlier().last().cloned() else {
-            let problem = journal.is_unreadable().then(|| {
-                let path = journal.path().display();
-                format!(
-                    "journal {path} cannot be read; name the VM (--domain, --qmp), or remove it if the VM \
-                     was backed up by its images"
-                )
-            });
-            let report = VmReport { name: uuid.to_string(), uuid, items: Vec::new(), problem };
-            found.push(Looked { report, source: None });
-            return;
+            return only(no_run(uuid, name, &journal));
         };
-        let way = place(&run.place, &run.name, uuid);
-        let mut source = None;
-        let recovered = match source::platform(&way, env).await {
-            Err(error) if is_gone(&run.place, &error) => self.gone(uuid, &run.name),
-            Err(error) => Err(error),
-            Ok(_) if are_gone(&run.place) => self.gone(uuid, &run.name),
+        let way = way_to(&run.place, &run.name, uuid);
+        let patience = match turn {
+            Turn::First => Patience::new(Wait::No),
+            Turn::Last => Patience::new(self.patience.left()),
+        };
+        let mut next = Next::Nothing;
+        let recovered = match self.platform(&way, &patience).await {
+            Err(Stopped::Failed(error)) if is_gone(&run.place, &error) => {
+                self.gone(uuid, &run.name, &patience).await
+            }
+            Err(stopped) => Err(stopped),
+            Ok(_) if are_gone(&run.place) => self.gone(uuid, &run.name, &patience).await,
             Ok(platform) => {
-                source = Some(way.clone());
-                self.first(platform.as_ref(), Wait::No).await
+                next = Next::Repository(way);
+                self.first(platform.as_ref(), patience.left()).await
             }
         };
-        if recovered.as_ref().is_err_and(|error| error.kind() == Kind::Busy) {
-            // The next VM's guest may stand still: this one is waited for afterwards.
-            let report = VmReport { name: run.name, uuid, items: Vec::new(), problem: None };
-            found.push(Looked { report, source: Some(way) });
-            return;
-        }
-        let report = match recovered {
+        match recovered {
+            Err(Stopped::AtWork(_)) if turn == Turn::First => {
+                let report = VmReport { name: run.name, uuid, items: Vec::new(), problem: None };
+                vec![Looked { report, next: Next::All }]
+            }
             // Another VM has its monitor now.
-            Ok(other) if other.uuid != uuid => {
-                found.push(Looked { report: other, source: source.take() });
-                self.gone(uuid, &run.name)
+            Ok(report) if report.uuid != uuid => {
+                let gone = self.gone(uuid, &run.name, &patience).await;
+                let gone = gone.unwrap_or_else(|stopped| failed(uuid, &run.name, &stopped));
+                vec![Looked { report, next }, Looked { report: gone, next: Next::Nothing }]
             }
-            other => other,
-        };
-        let report = report.unwrap_or_else(|error| {
-            source = None;
-            failed(uuid, &run.name, &error)
-        });
-        found.push(Looked { report, source });
+            Ok(report) => vec![Looked { report, next }],
+            Err(stopped) => only(failed(uuid, &run.name, &stopped)),
+        }
     }
 
     /// The way to a VM; a monitor that another run has is waited for.
-    async fn platform(&self, source: &SourceSpec) -> Result<Box<dyn Platform>> {
+    async fn platform(
+        &self,
+        source: &SourceSpec,
+        patience: &Patience,
+    ) -> Result<Box<dyn Platform>, Stopped> {
         let (env, control) = self.surroundings;
-        self.patience.until_free(control, || source::platform(source, env)).await
+        patience.until_free(control, || source::platform(source, env)).await.map_err(taken)
     }
 
     /// What needs no repository. Nothing where things are only looked at: the second time tells all.
-    async fn first(&self, platform: &dyn Platform, wait: Wait) -> Result<VmReport> {
+    async fn first(&self, platform: &dyn Platform, wait: Wait) -> Result<VmReport, Stopped> {
         if self.mode == Mode::Undo {
             let none = (Bases::default(), NO_REPOSITORY.to_owned());
             return self.ask(platform, none, (Asked::Later, wait)).await;
@@ -227,13 +292,13 @@ impl Recover<'_> {
     async fn again(&self, looked: &mut Looked, repository: Option<&Repository>) -> Result<()> {
         let (_, control) = self.surroundings;
         control.check()?;
-        let Some(source) = looked.source.take() else { return Ok(()) };
-        let second = match self.platform(&source).await {
+        let Next::Repository(source) = &looked.next else { return Ok(()) };
+        let second = match self.platform(source, self.patience).await {
             Ok(platform) => self.one(platform.as_ref(), repository).await,
-            Err(error) => Err(error),
+            Err(stopped) => Err(stopped),
         };
         let report = &mut looked.report;
-        let second = second.unwrap_or_else(|error| failed(report.uuid, &report.name, &error));
+        let second = second.unwrap_or_else(|stopped| failed(report.uuid, &report.name, &stopped));
         for item in second.items {
             // What was kept the first time was looked at again.
             if !report.items.contains(&item) {
@@ -249,7 +314,7 @@ impl Recover<'_> {
         &self,
         platform: &dyn Platform,
         repository: Option<&Repository>,
-    ) -> Result<VmReport> {
+    ) -> Result<VmReport, Stopped> {
         let none = || (Bases::default(), NO_REPOSITORY.to_owned());
         let wait = self.patience.left();
         let Some(repository) = repository else {
@@ -260,7 +325,7 @@ impl Recover<'_> {
             Ok(bases) => self.ask(platform, (bases, repository.id()), (Asked::Yes, wait)).await,
             Err(error) => {
                 let mut report = self.ask(platform, none(), (Asked::No, wait)).await?;
-                report.problem = Some(with_causes(&error));
+                report.problem = Some(error.in_one_line());
                 Ok(report)
             }
         }
@@ -271,11 +336,11 @@ impl Recover<'_> {
         platform: &dyn Platform,
         (bases, id): (Bases, String),
         (repository, wait): (Asked, Wait),
-    ) -> Result<VmReport> {
+    ) -> Result<VmReport, Stopped> {
         let (env, control) = self.surroundings;
         let vm = platform.identify().await?;
         let lock = VmLock::acquire_after(wait, &env.state_dir, &vm, "recovery", control);
-        let _lock = lock.await?;
+        let _lock = lock.await.map_err(taken)?;
         let snapshot = snapshot_request(&bases, id, env);
         let request = RecoverRequest { snapshot, repository, mode: self.mode };
         let items = platform.recover(&request, control).await?;
@@ -289,7 +354,7 @@ impl Recover<'_> {
         let found = match env.journals().abandoned_restores() {
             Ok(found) => found,
             Err(error) => {
-                reports.push(failed(Uuid::nil(), "a restore", &error));
+                reports.push(failed(Uuid::nil(), "a restore", &error.into()));
                 return Ok(reports);
             }
         };
@@ -314,18 +379,19 @@ impl Recover<'_> {
             }
             let mut recovery = Recovery::new(self.mode);
             let result = restore::one(journal, restore::Lock::Take, env, &mut recovery).await;
-            let problem = result.err().map(|error| with_causes(&error));
+            let problem = result.err().map(|error| error.in_one_line());
             reports.push(VmReport { name, uuid, items: recovery.into_items(), problem });
         }
         Ok(reports)
     }
 
     /// What is left of a VM that is gone: files of this machine.
-    fn gone(&self, uuid: Uuid, name: &str) -> Result<VmReport> {
-        let (env, _) = self.surroundings;
+    async fn gone(&self, uuid: Uuid, name: &str, patience: &Patience) -> Result<VmReport, Stopped> {
+        let (env, control) = self.surroundings;
         let (host, platform) = (String::new(), String::new());
         let vm = VmIdentity { uuid, name: name.to_owned(), host, platform };
-        let _lock = VmLock::acquire(&env.state_dir, &vm, "recovery")?;
+        let lock = VmLock::acquire_after(patience.left(), &env.state_dir, &vm, "recovery", control);
+        let _lock = lock.await.map_err(taken)?;
         let mut journal = env.journals().open(uuid)?;
         let mut recovery = Recovery::new(self.mode);
         recovery.undo(format!("journal of VM '{name}', which is gone"));
@@ -344,66 +410,29 @@ impl Recover<'_> {
     }
 }
 
-/// What is known of a VM that could not be recovered. One that is at work now is none: its run sees
-/// to it.
-fn failed(uuid: Uuid, name: &str, error: &Error) -> VmReport {
+/// What is known of a VM whose journal names no run: nothing, or that nobody can tell.
+fn no_run(uuid: Uuid, name: &str, journal: &Journal) -> VmReport {
+    let problem = journal.is_unreadable().then(|| {
+        let path = journal.path().display();
+        format!(
+            "journal {path} cannot be read; name the VM (--domain, --qmp), or remove it if the VM \
+             was backed up by its images"
+        )
+    });
+    VmReport { name: name.to_owned(), uuid, items: Vec::new(), problem }
+}
+
+/// What is known of a VM that could not be recovered.
+fn failed(uuid: Uuid, name: &str, stopped: &Stopped) -> VmReport {
     let (mut items, mut problem) = (Vec::new(), None);
-    if error.kind() == Kind::Busy {
-        items.push(Item { action: Action::Kept, what: format!("journal of VM '{name}': {error}") });
-    } else {
-        problem = Some(with_causes(error));
+    match stopped {
+        Stopped::AtWork(error) => {
+            let what = format!("journal of VM '{name}': {}", error.in_one_line());
+            items.push(Item { action: Action::Kept, what });
+        }
+        Stopped::Failed(error) => problem = Some(error.in_one_line()),
     }
     VmReport { name: name.to_owned(), uuid, items, problem }
-}
-
-/// Whether an error of looking for the VM means that it is not there any more. A QEMU by itself is
-/// gone when nobody listens on its monitor; a libvirt that does not answer says nothing, nor does a
-/// path that means another file in each directory.
-fn is_gone(place: &Place, error: &Error) -> bool {
-    match place {
-        Place::Qemu { monitor, .. } if monitor.is_absolute() => {
-            let mut cause: Option<&(dyn StdError + 'static)> = Some(error);
-            while let Some(error) = cause {
-                if let Some(qmp::Error::Connect { source, .. }) = error.downcast_ref() {
-                    let kind = source.kind();
-                    return matches!(kind, ErrorKind::NotFound | ErrorKind::ConnectionRefused);
-                }
-                cause = error.source();
-            }
-            false
-        }
-        Place::Libvirt { .. } => error.kind() == Kind::NotFound,
-        Place::Qemu { .. } | Place::Images { .. } => false,
-    }
-}
-
-/// Whether the VM was images and none of them is there any more.
-fn are_gone(place: &Place) -> bool {
-    let is_gone = |path: &Path| {
-        path.symlink_metadata().is_err_and(|error| error.kind() == ErrorKind::NotFound)
-    };
-    matches!(place, Place::Images { images } if images.iter().all(|(path, _)| is_gone(path)))
-}
-
-/// How the VM of a journal is reached.
-fn place(place: &Place, name: &str, uuid: Uuid) -> SourceSpec {
-    match place {
-        Place::Libvirt { uri } => {
-            SourceSpec::Libvirt { uri: uri.clone(), domain: uuid.to_string() }
-        }
-        Place::Qemu { monitor, agent, name } => {
-            let (qmp, agent, name) = (monitor.clone(), agent.clone(), name.clone());
-            SourceSpec::Qemu { qmp, agent, name }
-        }
-        Place::Images { images } => {
-            let image = |(path, format): &(PathBuf, String)| ImageSpec {
-                path: path.clone(),
-                format: format.clone(),
-            };
-            let images = images.iter().map(image).collect();
-            SourceSpec::Images { name: name.to_owned(), images }
-        }
-    }
 }
 
 /// What a platform wants to know besides; nothing is read with it.
@@ -433,6 +462,9 @@ impl Report {
         let failed: Vec<&str> = failed.map(|vm| vm.name.as_str()).collect();
         let first = self.vms.iter().find_map(|vm| vm.problem.as_deref())?;
         let message = format!("not recovered: {} ({first})", failed.join(", "));
-        Some(Error::new(Kind::Connection, message).hint("run it again when the VM can be reached"))
+        Some(
+            Error::new(Kind::Connection, message)
+                .hint("run it again when that is no longer in the way"),
+        )
     }
 }

@@ -18,6 +18,7 @@ mod journey;
 mod killed;
 mod memory;
 mod preview;
+mod recovery;
 mod repository;
 mod salvage;
 mod verify_source;

@@ -1,0 +1,160 @@
+//! `recover` where something is in its way: somebody else's job, a monitor that is not free, a VM that
+//! goes while it is waited for. With a plain QEMU, which nothing but its monitor knows.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::fs::symlink;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+
+use crate::support::{Process, TestEnv, is_listening, wait_until};
+
+fn parsed(text: &str) -> Value {
+    serde_json::from_str(text).unwrap()
+}
+
+/// A QEMU with a disk, its monitor, and another one for the test.
+struct Machine {
+    process: Process,
+    monitor: PathBuf,
+    side: PathBuf,
+    uuid: String,
+}
+
+impl Machine {
+    fn start(env: &TestEnv, name: &str) -> Self {
+        let socket = |of: &str| env.path(&format!("run/{name}-{of}.sock"));
+        let (monitor, side) = (socket("qmp"), socket("side"));
+        let uuid = uuid::Uuid::new_v4().to_string();
+        let image = env.path(&format!("{name}.raw")).display().to_string();
+        std::fs::write(&image, vec![7; 1 << 20]).unwrap();
+        let mut command = env.command("qemu-system-x86_64");
+        command.args(["-machine", "q35,accel=tcg", "-nodefaults", "-display", "none", "-m", "16"]);
+        command.args(["-name", name, "-uuid", &uuid]);
+        for socket in [&monitor, &side] {
+            command.args(["-qmp", &format!("unix:{},server=on,wait=off", socket.display())]);
+        }
+        let blockdev = format!("raw,node-name=d,file.driver=file,file.filename={image}");
+        command.args(["-blockdev", &blockdev, "-device", "virtio-blk-pci,drive=d,id=disk"]);
+        let process = Process::spawn(&mut command);
+        wait_until("the monitors", 60, || is_listening(&monitor) && is_listening(&side));
+        Self { process, monitor, side, uuid }
+    }
+
+    /// One command at the test's own monitor.
+    fn execute(&self, command: &str, arguments: &Value) -> Value {
+        let mut stream = UnixStream::connect(&self.side).unwrap();
+        let mut lines = BufReader::new(stream.try_clone().unwrap()).lines();
+        let mut answer = Value::Null;
+        for (command, arguments) in [("qmp_capabilities", &json!({})), (command, arguments)] {
+            let request = json!({ "execute": command, "arguments": arguments });
+            writeln!(stream, "{request}").unwrap();
+            let mut said = lines.by_ref().map(|line| parsed(&line.unwrap()));
+            // The greeting and events are neither.
+            let is_answer = |value: &Value| ["return", "error"].iter().any(|k| !value[k].is_null());
+            answer = said.find(is_answer).unwrap();
+            assert!(answer["error"].is_null(), "{command}: {answer}");
+        }
+        answer["return"].take()
+    }
+
+    /// Names of nodes that backups of ours have made.
+    fn nodes(&self) -> Vec<String> {
+        let nodes = self.execute("query-named-block-nodes", &json!({}));
+        let names =
+            nodes.as_array().unwrap().iter().map(|node| node["node-name"].as_str().unwrap());
+        names.filter(|name| name.starts_with("vmb-")).map(str::to_owned).collect()
+    }
+}
+
+/// A backup of the QEMU behind `monitor` that is killed at a step.
+fn killed_backup(env: &TestEnv, (monitor, step): (&Path, &str), options: &[&str]) {
+    let scratch = env.path("scratch").display().to_string();
+    std::fs::create_dir_all(&scratch).unwrap();
+    let backup = ["full", "--qmp", monitor.to_str().unwrap(), "--scratch-dir", &scratch];
+    let run = env.stopped_at(step, &[&backup[..], options].concat());
+    run.signal("KILL");
+    run.wait();
+}
+
+/// Found in review: it was taken for another run at work, which sees to what it leaves.
+#[test]
+fn what_a_job_of_somebody_else_keeps_from_being_undone_is_a_problem_and_not_another_run() {
+    let env = TestEnv::new();
+    env.init_repo();
+    let machine = Machine::start(&env, "foo");
+    killed_backup(&env, (&machine.monitor, "after:filter"), &["--guest-first"]);
+    let filters = machine.nodes();
+    assert!(!filters.is_empty());
+    for name in ["ours", "theirs"] {
+        let node = json!({ "driver": "null-co", "node-name": name, "size": 65536,
+            "read-zeroes": true });
+        machine.execute("blockdev-add", &node);
+    }
+    let mirror = json!({ "device": "ours", "target": "theirs", "sync": "none",
+        "job-id": "their-job" });
+    machine.execute("blockdev-mirror", &mirror);
+    let outcome = env.vmbackup(&["recover", "--json"]).fails_with(&["their-job", "not recovered"]);
+    let report = parsed(&outcome.stdout);
+    let problem = report["vms"][0]["problem"].as_str().unwrap();
+    for told in ["cannot remove what an earlier backup left", "their-job", "hint: "] {
+        assert!(problem.contains(told), "{problem}");
+    }
+    assert!(!report["vms"][0]["items"].to_string().contains("journal of VM"), "{report}");
+    assert_eq!(machine.nodes(), filters);
+    machine.execute("job-cancel", &json!({ "id": "their-job" }));
+    wait_until("the end of their job", 60, || {
+        machine.execute("query-jobs", &json!({})).as_array().unwrap().is_empty()
+    });
+    env.vmbackup(&["recover"]).ok();
+    assert_eq!(machine.nodes(), Vec::<String>::new());
+}
+
+/// As whoever talks to it does from the first question on.
+fn hold(monitor: &Path) -> UnixStream {
+    let mut held = UnixStream::connect(monitor).unwrap();
+    held.read_exact(&mut [0]).unwrap();
+    held
+}
+
+#[test]
+fn a_vm_that_ends_while_it_is_waited_for_is_gone() {
+    let env = TestEnv::new();
+    env.init_repo();
+    let machine = Machine::start(&env, "foo");
+    killed_backup(&env, (&machine.monitor, "after:bitmap"), &[]);
+    let _held = hold(&machine.monitor);
+    let mut recovery = env.spawn_vmbackup(&["recover", "--wait=10m", "--json"]);
+    recovery.wait_until_said("waiting up to", 60);
+    machine.process.signal("KILL");
+    let report = recovery.wait().ok().json();
+    assert_eq!(report["vms"][0]["problem"], Value::Null, "{report}");
+    assert!(report["vms"][0]["items"].to_string().contains("which is gone"), "{report}");
+    assert_eq!(env.vmbackup(&["recover"]).ok().stdout, "nothing is left to undo\n");
+}
+
+#[test]
+fn another_vm_at_the_monitor_that_was_waited_for_is_not_taken_for_the_one_of_the_journal() {
+    let env = TestEnv::new();
+    env.init_repo();
+    let (first, second) = (Machine::start(&env, "foo"), Machine::start(&env, "bar"));
+    let (monitor, next) = (env.path("run/monitor"), env.path("run/next"));
+    symlink(&first.monitor, &monitor).unwrap();
+    symlink(&second.monitor, &next).unwrap();
+    killed_backup(&env, (&monitor, "after:bitmap"), &[]);
+    let _held = hold(&first.monitor);
+    let mut recovery = env.spawn_vmbackup(&["recover", "--wait=10m", "--json"]);
+    recovery.wait_until_said("waiting up to", 60);
+    std::fs::rename(&next, &monitor).unwrap();
+    let report = recovery.wait().ok().json();
+    let found = |uuid: &str| {
+        let mut vms = report["vms"].as_array().unwrap().iter();
+        vms.find(|vm| vm["uuid"] == uuid).unwrap_or_else(|| panic!("{report}")).clone()
+    };
+    let (gone, there) = (found(&first.uuid), found(&second.uuid));
+    assert_eq!((&gone["problem"], &there["problem"]), (&Value::Null, &Value::Null), "{report}");
+    assert!(gone["items"].to_string().contains("which is gone"), "{report}");
+    assert_eq!(there["name"], "bar", "{report}");
+    assert_eq!(env.vmbackup(&["recover"]).ok().stdout, "nothing is left to undo\n");
+}
