@@ -17,6 +17,7 @@ mod context;
 mod copy_settings;
 mod exit;
 mod leave;
+mod names;
 mod open;
 mod output;
 mod progress;

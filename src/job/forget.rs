@@ -9,7 +9,7 @@ use super::{Repository, Surroundings, points};
 use crate::clock::Timestamp;
 use crate::error::{Error, Kind, Result};
 use crate::policy::retention::{self, KeepRules};
-use crate::vm::PointId;
+use crate::vm::{PointId, Uuid};
 
 /// What to forget.
 #[derive(Clone, Debug)]
@@ -59,6 +59,8 @@ pub struct Verdict {
     pub id: PointId,
     /// Name of its VM.
     pub vm: String,
+    /// UUID of its VM: two may have one name.
+    pub vm_uuid: Uuid,
     /// The instant.
     pub time: Timestamp,
     /// Whether it is forgotten.
@@ -130,6 +132,7 @@ fn verdict(line: &Line, kept: Vec<String>, otherwise: &str) -> Verdict {
     Verdict {
         id: line.id,
         vm: line.vm.name.clone(),
+        vm_uuid: line.vm.uuid,
         time: line.time,
         forgotten,
         reasons: if forgotten { vec![otherwise.to_owned()] } else { kept },

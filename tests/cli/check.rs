@@ -57,6 +57,24 @@ fn a_sound_repository_passes() {
     }
 }
 
+/// Found in review: damage of two VMs of one name looked like that of one.
+#[test]
+fn damage_of_two_vms_of_one_name_is_told_apart() {
+    let mut fixture = Fixture::new();
+    let first = fixture.uuid.to_string();
+    fixture.point();
+    fixture.uuid = uuid::Uuid::new_v4();
+    fixture.point();
+    // They share their chunks.
+    rot(&data_pack(&fixture));
+    let outcome = fixture.env.vmbackup(&["check", "--read-data"]);
+    assert_eq!(outcome.code, Some(10), "{outcome:?}");
+    for uuid in [first, fixture.uuid.to_string()] {
+        let called = format!(" foo ({}) ", &uuid[..8]);
+        assert_eq!(outcome.stdout.matches(&called).count(), 1, "{outcome:?}");
+    }
+}
+
 #[test]
 fn a_rotten_chunk_is_named_with_its_points_and_ranges_and_the_rest_restores() {
     let fixture = Fixture::new();

@@ -78,6 +78,11 @@ fn two_vms_of_one_name_are_told_apart_and_the_name_alone_is_ambiguous() {
         let called = format!(" foo ({}) ", &uuid[..8]);
         assert_eq!(list.matches(&called).count(), 1, "{list}");
     }
+    let forget = env.vmbackup(&["forget", "--keep-last", "1", "--dry-run"]).text();
+    for uuid in [&first, &second] {
+        let called = format!(" foo ({}) ", &uuid[..8]);
+        assert_eq!(forget.matches(&called).count(), 1, "{forget}");
+    }
     let restore = ["restore", "foo@latest", "--to", "to"];
     for args in [&["list", "--domain", "foo"][..], &["show", "foo@latest"], &restore] {
         let outcome = env.vmbackup(args).fails_with(&[&first, &second, "hint: "]);

@@ -249,7 +249,8 @@ fn a_larger_device_takes_the_disk_and_keeps_the_rest_of_what_it_had() {
     let device = env.path("device");
     fs::write(&device, vec![0x5a; 8 << 20]).unwrap();
     let to = format!("{DISK}={}", device.display());
-    let restored = env.vmbackup(&["restore", &point, "--to-device", &to]).ok();
+    let restored = env.vmbackup(&["restore", &point, "--to-device", &to, "--json"]).ok();
+    assert!(restored.stdout.contains("\"kept_bytes\": 5238784"), "{restored:?}");
     let words = ["larger than the disk", "8388608", "5238784 bytes"];
     assert!(words.iter().all(|word| restored.stderr.contains(word)), "{restored:?}");
     let (found, disk) = (fs::read(&device).unwrap(), fs::read(&fixture.image).unwrap());

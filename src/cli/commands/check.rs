@@ -4,6 +4,7 @@ use std::fmt::Write;
 
 use crate::cli::args::RepositoryArgs;
 use crate::cli::context::Context;
+use crate::cli::names::Names;
 use crate::cli::table::Table;
 use crate::error::{Error, Kind, Result};
 use crate::job::check::{self, CheckOptions, CheckReport, Damage, Depth, Repair};
@@ -113,6 +114,7 @@ fn describe_affected(out: &mut String, report: &CheckReport) {
     for point in &report.unreadable_points {
         let _ = writeln!(out, "  point {point}: its manifest is damaged");
     }
+    let names = Names::among(report.affected.iter().map(|disk| (&*disk.vm, disk.vm_uuid)));
     let mut table = Table::new(&["point", "vm", "disk", ">offset", ">bytes"]);
     let mut ranges = 0;
     for disk in &report.affected {
@@ -120,7 +122,7 @@ fn describe_affected(out: &mut String, report: &CheckReport) {
             ranges += 1;
             if ranges <= LINES_MAX {
                 let (offset, bytes) = (range.offset.to_string(), range.bytes.to_string());
-                let (vm, name) = (disk.vm.clone(), disk.disk.clone());
+                let (vm, name) = (names.of(&disk.vm, disk.vm_uuid), disk.disk.clone());
                 table.row([disk.point.short(), vm, name, offset, bytes]);
             }
         }

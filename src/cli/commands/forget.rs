@@ -2,6 +2,7 @@
 
 use crate::cli::args::RepositoryArgs;
 use crate::cli::context::Context;
+use crate::cli::names::Names;
 use crate::cli::table::Table;
 use crate::cli::text;
 use crate::error::Result;
@@ -72,11 +73,12 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<()> {
 }
 
 fn describe(report: &Report, context: &Context) -> String {
+    let names = Names::among(report.points.iter().map(|point| (&*point.vm, point.vm_uuid)));
     let mut table = Table::new(&["point", "VM", "time", "verdict", "why"]);
     for point in &report.points {
         table.row([
             point.id.short(),
-            point.vm.clone(),
+            names.of(&point.vm, point.vm_uuid),
             text::time(point.time, &context.env.zone),
             if point.forgotten { "forget" } else { "keep" }.to_owned(),
             point.reasons.join(", "),

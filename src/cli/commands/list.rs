@@ -1,16 +1,14 @@
 //! `vmbackup list`: the points of a repository.
 
-use std::collections::{BTreeSet, HashMap};
-
 use crate::cli::args::RepositoryArgs;
 use crate::cli::context::Context;
+use crate::cli::names::Names;
 use crate::cli::stream::Stream;
 use crate::cli::table::Columns;
 use crate::cli::text;
 use crate::error::Result;
 use crate::job::list::{self, Line, List};
 use crate::units::ByteSize;
-use crate::vm::{Uuid, VmIdentity};
 
 /// List the points of a repository by VM, oldest first
 #[derive(clap::Args, Debug)]
@@ -55,13 +53,13 @@ async fn lines(mut list: List, context: &Context) -> Result<()> {
     while let Some(points) = list.next().await? {
         is_empty &= points.is_empty();
         for point in &points {
-            names.add(&point.vm);
+            names.add(&point.vm.name, point.vm.uuid);
             columns.measure(&row(point, point.vm.name.clone(), context));
         }
     }
-    for (name, uuid) in names.shared() {
+    for name in names.told_apart() {
         let mut row: [String; 8] = Default::default();
-        row[1] = told_apart(name, *uuid);
+        row[1] = name;
         columns.measure(&row);
     }
     let mut out = Stream::new();
@@ -70,45 +68,13 @@ async fn lines(mut list: List, context: &Context) -> Result<()> {
     list.rewind();
     while let Some(points) = list.next().await? {
         for point in &points {
-            out.text(&columns.line(&row(point, names.of(&point.vm), context)))?;
+            out.text(&columns.line(&row(point, names.of(&point.vm.name, point.vm.uuid), context)))?;
         }
         if !out.is_wanted() {
             return Ok(());
         }
     }
     out.flush()
-}
-
-/// The VMs of a list by their names: a VM is its UUID, and two may have one name.
-#[derive(Default)]
-struct Names(HashMap<String, BTreeSet<Uuid>>);
-
-impl Names {
-    fn add(&mut self, vm: &VmIdentity) {
-        match self.0.get_mut(&vm.name) {
-            Some(uuids) => drop(uuids.insert(vm.uuid)),
-            None => drop(self.0.insert(vm.name.clone(), BTreeSet::from([vm.uuid]))),
-        }
-    }
-
-    /// The names that are not of one VM alone, with each of their VMs.
-    fn shared(&self) -> impl Iterator<Item = (&String, &Uuid)> {
-        let shared = self.0.iter().filter(|(_, uuids)| uuids.len() > 1);
-        shared.flat_map(|(name, uuids)| uuids.iter().map(move |uuid| (name, uuid)))
-    }
-
-    /// What the list calls a VM.
-    fn of(&self, vm: &VmIdentity) -> String {
-        match self.0.get(&vm.name) {
-            Some(uuids) if uuids.len() > 1 => told_apart(&vm.name, vm.uuid),
-            _ => vm.name.clone(),
-        }
-    }
-}
-
-/// The name with the digits that name the VM in other commands.
-fn told_apart(name: &str, uuid: Uuid) -> String {
-    format!("{name} ({})", &uuid.to_string()[..8])
 }
 
 fn row(point: &Line, vm: String, context: &Context) -> [String; 8] {

@@ -140,6 +140,8 @@ pub struct DiskReport {
     /// Bytes that are zero because they are damaged in the repository. With any, the disk does not
     /// have the content root of the point.
     pub damaged_bytes: u64,
+    /// Bytes of a larger device behind the disk, which stay as they were: a VM that uses it sees them.
+    pub kept_bytes: u64,
     /// Reading and writing it.
     pub elapsed_ms: u64,
 }
@@ -477,6 +479,7 @@ async fn restore_disk(
             place.path().display().to_string(),
         )
     };
+    let kept_bytes = target.kept_bytes()?;
     source.begin();
     let blocks = Arc::clone(&source.blocks);
     match copy::copy(blocks, target.sink(), &options, control, &progress).await {
@@ -489,6 +492,7 @@ async fn restore_disk(
                 format: place.format_name().to_owned(),
                 written_bytes: copied.written_bytes,
                 damaged_bytes: lost.iter().map(|range| range.bytes).sum(),
+                kept_bytes,
                 elapsed_ms: env.elapsed_ms(started),
             };
             Ok((target, report, lost))

@@ -202,16 +202,26 @@ impl Target {
         Ok(opened)
     }
 
+    /// Bytes of a larger device behind the disk, which are not written.
+    pub(super) fn kept_bytes(&self) -> Result<u64> {
+        match self {
+            Self::New(..) => Ok(0),
+            Self::Device { sink, .. } => {
+                Ok(sink.whole_bytes()?.saturating_sub(sink.geometry().size_bytes))
+            }
+        }
+    }
+
     /// Says that a device is larger than its disk: the guest finds a larger one, with what was there.
     fn tell_of_rest(&self, control: &Control) -> Result<()> {
         let Self::Device { path, sink, .. } = self else { return Ok(()) };
-        let (whole, disk) = (sink.whole_bytes()?, sink.geometry().size_bytes);
-        if whole > disk {
+        let kept = self.kept_bytes()?;
+        if kept > 0 {
+            let whole = sink.whole_bytes()?;
             let text = format!(
-                "{} has {whole} bytes and is larger than the disk: its last {} bytes stay as they \
-                 are, and a VM that uses it sees them",
-                path.display(),
-                whole - disk
+                "{} has {whole} bytes and is larger than the disk: its last {kept} bytes stay as \
+                 they are, and a VM that uses it sees them",
+                path.display()
             );
             control.notice(NoticeLevel::Warning, text);
         }

@@ -38,7 +38,7 @@ use super::store::{Folder, ObjectName, for_each, from_hex};
 use crate::block::ByteRange;
 use crate::control::Control;
 use crate::error::{Error, Kind, Result, with_causes};
-use crate::vm::PointId;
+use crate::vm::{PointId, Uuid};
 pub use disk::BaseDamage;
 use trees::Walker;
 
@@ -112,6 +112,8 @@ pub struct AffectedDisk {
     pub point: PointId,
     /// Its VM.
     pub vm: String,
+    /// UUID of its VM: two may have one name.
+    pub vm_uuid: Uuid,
     /// The disk, or the artefact.
     pub disk: String,
     /// The ranges, sorted and merged.
@@ -357,8 +359,9 @@ async fn check_points(
                 continue;
             };
             let ranges = ranges.iter().map(AffectedRange::from).collect();
-            let vm = manifest.body.vm.name.clone();
-            report.affected(AffectedDisk { point: manifest.point, vm, disk, ranges, reason });
+            let point = manifest.point;
+            let (vm, vm_uuid) = (manifest.body.vm.name.clone(), manifest.body.vm.uuid);
+            report.affected(AffectedDisk { point, vm, vm_uuid, disk, ranges, reason });
         }
     }
     let told: HashSet<String> = [&report.damages, &report.unreadable]
