@@ -4,37 +4,29 @@
 //! fails is undone here, before the error is returned; what succeeds is handed to
 //! [`super::snapshot`], which commits or aborts it.
 
-use std::time::Duration;
+mod instant;
 
-use virt::domain::Domain;
-use virt::error::ErrorNumber;
-
-use super::checkpoint::{Bases, Checkpoints, Delete, checkpoint_xml, read_mode};
+use super::checkpoint::{Bases, Checkpoints, Delete, read_mode};
 use super::connection::DomainHandle;
-use super::error::code;
-use super::ffi::{self, VirtResult};
 use super::job::{self, JobDisk, Server};
 use super::lock::DomainLock;
 use super::names::{scratch_path, socket_path};
-use super::quiesce::{self, Frost, Frozen, Wish};
-use super::reconcile::{self, BEGUN, drop_stale, image_bitmaps};
-use super::scratch::{self, Places};
+use super::quiesce::Frost;
+use super::reconcile::{self, drop_stale, image_bitmaps};
+use super::scratch::Places;
 use super::snapshot::{RunningSnapshot, remove_left};
 use super::survey::{Description, Survey};
 use super::watch::{Watch, Watched};
 use super::{LibvirtOptions, artifacts, reach, stopped};
 use crate::clock::Timestamp;
-use crate::control::{Control, NoticeLevel};
-use crate::error::{Error, Kind, Result, with_causes};
+use crate::control::Control;
+use crate::error::{Error, Kind, Result};
 use crate::image::bitmap::BitmapNames;
 use crate::journal::{Action, Entry, Mode, Phase, Place, Recovery, Run};
 use crate::platform::space::{Space, no_room};
-use crate::platform::{BackupMode, Quiesce, SnapshotDisk, SnapshotRequest, VmSnapshot, tell};
+use crate::platform::{BackupMode, SnapshotDisk, SnapshotRequest, VmSnapshot, tell};
 use crate::vm::{Artifact, ArtifactKind, FullReason, PointId, Quiescence};
-
-/// Longest wait for a job to begin: 40 ms measured on an idle machine; libvirt itself waits 30 s for
-/// the domain's job lock.
-const BEGIN_TIMEOUT: Duration = Duration::from_secs(60);
+use instant::Instant;
 
 /// Refuses a promise that libvirt cannot keep: its jobs have no way to break before the guest's write
 /// fails (libvirt 11.3 sets no `on-cbw-error`), and the watch may be slower than the guest.
@@ -119,13 +111,6 @@ enum Begun {
     Asked,
     /// It was not answered: it may exist now or at any time, and is undone when it does.
     Unanswered,
-}
-
-/// The point in time.
-struct Instant {
-    taken: Timestamp,
-    quiescence: Quiescence,
-    job_disks: Vec<JobDisk>,
 }
 
 /// What opening yields.
@@ -290,66 +275,6 @@ impl Opening {
         .hint("take a full backup first: 'vmbackup full', or use 'vmbackup backup'"))
     }
 
-    /// Freezes, begins the job, thaws. Thaws on every path.
-    async fn take_instant(&mut self, server: &Server, control: &Control) -> Result<Instant> {
-        let problem = quiesce::agent_problem(&self.survey.root, self.survey.paused);
-        // Before the freeze: the guest does not wait for our disk, and the next run thaws and ends
-        // the job whenever we die from here on.
-        let asked = self.request.quiesce != Quiesce::Never && problem.is_none();
-        self.note_instant(server, asked)?;
-        let wish = Wish {
-            quiesce: self.request.quiesce,
-            budget: self.request.freeze_budget,
-            guardian: self.request.guardian.as_deref(),
-        };
-        let frost = std::mem::take(&mut self.frost);
-        let (frozen, frost) = quiesce::freeze(&self.domain, &wish, problem, frost).await;
-        self.frost = frost;
-        let frozen = frozen?;
-        if matches!(frozen, Frozen::Yes(_)) {
-            self.lock.journal.after(Phase::Freeze);
-        }
-        if let Frozen::No(Some(reason)) = &frozen {
-            control.notice(NoticeLevel::Warning, format!("crash consistent only: {reason}"));
-        }
-        let begun = self.begin(server, control).await;
-        let (quiescence, frost) = quiesce::thaw(frozen, std::mem::take(&mut self.frost)).await;
-        self.frost = frost;
-        let frozen = self.frost.is_there().await;
-        if frozen {
-            let name = &self.domain.name;
-            let text = format!("the guest of domain '{name}' may be frozen; thawing it goes on");
-            control.notice(NoticeLevel::Warning, text);
-        }
-        let thawed: &[Phase] = if frozen { &[] } else { &[Phase::Freeze] };
-        let begun = begun?;
-        // One job at a time: those asked for before have failed, or this one would have.
-        let answered = Entry { phase: Phase::Job, objects: vec![BEGUN.into()] };
-        let over = [&[Phase::Job, Phase::Scratch, Phase::Socket][..], thawed].concat();
-        self.lock.journal.undone_earlier(&over)?;
-        self.lock.journal.amend(thawed, [answered])?;
-        let (taken, job_disks) = begun;
-        Ok(Instant { taken, quiescence, job_disks })
-    }
-
-    /// Writes down all that the instant takes.
-    fn note_instant(&mut self, server: &Server, freezes: bool) -> Result<()> {
-        let scratch = self.job_disks().into_iter().map(|disk| disk.scratch);
-        let mut entries = vec![Entry::files(Phase::Scratch, scratch), Entry::of(Phase::Job)];
-        if let Server::Unix(socket) = server {
-            entries.push(Entry::files(Phase::Socket, [socket]));
-        }
-        if freezes {
-            entries.push(Entry::of(Phase::Freeze));
-        }
-        self.lock.journal.note(entries)?;
-        // libvirt does all the others in one call: the moment before it is the job's.
-        if freezes {
-            self.lock.journal.before(Phase::Freeze);
-        }
-        Ok(())
-    }
-
     /// Removes what a job that is gone left on this host: QEMU never unlinks its socket, and libvirt
     /// removes it with the domain's directory only.
     fn remove_files(&self, point: PointId) {
@@ -362,119 +287,6 @@ impl Opening {
         for disk in &self.survey.disks {
             remove_left(&scratch_path(&self.places.scratch, point, &disk.disk.name));
         }
-    }
-
-    /// Begins the job; once more with every disk in full when a bitmap breaks in the last moment.
-    async fn begin(
-        &mut self,
-        server: &Server,
-        control: &Control,
-    ) -> Result<(Timestamp, Vec<JobDisk>)> {
-        control.check()?;
-        let disks = self.job_disks();
-        let what = "begin a backup of";
-        self.begun = Begun::Asked;
-        self.lock.journal.before(Phase::Job);
-        let taken = self.request.clock.now();
-        let error = match self.try_begin(server, &disks).await? {
-            Ok(()) => {
-                self.lock.journal.after(Phase::Job);
-                return Ok((taken, disks));
-            }
-            Err(error) => error,
-        };
-        let retry = code(&error) == Some(ErrorNumber::CheckpointInconsistent)
-            && self.request.mode != BackupMode::Incremental;
-        if !retry {
-            return Err(self.explain(self.domain.wrap(what, error)));
-        }
-        for read in self.bases.disks.values_mut().filter(|read| read.is_ok()) {
-            *read = Err(FullReason::BitmapInconsistent);
-        }
-        let disks = self.job_disks();
-        let taken = self.request.clock.now();
-        let again = self.try_begin(server, &disks).await?;
-        again.map_err(|error| self.explain(self.domain.wrap(what, error)))?;
-        Ok((taken, disks))
-    }
-
-    fn job_disks(&self) -> Vec<JobDisk> {
-        let disks = self.survey.disks.iter();
-        disks
-            .map(|disk| {
-                let name = &disk.disk.name;
-                let base = self.bases.read(name, self.request.mode).ok();
-                JobDisk {
-                    name: name.clone(),
-                    base: base.map(|point| self.chain.of_point(point)),
-                    scratch: scratch_path(&self.places.scratch, self.request.point, name),
-                }
-            })
-            .collect()
-    }
-
-    async fn try_begin(&mut self, server: &Server, disks: &[JobDisk]) -> Result<VirtResult<()>> {
-        let backup = job::backup_xml(server, disks);
-        let tracked: Vec<&str> = self.tracked().collect();
-        let name = self.chain.of_point(self.request.point);
-        let checkpoint = (!tracked.is_empty())
-            .then(|| checkpoint_xml(&name, &self.survey.set.all, &tracked, None));
-        tracing::debug!(backup, ?checkpoint, "backup begin");
-        let begin =
-            move |domain: &Domain| ffi::backup_begin(domain, &backup, checkpoint.as_deref());
-        let undo = move |domain: &Domain, begun: &VirtResult<()>| {
-            // Of a job that failed only the checkpoint can be there; another's job is not ours.
-            let ended = begun.is_ok().then(|| ffi::abort_job(domain));
-            let deleted = ffi::Checkpoint::lookup(domain, &name).and_then(|c| c.delete(0));
-            tracing::warn!(?ended, ?deleted, "a backup job began too late and was ended");
-        };
-        let answer = self.domain.call_or_undo(BEGIN_TIMEOUT, begin, undo).await;
-        answer.ok_or_else(|| {
-            self.begun = Begun::Unanswered;
-            Error::new(
-                Kind::Timeout,
-                format!(
-                    "the backup of domain '{}' did not begin in {BEGIN_TIMEOUT:?}",
-                    self.domain.name
-                ),
-            )
-            .hint("see the libvirt log; QEMU may hang on slow storage. Should it begin yet, the next backup ends it")
-        })
-    }
-
-    /// Adds the directories to an error they may be the cause of.
-    fn explain(&self, error: Error) -> Error {
-        match error.kind() {
-            Kind::Permission => {
-                let owner = self.domain.host.qemu_dir().as_deref().and_then(scratch::owner);
-                error.hint(self.places.access_hint(owner.as_deref()))
-            }
-            Kind::Io if self.is_unseen(&error) => {
-                let message = format!(
-                    "QEMU of domain '{}' does not find scratch directory {}",
-                    self.domain.name,
-                    self.places.scratch.display()
-                );
-                Error::new(Kind::NotFound, message).source(error).hint(
-                    "a file system that was mounted after the domain was started is not there for \
-                     its QEMU (libvirt gives each a mount namespace of its own): name a directory \
-                     that was mounted before with --scratch-dir, or restart the domain",
-                )
-            }
-            Kind::NoSpace => error.hint(format!(
-                "free space in {} or name another directory with --scratch-dir",
-                self.places.scratch.display()
-            )),
-            _ => error,
-        }
-    }
-
-    /// Whether QEMU failed to find a scratch file that libvirt had just made. The text is the system's,
-    /// after the path QEMU was told (block/file-posix.c).
-    fn is_unseen(&self, error: &Error) -> bool {
-        let text = with_causes(error);
-        text.contains("No such file or directory")
-            && text.contains(&*self.places.scratch.to_string_lossy())
     }
 
     /// Undoes what was done, as far as it can be; what cannot be is logged, stays in the journal and
