@@ -21,5 +21,6 @@ mod preview;
 mod recovery;
 mod repository;
 mod salvage;
+mod space;
 mod verify_source;
 mod wait;

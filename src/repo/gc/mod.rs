@@ -25,6 +25,10 @@
 //! with its record once all that is live in it was stored anew. Damage that is found on the way may
 //! have been taken for the copy to keep: the collector then starts over before it deletes anything.
 //!
+//! Repacking takes room before it makes any. Where there is none, the collector starts over with packs
+//! of which next to nothing is needed, and then leaves it out: packs that nothing needs go, for which a
+//! list and an index are enough.
+//!
 //! *Deletion*: this is the only place that deletes objects of points, packs and index.
 
 mod mark;
@@ -50,7 +54,7 @@ use super::run::{LEASE, LEASE_OF_WRITER, Lease, RunKind, Survey};
 use super::seal::ObjectType;
 use super::store::{Folder, ObjectName, StoreError, for_each, for_each_name, from_hex};
 use crate::clock::Timestamp;
-use crate::control::Control;
+use crate::control::{Control, NoticeLevel};
 use crate::error::{Error, Kind, Result};
 use crate::vm::PointId;
 use mark::{Marker, Standing};
@@ -63,6 +67,9 @@ const SEGMENTS_MAX: usize = 8;
 
 /// Segments with more entries are merged only to drop some.
 const MERGE_ENTRIES_MAX: u64 = 5_000_000;
+
+/// Of a pack that is nearly dead at least this share is.
+const NEARLY_DEAD_PERCENT: u8 = 90;
 
 /// Packs smaller than this, once there are many, are repacked into full ones.
 const SMALL_PACK_BYTES: u64 = PACK_BYTES / 8;
@@ -144,6 +151,27 @@ pub(super) async fn exclusive_lease(blobs: &Blobs) -> Result<Lease> {
         .hint("wait for it; one that was killed counts for 30 minutes"))
 }
 
+/// Which packs are repacked.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Repacking {
+    /// Those that are dead to the share asked for, and small ones.
+    All,
+    /// There is little room: those that give it back tenfold.
+    NearlyDead,
+    /// There is none.
+    None,
+}
+
+impl Repacking {
+    /// What to do where there was no room for this.
+    fn less(self) -> Self {
+        match self {
+            Self::All => Self::NearlyDead,
+            Self::NearlyDead | Self::None => Self::None,
+        }
+    }
+}
+
 struct Collector<'a> {
     blobs: &'a Arc<Blobs>,
     chunk_levels: u32,
@@ -174,14 +202,26 @@ struct State {
 }
 
 impl Collector<'_> {
-    /// Starts over while damage comes to light. Ends: each time there is a pack more to know of.
+    /// Starts over while damage comes to light, and with less to repack if there is no room for it.
+    /// Ends: each time there is a pack more to know of, or less to do.
     async fn run_until_settled(&self) -> Result<CollectReport> {
         let damaged = &self.blobs.damaged;
         damaged.load().await?;
+        let mut repacking = Repacking::All;
         loop {
             let known = damaged.count();
-            match self.run().await {
+            match self.run(repacking).await {
                 Err(error) if error.kind() == Kind::Corrupt && damaged.count() > known => {}
+                Err(error) if error.kind() == Kind::NoSpace && repacking != Repacking::None => {
+                    // From the start: what was half moved may be nowhere yet.
+                    if repacking == Repacking::All {
+                        let text = "there is no room to repack all that is mostly garbage: run gc \
+                                    again to free the rest";
+                        self.control.notice(NoticeLevel::Warning, text);
+                    }
+                    tracing::debug!(%error, "starting over with less to repack");
+                    repacking = repacking.less();
+                }
                 result => return result,
             }
         }
@@ -198,7 +238,7 @@ impl Collector<'_> {
             .hint("run 'check --read-data' to see which points are affected"))
     }
 
-    async fn run(&self) -> Result<CollectReport> {
+    async fn run(&self, repacking: Repacking) -> Result<CollectReport> {
         let Blobs { store, keys, .. } = &**self.blobs;
         // In this order: what is ripe by a survey was visible before it, and manifests are listed
         // after it.
@@ -219,7 +259,9 @@ impl Collector<'_> {
 
         let oldest = survey.live().map(|run| run.started).min();
         let cutoff = oldest.map_or(self.lease.started(), |o| o.min(self.lease.started()));
-        self.repack(&mut state, cutoff).await?;
+        if repacking != Repacking::None {
+            self.repack(&mut state, cutoff, repacking).await?;
+        }
         let new = self.condemn(&mut state, cutoff).await?;
         lists.extend(new.iter().cloned());
         state.report.forgotten = self.drop_forgotten(&forgotten).await?;
@@ -398,7 +440,12 @@ impl Collector<'_> {
     }
 
     /// Empties packs that are mostly dead, and small ones when there are many.
-    async fn repack(&self, state: &mut State, cutoff: Timestamp) -> Result<()> {
+    async fn repack(&self, state: &mut State, cutoff: Timestamp, which: Repacking) -> Result<()> {
+        let asked = self.options.repack_dead_percent.clamp(1, 100);
+        let threshold = match which {
+            Repacking::NearlyDead => asked.max(NEARLY_DEAD_PERCENT),
+            Repacking::All | Repacking::None => asked,
+        };
         self.control.set_phase("repacking");
         let types: HashMap<PackId, ObjectType> = state
             .marker
@@ -416,15 +463,14 @@ impl Collector<'_> {
                     continue;
                 }
                 let dead_bytes = info.size_bytes.saturating_sub(used.bytes);
-                let threshold = u64::from(self.options.repack_dead_percent.clamp(1, 100));
                 // A pack's own header and trailer are dead bytes, too, if it is tiny.
-                if dead_bytes * 100 >= info.size_bytes * threshold && dead_bytes > 4096 {
+                if dead_bytes * 100 >= info.size_bytes * u64::from(threshold) && dead_bytes > 4096 {
                     candidates.push(*id);
                 } else if info.size_bytes < SMALL_PACK_BYTES {
                     small.push(*id);
                 }
             }
-            if small.len() > SMALL_PACKS_MAX {
+            if small.len() > SMALL_PACKS_MAX && which == Repacking::All {
                 candidates.append(&mut small);
             }
             if !candidates.is_empty() {
