@@ -84,6 +84,29 @@ fn a_restore_into_a_directory_can_be_killed_at_any_step() {
     }
 }
 
+/// Nothing has a name yet that anybody knows: all of it goes, and the directory that was made for it.
+#[test]
+fn a_killed_restore_that_had_put_nothing_in_place_leaves_nothing() {
+    let env = TestEnv::new();
+    let point = prepare(&env);
+    for (at, step) in ["before:temporary", "after:temporary", "before:place"].iter().enumerate() {
+        let restore = ["restore", &point, "--to", "fresh"];
+        let run = env.stopped_at(step, &restore);
+        run.signal("KILL");
+        run.wait();
+        assert!(*step == "before:temporary" || !names(&env.path("fresh")).is_empty());
+        // Asked for, or by the restore that is done again.
+        if at % 2 == 0 {
+            env.vmbackup(&["recover"]).ok();
+            assert!(!env.path("fresh").exists(), "{step}: {:?}", names(&env.path("fresh")));
+        }
+        env.vmbackup(&restore).ok();
+        assert_eq!(names(&env.path("fresh")), ["a.raw", "b.raw", "c.raw"], "{step}");
+        assert_eq!(names(&env.path("state/journal")), Vec::<String>::new(), "{step}");
+        fs::remove_dir_all(env.path("fresh")).unwrap();
+    }
+}
+
 /// Somebody takes what lies there for good and writes to it: no recovery may take it away.
 #[test]
 fn what_is_used_after_a_killed_restore_is_never_taken_away() {

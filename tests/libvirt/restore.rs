@@ -7,8 +7,10 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use crate::rig::{assert_no_trace, prove, take};
-use crate::support::{DiskFormat, Domain, DomainSpec, Guest, TestEnv, wait_until};
+use crate::rig::{assert_no_trace, prove, take, take_stopped};
+use crate::support::{
+    DiskFormat, Domain, DomainSpec, Guest, TestEnv, assert_same_content, wait_until,
+};
 
 /// What the guest reads on its disks, but for the part it kept writing while the backup ran.
 fn sums(guest: &mut Guest, disks: &[&str]) -> Vec<String> {
@@ -90,6 +92,76 @@ fn a_new_domain_boots_beside_the_running_original() {
     let again = env.vmbackup(&["restore", &taken.id, "--as", copy.name(), "--force"]).fails();
     assert_eq!(again.code, Some(7), "{again:?}");
     assert_eq!(copy.state(), "running");
+}
+
+/// A copy of the repository in which a chunk of the disk is damaged, and nothing else of the VM.
+fn with_a_damaged_chunk(env: &TestEnv) -> PathBuf {
+    let repo = env.repo();
+    let packs = env.run("find", &[&*repo.join("packs").to_string_lossy(), "-type", "f"]).text();
+    for (number, pack) in packs.lines().enumerate() {
+        let copy = env.path(&format!("damaged-{number}"));
+        env.run("cp", &[Path::new("-r"), &repo, &copy]).ok();
+        let pack = copy.join(Path::new(pack).strip_prefix(&repo).expect("below it"));
+        let mut bytes = fs::read(&pack).expect("there");
+        let at = bytes.len() * 3 / 4;
+        bytes[at] ^= 1;
+        fs::remove_file(&pack).expect("own file");
+        fs::write(&pack, bytes).expect("own file");
+        let args = ["check", "--read-data", "--json", "--repo", &*copy.to_string_lossy()];
+        let report: Value = serde_json::from_str(&env.vmbackup(&args).stdout).expect("a document");
+        // A node of the tree takes more with it.
+        let is_chunk = |range: &Value| range["bytes"].as_u64().expect("a number") <= 1 << 20;
+        let affected = report["affected"].as_array().expect("a list");
+        if let [disk] = &affected[..]
+            && disk["disk"] == "vda"
+            && disk["ranges"].as_array().expect("a list").iter().all(is_chunk)
+        {
+            return copy;
+        }
+    }
+    panic!("no pack holds chunks of the disk");
+}
+
+/// A disk of which a part is damaged in the repository is better than none: its VM is there again, and
+/// what its guest will miss is on a list.
+#[test]
+fn a_damaged_point_is_salvaged_into_the_lost_domain() {
+    let env = TestEnv::new();
+    env.init_repo();
+    let domain = Domain::define(&env, &DomainSpec::with_disks(&[DiskFormat::Qcow2]));
+    let source = env.path("data");
+    let mut bytes = vec![0; 8 << 20];
+    blake3::Hasher::new().finalize_xof().fill(&mut bytes);
+    fs::write(&source, bytes).expect("own file");
+    let (image, source) = (domain.disk(0).to_string_lossy(), source.to_string_lossy());
+    let write = format!("write -q -s {source} 16M 8M");
+    env.run("qemu-io", &["-f", "qcow2", "-c", &write, &image]).ok();
+    let taken = take_stopped(&env, &domain, &["full"]);
+    let repo = with_a_damaged_chunk(&env).to_string_lossy().into_owned();
+    let (uuid, oracle) = (domain.uuid(), domain.oracles("before").remove(0));
+    domain.lose();
+
+    let refused = env.vmbackup(&["restore", &taken.id, "--define", "--repo", &repo]);
+    assert_eq!(refused.code, Some(10), "{refused:?}");
+    env.run("virsh", &["-q", "-c", "qemu:///system", "domstate", domain.name()]).fails();
+    let salvage = ["restore", &taken.id, "--define", "--salvage", "--json", "--repo", &repo];
+    let salvaged = env.vmbackup(&salvage);
+    assert_eq!(salvaged.code, Some(10), "{salvaged:?}");
+    let report: Value = serde_json::from_str(&salvaged.stdout).expect("a document");
+    assert_eq!((domain.uuid(), domain.state()), (uuid.clone(), "shut off".into()));
+    assert_eq!(report["domain"]["uuid"], uuid.as_str(), "{report}");
+    let list = report["salvage"]["list"].as_str().expect("a list");
+    assert!(salvaged.stderr.contains(list), "{salvaged:?}");
+    let list: Value = serde_json::from_slice(&fs::read(list).expect("there")).expect("a list");
+    assert_eq!(list["ranges"], report["salvage"]["ranges"]);
+    let ranges = list["ranges"].as_array().expect("ranges");
+    assert_eq!(ranges.len(), 1, "{list}");
+    let (offset, bytes) = (&ranges[0]["offset"], &ranges[0]["bytes"]);
+    assert!((16 << 20..24 << 20).contains(&offset.as_u64().expect("a number")), "{list}");
+    // All else is what it was.
+    let zeroes = format!("write -q -z {offset} {bytes}");
+    env.run("qemu-io", &["-f", "raw", "-c", &zeroes, &oracle.to_string_lossy()]).ok();
+    assert_same_content(&env, (domain.disk(0), "qcow2"), (&oracle, "raw"));
 }
 
 #[test]
