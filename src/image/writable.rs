@@ -4,33 +4,46 @@
 //! can open, a raw one is always what was written last.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use async_trait::async_trait;
 
 use super::ImageLock;
 use crate::block::file::FileDisk;
 use crate::block::{BlockSink, BlockSource, Buffer, ByteRange, ExtentMap, Geometry, ZeroMode};
-use crate::error::Result;
+use crate::error::{Error, Kind, Result};
 
 /// An open raw image, locked in the way QEMU understands.
 #[derive(Debug)]
 pub struct WritableImage {
-    disk: FileDisk,
-    _lock: ImageLock,
+    disk: Arc<FileDisk>,
+    lock: Arc<ImageLock>,
 }
 
 impl WritableImage {
     /// Opens and locks it; [`Kind::Busy`](crate::error::Kind::Busy) if someone uses it.
     pub fn open(path: &Path) -> Result<Self> {
-        let lock = ImageLock::acquire_to_write(path)?;
-        Ok(Self { disk: FileDisk::open(path)?, _lock: lock })
+        let lock = Arc::new(ImageLock::acquire_to_write(path)?);
+        Ok(Self { disk: Arc::new(FileDisk::open(path)?), lock })
+    }
+
+    /// The same image, as large as it is now, if that is more than `size_bytes`: somebody has made it
+    /// larger (`truncate`, a volume that was extended). This one goes on with the size it has.
+    /// Cancel-safe.
+    pub async fn grown(&self, size_bytes: u64) -> Result<Option<Self>> {
+        let disk = Arc::clone(&self.disk);
+        let grown = tokio::task::spawn_blocking(move || disk.grown(size_bytes)).await;
+        let grown = grown
+            .map_err(|e| Error::new(Kind::Internal, "an input/output thread died").source(e))??;
+        let lock = Arc::clone(&self.lock);
+        Ok(grown.map(|disk| Self { disk: Arc::new(disk), lock }))
     }
 }
 
 #[async_trait]
 impl BlockSource for WritableImage {
     fn geometry(&self) -> Geometry {
-        BlockSource::geometry(&self.disk)
+        BlockSource::geometry(&*self.disk)
     }
 
     async fn extents(&self, range: ByteRange) -> Result<ExtentMap> {
@@ -45,7 +58,7 @@ impl BlockSource for WritableImage {
 #[async_trait]
 impl BlockSink for WritableImage {
     fn geometry(&self) -> Geometry {
-        BlockSink::geometry(&self.disk)
+        BlockSink::geometry(&*self.disk)
     }
 
     async fn write(&self, offset: u64, buffer: Buffer) -> Result<()> {

@@ -1,6 +1,6 @@
 //! Points, straight from the repository.
 
-use crate::rig::{Serve, back_up, content, env_with_point, qemu_io, read};
+use crate::rig::{DISK_BYTES, Serve, back_up, content, env_with_point, qemu_io, read};
 use crate::support::TestEnv;
 
 #[test]
@@ -108,6 +108,87 @@ fn a_disk_that_was_grown_is_seen_by_clients_that_connect_afterwards() {
     }
     let image = ["serve", "disk.raw", "--writable", "--size", "8M"];
     assert_eq!(env.vmbackup(&image).code, Some(2), "only what has an overlay grows");
+}
+
+/// The size that clients see who connect now.
+fn size(env: &TestEnv, uri: &str) -> u64 {
+    let told = env.run("nbdinfo", &["--size", uri]).ok().stdout;
+    let image = env.run("qemu-img", &["info", "--output=json", "-f", "raw", uri]).ok().stdout;
+    let image: serde_json::Value = serde_json::from_str(&image).unwrap();
+    let told = told.trim().parse().unwrap();
+    assert_eq!(image["virtual-size"], told);
+    told
+}
+
+/// A client that connects, says so, waits, reads the last block it knows of and the size it sees.
+const PATIENT: &str = "import nbd, sys; h = nbd.NBD(); h.connect_uri(sys.argv[1])\n\
+    s = h.get_size(); h.pwrite(b'x' * 512, s - 4096); print('in', flush=True); sys.stdin.read()\n\
+    assert h.pread(512, s - 4096) == b'x' * 512; h.pwrite(b'y' * 512, s - 4096); h.flush()\n\
+    assert h.get_size() == s; print(s)";
+
+fn patient(env: &TestEnv, uri: &str) -> std::process::Child {
+    let mut client = env.command("/usr/bin/python3");
+    client.args(["-c", PATIENT, uri]);
+    client.stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::piped());
+    let mut client = client.spawn().unwrap();
+    let mut said = [0; 3];
+    std::io::Read::read_exact(client.stdout.as_mut().unwrap(), &mut said).unwrap();
+    client
+}
+
+/// Lets it go on; what it saw.
+fn seen(mut client: std::process::Child) -> u64 {
+    drop(client.stdin.take());
+    let output = client.wait_with_output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    String::from_utf8(output.stdout).unwrap().trim().parse().unwrap()
+}
+
+#[test]
+fn an_overlay_grows_while_it_is_served_and_clients_that_are_there_keep_their_size() {
+    let (env, point) = env_with_point();
+    let kept = [&point, "--writable", "--overlay", "o"];
+    let serve = Serve::start(&env, &kept);
+    let uri = serve.uri(0);
+    let old = DISK_BYTES as u64;
+    assert_eq!(size(&env, &uri), old);
+    let client = patient(&env, &uri);
+    let again = env.vmbackup(&[&["serve"], &kept[..], &["--size", "8M"]].concat());
+    assert_eq!(again.code, Some(7), "{again:?}");
+    again.fails_with(&["another process serves the overlay", "clients that connect", "8388608"]);
+    assert_eq!(size(&env, &uri), 8 << 20);
+    qemu_io(&env, &uri, &["write -P 8 7M 64k"]).ok();
+    let mut expected = content(1);
+    expected.resize(8 << 20, 0);
+    expected[7 << 20..(7 << 20) + 65536].fill(8);
+    expected[DISK_BYTES - 4096..DISK_BYTES - 4096 + 512].fill(b'x');
+    assert!(read(&env, &uri) == expected);
+    assert_eq!(seen(client), old);
+    expected[DISK_BYTES - 4096..DISK_BYTES - 4096 + 512].fill(b'y');
+    assert!(read(&env, &uri) == expected, "both write the same disk");
+    serve.stop();
+    let serve = Serve::start(&env, &kept);
+    assert!(read(&env, &serve.uri(0)) == expected, "it stays");
+}
+
+#[test]
+fn a_raw_file_that_has_grown_is_seen_by_clients_that_connect_afterwards() {
+    let env = TestEnv::new();
+    std::fs::write(env.path("disk.raw"), content(1)).unwrap();
+    let serve = Serve::start(&env, &["disk.raw", "--writable"]);
+    let uri = serve.uri(0);
+    let client = patient(&env, &uri);
+    env.run("truncate", &["-s", "8M", "disk.raw"]).ok();
+    assert_eq!(size(&env, &uri), 8 << 20);
+    qemu_io(&env, &uri, &["write -P 8 7M 64k"]).ok();
+    assert_eq!(seen(client), DISK_BYTES as u64);
+    let mut expected = content(1);
+    expected.resize(8 << 20, 0);
+    expected[7 << 20..(7 << 20) + 65536].fill(8);
+    expected[DISK_BYTES - 4096..DISK_BYTES - 4096 + 512].fill(b'y');
+    assert!(read(&env, &uri) == expected);
+    serve.stop();
+    assert!(std::fs::read(env.path("disk.raw")).unwrap() == expected);
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! A raw file or device in use: read and written again and again, by whoever it is served to.
 
 use std::fs::File;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use async_trait::async_trait;
 use rustix::fs::OFlags;
@@ -16,6 +16,8 @@ use crate::error::{Error, Result};
 pub struct FileDisk {
     source: FileSource,
     sink: FileSink,
+    file: File,
+    path: PathBuf,
 }
 
 impl FileDisk {
@@ -29,11 +31,23 @@ impl FileDisk {
     /// Uses a file that is open for reading and writing; `path` names it in errors.
     pub fn from_file(file: File, path: &Path) -> Result<Self> {
         let failed = |e| Error::io(format!("cannot open {}", path.display()), e);
-        let second = file.try_clone().map_err(failed)?;
+        let clone = || file.try_clone().map_err(failed);
         Ok(Self {
-            source: FileSource::from_file(file, path, Access::Repeated)?,
-            sink: FileSink::repeated(second, path)?,
+            source: FileSource::from_file(clone()?, path, Access::Repeated)?,
+            sink: FileSink::repeated(clone()?, path)?,
+            file,
+            path: path.to_owned(),
         })
+    }
+
+    /// The same file or device, as large as it is now, if that is more than `size_bytes`. This one goes
+    /// on with the size it has. Blocks.
+    pub fn grown(&self, size_bytes: u64) -> Result<Option<Self>> {
+        if super::examine(&self.file, &self.path)?.1 <= size_bytes {
+            return Ok(None);
+        }
+        let failed = |e| Error::io(format!("cannot open {}", self.path.display()), e);
+        Self::from_file(self.file.try_clone().map_err(failed)?, &self.path).map(Some)
     }
 }
 

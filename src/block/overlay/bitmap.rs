@@ -52,6 +52,20 @@ impl Bitmap {
         (words(size_bytes).next_multiple_of(PAGE_WORDS) * 8) as u64
     }
 
+    /// The same for a disk that has grown to `size_bytes`: nothing of what is new was written.
+    pub(super) fn grow(&self, size_bytes: u64) {
+        let mut state = self.lock();
+        let len = words(size_bytes);
+        if len > state.words.len() {
+            // Only what was written is touched: see `new`.
+            let mut grown = vec![0; len];
+            for (new, old) in grown.iter_mut().zip(&state.words).filter(|(_, old)| **old != 0) {
+                *new = *old;
+            }
+            state.words = grown;
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -106,6 +120,17 @@ impl Bitmap {
     /// How many blocks were written.
     pub(super) fn count(&self) -> u64 {
         self.lock().words.iter().map(|word| u64::from(word.count_ones())).sum()
+    }
+
+    /// All pages with anything in them, as if all had changed.
+    pub(super) fn take_all(&self) -> Vec<Page> {
+        let mut state = self.lock();
+        let State { words, changed } = &mut *state;
+        let pages = words.chunks(PAGE_WORDS).enumerate();
+        changed
+            .extend(pages.filter(|(_, page)| page.iter().any(|word| *word != 0)).map(|(at, _)| at));
+        drop(state);
+        self.take_changed()
     }
 
     /// The pages that changed since they were last taken.

@@ -1,4 +1,16 @@
-//! The file of a kept overlay: the disk's written blocks, a header, the bitmap.
+//! The file of a kept overlay: a header, the disk's written blocks, the bitmap.
+//!
+//! ```text
+//!  header, 4 KiB (at 512: the wish) | the disk | bitmap: a bit per 4 KiB, lowest first
+//! ```
+//!
+//! The header says how large the disk is and where the bitmap begins. The disk grows in place: the
+//! bitmap is written anew behind the new end and made durable, then the header says where. Until then
+//! the old header and the old bitmap hold; where the old bitmap was is then part of the disk, in
+//! blocks that nobody wrote.
+//!
+//! Who may not open the file, because another serves it, can leave a wish in it: the size the disk
+//! should have. The other looks for one when a client comes, and whoever opens the file next.
 
 use std::fs::{File, TryLockError};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
@@ -6,124 +18,169 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::bitmap::{BLOCK_BYTES, Bitmap, Page};
-use crate::block::ByteRange;
 use crate::error::{Error, Kind, Result};
+use crate::units::ByteSize;
 
 /// First bytes of the header.
 const MAGIC: &[u8; 16] = b"vmbackup overlay";
-/// Version of the layout.
-const VERSION: u64 = 1;
-/// Room for the header.
-const HEADER_BYTES: u64 = 4096;
-/// What of it is used: magic, version, size, identity.
-const HEADER_USED: usize = 16 + 8 + 8 + 32;
+/// Version of the layout. The first one had its header behind the disk.
+const VERSION: u64 = 2;
+/// Room for the header; the disk begins behind it.
+pub(super) const HEADER_BYTES: u64 = 4096;
+/// What of it is used: magic, version, size, where the bitmap is, identity.
+const HEADER_USED: usize = 16 + 8 + 8 + 8 + 32;
+/// Where a wish is: in a sector of its own, because another process writes it.
+const WISH_AT: u64 = 512;
+/// First bytes of a wish. The size follows, and its complement.
+const WISH_MAGIC: &[u8; 16] = b"vmbackup resize ";
+const WISH_BYTES: usize = 16 + 8 + 8;
+/// Largest disk that an overlay grows to: more than file systems have, and the bitmap of it (8 GiB)
+/// is no more than addresses.
+const SIZE_BYTES_MAX: u64 = 1 << 48;
+
+/// What the header says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Layout {
+    size_bytes: u64,
+    bitmap_at: u64,
+}
+
+impl Layout {
+    /// That of a new file, or of one whose disk is grown and whose first `used_bytes` are in use.
+    fn new(size_bytes: u64, used_bytes: u64) -> Self {
+        let end = HEADER_BYTES + size_bytes.next_multiple_of(BLOCK_BYTES);
+        Self { size_bytes, bitmap_at: end.max(used_bytes) }
+    }
+
+    fn end(&self) -> u64 {
+        self.bitmap_at + Bitmap::stored_bytes(self.size_bytes)
+    }
+
+    /// Whether a file of `len` bytes can have it.
+    fn is_possible(&self, len: u64) -> bool {
+        let Self { size_bytes, bitmap_at } = *self;
+        size_bytes <= len
+            && bitmap_at.is_multiple_of(BLOCK_BYTES)
+            && bitmap_at >= Self::new(size_bytes, 0).bitmap_at
+            && len
+                .checked_sub(bitmap_at)
+                .is_some_and(|rest| rest >= Bitmap::stored_bytes(size_bytes))
+    }
+
+    fn header(&self, identity: &[u8; 32]) -> [u8; HEADER_USED] {
+        let mut out = [0; HEADER_USED];
+        out[..16].copy_from_slice(MAGIC);
+        out[16..24].copy_from_slice(&VERSION.to_le_bytes());
+        out[24..32].copy_from_slice(&self.size_bytes.to_le_bytes());
+        out[32..40].copy_from_slice(&self.bitmap_at.to_le_bytes());
+        out[40..].copy_from_slice(identity);
+        out
+    }
+
+    /// What `file` says, if it is an overlay of the disk `identity`.
+    fn read(file: &File, identity: &[u8; 32]) -> std::io::Result<Option<Self>> {
+        let len = file.metadata()?.len();
+        let mut found = [0; HEADER_USED];
+        if len < HEADER_BYTES {
+            return Ok(None);
+        }
+        file.read_exact_at(&mut found, 0)?;
+        let number = |at: usize| u64::from_le_bytes(found[at..at + 8].try_into().expect("eight"));
+        let layout = Self { size_bytes: number(24), bitmap_at: number(32) };
+        let ours = found == layout.header(identity) && layout.is_possible(len);
+        Ok(ours.then_some(layout))
+    }
+}
 
 /// An open file, locked against other servers as long as it lives.
 pub(super) struct Kept {
     file: Arc<File>,
     path: PathBuf,
-    bitmap_at: u64,
+    identity: [u8; 32],
+    layout: Layout,
 }
 
 impl Kept {
     /// Opens or makes the file, and reads which blocks were written. The disk has the size it was
-    /// made with, or `size.least` if it is new, or `size.wanted`: a smaller one grows to it.
-    pub(super) fn open(
-        path: &Path,
-        size: Size,
-        identity: &[u8; 32],
-    ) -> Result<(Self, Bitmap, u64)> {
+    /// made with, or `size.least` if it is new, or `size.wanted`: a smaller one grows to it. Where
+    /// another has the file open, the wish for a larger disk is left there.
+    pub(super) fn open(path: &Path, size: Size, identity: &[u8; 32]) -> Result<(Self, Bitmap)> {
         let failed = |e| Error::io(format!("cannot open the overlay {}", path.display()), e);
+        size.check()?;
         let mut options = File::options();
         options.read(true).write(true).create(true).truncate(false).mode(0o600);
         let file = options.open(path).map_err(failed)?;
-        lock(&file, path)?;
-        let len = file.metadata().map_err(failed)?.len();
-        if len == 0 {
-            let size_bytes = size.wanted.unwrap_or(size.least);
-            let kept = Self::format(file, path, size_bytes, identity)?;
-            return Ok((kept, Bitmap::new(size_bytes), size_bytes));
+        if !lock(&file, path)? {
+            return Err(leave_wish(&file, path, size.wanted, identity).map_err(failed)?);
         }
-        let refuse = || {
-            let message = format!("{} is no overlay of this disk", path.display());
-            let hint =
-                "an overlay goes with the disk of the point it was made on; name another file";
-            Error::new(Kind::Usage, message).hint(hint)
+        let file = Arc::new(file);
+        let kept = |layout| Self {
+            file: Arc::clone(&file),
+            path: path.to_owned(),
+            identity: *identity,
+            layout,
         };
-        let header_at = header_at(len).ok_or_else(refuse)?;
-        let mut found = [0; HEADER_USED];
-        file.read_exact_at(&mut found, header_at).map_err(failed)?;
-        let size_bytes = u64::from_le_bytes(found[24..32].try_into().expect("eight bytes"));
-        let is_ours = found == header(size_bytes, identity)
-            && size_bytes.checked_next_multiple_of(BLOCK_BYTES) == Some(header_at)
-            && size_bytes >= size.least;
-        if !is_ours {
-            return Err(refuse());
+        if file.metadata().map_err(failed)?.len() == 0 {
+            let kept = kept(Layout::new(size.wanted.unwrap_or(size.least), 0));
+            kept.format().map_err(failed)?;
+            let bitmap = Bitmap::new(kept.layout.size_bytes);
+            return Ok((kept, bitmap));
         }
-        let bitmap_at = header_at + HEADER_BYTES;
-        let stored_bytes = Bitmap::stored_bytes(size_bytes);
+        let found = Layout::read(&file, identity).map_err(failed)?;
+        let found = found.filter(|layout| layout.size_bytes >= size.least);
+        let mut kept = kept(found.ok_or_else(|| not_ours(path))?);
+        let stored_bytes = Bitmap::stored_bytes(kept.size_bytes());
         let mut bytes = vec![0; usize::try_from(stored_bytes).expect("a bitmap fits memory")];
-        file.read_exact_at(&mut bytes, bitmap_at).map_err(failed)?;
-        let bitmap = Bitmap::from_bytes(&bytes, size_bytes);
-        let kept = Self { file: Arc::new(file), path: path.to_owned(), bitmap_at };
-        match size.wanted {
-            Some(wanted) if wanted < size_bytes => {
-                let message = format!("the overlay {} has {size_bytes} bytes", path.display());
-                Err(Error::new(Kind::Usage, message).hint("an overlay only grows"))
-            }
-            Some(wanted) if wanted > size_bytes => {
-                let (kept, bitmap) = kept.grown(&bitmap, (size_bytes, wanted), identity)?;
-                Ok((kept, bitmap, wanted))
-            }
-            _ => Ok((kept, bitmap, size_bytes)),
-        }
-    }
-
-    /// Makes the empty `file` an overlay.
-    fn format(file: File, path: &Path, size_bytes: u64, identity: &[u8; 32]) -> Result<Self> {
-        let failed = |e| Error::io(format!("cannot make the overlay {}", path.display()), e);
-        let header_at = size_bytes.next_multiple_of(BLOCK_BYTES);
-        let bitmap_at = header_at + HEADER_BYTES;
-        file.set_len(bitmap_at + Bitmap::stored_bytes(size_bytes)).map_err(failed)?;
-        file.write_all_at(&header(size_bytes, identity), header_at).map_err(failed)?;
-        file.sync_all().map_err(failed)?;
-        Ok(Self { file: Arc::new(file), path: path.to_owned(), bitmap_at })
-    }
-
-    /// The same for a larger disk. What is behind the disk has to move, and a crash must not lose it:
-    /// a new file takes the place of the old one when it is complete.
-    fn grown(
-        self,
-        written: &Bitmap,
-        (old_bytes, new_bytes): (u64, u64),
-        identity: &[u8; 32],
-    ) -> Result<(Self, Bitmap)> {
-        let path = &self.path;
-        let failed = |e| Error::io(format!("cannot grow the overlay {}", path.display()), e);
-        let absolute = std::path::absolute(path).map_err(failed)?;
-        let directory = absolute.parent().expect("a file has a directory");
-        let new = tempfile::NamedTempFile::new_in(directory).map_err(failed)?;
-        lock(new.as_file(), path)?;
-        let file = new.as_file().try_clone().map_err(failed)?;
-        let kept = Self::format(file, path, new_bytes, identity)?;
-        let bitmap = Bitmap::new(new_bytes);
-        let mut rest = ByteRange::new(0, old_bytes);
-        while !rest.is_empty() {
-            let (run, is_written) = written.run(rest);
-            if is_written {
-                copy(&self.file, &kept.file, run).map_err(failed)?;
-                bitmap.mark(run);
-            }
-            rest = ByteRange::between(run.end(), old_bytes);
-        }
-        for (index, bytes) in bitmap.take_changed() {
-            let at = kept.bitmap_at + index as u64 * BLOCK_BYTES;
-            kept.file.write_all_at(&bytes, at).map_err(failed)?;
-        }
-        kept.file.sync_all().map_err(failed)?;
-        new.persist(&absolute).map_err(|e| failed(e.error))?;
-        File::open(directory).and_then(|directory| directory.sync_all()).map_err(failed)?;
+        file.read_exact_at(&mut bytes, kept.layout.bitmap_at).map_err(failed)?;
+        let bitmap = Bitmap::from_bytes(&bytes, kept.size_bytes());
+        kept.grow_now(size.wanted, &bitmap)?;
         Ok((kept, bitmap))
+    }
+
+    /// Grows the disk to what is wanted, or to what another wished for.
+    fn grow_now(&mut self, wanted: Option<u64>, bitmap: &Bitmap) -> Result<()> {
+        let wished = self.wish().read()?;
+        let size_bytes = self.size_bytes().max(wished.unwrap_or(0));
+        if wanted.is_some_and(|wanted| wanted < size_bytes) {
+            return Err(too_small(&self.path, size_bytes));
+        }
+        let size_bytes = wanted.unwrap_or(size_bytes);
+        if size_bytes == self.size_bytes() {
+            return Ok(());
+        }
+        let grown = self.growing(size_bytes, bitmap).write();
+        match grown {
+            Ok(layout) => self.layout = layout,
+            // Nobody asked now: the disk can be served as it is.
+            Err(error) if wanted.is_none() => {
+                tracing::warn!(%error, "the overlay keeps its size");
+                return Ok(());
+            }
+            Err(error) => return Err(error),
+        }
+        bitmap.grow(size_bytes);
+        Ok(())
+    }
+
+    /// Makes the empty file an overlay.
+    fn format(&self) -> std::io::Result<()> {
+        self.file.set_len(self.layout.end())?;
+        self.file.write_all_at(&self.layout.header(&self.identity), 0)?;
+        self.file.sync_all()
+    }
+
+    /// What the disk has.
+    pub(super) fn size_bytes(&self) -> u64 {
+        self.layout.size_bytes
+    }
+
+    /// Where others leave their wish.
+    pub(super) fn wish(&self) -> Wish {
+        Wish { file: Arc::clone(&self.file), path: self.path.clone() }
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.path
     }
 
     /// Another handle of the file.
@@ -134,18 +191,154 @@ impl Kept {
 
     /// Writes pages of the bitmap; the caller syncs.
     pub(super) async fn store(&self, pages: &[Page]) -> Result<()> {
-        let (file, at) = (Arc::clone(&self.file), self.bitmap_at);
-        let pages = pages.to_vec();
-        let write = move || {
-            pages.iter().try_for_each(|(index, bytes)| {
-                file.write_all_at(bytes, at + (*index as u64) * BLOCK_BYTES)
-            })
-        };
-        let written = tokio::task::spawn_blocking(write).await;
-        written
-            .map_err(|e| Error::new(Kind::Internal, "an input/output thread died").source(e))?
-            .map_err(|e| Error::io(format!("cannot write the map of {}", self.path.display()), e))
+        let (file, at) = (Arc::clone(&self.file), self.layout.bitmap_at);
+        let (pages, path) = (pages.to_vec(), self.path.clone());
+        blocking(move || {
+            write_pages(&file, at, &pages)
+                .map_err(|e| Error::io(format!("cannot write the map of {}", path.display()), e))
+        })
+        .await
     }
+
+    /// Grows the disk to `size_bytes`, which is more than it has. On an error it is as it was. The
+    /// caller lets nobody write the bitmap meanwhile, and does not drop this half way.
+    pub(super) async fn grow(&mut self, size_bytes: u64, bitmap: &Bitmap) -> Result<()> {
+        let growing = self.growing(size_bytes, bitmap);
+        match blocking(move || growing.write()).await {
+            Ok(layout) => self.layout = layout,
+            Err(error) => {
+                // What changed of them is not stored where the map still is.
+                bitmap.give_back_changed(&bitmap.take_all());
+                return Err(error);
+            }
+        }
+        bitmap.grow(size_bytes);
+        Ok(())
+    }
+
+    fn growing(&self, size_bytes: u64, bitmap: &Bitmap) -> Growing {
+        Growing {
+            file: Arc::clone(&self.file),
+            path: self.path.clone(),
+            identity: self.identity,
+            old_bytes: self.layout.size_bytes,
+            layout: Layout::new(size_bytes, self.layout.end()),
+            // Before the sync: what is marked then is in the file, and durable afterwards.
+            pages: bitmap.take_all(),
+        }
+    }
+}
+
+/// A growth that is to be written.
+struct Growing {
+    file: Arc<File>,
+    path: PathBuf,
+    identity: [u8; 32],
+    old_bytes: u64,
+    layout: Layout,
+    pages: Vec<Page>,
+}
+
+impl Growing {
+    fn write(self) -> Result<Layout> {
+        let Self { file, path, identity, old_bytes, layout, pages } = self;
+        let grow = || {
+            // Behind an odd end there may be what is left of a map from before the disk grew to there,
+            // in a block that was written: zeroes are to follow.
+            let tail = old_bytes.next_multiple_of(BLOCK_BYTES) - old_bytes;
+            let tail = usize::try_from(tail).expect("less than a block");
+            file.write_all_at(&[0; 4096][..tail], HEADER_BYTES + old_bytes)?;
+            // What an attempt that failed left behind goes first.
+            file.set_len(layout.bitmap_at)?;
+            file.set_len(layout.end())?;
+            write_pages(&file, layout.bitmap_at, &pages)?;
+            file.sync_all()?;
+            file.write_all_at(&layout.header(&identity), 0)?;
+            file.sync_all()
+        };
+        let failed = |e| Error::io(format!("cannot grow the overlay {}", path.display()), e);
+        grow().map_err(failed)?;
+        Ok(layout)
+    }
+}
+
+/// Where others leave their wish for a larger disk. Not behind the lock of flushes: who looks for
+/// one does not wait for a disk.
+pub(super) struct Wish {
+    file: Arc<File>,
+    path: PathBuf,
+}
+
+impl Wish {
+    /// The size that was wished for last, if any was. Blocks.
+    pub(super) fn read(&self) -> Result<Option<u64>> {
+        let mut found = [0; WISH_BYTES];
+        self.file
+            .read_exact_at(&mut found, WISH_AT)
+            .map_err(|e| Error::io(format!("cannot read {}", self.path.display()), e))?;
+        let size = u64::from_le_bytes(found[16..24].try_into().expect("eight bytes"));
+        let whole = found == wish(size) && size <= SIZE_BYTES_MAX;
+        Ok(whole.then_some(size))
+    }
+}
+
+fn wish(size_bytes: u64) -> [u8; WISH_BYTES] {
+    let mut out = [0; WISH_BYTES];
+    out[..16].copy_from_slice(WISH_MAGIC);
+    out[16..24].copy_from_slice(&size_bytes.to_le_bytes());
+    out[24..].copy_from_slice(&(!size_bytes).to_le_bytes());
+    out
+}
+
+/// What becomes of it when another has the file open: the error for whoever asked.
+fn leave_wish(
+    file: &File,
+    path: &Path,
+    wanted: Option<u64>,
+    identity: &[u8; 32],
+) -> std::io::Result<Error> {
+    let busy =
+        Error::new(Kind::Busy, format!("another process serves the overlay {}", path.display()));
+    let Some(wanted) = wanted else {
+        return Ok(busy.hint("stop it first; with --size it can be asked for a larger disk"));
+    };
+    let Some(Layout { size_bytes, .. }) = Layout::read(file, identity)? else {
+        return Ok(not_ours(path));
+    };
+    if wanted < size_bytes {
+        return Ok(too_small(path, size_bytes));
+    }
+    if wanted > size_bytes {
+        file.write_all_at(&wish(wanted), WISH_AT)?;
+        file.sync_all()?;
+    }
+    let hint = format!("it was told: clients that connect to it from now on find {wanted} bytes");
+    Ok(busy.hint(hint))
+}
+
+fn not_ours(path: &Path) -> Error {
+    let message = format!("{} is no overlay of this disk", path.display());
+    let hint = "an overlay goes with the disk of the point it was made on; name another file";
+    Error::new(Kind::Usage, message).hint(hint)
+}
+
+fn too_small(path: &Path, size_bytes: u64) -> Error {
+    let message = format!("the overlay {} has {size_bytes} bytes", path.display());
+    Error::new(Kind::Usage, message).hint("an overlay only grows")
+}
+
+fn write_pages(file: &File, at: u64, pages: &[Page]) -> std::io::Result<()> {
+    let place = |index: usize| at + index as u64 * BLOCK_BYTES;
+    pages.iter().try_for_each(|(index, bytes)| file.write_all_at(bytes, place(*index)))
+}
+
+/// Runs `work` on a thread that may wait.
+pub(super) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|e| Error::new(Kind::Internal, "an input/output thread died").source(e))?
 }
 
 /// Sizes of a disk.
@@ -157,49 +350,33 @@ pub(super) struct Size {
     pub(super) wanted: Option<u64>,
 }
 
-/// Keeps other servers out as long as the file is open.
-fn lock(file: &File, path: &Path) -> Result<()> {
-    match file.try_lock() {
-        Ok(()) => Ok(()),
-        Err(TryLockError::WouldBlock) => {
-            let message = format!("the overlay {} is in use", path.display());
-            Err(Error::new(Kind::Busy, message))
+impl Size {
+    /// Refuses a size that no overlay of the base can have.
+    pub(super) fn check(&self) -> Result<()> {
+        let Self { least, wanted } = *self;
+        match wanted {
+            Some(wanted) if wanted < least => {
+                let message = format!("a disk of {least} bytes cannot be served with {wanted}");
+                Err(Error::new(Kind::Usage, message).hint("an overlay only grows"))
+            }
+            Some(wanted) if wanted > SIZE_BYTES_MAX.max(least) => {
+                let message = format!("an overlay has at most {}", ByteSize(SIZE_BYTES_MAX));
+                Err(Error::new(Kind::Usage, message))
+            }
+            _ => Ok(()),
         }
+    }
+}
+
+/// Keeps other servers out as long as the file is open; `false` if one has done so.
+fn lock(file: &File, path: &Path) -> Result<bool> {
+    match file.try_lock() {
+        Ok(()) => Ok(true),
+        Err(TryLockError::WouldBlock) => Ok(false),
         Err(TryLockError::Error(error)) => {
             Err(Error::io(format!("cannot open the overlay {}", path.display()), error))
         }
     }
-}
-
-/// Where the header of a complete file of `len` bytes begins: the length leaves one place for it.
-fn header_at(len: u64) -> Option<u64> {
-    let blocks = len.is_multiple_of(BLOCK_BYTES).then_some(len / BLOCK_BYTES)?;
-    // Blocks of the disk, and a block of bitmap for as many of them as it has bits.
-    let rest = blocks.checked_sub(HEADER_BYTES / BLOCK_BYTES)?;
-    let bits = BLOCK_BYTES * 8;
-    let guess = rest - rest.div_ceil(bits + 1);
-    let fits = |disk: &u64| disk + disk.div_ceil(bits) == rest;
-    [guess, guess + 1].into_iter().find(fits).map(|disk| disk * BLOCK_BYTES)
-}
-
-/// Copies a range from one file to the same place of another.
-fn copy(from: &File, to: &File, range: ByteRange) -> std::io::Result<()> {
-    let mut bytes = vec![0; 1 << 20];
-    for piece in range.pieces(1 << 20) {
-        let bytes = &mut bytes[..usize::try_from(piece.len()).expect("at most 1 MiB")];
-        from.read_exact_at(bytes, piece.offset())?;
-        to.write_all_at(bytes, piece.offset())?;
-    }
-    Ok(())
-}
-
-fn header(size_bytes: u64, identity: &[u8; 32]) -> [u8; HEADER_USED] {
-    let mut out = [0; HEADER_USED];
-    out[..16].copy_from_slice(MAGIC);
-    out[16..24].copy_from_slice(&VERSION.to_le_bytes());
-    out[24..32].copy_from_slice(&size_bytes.to_le_bytes());
-    out[32..].copy_from_slice(identity);
-    out
 }
 
 #[cfg(test)]
@@ -207,15 +384,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_length_of_a_file_tells_where_its_header_is() {
+    fn a_layout_is_believed_only_if_the_file_has_room_for_it() {
         let page = 4096 * 8 * BLOCK_BYTES;
-        for size in [0, 1, 4096, 4097, page - 1, page, page + 1, 2 * page, 9 * page + 4096, 1 << 46]
-        {
-            let at = size.next_multiple_of(BLOCK_BYTES);
-            let len = at + HEADER_BYTES + Bitmap::stored_bytes(size);
-            assert_eq!(header_at(len), Some(at), "{size}");
-            assert_eq!(header_at(len + 1), None);
+        for size in [0, 1, 4096, 4097, page - 1, page, page + 1, 9 * page + 4096, 1 << 46] {
+            let layout = Layout::new(size, 0);
+            assert!(layout.is_possible(layout.end()) && !layout.is_possible(layout.end() - 1));
+            let behind = Layout::new(size + 1, layout.end());
+            assert!(
+                behind.bitmap_at >= layout.end(),
+                "the old bitmap stays until the new one holds"
+            );
+            assert!(behind.is_possible(behind.end()));
         }
-        assert_eq!(header_at(0), None);
+        for (size_bytes, bitmap_at) in
+            [(u64::MAX, 8192), (0, u64::MAX), (0, u64::MAX - 4095), (8192, 8192), (0, 4097)]
+        {
+            assert!(!Layout { size_bytes, bitmap_at }.is_possible(1 << 20));
+        }
     }
 }

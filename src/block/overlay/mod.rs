@@ -2,20 +2,17 @@
 //! base stays as it is.
 //!
 //! ```text
-//!  read  ─► block written? ─ yes ─► scratch file, at the same offset
+//!  read  ─► block written? ─ yes ─► scratch file
 //!                          └ no ──► base
 //!  write ─► scratch file ─► mark the blocks        (part of a block: the rest is copied up first)
 //! ```
 //!
 //! The scratch file is sparse and as long as the disk. Which blocks were written is a bitmap in
-//! memory; a kept overlay ([`Overlay::kept`]) has it in the file, too, behind the disk:
-//!
-//! ```text
-//!  0 ............ size, up to 4 KiB | header, 4 KiB | bitmap: a bit per 4 KiB, lowest first
-//! ```
+//! memory; a kept overlay ([`Overlay::kept`]) has it in the file, too (`file.rs`).
 //!
 //! A disk may be larger than its base: zeroes follow the end of the base. An overlay that is kept
-//! remembers its size, and can grow: it is made anew then, and takes the place of the old one.
+//! remembers its size, and can grow, also while it is in use: an [`Overlay`] is a view of one size,
+//! and [`Overlay::grown`] makes another view of the same disk. Both see what either writes.
 //!
 //! Order of a flush (*a block that the file calls written holds what was written*): the changed parts
 //! of the bitmap are remembered, data made durable, the remembered parts written, made durable. After
@@ -41,7 +38,7 @@ use super::layer::grown::GrownSource;
 use super::{BlockSink, BlockSource, Buffer, ByteRange, ExtentKind, ExtentMap, Geometry, ZeroMode};
 use crate::error::{Error, Kind, Result};
 use bitmap::{BLOCK_BYTES, Bitmap};
-use file::{Kept, Size};
+use file::{HEADER_BYTES, Kept, Size, Wish};
 
 /// Runs that one answer about what was written has.
 const RUNS_MAX: usize = 1024;
@@ -49,15 +46,57 @@ const RUNS_MAX: usize = 1024;
 /// Most bytes of one request.
 const REQUEST_BYTES_MAX: u64 = 4 << 20;
 
-/// A base with a writable layer.
+/// A base with a writable layer, of one size.
 pub struct Overlay {
+    /// With zeroes behind its end, where the disk is larger.
     base: Arc<dyn BlockSource>,
-    scratch: FileDisk,
+    scratch: Scratch,
+    layer: Arc<Layer>,
+}
+
+/// The writable layer, whatever its size.
+struct Layer {
+    /// As it was given.
+    base: Arc<dyn BlockSource>,
     written: Bitmap,
     /// Copying up excludes all writes; whole blocks are written side by side.
     copy_up: RwLock<()>,
-    /// Where the bitmap is kept; the lock makes flushes take turns.
-    kept: Option<Mutex<Kept>>,
+    kept: Option<KeptLayer>,
+}
+
+/// What is kept of a layer.
+struct KeptLayer {
+    /// The lock makes flushes and growing take turns.
+    file: Mutex<Kept>,
+    wish: Arc<Wish>,
+}
+
+/// The scratch file: the disk begins at `at`.
+struct Scratch {
+    disk: FileDisk,
+    at: u64,
+}
+
+impl Scratch {
+    async fn extents(&self, range: ByteRange) -> Result<ExtentMap> {
+        let range = ByteRange::new(range.offset() + self.at, range.len());
+        let told = self.disk.extents(range).await?;
+        let mut map = ExtentMap::starting_at(range.offset() - self.at);
+        told.iter().for_each(|extent| map.push(extent.range.len(), extent.kind));
+        Ok(map)
+    }
+
+    async fn read(&self, offset: u64, buffer: Buffer) -> Result<Buffer> {
+        self.disk.read(offset + self.at, buffer).await
+    }
+
+    async fn write(&self, offset: u64, buffer: Buffer) -> Result<()> {
+        self.disk.write(offset + self.at, buffer).await
+    }
+
+    async fn zero(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
+        self.disk.zero(ByteRange::new(range.offset() + self.at, range.len()), mode).await
+    }
 }
 
 impl Overlay {
@@ -69,44 +108,68 @@ impl Overlay {
         directory: &Path,
     ) -> Result<Self> {
         let failed = |e| Error::io(format!("cannot make a file in {}", directory.display()), e);
+        let least = base.geometry().size_bytes;
+        Size { least, wanted: size_bytes }.check()?;
+        let size_bytes = size_bytes.unwrap_or(least);
         let file = tempfile::tempfile_in(directory).map_err(failed)?;
-        let size_bytes = size_bytes.unwrap_or(base.geometry().size_bytes);
-        let base = grown(base, size_bytes)?;
         file.set_len(size_bytes).map_err(failed)?;
-        let scratch = FileDisk::from_file(file, &directory.join("(scratch)"))?;
-        Ok(Self::new(base, scratch, Bitmap::new(size_bytes), None))
+        let disk = FileDisk::from_file(file, &directory.join("(scratch)"))?;
+        let (written, copy_up) = (Bitmap::new(size_bytes), RwLock::new(()));
+        let layer = Layer { base, written, copy_up, kept: None };
+        Ok(Self::new(Arc::new(layer), size_bytes, Scratch { disk, at: 0 }))
     }
 
     /// A layer kept in the file `path`, which is made if it is not there. `identity` says what the
-    /// base is; a file that belongs to another base is refused, as is one that is in use. The disk
-    /// has `size_bytes`, or what it had the last time, or what the base has.
+    /// base is; a file that belongs to another base is refused. The disk has `size_bytes`, or what it
+    /// had the last time, or what the base has. [`Kind::Busy`] if another process has the file open:
+    /// a larger `size_bytes` is left there as a wish then, which the other grants at the next
+    /// [`Overlay::grown`].
     pub fn kept(
         base: Arc<dyn BlockSource>,
         size_bytes: Option<u64>,
         (path, identity): (&Path, &[u8; 32]),
     ) -> Result<Self> {
-        let least = base.geometry().size_bytes;
-        // Refused before a file is made.
-        let base = size_bytes.map_or(Ok(Arc::clone(&base)), |size| grown(base, size))?;
-        let size = Size { least, wanted: size_bytes };
-        let (kept, written, size_bytes) = Kept::open(path, size, identity)?;
-        let base = grown(base, size_bytes)?;
-        let scratch = FileDisk::from_file(kept.file()?, path)?;
-        Ok(Self::new(base, scratch, written, Some(Mutex::new(kept))))
+        let size = Size { least: base.geometry().size_bytes, wanted: size_bytes };
+        let (kept, written) = Kept::open(path, size, identity)?;
+        let size_bytes = kept.size_bytes();
+        let disk = FileDisk::from_file(kept.file()?, path)?;
+        let wish = Arc::new(kept.wish());
+        let kept = Some(KeptLayer { file: Mutex::new(kept), wish });
+        let layer = Layer { base, written, copy_up: RwLock::new(()), kept };
+        Ok(Self::new(Arc::new(layer), size_bytes, Scratch { disk, at: HEADER_BYTES }))
     }
 
-    fn new(
-        base: Arc<dyn BlockSource>,
-        scratch: FileDisk,
-        written: Bitmap,
-        kept: Option<Mutex<Kept>>,
-    ) -> Self {
-        Self { base, scratch, written, copy_up: RwLock::new(()), kept }
+    fn new(layer: Arc<Layer>, size_bytes: u64, scratch: Scratch) -> Self {
+        let base = Arc::clone(&layer.base);
+        let base = if size_bytes == base.geometry().size_bytes {
+            base
+        } else {
+            Arc::new(GrownSource::new(base, size_bytes))
+        };
+        Self { base, scratch, layer }
+    }
+
+    /// The same disk, if it has more than `size_bytes` by now: as many as another process wished for
+    /// ([`Overlay::kept`]). Neither is in the way of who reads and writes. Not cancel-safe: let it end.
+    pub async fn grown(&self, size_bytes: u64) -> Result<Option<Self>> {
+        let Some(KeptLayer { file, wish }) = &self.layer.kept else { return Ok(None) };
+        let wish = Arc::clone(wish);
+        let Some(wished) = file::blocking(move || wish.read()).await? else { return Ok(None) };
+        if wished <= size_bytes {
+            return Ok(None);
+        }
+        let mut kept = file.lock().await;
+        if wished > kept.size_bytes() {
+            kept.grow(wished, &self.layer.written).await?;
+        }
+        let disk = FileDisk::from_file(kept.file()?, kept.path())?;
+        let scratch = Scratch { disk, at: self.scratch.at };
+        Ok(Some(Self::new(Arc::clone(&self.layer), kept.size_bytes(), scratch)))
     }
 
     /// Bytes that were written, in whole blocks.
     pub fn written_bytes(&self) -> u64 {
-        self.written.count() * BLOCK_BYTES
+        self.layer.written.count() * BLOCK_BYTES
     }
 
     fn range(&self) -> ByteRange {
@@ -123,7 +186,7 @@ impl Overlay {
         let mut torn = Vec::new();
         for at in [range.offset(), range.end() - 1] {
             let block = self.block(at);
-            let covered = range.contains(block) || self.written.has(block.offset());
+            let covered = range.contains(block) || self.layer.written.has(block.offset());
             if !covered && !torn.contains(&block) {
                 torn.push(block);
             }
@@ -141,23 +204,23 @@ impl Overlay {
             !range.is_empty() && self.range().contains(range),
             "a write past the end: {range:?}"
         );
-        let shared = self.copy_up.read().await;
+        let shared = self.layer.copy_up.read().await;
         if self.torn(range).is_empty() {
             let done = change.await?;
-            self.written.mark(range);
+            self.layer.written.mark(range);
             return Ok(done);
         }
         drop(shared);
-        let _alone = self.copy_up.write().await;
+        let _alone = self.layer.copy_up.write().await;
         // Looked at again: another may have written the block meanwhile.
         for block in self.torn(range) {
             let len = usize::try_from(block.len()).expect("4 KiB");
             let buffer = self.base_read(block.offset(), Buffer::unbudgeted(vec![0; len])).await?;
             self.scratch.write(block.offset(), buffer).await?;
-            self.written.mark(block);
+            self.layer.written.mark(block);
         }
         let done = change.await?;
-        self.written.mark(range);
+        self.layer.written.mark(range);
         Ok(done)
     }
 
@@ -180,19 +243,6 @@ impl Overlay {
     }
 }
 
-/// `base` with zeroes behind its end, up to `size_bytes`.
-fn grown(base: Arc<dyn BlockSource>, size_bytes: u64) -> Result<Arc<dyn BlockSource>> {
-    let least = base.geometry().size_bytes;
-    match size_bytes.cmp(&least) {
-        std::cmp::Ordering::Less => {
-            let message = format!("a disk of {least} bytes cannot be served with {size_bytes}");
-            Err(Error::new(Kind::Usage, message).hint("an overlay only grows"))
-        }
-        std::cmp::Ordering::Equal => Ok(base),
-        std::cmp::Ordering::Greater => Ok(Arc::new(GrownSource::new(base, size_bytes))),
-    }
-}
-
 #[async_trait]
 impl BlockSource for Overlay {
     fn geometry(&self) -> Geometry {
@@ -207,7 +257,7 @@ impl BlockSource for Overlay {
 
     async fn extents(&self, range: ByteRange) -> Result<ExtentMap> {
         let mut map = ExtentMap::starting_at(range.offset());
-        let (run, written) = self.written.run(range);
+        let (run, written) = self.layer.written.run(range);
         if written {
             let told = self.scratch.extents(run).await?;
             told.iter().for_each(|extent| map.push(extent.range.len(), extent.kind));
@@ -227,14 +277,14 @@ impl BlockSource for Overlay {
         if rest.is_empty() {
             return Ok(buffer);
         }
-        let (run, written) = self.written.run(rest);
+        let (run, written) = self.layer.written.run(rest);
         if run == rest {
             return self.read_run(offset, buffer, written).await;
         }
         // Several runs: each into a buffer of its own, because a window is of the whole buffer.
         let mut done = 0;
         while !rest.is_empty() {
-            let (run, written) = self.written.run(rest);
+            let (run, written) = self.layer.written.run(rest);
             let len = usize::try_from(run.len()).expect("a request is a few MiB");
             let part = Buffer::unbudgeted(vec![0; len]);
             let part = self.read_run(run.offset(), part, written).await?;
@@ -275,7 +325,8 @@ impl BlockSource for Written {
     async fn extents(&self, range: ByteRange) -> Result<ExtentMap> {
         let mut map = ExtentMap::starting_at(range.offset());
         while map.end() < range.end() && map.count() < RUNS_MAX {
-            let (run, written) = self.0.written.run(ByteRange::between(map.end(), range.end()));
+            let (run, written) =
+                self.0.layer.written.run(ByteRange::between(map.end(), range.end()));
             map.push(run.len(), if written { ExtentKind::Data } else { ExtentKind::Unchanged });
         }
         Ok(map)
@@ -307,21 +358,22 @@ impl BlockSink for Overlay {
     }
 
     async fn flush(&self) -> Result<()> {
-        let Some(kept) = &self.kept else { return self.scratch.flush().await };
-        let kept = kept.lock().await;
-        let changed = self.written.take_changed();
+        let scratch = &self.scratch.disk;
+        let Some(KeptLayer { file, .. }) = &self.layer.kept else { return scratch.flush().await };
+        let kept = file.lock().await;
+        let changed = self.layer.written.take_changed();
         let result = async {
-            self.scratch.flush().await?;
+            scratch.flush().await?;
             if changed.is_empty() {
                 return Ok(());
             }
             kept.store(&changed).await?;
-            self.scratch.flush().await
+            scratch.flush().await
         };
         let result = result.await;
         if result.is_err() {
             // The next flush must not believe that these are stored.
-            self.written.give_back_changed(&changed);
+            self.layer.written.give_back_changed(&changed);
         }
         result
     }

@@ -136,7 +136,7 @@ async fn a_grown_overlay_has_zeroes_behind_its_base_and_keeps_what_was_written()
         let overlay = open(None).unwrap();
         let found = crate::block::read_all(&overlay, 1 << 30).await.unwrap();
         assert!(found == expected, "it has the size it was given: {size}");
-        assert_eq!(open(Some(size + 1)).map(|_| ()).unwrap_err().kind(), Kind::Busy);
+        assert_eq!(open(None).map(|_| ()).unwrap_err().kind(), Kind::Busy);
     }
     for less in [LEN as u64 - 1, LEN as u64, (200 << 20) - 1] {
         assert_eq!(open(Some(less)).map(|_| ()).unwrap_err().kind(), Kind::Usage, "{less}");
@@ -144,4 +144,110 @@ async fn a_grown_overlay_has_zeroes_behind_its_base_and_keeps_what_was_written()
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "nothing is left behind");
     let other = Overlay::kept(base, Some(1 << 30), (&path, &[8; 32]));
     assert_eq!(other.map(|_| ()).unwrap_err().kind(), Kind::Usage);
+}
+
+/// What the disk holds, read by `overlay`.
+async fn all_of(overlay: &Overlay) -> Vec<u8> {
+    crate::block::read_all(overlay, 1 << 30).await.unwrap()
+}
+
+fn fill(byte: u8, len: usize) -> Buffer {
+    Buffer::unbudgeted(vec![byte; len])
+}
+
+fn size_of(overlay: &Overlay) -> u64 {
+    BlockSource::geometry(overlay).size_bytes
+}
+
+#[tokio::test]
+async fn an_overlay_in_use_grows_as_another_process_wishes_and_both_views_are_one_disk() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("o");
+    let (base, mut expected) = base();
+    let open = |size| Overlay::kept(Arc::clone(&base) as _, size, (&path, &IDENTITY));
+    let mut newest = open(None).unwrap();
+    let mut views = Vec::new();
+    assert!(newest.grown(LEN as u64).await.unwrap().is_none(), "nobody wished for anything");
+    newest.write(0, fill(1, 9000)).await.unwrap();
+    expected[..9000].fill(1);
+    // By less than the old map is long, by whole blocks, and past what one page of map covers.
+    // The second ends in the block where the map of the first was.
+    let sizes = [LEN + 1, (1 << 20) + 8192 + 10, 3 << 20, 150 << 20, 151 << 20];
+    for (byte, size) in (2..).zip(sizes) {
+        let busy = open(Some(size as u64)).map(|_| ()).unwrap_err();
+        assert_eq!(busy.kind(), Kind::Busy, "{busy:?}");
+        assert!(busy.hint_text().unwrap().contains(&size.to_string()), "{busy:?}");
+        let grown = newest.grown(size_of(&newest)).await.unwrap().expect("it grows");
+        assert_eq!(size_of(&grown), size as u64);
+        assert!(newest.grown(size as u64).await.unwrap().is_none(), "no more than that");
+        let before = std::mem::replace(&mut newest, grown);
+        // What is written by one is read by the other, on both sides of the old end.
+        let old_end = expected.len();
+        expected.resize(size, 0);
+        assert!(all_of(&newest).await == expected, "zeroes follow: {size}");
+        before.write(old_end as u64 - 3, fill(byte, 3)).await.unwrap();
+        newest.write(old_end as u64, fill(byte, 1)).await.unwrap();
+        newest.write(size as u64 - 1, fill(byte, 1)).await.unwrap();
+        expected[old_end - 3..=old_end].fill(byte);
+        expected[size - 1] = byte;
+        assert!(all_of(&newest).await == expected, "{size}");
+        assert!(all_of(&before).await == expected[..old_end], "it keeps its size: {size}");
+        if byte % 2 == 0 { &before } else { &newest }.flush().await.unwrap();
+        views.push(before);
+    }
+    newest.flush().await.unwrap();
+    drop((views, newest));
+    let again = open(None).unwrap();
+    assert!(all_of(&again).await == expected, "all of it was kept");
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "nothing is left behind");
+}
+
+#[tokio::test]
+async fn a_wish_outlives_the_server_that_did_not_grant_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("o");
+    let (base, _) = base();
+    let open = |size, identity| Overlay::kept(Arc::clone(&base) as _, size, (&path, identity));
+    let kind = |result: Result<Overlay>| result.map(|_| ()).unwrap_err().kind();
+    let first = open(None, &IDENTITY).unwrap();
+    assert_eq!(kind(open(Some(2 << 20), &[8; 32])), Kind::Usage, "it is another disk's");
+    assert_eq!(kind(open(Some(LEN as u64 - 1), &IDENTITY)), Kind::Usage);
+    assert_eq!(kind(open(Some(u64::MAX), &IDENTITY)), Kind::Usage);
+    assert_eq!(kind(open(None, &IDENTITY)), Kind::Busy);
+    assert!(first.grown(LEN as u64).await.unwrap().is_none(), "none of these is a wish");
+    assert_eq!(kind(open(Some(2 << 20), &IDENTITY)), Kind::Busy);
+    drop(first);
+    assert_eq!(size_of(&open(None, &IDENTITY).unwrap()), 2 << 20);
+    assert_eq!(kind(open(Some((2 << 20) - 1), &IDENTITY)), Kind::Usage);
+    assert_eq!(size_of(&open(Some(3 << 20), &IDENTITY).unwrap()), 3 << 20);
+}
+
+#[tokio::test]
+async fn a_crash_at_any_step_of_growing_leaves_the_disk_as_it_was_flushed() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("o");
+    let (base, mut expected) = base();
+    let open = |size| Overlay::kept(Arc::clone(&base) as _, size, (&path, &IDENTITY));
+    let overlay = open(None).unwrap();
+    overlay.write(5000, fill(1, 10_000)).await.unwrap();
+    overlay.flush().await.unwrap();
+    expected[5000..15_000].fill(1);
+    drop(overlay);
+    let before = std::fs::read(&path).unwrap();
+    drop(open(Some(2 << 20)).unwrap());
+    let after = std::fs::read(&path).unwrap();
+    // The header is the last that is written; what is behind the old end may be there in part, and
+    // may say of blocks that they were written which never were.
+    for len in [before.len() + 1, before.len() + 4096, after.len() - 1, after.len()] {
+        let mut torn = after[..len].to_vec();
+        torn[..before.len()].copy_from_slice(&before);
+        torn[before.len()..].fill(0xff);
+        std::fs::write(&path, torn).unwrap();
+        assert!(content(&open(None).unwrap()).await == expected, "{len}");
+        // And it can grow still.
+        let grown = open(Some(2 << 20)).unwrap();
+        expected.resize(2 << 20, 0);
+        assert!(all_of(&grown).await == expected, "{len}");
+        expected.truncate(LEN);
+    }
 }

@@ -38,7 +38,8 @@ pub(crate) struct Args {
     /// Keep the overlay in this file, and go on with it if it is there
     #[arg(long, value_name = "FILE", requires = "writable")]
     overlay: Option<PathBuf>,
-    /// Make the disk this large, with zeroes behind its end; an overlay that is kept stays so
+    /// Make the disk this large, with zeroes behind its end; an overlay that is kept stays so. If it is
+    /// served already, that server is told: clients that connect to it from then on see the new size
     #[arg(long, value_name = "SIZE", requires = "writable")]
     size: Option<ByteSize>,
     /// Where overlays that are thrown away are made [default: below the cache directory]

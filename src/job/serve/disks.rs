@@ -3,6 +3,8 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use async_trait::async_trait;
+
 use super::{Access, Changes, ExportReport, Request, Served, no_repository};
 use crate::block::layer::cache::CachedSource;
 use crate::block::layer::grown::GrownSource;
@@ -12,7 +14,7 @@ use crate::error::{Error, Kind, Result};
 use crate::image::WritableImage;
 use crate::job::source::{DiskSpec, ImageSpec, open_disk};
 use crate::job::{Env, Repository, points};
-use crate::nbd::server::Export;
+use crate::nbd::server::{Export, Grown, Growth};
 use crate::nbd::wire::DIRTY_BITMAP_PREFIX;
 use crate::repo::{ChangedDisk, Manifest, ManifestDisk};
 
@@ -25,15 +27,19 @@ pub(super) struct Disk {
     /// Where its bytes are, the topmost layer first; empty if unknown.
     layers: Vec<Arc<dyn BlockSource>>,
     changes: Vec<(Changes, Arc<dyn BlockSource>)>,
+    growth: Option<Arc<dyn Growth>>,
 }
 
 impl Disk {
-    fn image(
-        (name, description): (String, String),
-        source: Arc<dyn BlockSource>,
-        sink: Option<Arc<dyn BlockSink>>,
-    ) -> Self {
-        Self { name, description, source, sink, layers: Vec::new(), changes: Vec::new() }
+    fn new((name, description): (String, String), source: Arc<dyn BlockSource>) -> Self {
+        let (layers, changes) = (Vec::new(), Vec::new());
+        Self { name, description, source, sink: None, layers, changes, growth: None }
+    }
+
+    /// One that is written, and may grow.
+    fn growing(names: (String, String), disk: Grown, growth: Arc<dyn Growth>) -> Self {
+        let Grown { source, sink, layers } = disk;
+        Self { sink: Some(sink), layers, growth: Some(growth), ..Self::new(names, source) }
     }
 
     pub(super) fn report(&self) -> ExportReport {
@@ -53,6 +59,10 @@ impl Disk {
             None => Export::read_only(self.name, self.source),
         };
         let export = export.described(self.description).with_layers(self.layers);
+        let export = match self.growth {
+            Some(growth) => export.growing(growth),
+            None => export,
+        };
         self.changes.into_iter().fold(export, |export, (Changes { since, .. }, map)| {
             export.with_changes(since.short(), map)
         })
@@ -197,8 +207,7 @@ async fn open_stored(
     let source: Arc<dyn BlockSource> = Arc::new(CachedSource::new(reader, cache_bytes));
     let overlay = match access {
         Access::ReadOnly => {
-            let (layers, changes) = (vec![lowest], Vec::new());
-            return Ok(Disk { name, description, source, sink: None, layers, changes });
+            return Ok(Disk { layers: vec![lowest], ..Disk::new((name, description), source) });
         }
         Access::Writable { overlay: Some(file), size_bytes, .. } => {
             // The content root says what the disk is, whichever point or repository it comes from.
@@ -210,12 +219,50 @@ async fn open_stored(
             Overlay::temporary(source, *size_bytes, scratch)?
         }
     };
-    let overlay = Arc::new(overlay);
-    let size_bytes = BlockSource::geometry(&*overlay).size_bytes;
-    let lowest = Arc::new(GrownSource::new(lowest, size_bytes));
-    let layers = vec![Arc::new(Written::of(Arc::clone(&overlay))) as _, lowest as _];
-    let source = Arc::clone(&overlay) as _;
-    Ok(Disk { name, description, source, sink: Some(overlay), layers, changes: Vec::new() })
+    let growing = GrowingOverlay { first: Arc::new(overlay), lowest };
+    let disk = growing.of(Arc::clone(&growing.first));
+    Ok(Disk::growing((name, description), disk, Arc::new(growing)))
+}
+
+/// An overlay that another process may wish to be larger.
+struct GrowingOverlay {
+    first: Arc<Overlay>,
+    /// What its base is made of.
+    lowest: Arc<dyn BlockSource>,
+}
+
+impl GrowingOverlay {
+    fn of(&self, overlay: Arc<Overlay>) -> Grown {
+        let size_bytes = BlockSource::geometry(&*overlay).size_bytes;
+        let lowest = Arc::new(GrownSource::new(Arc::clone(&self.lowest), size_bytes));
+        let layers = vec![Arc::new(Written::of(Arc::clone(&overlay))) as _, lowest as _];
+        Grown { source: Arc::clone(&overlay) as _, sink: overlay, layers }
+    }
+}
+
+#[async_trait]
+impl Growth for GrowingOverlay {
+    async fn grown(&self, size_bytes: u64) -> Result<Option<Grown>> {
+        let now = self.first.grown(size_bytes).await?;
+        Ok(now.map(|now| self.of(Arc::new(now))))
+    }
+}
+
+/// A raw image that somebody may make larger.
+struct GrowingImage(Arc<WritableImage>);
+
+impl GrowingImage {
+    fn of(image: Arc<WritableImage>) -> Grown {
+        Grown { source: Arc::clone(&image) as _, sink: image, layers: Vec::new() }
+    }
+}
+
+#[async_trait]
+impl Growth for GrowingImage {
+    async fn grown(&self, size_bytes: u64) -> Result<Option<Grown>> {
+        let now = self.0.grown(size_bytes).await?;
+        Ok(now.map(|now| Self::of(Arc::new(now))))
+    }
 }
 
 async fn open_image(spec: &DiskSpec, access: &Access) -> Result<Disk> {
@@ -226,7 +273,7 @@ async fn open_image(spec: &DiskSpec, access: &Access) -> Result<Disk> {
     };
     if *access == Access::ReadOnly {
         let source = open_disk(spec).await?;
-        return Ok(Disk::image((name, description), source, None));
+        return Ok(Disk::new((name, description), source));
     }
     let DiskSpec::Image(ImageSpec { path, format }) = spec else {
         let message = format!("cannot serve {spec} writable: it is served by another already");
@@ -237,8 +284,9 @@ async fn open_image(spec: &DiskSpec, access: &Access) -> Result<Disk> {
         return Err(Error::new(Kind::Unsupported, message)
             .hint("only raw images are written in place; use qemu-nbd for others"));
     }
-    let disk = Arc::new(WritableImage::open(path)?);
-    Ok(Disk::image((name, description), Arc::clone(&disk) as _, Some(disk)))
+    let image = Arc::new(WritableImage::open(path)?);
+    let growing = Arc::new(GrowingImage(Arc::clone(&image)));
+    Ok(Disk::growing((name, description), GrowingImage::of(image), growing))
 }
 
 fn file_name(path: &Path) -> String {

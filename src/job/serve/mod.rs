@@ -16,6 +16,10 @@
 //! in place, raw ones only: a program that is killed while it writes another format may leave an image
 //! that nobody can open.
 //!
+//! A disk that is written may grow while it is served: an overlay that is kept when another process
+//! is asked to serve it with a larger size, an image when its file has become longer. Clients that
+//! connect afterwards see the new size.
+//!
 //! No disk leaves this host in plain text unless [`PlainText::Anywhere`] says so, whether the socket
 //! is ours or was handed to us.
 

@@ -1,10 +1,17 @@
 //! What a server offers: disks with names, and what it says about each.
+//!
+//! A disk may grow while it is served ([`Growth`]): each client that chooses an export, or asks what
+//! it is, gets the disk as it is then, and keeps it. Looking is bounded: one look at a time for each
+//! export, and a client that would wait too long for it gets what the last look found.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
-use super::limits::{EXPORTS_MAX, PAYLOAD_BYTES_MAX};
+use async_trait::async_trait;
+use tokio::time::timeout;
+
+use super::limits::{EXPORTS_MAX, GROWTH_WAIT, PAYLOAD_BYTES_MAX};
 use crate::block::{BlockSink, BlockSource, Geometry};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, with_causes};
 use crate::nbd::wire::{self, HeaderStyle, export};
 
 /// A disk under a name.
@@ -17,7 +24,26 @@ pub struct Export {
     pub(super) changes: Vec<ChangeMap>,
     /// For the context `qemu:allocation-depth`; empty if it is not offered.
     pub(super) layers: Vec<Arc<dyn BlockSource>>,
+    growth: Option<Arc<dyn Growth>>,
     one_connection: bool,
+}
+
+/// A disk that may become larger while it is served.
+#[async_trait]
+pub trait Growth: Send + Sync {
+    /// The disk as it is now, if it has more than `size_bytes`; both it and what was served before are
+    /// the same disk. Let to its end, also when nobody waits for it any more.
+    async fn grown(&self, size_bytes: u64) -> Result<Option<Grown>>;
+}
+
+/// A disk that has grown, to be served in place of the smaller one.
+pub struct Grown {
+    /// To read it.
+    pub source: Arc<dyn BlockSource>,
+    /// To write it.
+    pub sink: Arc<dyn BlockSink>,
+    /// Its layers, as in [`Export::with_layers`].
+    pub layers: Vec<Arc<dyn BlockSource>>,
 }
 
 /// Changes since some earlier time, told as the context `qemu:dirty-bitmap:NAME`.
@@ -38,6 +64,7 @@ impl Export {
             sink: None,
             changes: Vec::new(),
             layers: Vec::new(),
+            growth: None,
             one_connection: false,
         }
     }
@@ -74,6 +101,20 @@ impl Export {
     pub fn with_layers(mut self, layers: Vec<Arc<dyn BlockSource>>) -> Self {
         self.layers = layers;
         self
+    }
+
+    /// Looks whether the disk has grown whenever a client chooses it: clients that come later see the
+    /// new size, those that are there keep theirs.
+    #[must_use]
+    pub fn growing(mut self, growth: Arc<dyn Growth>) -> Self {
+        self.growth = Some(growth);
+        self
+    }
+
+    /// The same export of the disk as it has become.
+    fn grown(&self, disk: Grown) -> Self {
+        let Grown { source, sink, layers } = disk;
+        Self { source, sink: Some(sink), layers, ..self.clone() }
     }
 
     /// Does not tell clients that they may use several connections. By default they may: a source
@@ -141,14 +182,74 @@ impl Export {
 /// All that a server offers.
 #[derive(Clone)]
 pub struct Exports {
-    list: Vec<Arc<Export>>,
+    list: Vec<Arc<Slot>>,
     default: Option<usize>,
+}
+
+/// The place of an export.
+struct Slot {
+    name: String,
+    // Held for a clone, never across an await.
+    now: Mutex<Arc<Export>>,
+    looking: Arc<tokio::sync::Mutex<()>>,
+}
+
+impl Slot {
+    fn new(export: Export) -> Self {
+        let (name, looking) = (export.name.clone(), Arc::default());
+        Self { name, now: Mutex::new(Arc::new(export)), looking }
+    }
+
+    fn now(&self) -> Arc<Export> {
+        Arc::clone(&self.now.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Looks whether the disk has grown, and changes to that. In a task of its own: growing a disk is
+    /// nothing to be dropped half way because a client hangs up.
+    async fn look(self: &Arc<Self>, growth: Arc<dyn Growth>) {
+        let looking = Arc::clone(&self.looking);
+        let slot = Arc::clone(self);
+        let look = async {
+            let alone = looking.lock_owned().await;
+            tokio::spawn(async move {
+                let _alone = alone;
+                let now = slot.now();
+                match growth.grown(now.geometry().size_bytes).await {
+                    Ok(Some(disk)) => slot.change(now.grown(disk)),
+                    Ok(None) => {}
+                    Err(error) => {
+                        let (export, reason) = (&slot.name, with_causes(&error));
+                        tracing::warn!(export, reason, "an export keeps its size");
+                    }
+                }
+            })
+            .await
+        };
+        match timeout(GROWTH_WAIT, look).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::error!(export = self.name, %error, "cannot look for growth"),
+            Err(_) => {
+                tracing::warn!(export = self.name, "it takes long to see whether it has grown");
+            }
+        }
+    }
+
+    fn change(&self, export: Export) {
+        let (name, size_bytes) = (&self.name, export.geometry().size_bytes);
+        match export.check() {
+            Ok(()) => {
+                tracing::info!(export = name, size_bytes, "an export has grown");
+                *self.now.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(export);
+            }
+            Err(error) => tracing::warn!(export = name, %error, "an export keeps its size"),
+        }
+    }
 }
 
 impl Exports {
     /// These; names must differ. A single one is the default export, too.
     pub fn new(list: impl IntoIterator<Item = Export>) -> Result<Self> {
-        let list: Vec<_> = list.into_iter().map(Arc::new).collect();
+        let list: Vec<_> = list.into_iter().collect();
         if list.len() > EXPORTS_MAX {
             let message = format!("{} exports are more than {EXPORTS_MAX}", list.len());
             return Err(Error::new(Kind::Usage, message));
@@ -161,22 +262,36 @@ impl Exports {
             }
         }
         let default = (list.len() == 1).then_some(0);
+        let list = list.into_iter().map(|export| Arc::new(Slot::new(export))).collect();
         Ok(Self { list, default })
     }
 
-    pub(super) fn iter(&self) -> impl Iterator<Item = &Arc<Export>> {
-        self.list.iter()
+    pub(super) fn iter(&self) -> impl Iterator<Item = Arc<Export>> {
+        self.list.iter().map(|slot| slot.now())
+    }
+
+    fn slot(&self, name: &[u8]) -> Option<&Arc<Slot>> {
+        let named = self.list.iter().find(|slot| slot.name.as_bytes() == name);
+        named.or_else(|| self.list.get(self.default.filter(|_| name.is_empty())?))
     }
 
     /// The export a client means by `name`; the empty name is the default export.
-    pub(super) fn find(&self, name: &[u8]) -> Option<&Arc<Export>> {
-        let named = self.list.iter().find(|export| export.name.as_bytes() == name);
-        named.or_else(|| self.list.get(self.default.filter(|_| name.is_empty())?))
+    pub(super) fn find(&self, name: &[u8]) -> Option<Arc<Export>> {
+        self.slot(name).map(|slot| slot.now())
+    }
+
+    /// The same for a client that wants to know its size.
+    pub(super) async fn look(&self, name: &[u8]) -> Option<Arc<Export>> {
+        let slot = self.slot(name)?;
+        if let Some(growth) = slot.now().growth.clone() {
+            slot.look(growth).await;
+        }
+        Some(slot.now())
     }
 }
 
 impl std::fmt::Debug for Exports {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_list().entries(self.list.iter().map(|export| &export.name)).finish()
+        f.debug_list().entries(self.list.iter().map(|slot| &slot.name)).finish()
     }
 }

@@ -35,6 +35,9 @@ pub(super) const EXTENT_CALLS_MAX: usize = 256;
 /// How long a client waits, while it negotiates, for an answer it can do without.
 pub(super) const STATE_WAIT: Duration = Duration::from_secs(1);
 
+/// How long a client waits to hear whether a disk has grown; then it gets the size that was known.
+pub(super) const GROWTH_WAIT: Duration = Duration::from_secs(3);
+
 /// How much of a CACHE request is read ahead; the rest is advice not taken.
 pub(super) const CACHE_BYTES_MAX: u64 = 32 << 20;
 

@@ -56,7 +56,7 @@ use end::End;
 use memory::Memory;
 use places::{Place, Places};
 
-pub use exports::{Export, Exports};
+pub use exports::{Export, Exports, Grown, Growth};
 pub use limits::Limits;
 pub use listen::Listener;
 

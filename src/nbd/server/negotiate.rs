@@ -130,8 +130,9 @@ impl Haggling<'_> {
                 Next::Option => {}
                 Next::Tls(tls) => self = self.into_tls(&tls).await?,
                 Next::Transmission(export, place) => {
-                    // What was chosen for another export does not hold for this one.
-                    let chosen = self.chosen.take().filter(|(of, _)| Arc::ptr_eq(of, &export));
+                    // What was chosen for another export does not hold for this one. The same one may
+                    // have grown since: its contexts are the same.
+                    let chosen = self.chosen.take().filter(|(of, _)| of.name == export.name);
                     let contexts = chosen.map(|(_, contexts)| contexts).unwrap_or_default();
                     let Self { stream, style, .. } = self;
                     return Ok(Ready { stream, export, style, contexts, place });
@@ -218,7 +219,7 @@ impl Haggling<'_> {
                 }
                 Err(error) => Err(error),
             },
-            option::INFO => self.info(payload).map(|(_, items)| items),
+            option::INFO => self.info(payload).await.map(|(_, items)| items),
             option::LIST => self.list(payload),
             option::STRUCTURED_REPLY => self.agree(HeaderStyle::Structured, payload),
             option::EXTENDED_HEADERS => self.agree(HeaderStyle::Extended, payload),
@@ -246,8 +247,8 @@ impl Haggling<'_> {
         if self.style == HeaderStyle::Extended {
             return Err(violation("EXPORT_NAME after EXTENDED_HEADERS"));
         }
-        let export = self.offer.exports.find(name).filter(|_| name.len() <= wire::STRING_BYTES_MAX);
-        let Some(export) = export.cloned() else {
+        let export = self.offer.exports.look(name).await;
+        let Some(export) = export.filter(|_| name.len() <= wire::STRING_BYTES_MAX) else {
             return Err(violation(format!("no export '{}'", wire::peer_text(cut(name)))));
         };
         if export.geometry().align_bytes > 512 {
@@ -268,7 +269,7 @@ impl Haggling<'_> {
 
     /// What GO tells, and a place for the client.
     async fn go(&mut self, payload: &[u8]) -> Result<(Arc<Export>, Items, Place), Refused> {
-        let (export, items) = self.info(payload)?;
+        let (export, items) = self.info(payload).await?;
         let Offer { places, peer, .. } = self.offer;
         let Some(place) = places.take().await else {
             let full = End::Full(places.count());
@@ -286,10 +287,11 @@ impl Haggling<'_> {
         export.flags(self.style) & !hidden
     }
 
-    /// What INFO and GO tell of an export.
-    fn info(&self, payload: &[u8]) -> Result<(Arc<Export>, Items), Refused> {
+    /// What INFO and GO tell of an export. Alone with the stream, which is not to be shared, while it
+    /// looks for growth.
+    async fn info(&mut self, payload: &[u8]) -> Result<(Arc<Export>, Items), Refused> {
         let (name, wanted) = options::info(payload).map_err(invalid)?;
-        let export = Arc::clone(self.offer.exports.find(name).ok_or_else(|| unknown(name))?);
+        let export = self.offer.exports.look(name).await.ok_or_else(|| unknown(name))?;
         let asked = |item: u16| wanted.contains(&item);
         if export.geometry().align_bytes > 512 && !asked(info::BLOCK_SIZE) {
             let text = "its blocks are above 512 bytes: ask for block sizes".to_owned();
@@ -318,7 +320,7 @@ impl Haggling<'_> {
         if !payload.is_empty() {
             return Err(invalid(Malformed("LIST has no payload")));
         }
-        let server = |export: &Arc<Export>| {
+        let server = |export: Arc<Export>| {
             let mut out = Vec::new();
             put_string(&mut out, &export.name);
             out.extend(export.description.as_bytes());
@@ -352,7 +354,7 @@ impl Haggling<'_> {
             return Err(invalid(Malformed("meta contexts need structured replies")));
         }
         let (name, queries) = options::meta_contexts(payload).map_err(invalid)?;
-        let export = Arc::clone(self.offer.exports.find(name).ok_or_else(|| unknown(name))?);
+        let export = self.offer.exports.find(name).ok_or_else(|| unknown(name))?;
         let found = contexts::matching(contexts::all(&export), &queries, asked);
         let told = |context: &Context| {
             // A list has no ids to give (proto.md: reserved, the client ignores them).
