@@ -23,6 +23,7 @@ mod disk;
 mod new;
 mod pipe;
 mod placed;
+mod room;
 mod sink;
 mod source;
 mod stamp;

@@ -137,8 +137,9 @@ impl NewFile {
 
     /// The same, durable only if asked for.
     pub async fn publish(self, durability: Durability) -> Result<()> {
-        if durability == Durability::Synced {
-            self.sink.flush().await?;
+        match durability {
+            Durability::Synced => self.sink.flush().await?,
+            Durability::Cached => self.sink.settle().await?,
         }
         let Self { path, temporary, existing, sink } = self;
         blocking(move || {
