@@ -2,7 +2,7 @@
 //! bounded time and leaves QEMU, which would hang with it, alone until scratch answers.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::machine::{Guest, Machine};
@@ -11,7 +11,12 @@ use crate::support::TestEnv;
 /// A file system on a file, whose writes hang while it is frozen.
 struct Freezer {
     path: PathBuf,
+    /// Thaws it should this process be killed: every sync(2) of the machine waits for it.
+    guard: Child,
 }
+
+const GUARD: &str =
+    "while kill -0 $1 2>/dev/null; do sleep 1; done; fsfreeze -u \"$2\"; umount -l \"$2\"";
 
 fn run(program: &str, arguments: &[&str], path: &Path) {
     let status = Command::new(program).args(arguments).arg(path).status();
@@ -25,7 +30,16 @@ impl Freezer {
         std::fs::create_dir(&path).unwrap();
         run("mkfs.ext4", &["-q", "-F"], &image);
         run("mount", &["-o", "loop", image.to_str().unwrap()], &path);
-        Self { path }
+        let pid = std::process::id().to_string();
+        let guard = Command::new("setsid")
+            .args(["sh", "-c", GUARD, "sh", &pid])
+            .arg(&path)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        Self { path, guard }
     }
 
     fn freeze(&self) {
@@ -47,6 +61,8 @@ impl Drop for Freezer {
         // Not frozen, in most cases.
         let _ = Command::new("fsfreeze").arg("-u").arg(&self.path).output();
         let _ = Command::new("umount").arg("-l").arg(&self.path).status();
+        let _ = self.guard.kill();
+        let _ = self.guard.wait();
     }
 }
 
