@@ -53,6 +53,7 @@
 //! chain are not merged: a disk that got an overlay since its base is read in full.
 
 mod agent;
+mod careful;
 mod checkpoint;
 mod disks;
 mod error;

@@ -27,7 +27,8 @@ use super::teardown::{First, OurServer, Things, remove_bitmap};
 use super::watch::Watch;
 use super::work_dir::WorkDir;
 use super::{
-    Qemu, QemuOptions, Survey, checkpoint, filter, pause, reconcile, scratch_base, work_dir,
+    Qemu, QemuOptions, Survey, careful, checkpoint, filter, pause, reconcile, scratch_base,
+    work_dir,
 };
 use crate::block::{BlockSource, Buffer};
 use crate::clock::Timestamp;
@@ -513,7 +514,7 @@ impl VmSnapshot for Snapshot {
             );
             return Err(Error::new(Kind::SnapshotLost, what));
         }
-        Ok(Arc::new(client))
+        Ok(careful::readable(&self.monitor, Arc::new(client)))
     }
 
     async fn still_valid(&mut self) -> Result<()> {
