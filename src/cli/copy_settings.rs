@@ -256,6 +256,8 @@ fn command(after_bracket: &str, text: &str) -> Result<Vec<String>> {
     if words.is_empty() { Err(bad("no command")) } else { Ok(words) }
 }
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod entry;
 #[cfg(test)]
 mod fuzz;
 

@@ -31,6 +31,16 @@ mod tls_settings;
 mod vm_args;
 mod vm_settings;
 
+/// Ways in for the fuzz targets.
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing {
+    /// Takes a command line of `vmbackup copy` apart; how that ended.
+    pub fn copy(line: &[String]) -> String {
+        super::copy_settings::entry::ended(line)
+    }
+}
+
 use std::ffi::OsString;
 use std::io::IsTerminal;
 

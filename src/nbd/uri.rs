@@ -453,12 +453,5 @@ mod tests {
             let uri = NbdUri::unix(socket, export);
             prop_assert_eq!(uri.to_string().parse::<NbdUri>().unwrap(), uri);
         }
-
-        #[test]
-        fn no_text_makes_the_parser_panic(text in "(nbds?(\\+unix|\\+vsock)?://)?.{0,30}([?&](tls-[a-z]+|socket)=.{0,10})*") {
-            if let Ok(uri) = NbdUri::parse(&text, Origin::CommandLine) {
-                prop_assert_eq!(NbdUri::parse(&uri.to_string(), Origin::CommandLine).unwrap(), uri);
-            }
-        }
     }
 }

@@ -1,61 +1,18 @@
 //! Truncated and mutated bytes of a server: the client ends with a result or a reason, at once.
 //!
-//! The server says its bytes, pausing before each reply until it has seen that many requests, then
-//! closes its side. Cookies can be foreseen (slot 0, generation 1, then 2), so an unmutated
+//! Cookies can be foreseen (slot 0, generation 1, then 2), so an unmutated
 //! transcript is a successful session.
 
-use std::time::Duration;
-
 use proptest::prelude::*;
-use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
-use vmbackup::block::{BlockSource, Buffer, ByteRange, ExtentKind};
-use vmbackup::error::{Error, Result};
 use vmbackup::nbd::wire::{self, HeaderStyle, chunk, export, option, reply};
 
-use crate::corpus::{Corpus, Parts, watched};
-use crate::script::{Asked, CONTEXT, SIZE, Scripted, chunk_of, greeting, honest, simple};
+use crate::corpus::{Corpus, watched};
+use crate::said::{LEN, LONG, SHORT, Transcript, ended, has_a_reason, session};
+use crate::script::{Asked, CONTEXT, SIZE, chunk_of, greeting, honest, simple};
+use crate::uris::survives;
 
 /// Cookies of the first and the second request.
 const COOKIES: [u64; 2] = [1 << 16, 2 << 16];
-const LEN: usize = 1024;
-/// Patience where nothing should need it.
-const LONG: Duration = Duration::from_secs(20);
-/// Patience where a damaged handshake may keep the client from ever asking.
-const SHORT: Duration = Duration::from_millis(5);
-
-/// What a server says, and where it waits for the first and the second request.
-#[derive(Clone)]
-struct Transcript {
-    bytes: Vec<u8>,
-    pauses: Vec<usize>,
-}
-
-impl Transcript {
-    /// Cut where it waits.
-    fn parts(&self) -> Parts {
-        let mut parts = Vec::new();
-        let mut start = 0;
-        for pause in &self.pauses {
-            let pause = (*pause).min(self.bytes.len());
-            parts.push(self.bytes[start..pause].to_vec());
-            start = pause;
-        }
-        parts.push(self.bytes[start..].to_vec());
-        parts
-    }
-
-    fn of(parts: &Parts) -> Self {
-        let mut bytes = Vec::new();
-        let mut pauses = Vec::new();
-        for part in parts {
-            bytes.extend(part);
-            pauses.push(bytes.len());
-        }
-        // The last part is followed by the end.
-        pauses.pop();
-        Self { bytes, pauses }
-    }
-}
 
 /// All that a server says in a session of one query and one read.
 fn transcript(style: HeaderStyle) -> Transcript {
@@ -129,53 +86,6 @@ fn transcripts() -> Vec<Transcript> {
     ]
 }
 
-/// Says the transcript; waits no longer than `patience` for a request that may never come.
-async fn say(mut stream: DuplexStream, transcript: Transcript, patience: Duration) {
-    let mut heard = Vec::new();
-    let mut said = 0;
-    for (index, pause) in transcript.pauses.iter().enumerate() {
-        let pause = (*pause).min(transcript.bytes.len());
-        if stream.write_all(&transcript.bytes[said..pause]).await.is_err() {
-            return;
-        }
-        said = pause;
-        if pause < transcript.bytes.len() {
-            let listen = listen(&mut stream, &mut heard, index + 1);
-            let _ = tokio::time::timeout(patience, listen).await;
-        }
-    }
-    if stream.write_all(&transcript.bytes[said..]).await.is_ok() && stream.shutdown().await.is_ok()
-    {
-        listen(&mut stream, &mut heard, usize::MAX).await;
-    }
-}
-
-/// Hears what the client says until it has made `requests` requests or hangs up.
-async fn listen(stream: &mut DuplexStream, heard: &mut Vec<u8>, requests: usize) {
-    let magics = [wire::REQUEST.to_be_bytes(), wire::REQUEST_EXTENDED.to_be_bytes()];
-    while heard.windows(4).filter(|four| magics.iter().any(|m| four == m)).count() < requests {
-        if stream.read_buf(heard).await.is_ok_and(|n| n == 0) {
-            return;
-        }
-    }
-}
-
-/// The session against a server that says this.
-async fn session(transcript: Transcript, patience: Duration) -> Result<()> {
-    let server = Scripted::new(move |stream| say(stream, transcript.clone(), patience));
-    let client = server.open().await?;
-    let map = client.extents(ByteRange::new(0, 65536)).await?;
-    assert!(!map.is_empty() && map.end() <= 65536 && map.bytes_of(ExtentKind::Unchanged) == 0);
-    let buffer = client.read(0, Buffer::unbudgeted(vec![0xee; LEN])).await?;
-    assert_eq!(buffer.len(), LEN);
-    Ok(())
-}
-
-/// `Closed` without a reason would mean that the connection's task panicked.
-fn has_a_reason(error: &Error) {
-    assert!(!error.to_string().ends_with("is closed"), "{error:?}");
-}
-
 #[tokio::test]
 async fn whole_transcripts_succeed() {
     for (index, transcript) in transcripts().into_iter().enumerate() {
@@ -197,18 +107,7 @@ async fn a_server_that_hangs_up_anywhere_is_an_error() {
 /// The client ends with a result or a reason; the way it ends is one the corpus should have.
 fn ends(transcript: &Transcript) {
     let parts = transcript.parts();
-    let end = watched("nbd", &parts, || {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let session = session(transcript.clone(), SHORT);
-        let result = runtime.block_on(async { tokio::time::timeout(LONG, session).await });
-        match result.expect("the client ends by itself") {
-            Ok(()) => "success".to_owned(),
-            Err(error) => {
-                has_a_reason(&error);
-                error.to_string()
-            }
-        }
-    });
+    let end = watched("nbd", &parts, || ended(transcript));
     Corpus::of("nbd").keep(&end, &parts);
 }
 
@@ -300,5 +199,10 @@ proptest! {
         let transcript = Transcript { bytes, pauses: Vec::new() };
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         has_a_reason(&runtime.block_on(session(transcript, SHORT)).expect_err("it ends in the handshake"));
+    }
+
+    #[test]
+    fn no_text_makes_the_parser_of_uris_panic(text in "(nbds?(\\+unix|\\+vsock)?://)?.{0,30}([?&](tls-[a-z]+|socket)=.{0,10})*") {
+        survives(&text);
     }
 }

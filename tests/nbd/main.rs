@@ -9,6 +9,8 @@ mod hostile;
 #[path = "../support/listening.rs"]
 mod listening;
 mod real;
+mod said;
 mod script;
 mod support;
+mod uris;
 mod vsock;

@@ -1,15 +1,12 @@
 //! Truncated and mutated bytes of a client: the session ends with a result or a reason, at once, and
 //! what the server says in between is what the protocol allows.
 
-use std::time::Duration;
-
 use proptest::prelude::*;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use vmbackup::nbd::server::Limits;
 use vmbackup::nbd::wire::{HeaderStyle, Request, command, command_flag, option};
 
 use crate::corpus::{Corpus, watched};
-use crate::raw::{LONG, Raw, contexts, go, option_bytes};
+use crate::heard::{ended, negotiation};
+use crate::raw::{Raw, contexts, go, option_bytes};
 use crate::rig::limits;
 
 /// All that a client says in a session which uses every option and every command.
@@ -52,37 +49,10 @@ fn transcript(style: HeaderStyle) -> Vec<u8> {
     out
 }
 
-/// A session with a client that says these bytes and hangs up; how it ended.
-async fn session(bytes: &[u8]) -> String {
-    let short = Duration::from_secs(5);
-    let limits = Limits { handshake: short, stall: short, ..limits() };
-    let mut raw = Raw::connect(limits).await;
-    let (mut reading, mut writing) = tokio::io::split(&mut raw.stream);
-    let mut said = Vec::new();
-    let speak = async {
-        if writing.write_all(bytes).await.is_ok() {
-            let _ = writing.shutdown().await;
-        }
-    };
-    let talk = async { tokio::join!(speak, reading.read_to_end(&mut said)) };
-    let _ = tokio::time::timeout(LONG, talk).await.expect("the server hangs up");
-    assert!(said.len() < 16 << 20, "a few requests are not answered with {} bytes", said.len());
-    match raw.end().await {
-        Ok(()) => "success".to_owned(),
-        Err(error) => {
-            assert!(error.to_string().contains("the script"), "{error:?}");
-            error.to_string()
-        }
-    }
-}
-
 /// The session ends; the way it ends is one the corpus should have.
 fn ends(bytes: &[u8]) {
     let parts = vec![bytes.to_vec()];
-    let end = watched("nbd_server", &parts, || {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        runtime.block_on(session(bytes))
-    });
+    let end = watched("nbd_server", &parts, || ended(bytes));
     Corpus::of("nbd_server").keep(&end, &parts);
 }
 
@@ -143,9 +113,7 @@ proptest! {
         options in prop::collection::vec((0..13_u32, prop::collection::vec(any::<u8>(), 0..40)), 0..8),
         tail in prop::collection::vec(any::<u8>(), 0..80),
     ) {
-        let mut bytes = 3_u32.to_be_bytes().to_vec();
-        bytes.extend(options.iter().flat_map(|(option, payload)| option_bytes(*option, payload)));
-        bytes.extend(tail);
-        ends(&bytes);
+        let options = options.iter().map(|(option, payload)| (*option, &payload[..]));
+        ends(&negotiation(options, &tail));
     }
 }

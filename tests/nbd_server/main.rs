@@ -6,6 +6,7 @@
 mod corpus;
 mod crowd;
 mod fuzz;
+mod heard;
 mod hostile;
 mod own;
 mod raw;

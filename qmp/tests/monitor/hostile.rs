@@ -1,13 +1,11 @@
 //! Peers that are late, out of order, out of step, silent or hostile.
 
-use std::time::Duration;
-
 use proptest::prelude::*;
 use qmp::{Error, Kind, Monitor, Options, Received};
 use serde_json::json;
-use tokio::io::AsyncWriteExt;
 
 use crate::peer::{GREETING, Listener, SHORT, scripted};
+use crate::talk::ends_in_time;
 
 #[tokio::test]
 async fn answers_find_their_commands_in_any_order() {
@@ -158,30 +156,6 @@ proptest! {
     fn any_conversation_ends_in_time(
         greets: bool, pieces in prop::collection::vec(piece(), 0..12),
     ) {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        runtime.block_on(async {
-            let listener = Listener::new();
-            let address = listener.address();
-            let options = Options {
-                greeting: Duration::from_millis(50), command: Duration::from_millis(50),
-            };
-            let serve = async {
-                let mut peer = listener.accept().await;
-                if greets {
-                    let _ = peer.writer.write_all(GREETING.as_bytes()).await;
-                }
-                for bytes in pieces {
-                    // The client may have hung up already.
-                    let _ = peer.writer.write_all(&bytes).await;
-                }
-            };
-            let talk = async {
-                if let Ok(monitor) = Monitor::connect(&address, options).await {
-                    let _ = tokio::join!(monitor.query_status(), monitor.query_jobs());
-                }
-            };
-            let both = async { tokio::join!(serve, talk) };
-            tokio::time::timeout(Duration::from_secs(5), both).await.expect("it ends in time");
-        });
+        ends_in_time(greets, &pieces);
     }
 }

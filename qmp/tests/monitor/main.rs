@@ -10,3 +10,4 @@ mod peer;
 mod qemu;
 mod replay;
 mod scenarios;
+mod talk;
