@@ -86,7 +86,7 @@ pub trait BlockingWrite: Send + Sync {
     /// Makes `range` read as zeroes.
     fn zero_at(&self, range: ByteRange, mode: ZeroMode) -> Result<()>;
 
-    /// Whether writes may wait for a disk: more at a time are faster.
+    /// Whether writes wait for a disk, as far as it shows by now: more at a time are faster.
     fn waits(&self) -> bool {
         false
     }

@@ -128,7 +128,7 @@ async fn plan(
                     if send.send(full).await.is_err() {
                         return Ok(());
                     }
-                    if threads.shared.cold.load(Ordering::Relaxed) {
+                    if threads.shared.cold.load(Ordering::Relaxed) || sink.waits() {
                         threads.start(THREADS_DISK.min(most), options);
                     }
                 }

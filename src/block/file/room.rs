@@ -1,17 +1,19 @@
 //! Room in a new file for long runs of data, so that they can be written past the page cache.
 //!
-//! A direct write into a hole of a file holds the inode's lock until the disk has it, and all others
-//! wait (ext4). Into blocks that are allocated already, if only as unwritten, direct writes go side by
-//! side. So the room of a run is made (fallocate(2)) when the first of its bytes come, and what nobody
-//! wrote of it is given back at the end: the file ends as sparse as if it had been written through the
-//! page cache.
+//! A direct write into a hole of a file holds the inode's lock until the disk has it, and all
+//! others wait (ext4). Into blocks that are allocated already, if only as unwritten, direct writes
+//! go side by side. So the room of a run is made (fallocate(2)) when the first long write of it
+//! comes, and what nobody wrote is given back at the end: the file ends as sparse as if it had been
+//! written through the page cache. It is made only while the file system has room for the whole
+//! disk besides: what is held and not used for a while is then not what a guest lacks.
 //!
-//! Making room waits for the direct writes in flight (ext4, XFS), which only runs of some length are
-//! worth. Where none can be made, writes go through the page cache, and it is they who fail if
+//! Making room waits for the direct writes in flight (ext4, XFS), which only runs of some length
+//! are worth. Where none can be made, writes go through the page cache, and it is they who fail if
 //! something is wrong.
 
 use std::fs::File;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use rustix::fs::{FallocateFlags, SeekFrom, fallocate, fstatvfs, seek};
 use rustix::io::Errno;
@@ -33,70 +35,115 @@ const WRITE_BYTES_MIN: u64 = 64 * KIB;
 const HOLE_BYTES_MIN: u64 = 4 * KIB;
 
 /// The runs of a file.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Room {
-    /// Sorted and disjoint.
-    runs: Mutex<Vec<Run>>,
+    /// What is to stay free: the size of the disk.
+    reserve_bytes: u64,
+    /// Sorted and disjoint. Held for a look only.
+    runs: Mutex<Vec<Arc<Run>>>,
+    /// Some was made.
+    made: AtomicBool,
+    /// None could be made, once: each try may leave some allocated.
+    failed: AtomicBool,
 }
 
 #[derive(Debug)]
 struct Run {
     range: ByteRange,
-    made: Option<bool>,
+    /// Whether there is room, once it was tried.
+    made: OnceLock<bool>,
 }
 
 impl Room {
-    /// For a file that may become `size_bytes` long, if its file system has room for all of it now:
-    /// what is allocated in advance is then never what somebody else lacks.
+    /// For a file that may become `size_bytes` long, where there is that much room and more.
     pub(super) fn within(file: &File, size_bytes: u64) -> Option<Self> {
-        let free = fstatvfs(file).ok()?;
-        let free_bytes = free.f_bavail.saturating_mul(free.f_frsize);
-        (size_bytes <= free_bytes).then(Self::default)
+        (size_bytes < free_bytes(file)?).then(|| Self {
+            reserve_bytes: size_bytes,
+            runs: Mutex::default(),
+            made: AtomicBool::new(false),
+            failed: AtomicBool::new(false),
+        })
     }
 
-    /// Says that `range` will be written, most of it as data; behind what was said before.
+    /// Says that `range` will be written, most of it as data. Heard only behind what was said
+    /// before.
     pub(super) fn expect(&self, range: ByteRange) {
-        if range.len() < RUN_BYTES_MIN {
-            return;
-        }
         let mut runs = self.runs();
         let behind = runs.last().is_none_or(|last| last.range.end() <= range.offset());
-        assert!(behind, "runs are told in the order of the disk");
-        runs.extend(range.pieces(RUN_BYTES_MAX).map(|range| Run { range, made: None }));
+        if range.len() < RUN_BYTES_MIN || !behind {
+            return;
+        }
+        let run = |range| Arc::new(Run { range, made: OnceLock::new() });
+        runs.extend(range.pieces(RUN_BYTES_MAX).map(run));
     }
 
-    /// Whether a write of `range` has its room; makes it for the first write of a run. The others
-    /// of that run wait meanwhile, as they would in the kernel.
+    /// Whether a write of `range` has its room; makes it for the first long write of a run. The
+    /// others of that run wait meanwhile, as they would in the kernel.
     pub(super) fn has(&self, file: &File, range: ByteRange) -> bool {
         if range.len() < WRITE_BYTES_MIN {
             return false;
         }
-        let mut runs = self.runs();
-        let index = runs.partition_point(|run| run.range.end() <= range.offset());
-        let Some(run) = runs.get_mut(index).filter(|run| run.range.contains(range)) else {
-            return false;
+        let run = {
+            let runs = self.runs();
+            let index = runs.partition_point(|run| run.range.end() <= range.offset());
+            let Some(run) = runs.get(index).filter(|run| run.range.contains(range)) else {
+                return false;
+            };
+            Arc::clone(run)
         };
-        *run.made.get_or_insert_with(|| {
-            let (offset, len) = (run.range.offset(), run.range.len());
-            let made = fallocate(file, FallocateFlags::KEEP_SIZE, offset, len);
-            made.inspect_err(|error| tracing::debug!(%error, "no room made in advance")).is_ok()
-        })
+        *run.made.get_or_init(|| self.make(file, run.range))
+    }
+
+    fn make(&self, file: &File, range: ByteRange) -> bool {
+        let free = free_bytes(file).is_some_and(|free| free > self.reserve_bytes);
+        if !free || self.failed.load(Ordering::Relaxed) {
+            return false;
+        }
+        match fallocate(file, FallocateFlags::KEEP_SIZE, range.offset(), range.len()) {
+            Ok(()) => {
+                self.made.store(true, Ordering::Relaxed);
+                true
+            }
+            Err(error) => {
+                tracing::debug!(%error, ?range, "no room could be made");
+                self.failed.store(true, Ordering::Relaxed);
+                false
+            }
+        }
+    }
+
+    /// Keeps another amount free than the size of the disk.
+    #[cfg(test)]
+    pub(super) fn keep_free(&mut self, bytes: u64) {
+        self.reserve_bytes = bytes;
+    }
+
+    /// Whether any was made so far: writes go past the page cache then.
+    pub(super) fn any(&self) -> bool {
+        self.made.load(Ordering::Relaxed)
     }
 
     /// Makes holes of the room that nobody used. Nothing may be written meanwhile. Best effort:
     /// what stays allocated reads as zeroes all the same.
     pub(super) fn give_back(&self, file: &File) {
         let runs = std::mem::take(&mut *self.runs());
-        for run in runs.iter().filter(|run| run.made == Some(true)) {
+        // A failed try may have allocated some of a run.
+        for run in runs.iter().filter(|run| run.made.get().is_some()) {
             if let Err(error) = make_holes(file, run.range) {
                 tracing::debug!(%error, range = ?run.range, "unwritten room stays allocated");
             }
         }
     }
 
-    fn runs(&self) -> MutexGuard<'_, Vec<Run>> {
+    fn runs(&self) -> MutexGuard<'_, Vec<Arc<Run>>> {
         self.runs.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// What this user may still write to the file's file system.
+fn free_bytes(file: &File) -> Option<u64> {
+    let told = fstatvfs(file).ok()?;
+    Some(told.f_bavail.saturating_mul(told.f_frsize))
 }
 
 /// Makes holes of what was not written within `range`: to lseek(2) that is a hole already.

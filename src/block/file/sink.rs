@@ -7,8 +7,8 @@
 //! both: `POSIX_FADV_DONTNEED` begins asynchronous write-back of dirty pages and drops clean ones
 //! (Linux `mm/fadvise.c`).
 //!
-//! Devices are written past the cache, and so are long runs of data in a new file, for which room is
-//! made first (`room`).
+//! Devices are written past the cache, and so are long runs of data in a new file, for which room
+//! is made first (`room`).
 
 use std::fs::{File, OpenOptions};
 use std::num::NonZeroU64;
@@ -282,7 +282,7 @@ impl BlockingWrite for Inner {
     }
 
     fn waits(&self) -> bool {
-        self.bypass.as_ref().is_some_and(Bypass::works)
+        self.bypass.as_ref().is_some_and(Bypass::works) && self.room.as_ref().is_none_or(Room::any)
     }
 }
 
@@ -315,7 +315,9 @@ impl Inner {
         let failed = |e| failed(format_args!("write {range}"), &self.name, e);
         let has_room = || self.room.as_ref().is_none_or(|room| room.has(&self.file, range));
         let past_cache = match &self.bypass {
-            Some(bypass) if has_room() => bypass.write_at(bytes, offset).map_err(failed)?,
+            Some(bypass) if bypass.works() && has_room() => {
+                bypass.write_at(bytes, offset).map_err(failed)?
+            }
             _ => 0,
         };
         let rest = &bytes[past_cache..];

@@ -252,3 +252,21 @@ fn writers_of_one_run_make_its_room_once_and_short_runs_have_none() {
     assert!(!room.has(&file, at(8, 1)), "it is over");
     assert!(Room::within(&file, u64::MAX >> 1).is_none(), "more than there is room for");
 }
+
+#[test]
+fn room_is_made_only_while_there_is_as_much_besides() {
+    let file = tempfile::tempfile_in("/var/tmp").unwrap();
+    file.set_len(256 << 20).unwrap();
+    let mut room = Room::within(&file, 256 << 20).unwrap();
+    let run = |mib: u64| ByteRange::new(mib << 20, 64 << 20);
+    room.expect(ByteRange::new(0, 256 << 20));
+    assert!(room.has(&file, run(0)));
+    let allocated = || file.metadata().unwrap().blocks() * 512;
+    let before = allocated();
+    room.keep_free(u64::MAX);
+    assert!(!room.has(&file, run(64)), "somebody else needs it");
+    assert_eq!(allocated(), before);
+    room.keep_free(0);
+    assert!(!room.has(&file, run(64)), "decided once for a run");
+    assert!(room.has(&file, run(128)));
+}
