@@ -1,5 +1,5 @@
-//! What tables call VMs: by their names, and where two have one, with the digits of the UUID that name
-//! the VM in other commands. A VM is its UUID.
+//! What tables call VMs: by their names, and where two have one, with the digits of the UUID that
+//! name the VM in other commands. A VM is its UUID.
 
 use std::collections::{BTreeSet, HashMap};
 

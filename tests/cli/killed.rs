@@ -1,5 +1,5 @@
-//! A restore into a directory that is killed at any step: each file is wholly the old one or the new
-//! one, the next command clears away and says so, and a restore done again succeeds.
+//! A restore into a directory that is killed at any step: each file is wholly the old one or the
+//! new one, the next command clears away and says so, and a restore done again succeeds.
 
 use std::fs;
 use std::path::Path;
@@ -84,7 +84,8 @@ fn a_restore_into_a_directory_can_be_killed_at_any_step() {
     }
 }
 
-/// Nothing has a name yet that anybody knows: all of it goes, and the directory that was made for it.
+/// Nothing has a name yet that anybody knows: all of it goes, and the directory that was made for
+/// it.
 #[test]
 fn a_killed_restore_that_had_put_nothing_in_place_leaves_nothing() {
     let env = TestEnv::new();

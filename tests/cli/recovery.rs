@@ -1,5 +1,5 @@
-//! `recover` where something is in its way: somebody else's job, a monitor that is not free, a VM that
-//! goes while it is waited for. With a plain QEMU, which nothing but its monitor knows.
+//! `recover` where something is in its way: somebody else's job, a monitor that is not free, a VM
+//! that goes while it is waited for. With a plain QEMU, which nothing but its monitor knows.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::symlink;

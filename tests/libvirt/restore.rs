@@ -122,8 +122,8 @@ fn with_a_damaged_chunk(env: &TestEnv) -> PathBuf {
     panic!("no pack holds chunks of the disk");
 }
 
-/// A disk of which a part is damaged in the repository is better than none: its VM is there again, and
-/// what its guest will miss is on a list.
+/// A disk of which a part is damaged in the repository is better than none: its VM is there again,
+/// and what its guest will miss is on a list.
 #[test]
 fn a_damaged_point_is_salvaged_into_the_lost_domain() {
     let env = TestEnv::new();

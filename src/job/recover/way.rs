@@ -1,5 +1,5 @@
-//! The way to the VM of a journal, and whether it is gone: what the journal noted of its place, read
-//! against what is there now. For the recovery of all VMs.
+//! The way to the VM of a journal, and whether it is gone: what the journal noted of its place,
+//! read against what is there now. For the recovery of all VMs.
 
 use std::error::Error as StdError;
 use std::io::ErrorKind;

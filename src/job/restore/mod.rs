@@ -10,12 +10,13 @@
 //!                  └► start
 //! ```
 //!
-//! Each step is in a journal before it is taken: when this is killed, whoever comes next to the VM does
-//! the same ([`reconcile`]).
+//! Each step is in a journal before it is taken: when this is killed, whoever comes next to the VM
+//! does the same ([`reconcile`]).
 //!
 //! Nothing existing is replaced before everything new is complete and durable, and what is replaced
-//! is kept until libvirt has the definition: a restore that fails leaves the old VM whole. A device is written
-//! in place, all of it, zeroes included: what a discarded block reads as is the device's whim.
+//! is kept until libvirt has the definition: a restore that fails leaves the old VM whole. A device
+//! is written in place, all of it, zeroes included: what a discarded block reads as is the device's
+//! whim.
 //!
 //! Damaged data ends a restore, unless it is to salvage what can be read ([`salvage`]).
 
@@ -140,7 +141,8 @@ pub struct DiskReport {
     /// Bytes that are zero because they are damaged in the repository. With any, the disk does not
     /// have the content root of the point.
     pub damaged_bytes: u64,
-    /// Bytes of a larger device behind the disk, which stay as they were: a VM that uses it sees them.
+    /// Bytes of a larger device behind the disk, which stay as they were: a VM that uses it sees
+    /// them.
     pub kept_bytes: u64,
     /// Reading and writing it.
     pub elapsed_ms: u64,
@@ -234,8 +236,8 @@ async fn restore(
     })
 }
 
-/// The journal. A restore that replaces no domain is not kept from an emergency by a state directory
-/// that cannot be written.
+/// The journal. A restore that replaces no domain is not kept from an emergency by a state
+/// directory that cannot be written.
 fn begin_journal(
     manifest: &Manifest,
     request: &Request,
@@ -371,8 +373,8 @@ async fn put_in_place(
     }
 }
 
-/// Keeps the copies of a restore that cannot end well now, and beside them the list of what they lack,
-/// without which they are given up. `error`, with where they are.
+/// Keeps the copies of a restore that cannot end well now, and beside them the list of what they
+/// lack, without which they are given up. `error`, with where they are.
 async fn keep_copies(
     images: Vec<Complete>,
     listing: Option<Listing>,

@@ -1,5 +1,5 @@
-//! The instant of a running domain: it is written down, the guest freezes, the job begins, the guest
-//! thaws, on every path.
+//! The instant of a running domain: it is written down, the guest freezes, the job begins, the
+//! guest thaws, on every path.
 //!
 //! What a job that did not begin leaves is undone by whoever opens the snapshot.
 
@@ -24,8 +24,8 @@ use crate::platform::libvirt::scratch;
 use crate::platform::{BackupMode, Quiesce};
 use crate::vm::{FullReason, Quiescence};
 
-/// Longest wait for a job to begin: 40 ms measured on an idle machine; libvirt itself waits 30 s for
-/// the domain's job lock.
+/// Longest wait for a job to begin: 40 ms measured on an idle machine; libvirt itself waits 30 s
+/// for the domain's job lock.
 const BEGIN_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// The point in time.
@@ -205,8 +205,8 @@ impl Opening {
         }
     }
 
-    /// Whether QEMU failed to find a scratch file that libvirt had just made. The text is the system's,
-    /// after the path QEMU was told (block/file-posix.c).
+    /// Whether QEMU failed to find a scratch file that libvirt had just made. The text is the
+    /// system's, after the path QEMU was told (block/file-posix.c).
     fn is_unseen(&self, error: &Error) -> bool {
         let text = with_causes(error);
         text.contains("No such file or directory")
