@@ -27,8 +27,8 @@ impl WritableImage {
         Ok(Self { disk: Arc::new(FileDisk::open(path)?), lock })
     }
 
-    /// The same image, as large as it is now, if that is more than `size_bytes`: somebody has made it
-    /// larger (`truncate`, a volume that was extended). This one goes on with the size it has.
+    /// The same image, as large as it is now, if that is more than `size_bytes`: somebody has made
+    /// it larger (`truncate`, a volume that was extended). This one goes on with the size it has.
     /// Cancel-safe.
     pub async fn grown(&self, size_bytes: u64) -> Result<Option<Self>> {
         let disk = Arc::clone(&self.disk);

@@ -40,8 +40,8 @@ impl FileDisk {
         })
     }
 
-    /// The same file or device, as large as it is now, if that is more than `size_bytes`. This one goes
-    /// on with the size it has. Blocks.
+    /// The same file or device, as large as it is now, if that is more than `size_bytes`. This one
+    /// goes on with the size it has. Blocks.
     pub fn grown(&self, size_bytes: u64) -> Result<Option<Self>> {
         if super::examine(&self.file, &self.path)?.1 <= size_bytes {
             return Ok(None);

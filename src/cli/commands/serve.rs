@@ -27,9 +27,9 @@ pub(crate) struct Args {
     #[arg(long, value_name = "DISK")]
     disk: Vec<String>,
     /// Let clients write: to an overlay that is thrown away for a point; to a raw image itself, in
-    /// place and for good. Its lock keeps QEMU and vmbackup off the file, but not a device or server
-    /// that shows the same bytes under another name, and an overlay of the file breaks when it
-    /// changes: serve a point, or a copy of the image, where either may be in use
+    /// place and for good. Its lock keeps QEMU and vmbackup off the file, but not a device or
+    /// server that shows the same bytes under another name, and an overlay of the file breaks when
+    /// it changes: serve a point, or a copy of the image, where either may be in use
     #[arg(long)]
     writable: bool,
     /// Tell what changed since this point, as a dirty bitmap; may be given more than once
@@ -38,8 +38,9 @@ pub(crate) struct Args {
     /// Keep the overlay in this file, and go on with it if it is there
     #[arg(long, value_name = "FILE", requires = "writable")]
     overlay: Option<PathBuf>,
-    /// Make the disk this large, with zeroes behind its end; an overlay that is kept stays so. If it is
-    /// served already, that server is told: clients that connect to it from then on see the new size
+    /// Make the disk this large, with zeroes behind its end; an overlay that is kept stays so. If
+    /// it is served already, that server is told: clients that connect to it from then on see the
+    /// new size
     #[arg(long, value_name = "SIZE", requires = "writable")]
     size: Option<ByteSize>,
     /// Where overlays that are thrown away are made [default: below the cache directory]
@@ -138,7 +139,8 @@ impl FromStr for ListenAt {
     }
 }
 
-/// Where clients come from: as told, else the sockets this process was started with, else a new one.
+/// Where clients come from: as told, else the sockets this process was started with, else a new
+/// one.
 fn endpoints(args: &Args, context: &Context) -> Result<Vec<Endpoint>> {
     if args.stdio {
         return Ok(Vec::new());

@@ -2,26 +2,27 @@
 //!
 //! ```text
 //!  hold ► points ► disks: DiskReader ─► cache ─► (overlay) ─┐
-//!                  image, URI ──────────────────► (in place) ┴► exports ► listen … stop ► flush ► end the hold
+//!                  image, URI ─────────────────► (in place) ┴► exports
+//!  exports ► listen … stop ► flush ► end the hold
 //! ```
 //!
 //! A point's disk tells which of its ranges differ from those of an earlier point, by content: the
-//! chunks of both are compared (meta context `qemu:dirty-bitmap:…`). Disks of points also tell where
-//! their bytes are (`qemu:allocation-depth`): in the overlay, in the point, or nowhere.
+//! chunks of both are compared (meta context `qemu:dirty-bitmap:…`). Disks of points also tell
+//! where their bytes are (`qemu:allocation-depth`): in the overlay, in the point, or nowhere.
 //!
 //! The hold on the repository begins before the points are looked up, so that what is served stays
 //! readable, also when the point is forgotten and garbage collected meanwhile.
 //!
-//! A point is never changed: writes go to an overlay that is thrown away or kept. An image is written
-//! in place, raw ones only: a program that is killed while it writes another format may leave an image
-//! that nobody can open.
+//! A point is never changed: writes go to an overlay that is thrown away or kept. An image is
+//! written in place, raw ones only: a program that is killed while it writes another format may
+//! leave an image that nobody can open.
 //!
 //! A disk that is written may grow while it is served: an overlay that is kept when another process
 //! is asked to serve it with a larger size, an image when its file has become longer. Clients that
 //! connect afterwards see the new size.
 //!
-//! No disk leaves this host in plain text unless [`PlainText::Anywhere`] says so, whether the socket
-//! is ours or was handed to us.
+//! No disk leaves this host in plain text unless [`PlainText::Anywhere`] says so, whether the
+//! socket is ours or was handed to us.
 
 mod disks;
 

@@ -1,8 +1,8 @@
 //! What a server offers: disks with names, and what it says about each.
 //!
-//! A disk may grow while it is served ([`Growth`]): each client that chooses an export, or asks what
-//! it is, gets the disk as it is then, and keeps it. Looking is bounded: one look at a time for each
-//! export, and a client that would wait too long for it gets what the last look found.
+//! A disk may grow while it is served ([`Growth`]): each client that chooses an export, or asks
+//! what it is, gets the disk as it is then, and keeps it. Looking is bounded: one look at a time
+//! for each export, and a client that would wait too long for it gets what the last look found.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -31,8 +31,8 @@ pub struct Export {
 /// A disk that may become larger while it is served.
 #[async_trait]
 pub trait Growth: Send + Sync {
-    /// The disk as it is now, if it has more than `size_bytes`; both it and what was served before are
-    /// the same disk. Let to its end, also when nobody waits for it any more.
+    /// The disk as it is now, if it has more than `size_bytes`; both it and what was served before
+    /// are the same disk. Let to its end, also when nobody waits for it any more.
     async fn grown(&self, size_bytes: u64) -> Result<Option<Grown>>;
 }
 
@@ -103,8 +103,8 @@ impl Export {
         self
     }
 
-    /// Looks whether the disk has grown whenever a client chooses it: clients that come later see the
-    /// new size, those that are there keep theirs.
+    /// Looks whether the disk has grown whenever a client chooses it: clients that come later see
+    /// the new size, those that are there keep theirs.
     #[must_use]
     pub fn growing(mut self, growth: Arc<dyn Growth>) -> Self {
         self.growth = Some(growth);
@@ -204,8 +204,8 @@ impl Slot {
         Arc::clone(&self.now.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Looks whether the disk has grown, and changes to that. In a task of its own: growing a disk is
-    /// nothing to be dropped half way because a client hangs up.
+    /// Looks whether the disk has grown, and changes to that. In a task of its own: growing a disk
+    /// is nothing to be dropped half way because a client hangs up.
     async fn look(self: &Arc<Self>, growth: Arc<dyn Growth>) {
         let looking = Arc::clone(&self.looking);
         let slot = Arc::clone(self);

@@ -72,23 +72,23 @@ pub struct Limits {
     pub requests: u16,
     /// Bytes of requests in progress on one connection (one request always gets through).
     pub connection_bytes: usize,
-    /// Bytes of requests in progress on all connections. Half of it is divided among them, so that no
-    /// client can starve another; the rest goes to whoever asks first. At least 32 MiB more than the
-    /// parts, so that the largest request gets through ([`Limits::check`]).
+    /// Bytes of requests in progress on all connections. Half of it is divided among them, so that
+    /// no client can starve another; the rest goes to whoever asks first. At least 32 MiB more than
+    /// the parts, so that the largest request gets through ([`Limits::check`]).
     pub total_bytes: usize,
     /// From the first byte to the end of the handshake.
     pub handshake: Duration,
     /// Longest time in which too little moves in the middle of a request or of a reply: less than
     /// 64 KiB, less than a sixteenth of it where that is more, or not the rest where that is less.
     pub stall: Duration,
-    /// Longest time that requests in progress get once the server stops (and half a second, in which
-    /// further ones are refused) or the client has left.
+    /// Longest time that requests in progress get once the server stops (and half a second, in
+    /// which further ones are refused) or the client has left.
     pub drain: Duration,
 }
 
 impl Limits {
-    /// Least [`Limits::total_bytes`] for this many connections: two of the largest requests, or room
-    /// for one of them beside a part for each connection that is of use; in whole MiB.
+    /// Least [`Limits::total_bytes`] for this many connections: two of the largest requests, or
+    /// room for one of them beside a part for each connection that is of use; in whole MiB.
     pub fn total_bytes_min(connections: usize) -> usize {
         const MIB: usize = 1 << 20;
         let largest = usize::try_from(PAYLOAD_BYTES_MAX).expect("32 MiB");
@@ -96,8 +96,9 @@ impl Limits {
         largest.saturating_add(parts.max(largest)).div_ceil(MIB).saturating_mul(MIB)
     }
 
-    /// Refuses limits that could not be kept: with less memory than this the parts of the connections
-    /// would be more than the whole. [`Server`](super::Server) does not ask: it keeps to the least.
+    /// Refuses limits that could not be kept: with less memory than this the parts of the
+    /// connections would be more than the whole. [`Server`](super::Server) does not ask: it keeps
+    /// to the least.
     pub fn check(&self) -> Result<()> {
         let least = Self::total_bytes_min(self.connections);
         if self.total_bytes >= least {

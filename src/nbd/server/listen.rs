@@ -54,8 +54,8 @@ impl Listener {
         Ok(Self { socket: Socket::Tcp(listener), _file: None })
     }
 
-    /// Listens on a vsock port, for guests of this host or for the host of this guest; 0: the system
-    /// chooses. Plain text as over TCP: every guest that has a vsock device can connect.
+    /// Listens on a vsock port, for guests of this host or for the host of this guest; 0: the
+    /// system chooses. Plain text as over TCP: every guest that has a vsock device can connect.
     pub fn vsock(port: u32) -> Result<Self> {
         let listener = VsockListener::bind(port, BACKLOG);
         let listener =

@@ -9,13 +9,13 @@
 //! Contract:
 //! - The client is not trusted. Every number it sends is checked before it is used, no memory is
 //!   taken for a length that was not checked, all that it can make us hold has a limit
-//!   ([`Limits`]), and a client that breaks a rule gets an error or a disconnect, and the log a line
-//!   that names the rule. No client can slow another by not reading or not writing, nor keep
+//!   ([`Limits`]), and a client that breaks a rule gets an error or a disconnect, and the log a
+//!   line that names the rule. No client can slow another by not reading or not writing, nor keep
 //!   another out by not finishing the handshake or by never asking for anything.
 //! - A request that was read is answered once, with what the disk said: a failed read is an error,
 //!   never zeroes or old data.
-//! - A disk is open before the first client comes and stays open when the last has left; flushing at
-//!   the end is the business of whoever made it. FLUSH and FUA mean [`BlockSink::flush`], which
+//! - A disk is open before the first client comes and stays open when the last has left; flushing
+//!   at the end is the business of whoever made it. FLUSH and FUA mean [`BlockSink::flush`], which
 //!   covers every completed write whichever connection it came over; therefore several connections
 //!   are offered.
 //! - [`Server::stop`] lets requests in progress end, refuses new ones with ESHUTDOWN, closes.

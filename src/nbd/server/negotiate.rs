@@ -10,8 +10,8 @@
 //! No option costs more than the reading of it: lengths are checked before memory is taken, the
 //! number of options is bounded, the caller bounds the time. An unknown or malformed option is read
 //! to its end and refused, so that both sides stay in step. Nothing is read past what the handshake
-//! needs: what somebody writes behind a STARTTLS goes to TLS, which ends the session. What was agreed
-//! before TLS is forgotten. Where TLS is required, nothing else is answered before it.
+//! needs: what somebody writes behind a STARTTLS goes to TLS, which ends the session. What was
+//! agreed before TLS is forgotten. Where TLS is required, nothing else is answered before it.
 
 use std::sync::Arc;
 
@@ -130,8 +130,8 @@ impl Haggling<'_> {
                 Next::Option => {}
                 Next::Tls(tls) => self = self.into_tls(&tls).await?,
                 Next::Transmission(export, place) => {
-                    // What was chosen for another export does not hold for this one. The same one may
-                    // have grown since: its contexts are the same.
+                    // What was chosen for another export does not hold for this one. The same one
+                    // may have grown since: its contexts are the same.
                     let chosen = self.chosen.take().filter(|(of, _)| of.name == export.name);
                     let contexts = chosen.map(|(_, contexts)| contexts).unwrap_or_default();
                     let Self { stream, style, .. } = self;
@@ -287,8 +287,8 @@ impl Haggling<'_> {
         export.flags(self.style) & !hidden
     }
 
-    /// What INFO and GO tell of an export. Alone with the stream, which is not to be shared, while it
-    /// looks for growth.
+    /// What INFO and GO tell of an export. Alone with the stream, which is not to be shared, while
+    /// it looks for growth.
     async fn info(&mut self, payload: &[u8]) -> Result<(Arc<Export>, Items), Refused> {
         let (name, wanted) = options::info(payload).map_err(invalid)?;
         let export = self.offer.exports.look(name).await.ok_or_else(|| unknown(name))?;

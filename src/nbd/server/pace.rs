@@ -12,9 +12,9 @@ use super::end::End;
 /// less: at 60 s about 1 KiB a second.
 const PROGRESS_BYTES_MIN: u64 = 64 << 10;
 
-/// As many times that long a transfer may take in all, because it holds memory that others wait for:
-/// of more than 1 MiB a sixteenth has to move each time. At 60 s that is 35 KiB a second for the
-/// largest request (32 MiB), which any network has, and a quarter of an hour.
+/// As many times that long a transfer may take in all, because it holds memory that others wait
+/// for: of more than 1 MiB a sixteenth has to move each time. At 60 s that is 35 KiB a second for
+/// the largest request (32 MiB), which any network has, and a quarter of an hour.
 const WINDOWS_MAX: u64 = 16;
 
 /// The pace of one transfer.

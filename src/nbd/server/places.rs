@@ -6,12 +6,12 @@
 //!
 //! The two do not share their places: who connects and never finishes the handshake keeps nobody
 //! out who does. (Who connects anew faster than others can finish theirs does: that is for a
-//! firewall.) A place is for as long as the client stays, because a guest may be idle for days; only
-//! who took one and has never asked for anything since is cut off for those who wait.
+//! firewall.) A place is for as long as the client stays, because a guest may be idle for days;
+//! only who took one and has never asked for anything since is cut off for those who wait.
 //!
 //! Deliberately not: making room by cutting off who is slowest or idle for longest. Nothing tells a
-//! guest with a quiet disk, which would see its disk fail, from a client that only wants to be in the
-//! way; who may connect is for the socket's mode and TLS to say.
+//! guest with a quiet disk, which would see its disk fail, from a client that only wants to be in
+//! the way; who may connect is for the socket's mode and TLS to say.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};

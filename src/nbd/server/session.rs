@@ -7,15 +7,15 @@
 //! ```
 //!
 //! Bounded: a request takes its place (one of [`Limits::requests`]) and its memory
-//! ([`super::memory`]) before its payload is read and keeps them until its reply is written. A client
-//! that does not read its replies therefore stops being read, and after [`Limits::stall`] is cut off;
-//! so is one that reads or writes a byte now and then ([`super::pace`]). A request that was read is
-//! answered, whatever becomes of it: a task that panics answers with EIO.
+//! ([`super::memory`]) before its payload is read and keeps them until its reply is written. A
+//! client that does not read its replies therefore stops being read, and after [`Limits::stall`] is
+//! cut off; so is one that reads or writes a byte now and then ([`super::pace`]). A request that
+//! was read is answered, whatever becomes of it: a task that panics answers with EIO.
 //!
-//! When the client leaves or the server stops, what is in progress is finished and answered, as far as
-//! that takes no longer than [`Limits::drain`]. A task that takes longer (storage that hangs) is left
-//! to itself; the client's place among all clients stays taken until the last of them is done, because
-//! until then its memory is.
+//! When the client leaves or the server stops, what is in progress is finished and answered, as far
+//! as that takes no longer than [`Limits::drain`]. A task that takes longer (storage that hangs) is
+//! left to itself; the client's place among all clients stays taken until the last of them is done,
+//! because until then its memory is.
 
 use std::io::IoSlice;
 use std::sync::Arc;
