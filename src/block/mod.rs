@@ -74,19 +74,13 @@ pub enum Waited {
 
 /// Writing on the caller's own thread.
 pub trait BlockingWrite: Send + Sync {
-    /// Says that `range` will be written, most of it as data: whoever can prepares for it. In the
-    /// order of the disk, each byte once, before it is written.
-    fn expect(&self, range: ByteRange) {
-        let _ = range;
-    }
-
     /// Stores `bytes` at `offset`.
     fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<()>;
 
     /// Makes `range` read as zeroes.
     fn zero_at(&self, range: ByteRange, mode: ZeroMode) -> Result<()>;
 
-    /// Whether writes wait for a disk, as far as it shows by now: more at a time are faster.
+    /// Whether a write waits for a disk: more at a time are faster.
     fn waits(&self) -> bool {
         false
     }

@@ -16,7 +16,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
-use super::clear::ZeroPolicy;
 use super::plan::{Planner, Step};
 use super::sparse::runs;
 use super::step::Copying;
@@ -110,15 +109,11 @@ async fn plan(
     let shape = job.shape;
     let mut walk = Walk::start(Arc::clone(&job.source), shape.range(), job.source_name.clone());
     let mut planner = Planner::new(shape);
-    let sink = Arc::clone(&threads.shared.ends.1);
     let mut batch = Vec::with_capacity(BATCH);
     while let Some(map) = walk.next().await.transpose()? {
         for mut extent in map.iter() {
             if job.unchanged == Unchanged::Read && extent.kind == ExtentKind::Unchanged {
                 extent.kind = ExtentKind::Data;
-            }
-            if extent.kind == ExtentKind::Data && job.zeroes == ZeroPolicy::LeaveOut {
-                sink.expect(extent.range);
             }
             planner.push(extent);
             while let Some(step) = planner.pop() {
@@ -128,7 +123,7 @@ async fn plan(
                     if send.send(full).await.is_err() {
                         return Ok(());
                     }
-                    if threads.shared.cold.load(Ordering::Relaxed) || sink.waits() {
+                    if threads.shared.cold.load(Ordering::Relaxed) {
                         threads.start(THREADS_DISK.min(most), options);
                     }
                 }

@@ -23,7 +23,6 @@ mod disk;
 mod new;
 mod pipe;
 mod placed;
-mod room;
 mod sink;
 mod source;
 mod stamp;

@@ -137,9 +137,8 @@ impl NewFile {
 
     /// The same, durable only if asked for.
     pub async fn publish(self, durability: Durability) -> Result<()> {
-        match durability {
-            Durability::Synced => self.sink.flush().await?,
-            Durability::Cached => self.sink.settle().await?,
+        if durability == Durability::Synced {
+            self.sink.flush().await?;
         }
         let Self { path, temporary, existing, sink } = self;
         blocking(move || {

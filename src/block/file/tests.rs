@@ -3,7 +3,6 @@
 use std::os::unix::fs::MetadataExt;
 use std::process::Command;
 
-use super::room::Room;
 use super::*;
 use crate::block::{BlockSink, BlockSource, Buffer, ByteRange, ExtentKind, ZeroMode, conformance};
 
@@ -186,87 +185,4 @@ async fn a_copy_kept_beside_takes_no_name_that_is_there() {
     }
     assert_eq!(std::fs::read(beside("")).unwrap(), b"mine");
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 3, "no temporary is left");
-}
-
-/// A run of 8 MiB of a new file, all of it expected to be data but not all of it written.
-#[tokio::test]
-async fn room_made_for_data_is_a_hole_again_where_none_was_written() {
-    let dir = tempfile::tempdir_in("/var/tmp").unwrap();
-    let path = dir.path().join("disk.raw");
-    let new = NewFile::create(&path, 32 << 20, Existing::Refuse).unwrap();
-    // Elsewhere no room is made, which is all that can be said there.
-    if Bypass::of(&File::open(new.temporary_path()).unwrap()).is_none() {
-        return;
-    }
-    let content = conformance::pattern(8 << 20);
-    let mut memory = Gather::new(8 << 20);
-    memory.fill(&content);
-    let blocks = || new.sink().handle().unwrap().metadata().unwrap().blocks() * 512;
-    let sink = new.sink().blocking_sink().unwrap();
-    sink.expect(ByteRange::new(16 << 20, 8 << 20));
-    let write = |from: usize, to: usize| {
-        sink.write_at((16 << 20) + from as u64, &memory.bytes()[from..to]).unwrap();
-    };
-    write(0, 1 << 20);
-    assert!(blocks() >= 8 << 20, "room for the run is made with its first write");
-    // A long write and a short one, a small hole, and an odd end with a large hole behind it.
-    write(1 << 20, (2 << 20) + 4096);
-    write((2 << 20) + 8192, (2 << 20) + 12288);
-    write(4 << 20, (5 << 20) + 70_001);
-    new.sink().flush().await.unwrap();
-    let written = (1 << 20) + (1 << 20) + 4096 + 4096 + (1 << 20) + 73_728;
-    assert_eq!(blocks(), written, "what was not written is a hole");
-    new.commit().await.unwrap();
-    let mut expected = content;
-    for hole in [(2 << 20) + 4096..(2 << 20) + 8192, (2 << 20) + 12288..4 << 20] {
-        expected[hole].fill(0);
-    }
-    expected[(5 << 20) + 70_001..].fill(0);
-    let read = std::fs::read(&path).unwrap();
-    assert!(read[16 << 20..24 << 20] == expected, "the bytes");
-    assert!(read[..16 << 20].iter().chain(&read[24 << 20..]).all(|byte| *byte == 0));
-}
-
-/// Many threads that begin one run at a time, and short runs, which are not worth it.
-#[test]
-fn writers_of_one_run_make_its_room_once_and_short_runs_have_none() {
-    let file = tempfile::tempfile_in("/var/tmp").unwrap();
-    file.set_len(256 << 20).unwrap();
-    let room = Room::within(&file, 256 << 20).unwrap();
-    let at = |mib: u64, len: u64| ByteRange::new(mib << 20, len << 20);
-    room.expect(at(0, 3));
-    room.expect(at(8, 100));
-    assert!(!room.has(&file, at(0, 1)), "a short run");
-    assert!(!room.has(&file, at(7, 2)), "not all of it expected");
-    assert!(!room.has(&file, ByteRange::new(9 << 20, 4096)), "a short write");
-    std::thread::scope(|scope| {
-        for n in 0..8 {
-            let (room, file) = (&room, &file);
-            scope.spawn(move || assert!(room.has(file, at(8 + n, 1))));
-        }
-    });
-    let allocated = file.metadata().unwrap().blocks() * 512;
-    assert!((56 << 20..57 << 20).contains(&allocated), "up to the first border: {allocated}");
-    room.give_back(&file);
-    assert_eq!(file.metadata().unwrap().blocks(), 0);
-    assert!(!room.has(&file, at(8, 1)), "it is over");
-    assert!(Room::within(&file, u64::MAX >> 1).is_none(), "more than there is room for");
-}
-
-#[test]
-fn room_is_made_only_while_there_is_as_much_besides() {
-    let file = tempfile::tempfile_in("/var/tmp").unwrap();
-    file.set_len(256 << 20).unwrap();
-    let mut room = Room::within(&file, 256 << 20).unwrap();
-    let run = |mib: u64| ByteRange::new(mib << 20, 64 << 20);
-    room.expect(ByteRange::new(0, 256 << 20));
-    assert!(room.has(&file, run(0)));
-    let allocated = || file.metadata().unwrap().blocks() * 512;
-    let before = allocated();
-    room.keep_free(u64::MAX);
-    assert!(!room.has(&file, run(64)), "somebody else needs it");
-    assert_eq!(allocated(), before);
-    room.keep_free(0);
-    assert!(!room.has(&file, run(64)), "decided once for a run");
-    assert!(room.has(&file, run(128)));
 }
