@@ -180,7 +180,9 @@ mod tests {
                 blocks.for_each(|block| flags[usize::try_from(block).unwrap()] = true);
             }
             let mut pages = vec![0; 4096];
-            bitmap.take_changed().iter().for_each(|(_, bytes)| pages[..bytes.len()].copy_from_slice(bytes));
+            for (_, bytes) in bitmap.take_changed() {
+                pages[..bytes.len()].copy_from_slice(&bytes);
+            }
             let stored = Bitmap::from_bytes(&pages, size);
             for bitmap in [&bitmap, &stored] {
                 let mut at = 0;

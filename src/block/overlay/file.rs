@@ -5,9 +5,9 @@
 //! ```
 //!
 //! The header says how large the disk is and where the bitmap begins. The disk grows in place: the
-//! bitmap is written anew behind the new end and made durable, then the header says where. Until then
-//! the old header and the old bitmap hold; where the old bitmap was is then part of the disk, in
-//! blocks that nobody wrote.
+//! bitmap is written anew behind the new end and made durable, then the header says where. Until
+//! then the old header and the old bitmap hold; where the old bitmap was is then part of the disk,
+//! in blocks that nobody wrote.
 //!
 //! Who may not open the file, because another serves it, can leave a wish in it: the size the disk
 //! should have. The other looks for one when a client comes, and whoever opens the file next.
@@ -18,6 +18,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::bitmap::{BLOCK_BYTES, Bitmap, Page};
+use super::growing::{Failed, Fault, Growing};
 use crate::error::{Error, Kind, Result};
 use crate::units::ByteSize;
 
@@ -40,9 +41,9 @@ const SIZE_BYTES_MAX: u64 = 1 << 48;
 
 /// What the header says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Layout {
-    size_bytes: u64,
-    bitmap_at: u64,
+pub(super) struct Layout {
+    pub(super) size_bytes: u64,
+    pub(super) bitmap_at: u64,
 }
 
 impl Layout {
@@ -52,7 +53,7 @@ impl Layout {
         Self { size_bytes, bitmap_at: end.max(used_bytes) }
     }
 
-    fn end(&self) -> u64 {
+    pub(super) fn end(&self) -> u64 {
         self.bitmap_at + Bitmap::stored_bytes(self.size_bytes)
     }
 
@@ -67,7 +68,7 @@ impl Layout {
                 .is_some_and(|rest| rest >= Bitmap::stored_bytes(size_bytes))
     }
 
-    fn header(&self, identity: &[u8; 32]) -> [u8; HEADER_USED] {
+    pub(super) fn header(&self, identity: &[u8; 32]) -> [u8; HEADER_USED] {
         let mut out = [0; HEADER_USED];
         out[..16].copy_from_slice(MAGIC);
         out[16..24].copy_from_slice(&VERSION.to_le_bytes());
@@ -98,6 +99,7 @@ pub(super) struct Kept {
     path: PathBuf,
     identity: [u8; 32],
     layout: Layout,
+    fault: Option<Fault>,
 }
 
 impl Kept {
@@ -119,6 +121,7 @@ impl Kept {
             path: path.to_owned(),
             identity: *identity,
             layout,
+            fault: None,
         };
         if file.metadata().map_err(failed)?.len() == 0 {
             let kept = kept(Layout::new(size.wanted.unwrap_or(size.least), 0));
@@ -128,7 +131,10 @@ impl Kept {
         }
         let found = Layout::read(&file, identity).map_err(failed)?;
         let found = found.filter(|layout| layout.size_bytes >= size.least);
-        let mut kept = kept(found.ok_or_else(|| not_ours(path))?);
+        let mut kept = match found {
+            Some(layout) => kept(layout),
+            None => return Err(refusal(&file, path).map_err(failed)?),
+        };
         let stored_bytes = Bitmap::stored_bytes(kept.size_bytes());
         let mut bytes = vec![0; usize::try_from(stored_bytes).expect("a bitmap fits memory")];
         file.read_exact_at(&mut bytes, kept.layout.bitmap_at).map_err(failed)?;
@@ -137,26 +143,31 @@ impl Kept {
         Ok((kept, bitmap))
     }
 
-    /// Grows the disk to what is wanted, or to what another wished for.
+    /// Grows the disk to what is wanted, which takes back what another wished for, or to that.
     fn grow_now(&mut self, wanted: Option<u64>, bitmap: &Bitmap) -> Result<()> {
-        let wished = self.wish().read()?;
-        let size_bytes = self.size_bytes().max(wished.unwrap_or(0));
-        if wanted.is_some_and(|wanted| wanted < size_bytes) {
-            return Err(too_small(&self.path, size_bytes));
+        let wish = self.wish();
+        let wished = wish.read()?.filter(|wished| *wished > self.size_bytes());
+        if wanted.is_some_and(|wanted| wanted < self.size_bytes()) {
+            return Err(too_small(&self.path, self.size_bytes()));
         }
-        let size_bytes = wanted.unwrap_or(size_bytes);
-        if size_bytes == self.size_bytes() {
+        if wanted.is_some() && wished > wanted {
+            wish.take_back()?;
+        }
+        let Some(size_bytes) = wanted.or(wished).filter(|size| *size > self.size_bytes()) else {
             return Ok(());
-        }
-        let grown = self.growing(size_bytes, bitmap).write();
-        match grown {
+        };
+        match self.growing(size_bytes, bitmap).write() {
             Ok(layout) => self.layout = layout,
-            // Nobody asked now: the disk can be served as it is.
-            Err(error) if wanted.is_none() => {
+            Err(failed) => {
+                let Failed { error, fault } = *failed;
+                self.fault = fault;
+                if wanted.is_some() || fault == Some(Fault::Header) {
+                    return Err(error);
+                }
+                // Nobody asked now: the disk can be served as it is.
                 tracing::warn!(%error, "the overlay keeps its size");
                 return Ok(());
             }
-            Err(error) => return Err(error),
         }
         bitmap.grow(size_bytes);
         Ok(())
@@ -200,13 +211,33 @@ impl Kept {
         .await
     }
 
-    /// Grows the disk to `size_bytes`, which is more than it has. On an error it is as it was. The
-    /// caller lets nobody write the bitmap meanwhile, and does not drop this half way.
+    /// What whoever flushes has to be told before anything else: see [`Fault`].
+    pub(super) fn check(&mut self) -> Result<()> {
+        let Some(fault) = self.fault else { return Ok(()) };
+        if fault == Fault::Unsynced {
+            self.fault = None;
+        }
+        Err(fault.error(&self.path))
+    }
+
+    /// Grows the disk to `size_bytes`, which is more than it has. On an error it has the size it
+    /// had, and [`Kept::check`] knows what else became of it. The caller lets nobody write the
+    /// bitmap meanwhile, and does not drop this half way.
     pub(super) async fn grow(&mut self, size_bytes: u64, bitmap: &Bitmap) -> Result<()> {
+        if self.fault == Some(Fault::Header) {
+            // Another attempt would truncate the map that the header may name.
+            return Err(Fault::Header.error(&self.path));
+        }
         let growing = self.growing(size_bytes, bitmap);
-        match blocking(move || growing.write()).await {
+        let grown = blocking(move || Ok(growing.write())).await;
+        // What a thread that died did to the header is not known.
+        let died = |error| Err(Box::new(Failed { error, fault: Some(Fault::Header) }));
+        match grown.unwrap_or_else(died) {
             Ok(layout) => self.layout = layout,
-            Err(error) => {
+            Err(failed) => {
+                let Failed { error, fault } = *failed;
+                // What was not told yet still has to be.
+                self.fault = fault.or(self.fault);
                 // What changed of them is not stored where the map still is.
                 bitmap.give_back_changed(&bitmap.take_all());
                 return Err(error);
@@ -221,44 +252,11 @@ impl Kept {
             file: Arc::clone(&self.file),
             path: self.path.clone(),
             identity: self.identity,
-            old_bytes: self.layout.size_bytes,
-            layout: Layout::new(size_bytes, self.layout.end()),
+            old: self.layout,
+            new: Layout::new(size_bytes, self.layout.end()),
             // Before the sync: what is marked then is in the file, and durable afterwards.
             pages: bitmap.take_all(),
         }
-    }
-}
-
-/// A growth that is to be written.
-struct Growing {
-    file: Arc<File>,
-    path: PathBuf,
-    identity: [u8; 32],
-    old_bytes: u64,
-    layout: Layout,
-    pages: Vec<Page>,
-}
-
-impl Growing {
-    fn write(self) -> Result<Layout> {
-        let Self { file, path, identity, old_bytes, layout, pages } = self;
-        let grow = || {
-            // Behind an odd end there may be what is left of a map from before the disk grew to there,
-            // in a block that was written: zeroes are to follow.
-            let tail = old_bytes.next_multiple_of(BLOCK_BYTES) - old_bytes;
-            let tail = usize::try_from(tail).expect("less than a block");
-            file.write_all_at(&[0; 4096][..tail], HEADER_BYTES + old_bytes)?;
-            // What an attempt that failed left behind goes first.
-            file.set_len(layout.bitmap_at)?;
-            file.set_len(layout.end())?;
-            write_pages(&file, layout.bitmap_at, &pages)?;
-            file.sync_all()?;
-            file.write_all_at(&layout.header(&identity), 0)?;
-            file.sync_all()
-        };
-        let failed = |e| Error::io(format!("cannot grow the overlay {}", path.display()), e);
-        grow().map_err(failed)?;
-        Ok(layout)
     }
 }
 
@@ -270,7 +268,8 @@ pub(super) struct Wish {
 }
 
 impl Wish {
-    /// The size that was wished for last, if any was. Blocks.
+    /// The size that was wished for last, if any was: one that the disk has, or had, is granted.
+    /// Blocks.
     pub(super) fn read(&self) -> Result<Option<u64>> {
         let mut found = [0; WISH_BYTES];
         self.file
@@ -279,6 +278,15 @@ impl Wish {
         let size = u64::from_le_bytes(found[16..24].try_into().expect("eight bytes"));
         let whole = found == wish(size) && size <= SIZE_BYTES_MAX;
         Ok(whole.then_some(size))
+    }
+
+    /// Takes back what was wished for, because whoever opens the file asks for another size. For
+    /// nobody else: another wish may come in just before. Blocks.
+    fn take_back(&self) -> Result<()> {
+        let cleared = self.file.write_all_at(&[0; WISH_BYTES], WISH_AT);
+        cleared
+            .and_then(|()| self.file.sync_all())
+            .map_err(|e| Error::io(format!("cannot write {}", self.path.display()), e))
     }
 }
 
@@ -303,23 +311,60 @@ fn leave_wish(
         return Ok(busy.hint("stop it first; with --size it can be asked for a larger disk"));
     };
     let Some(Layout { size_bytes, .. }) = Layout::read(file, identity)? else {
-        return Ok(not_ours(path));
+        return refusal(file, path);
     };
     if wanted < size_bytes {
         return Ok(too_small(path, size_bytes));
     }
-    if wanted > size_bytes {
-        file.write_all_at(&wish(wanted), WISH_AT)?;
-        file.sync_all()?;
-    }
+    // The size it has is a wish, too: it takes back a larger one.
+    file.write_all_at(&wish(wanted), WISH_AT)?;
+    file.sync_all()?;
     let hint = format!("it was told: clients that connect to it from now on find {wanted} bytes");
     Ok(busy.hint(hint))
 }
 
-fn not_ours(path: &Path) -> Error {
-    let message = format!("{} is no overlay of this disk", path.display());
-    let hint = "an overlay goes with the disk of the point it was made on; name another file";
-    Error::new(Kind::Usage, message).hint(hint)
+/// Why a file that holds no overlay of this disk in our layout is refused. One in another layout
+/// holds somebody's disk, and says so, lest it is thrown away.
+fn refusal(file: &File, path: &Path) -> std::io::Result<Error> {
+    let path = path.display();
+    Ok(match other_version(file)? {
+        Some(version) => Error::new(
+            Kind::Unsupported,
+            format!("the overlay {path} has layout {version}; this vmbackup reads {VERSION} only"),
+        )
+        .hint("keep it, and serve it with the version of vmbackup that made it"),
+        None => Error::new(Kind::Usage, format!("{path} is no overlay of this disk"))
+            .hint("an overlay goes with the disk of the point it was made on; name another file"),
+    })
+}
+
+/// The version of the layout of a file that is an overlay in another one.
+fn other_version(file: &File) -> std::io::Result<Option<u64>> {
+    let len = file.metadata()?.len();
+    for at in [Some(0), first_header_at(len)].into_iter().flatten() {
+        let mut found = [0; 24];
+        if len < at + HEADER_BYTES {
+            continue;
+        }
+        file.read_exact_at(&mut found, at)?;
+        let version = u64::from_le_bytes(found[16..].try_into().expect("eight bytes"));
+        if found.starts_with(MAGIC) && version != VERSION {
+            return Ok(Some(version));
+        }
+    }
+    Ok(None)
+}
+
+/// Where the header of a file of `len` bytes is in the first layout: behind the disk, before a
+/// bitmap of whole pages. The length leaves one place for it.
+fn first_header_at(len: u64) -> Option<u64> {
+    let blocks = len.is_multiple_of(BLOCK_BYTES).then_some(len / BLOCK_BYTES)?;
+    // Blocks of the disk, and a block of bitmap for as many of them as it has bits.
+    let rest = blocks.checked_sub(HEADER_BYTES / BLOCK_BYTES)?;
+    let bits = BLOCK_BYTES * 8;
+    let guess = rest - rest.div_ceil(bits + 1);
+    let fits = |disk: &u64| disk + disk.div_ceil(bits) == rest;
+    [guess, guess + 1].into_iter().find(fits).map(|disk| disk * BLOCK_BYTES)
 }
 
 fn too_small(path: &Path, size_bytes: u64) -> Error {
@@ -327,7 +372,7 @@ fn too_small(path: &Path, size_bytes: u64) -> Error {
     Error::new(Kind::Usage, message).hint("an overlay only grows")
 }
 
-fn write_pages(file: &File, at: u64, pages: &[Page]) -> std::io::Result<()> {
+pub(super) fn write_pages(file: &File, at: u64, pages: &[Page]) -> std::io::Result<()> {
     let place = |index: usize| at + index as u64 * BLOCK_BYTES;
     pages.iter().try_for_each(|(index, bytes)| file.write_all_at(bytes, place(*index)))
 }

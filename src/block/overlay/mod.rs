@@ -1,5 +1,5 @@
-//! A writable disk on top of one that cannot be written: what is written goes to a scratch file, the
-//! base stays as it is.
+//! A writable disk on top of one that cannot be written: what is written goes to a scratch file,
+//! the base stays as it is.
 //!
 //! ```text
 //!  read  ─► block written? ─ yes ─► scratch file
@@ -14,16 +14,17 @@
 //! remembers its size, and can grow, also while it is in use: an [`Overlay`] is a view of one size,
 //! and [`Overlay::grown`] makes another view of the same disk. Both see what either writes.
 //!
-//! Order of a flush (*a block that the file calls written holds what was written*): the changed parts
-//! of the bitmap are remembered, data made durable, the remembered parts written, made durable. After
-//! a crash the overlay is what it was at the last flush, plus perhaps later writes to blocks that were
-//! written before, which is what any disk with a write cache is.
+//! Order of a flush (*a block that the file calls written holds what was written*): the changed
+//! parts of the bitmap are remembered, data made durable, the remembered parts written, made
+//! durable. After a crash the overlay is what it was at the last flush, plus perhaps later writes
+//! to blocks that were written before, which is what any disk with a write cache is.
 //!
-//! A block is marked after its data is in the file, and copying up takes turns with all other writes,
-//! so a read that comes in between gets the old or the new bytes and never others'.
+//! A block is marked after its data is in the file, and copying up takes turns with all other
+//! writes, so a read that comes in between gets the old or the new bytes and never others'.
 
 mod bitmap;
 mod file;
+mod growing;
 #[cfg(test)]
 mod tests;
 
@@ -120,10 +121,10 @@ impl Overlay {
     }
 
     /// A layer kept in the file `path`, which is made if it is not there. `identity` says what the
-    /// base is; a file that belongs to another base is refused. The disk has `size_bytes`, or what it
-    /// had the last time, or what the base has. [`Kind::Busy`] if another process has the file open:
-    /// a larger `size_bytes` is left there as a wish then, which the other grants at the next
-    /// [`Overlay::grown`].
+    /// base is; a file that belongs to another base is refused. The disk has `size_bytes`, or what
+    /// it had the last time, or what the base has. [`Kind::Busy`] if another process has the file
+    /// open: a larger `size_bytes` is left there as a wish then, which the other grants at the next
+    /// [`Overlay::grown`], or whoever opens the file next, unless with a `size_bytes` of its own.
     pub fn kept(
         base: Arc<dyn BlockSource>,
         size_bytes: Option<u64>,
@@ -149,8 +150,9 @@ impl Overlay {
         Self { base, scratch, layer }
     }
 
-    /// The same disk, if it has more than `size_bytes` by now: as many as another process wished for
-    /// ([`Overlay::kept`]). Neither is in the way of who reads and writes. Not cancel-safe: let it end.
+    /// The same disk, if it has more than `size_bytes` by now: as many as another process wished
+    /// for ([`Overlay::kept`]). Neither is in the way of who reads and writes. Not cancel-safe: let
+    /// it end.
     pub async fn grown(&self, size_bytes: u64) -> Result<Option<Self>> {
         let Some(KeptLayer { file, wish }) = &self.layer.kept else { return Ok(None) };
         let wish = Arc::clone(wish);
@@ -360,7 +362,8 @@ impl BlockSink for Overlay {
     async fn flush(&self) -> Result<()> {
         let scratch = &self.scratch.disk;
         let Some(KeptLayer { file, .. }) = &self.layer.kept else { return scratch.flush().await };
-        let kept = file.lock().await;
+        let mut kept = file.lock().await;
+        kept.check()?;
         let changed = self.layer.written.take_changed();
         let result = async {
             scratch.flush().await?;

@@ -1,5 +1,6 @@
 //! An overlay is a disk, its base stays as it is, and a kept one is there again.
 
+use super::growing::faults::{self, Sync};
 use super::*;
 use crate::block::conformance;
 use crate::block::memory::MemoryDisk;
@@ -250,4 +251,135 @@ async fn a_crash_at_any_step_of_growing_leaves_the_disk_as_it_was_flushed() {
         assert!(all_of(&grown).await == expected, "{len}");
         expected.truncate(LEN);
     }
+}
+
+#[tokio::test]
+async fn an_explicit_size_takes_back_a_wish_that_nobody_granted() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("o");
+    let (base, _) = base();
+    let open = |size| Overlay::kept(Arc::clone(&base) as _, size, (&path, &IDENTITY));
+    let kind = |result: Result<Overlay>| result.map(|_| ()).unwrap_err().kind();
+    for taken_back_with in [2 << 20, 3 << 20] {
+        let first = open(Some(2 << 20)).unwrap();
+        assert_eq!(kind(open(Some(1 << 40))), Kind::Busy);
+        drop(first);
+        assert_eq!(kind(open(Some(LEN as u64))), Kind::Usage, "the disk is larger");
+        let explicit = open(Some(taken_back_with)).unwrap();
+        assert_eq!(size_of(&explicit), taken_back_with);
+        assert!(explicit.grown(taken_back_with).await.unwrap().is_none(), "it was taken back");
+        drop(explicit);
+        assert_eq!(size_of(&open(None).unwrap()), taken_back_with, "for good");
+    }
+    // The same while it is served.
+    let first = open(None).unwrap();
+    assert_eq!(kind(open(Some(1 << 40))), Kind::Busy);
+    assert_eq!(kind(open(Some(3 << 20))), Kind::Busy);
+    assert!(first.grown(3 << 20).await.unwrap().is_none());
+}
+
+#[tokio::test]
+async fn an_overlay_in_another_layout_is_named_so_that_nobody_throws_it_away() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("o");
+    let (base, disk) = base();
+    let header = |version: u64| {
+        let mut header = [&b"vmbackup overlay"[..], &version.to_le_bytes()].concat();
+        header.extend((LEN as u64).to_le_bytes());
+        header.extend(IDENTITY);
+        header.resize(4096, 0);
+        header
+    };
+    let blocks = |bytes: &[u8]| {
+        let mut bytes = bytes.to_vec();
+        bytes.resize(bytes.len().next_multiple_of(4096), 0);
+        bytes
+    };
+    let first = [blocks(&disk), header(1), vec![0; 4096]].concat();
+    let third = [header(3), blocks(&disk), vec![0; 4096]].concat();
+    for (version, bytes) in [(1, first), (3, third)] {
+        std::fs::write(&path, &bytes).unwrap();
+        let refused = Overlay::kept(Arc::clone(&base) as _, None, (&path, &IDENTITY));
+        let refused = refused.map(|_| ()).unwrap_err();
+        assert!(refused.to_string().contains(&format!("layout {version}")), "{refused:?}");
+        assert!(refused.hint_text().unwrap().contains("keep it"), "{refused:?}");
+        assert!(std::fs::read(&path).unwrap() == bytes, "nothing is overwritten");
+    }
+}
+
+/// An overlay with 10,000 bytes that were flushed, and a wish that it be larger.
+async fn to_grow(base: &Arc<MemoryDisk>, path: &Path) -> Overlay {
+    let open = |size| Overlay::kept(Arc::clone(base) as _, size, (path, &IDENTITY));
+    let overlay = open(None).unwrap();
+    overlay.write(5000, fill(1, 10_000)).await.unwrap();
+    overlay.flush().await.unwrap();
+    assert_eq!(open(Some(2 << 20)).map(|_| ()).unwrap_err().kind(), Kind::Busy);
+    overlay
+}
+
+#[tokio::test]
+async fn a_growth_that_fails_at_its_header_loses_nothing_that_is_flushed_afterwards() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("o");
+    let (base, mut expected) = base();
+    let overlay = to_grow(&base, &path).await;
+    faults::plan(&path, &[Sync::Works, Sync::Fails, Sync::Works]);
+    assert!(overlay.grown(LEN as u64).await.is_err());
+    overlay.write(500_000, fill(2, 100)).await.unwrap();
+    overlay.flush().await.unwrap_err();
+    overlay.flush().await.unwrap();
+    expected[5000..15_000].fill(1);
+    expected[500_000..500_100].fill(2);
+    let crashed = dir.path().join("crashed");
+    std::fs::copy(&path, &crashed).unwrap();
+    let restarted = Overlay::kept(Arc::clone(&base) as _, None, (&crashed, &IDENTITY)).unwrap();
+    expected.resize(2 << 20, 0);
+    assert!(all_of(&restarted).await == expected, "what was flushed is there after a crash");
+    // And it grows at the next attempt.
+    let grown = overlay.grown(LEN as u64).await.unwrap().expect("it grows");
+    assert!(all_of(&grown).await == expected);
+}
+
+#[tokio::test]
+async fn an_overlay_whose_header_is_unknown_promises_nothing_any_more() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("o");
+    let (base, mut expected) = base();
+    let overlay = to_grow(&base, &path).await;
+    faults::plan(&path, &[Sync::Works, Sync::Fails, Sync::Fails]);
+    assert!(overlay.grown(LEN as u64).await.is_err());
+    let before = std::fs::read(&path).unwrap();
+    for _ in 0..3 {
+        let failed = overlay.flush().await.unwrap_err();
+        assert!(failed.to_string().contains("header"), "{failed:?}");
+        assert!(overlay.grown(LEN as u64).await.is_err());
+        assert!(std::fs::read(&path).unwrap() == before, "no map is touched");
+    }
+    drop(overlay);
+    expected[5000..15_000].fill(1);
+    expected.resize(2 << 20, 0);
+    let again = Overlay::kept(base, None, (&path, &IDENTITY)).unwrap();
+    assert!(all_of(&again).await == expected, "it is as it was flushed last");
+}
+
+#[tokio::test]
+async fn a_sync_that_fails_while_the_disk_is_to_grow_is_told_to_the_next_flush() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("o");
+    let (base, mut expected) = base();
+    let overlay = to_grow(&base, &path).await;
+    overlay.write(500_000, fill(2, 100)).await.unwrap();
+    faults::plan(&path, &[Sync::Fails]);
+    assert!(overlay.grown(LEN as u64).await.is_err());
+    // The next attempt works: the flush has to hear of the first one still.
+    let grown = overlay.grown(LEN as u64).await.unwrap().expect("it grows");
+    let failed = grown.flush().await.unwrap_err();
+    assert!(failed.to_string().contains("may be lost"), "{failed:?}");
+    overlay.flush().await.unwrap();
+    expected[5000..15_000].fill(1);
+    expected[500_000..500_100].fill(2);
+    expected.resize(2 << 20, 0);
+    drop((overlay, grown));
+    let again = Overlay::kept(base, None, (&path, &IDENTITY)).unwrap();
+    assert!(all_of(&again).await == expected);
 }
