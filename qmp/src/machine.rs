@@ -43,8 +43,8 @@ impl Monitor {
         Ok(self.execute(qmp::query_name {}).await?.name)
     }
 
-    /// What is known of the last migration (`status`, its times and amounts); an empty object if there
-    /// never was one. As QEMU writes it: what is in it differs by version and state.
+    /// What is known of the last migration (`status`, its times and amounts); an empty object if
+    /// there never was one. As QEMU writes it: what is in it differs by version and state.
     pub async fn query_migrate(&self) -> Result<Value> {
         self.query("query-migrate", json!({})).await
     }

@@ -1,5 +1,5 @@
-//! What somebody else does at the worst moment of a `--guest-first` backup: between the steps of its
-//! instant, and below its filters.
+//! What somebody else does at the worst moment of a `--guest-first` backup: between the steps of
+//! its instant, and below its filters.
 
 use std::os::unix::fs::FileExt;
 use std::process::Command;
@@ -11,7 +11,8 @@ use crate::machine::{Guest, Machine, SIZE};
 use crate::reading::{Points, open};
 use crate::support::{Outcome, TestEnv};
 
-/// Runs a backup that stands still at `step` while `meanwhile` happens; also how many points there are.
+/// Runs a backup that stands still at `step` while `meanwhile` happens; also how many points there
+/// are.
 async fn disturbed(
     machine: &Machine,
     step: &str,
@@ -90,8 +91,8 @@ async fn a_guest_that_somebody_lets_go_on_between_the_instants_of_its_disks_has_
     machine.holds_only(&[]).await;
 }
 
-/// QEMU tries to activate all images first, fails for one of somebody else, and does not try that again;
-/// nor does it tell of any node while that one is there.
+/// QEMU tries to activate all images first, fails for one of somebody else, and does not try that
+/// again; nor does it tell of any node while that one is there.
 #[tokio::test]
 async fn a_guest_that_does_not_go_on_at_once_is_let_go_on_once_more() {
     let machine = Machine::with(Guest::Idle).await;
@@ -115,7 +116,8 @@ async fn a_guest_that_does_not_go_on_at_once_is_let_go_on_once_more() {
     assert_eq!(machine.tops().await, ["a", "b"]);
 }
 
-/// Moved to the node it had, the device would write below what it wrote meanwhile; QEMU does not let it.
+/// Moved to the node it had, the device would write below what it wrote meanwhile; QEMU does not
+/// let it.
 #[tokio::test]
 async fn a_device_whose_disk_got_an_overlay_below_the_filter_goes_on_with_the_overlay() {
     let mut machine = Machine::with(Guest::Idle).await;

@@ -1,4 +1,5 @@
-//! A real guest with its agent under a plain QEMU: whatever becomes of a backup, it is not left frozen.
+//! A real guest with its agent under a plain QEMU: whatever becomes of a backup, it is not left
+//! frozen.
 
 use std::path::Path;
 use std::process::Command;

@@ -1,5 +1,5 @@
-//! What becomes of scratch when a snapshot cannot be taken down: it goes with QEMU, and stays as long
-//! as QEMU may use it.
+//! What becomes of scratch when a snapshot cannot be taken down: it goes with QEMU, and stays as
+//! long as QEMU may use it.
 
 use serde_json::json;
 use vmbackup::platform::{BackupMode, SnapshotRequest};

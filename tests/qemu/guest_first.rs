@@ -98,7 +98,8 @@ async fn points_that_put_the_guest_first_restore_byte_for_byte() {
     }
 }
 
-/// The guest counts on both disks in turn: at any instant disk-a has the number of disk-b or the next.
+/// The guest counts on both disks in turn: at any instant disk-a has the number of disk-b or the
+/// next.
 #[tokio::test]
 async fn several_disks_have_one_instant_without_a_transaction() {
     let mut machine = Machine::with(Guest::Boots(COUNTER)).await;

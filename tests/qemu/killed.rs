@@ -1,5 +1,5 @@
-//! A backup of a plain QEMU that is killed at any step: the next command undoes what is left and says
-//! so, the next incremental is right, and nothing of ours remains.
+//! A backup of a plain QEMU that is killed at any step: the next command undoes what is left and
+//! says so, the next incremental is right, and nothing of ours remains.
 
 use std::time::{Duration, Instant};
 

@@ -56,8 +56,8 @@ pub(crate) const FILLER: &[u8] = &[
     0x00, 0x00, 0x00, 0x10, 0x00, 0x08, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00,
 ];
 
-/// A VM with `disk-a` on a.qcow2 and `disk-b` on b.raw, which are written through the monitor, as if
-/// by the guest, or by the guest.
+/// A VM with `disk-a` on a.qcow2 and `disk-b` on b.raw, which are written through the monitor, as
+/// if by the guest, or by the guest.
 pub(crate) struct Machine {
     guest: Guest,
     child: Child,

@@ -1,5 +1,5 @@
-//! A VM that moves to another QEMU while it is backed up: whatever keeps the instant, it is lost, since
-//! the other end writes past it.
+//! A VM that moves to another QEMU while it is backed up: whatever keeps the instant, it is lost,
+//! since the other end writes past it.
 
 use std::time::{Duration, Instant};
 
@@ -51,8 +51,8 @@ async fn a_migration_that_is_under_way_after_the_last_read_loses_the_instant() {
     }
 }
 
-/// QEMU 10.0 lets one end only when our exports are gone, and then nobody can read the instant anyway;
-/// but it is not said that it has to be so.
+/// QEMU 10.0 lets one end only when our exports are gone, and then nobody can read the instant
+/// anyway; but it is not said that it has to be so.
 #[tokio::test]
 async fn a_vm_that_is_elsewhere_after_the_last_read_has_lost_the_instant() {
     let (machine, _platform, mut snapshot) = begun(false).await;
@@ -71,8 +71,8 @@ async fn a_vm_that_is_elsewhere_after_the_last_read_has_lost_the_instant() {
     machine.holds_only(&[]).await;
 }
 
-/// The one sort of migration that QEMU completes beside our exports leaves the guest here; QEMU does not
-/// tell it from others.
+/// The one sort of migration that QEMU completes beside our exports leaves the guest here; QEMU
+/// does not tell it from others.
 #[tokio::test]
 async fn a_migration_that_began_and_ended_during_the_backup_loses_the_instant_and_not_the_next() {
     for guest_first in [false, true] {

@@ -1,11 +1,11 @@
 //! The instant of a QEMU that is only right about one cluster of it at a time.
 //!
-//! Before 8.0, `snapshot-access` takes a range of which the beginning was copied to scratch, and the
-//! rest was not, for one of the live disk altogether: what the guest wrote since would be read as the
-//! instant, and a range that it zeroed be told to be zero ("hbitmap: fix hbitmap_status() return value
-//! for first dirty bit case", a4d5224c2c; seen with 7.2.22, which Debian 12 has). A range within one
-//! cluster is copied as a whole or not at all, and right. So reads end at the borders of clusters, and
-//! nothing is believed to be zero.
+//! Before 8.0, `snapshot-access` takes a range of which the beginning was copied to scratch, and
+//! the rest was not, for one of the live disk altogether: what the guest wrote since would be read
+//! as the instant, and a range that it zeroed be told to be zero ("hbitmap: fix hbitmap_status()
+//! return value for first dirty bit case", a4d5224c2c; seen with 7.2.22, which Debian 12 has). A
+//! range within one cluster is copied as a whole or not at all, and right. So reads end at the
+//! borders of clusters, and nothing is believed to be zero.
 
 use std::sync::Arc;
 

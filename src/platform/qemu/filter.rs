@@ -14,8 +14,8 @@
 //! least what it should whatever the guest writes in between. One instant for several disks needs
 //! a pause (`pause`).
 //!
-//! A device is moved back only from our filter, and only while nobody else has a block job: such a job
-//! puts a node of its own below the device, which would be cut off.
+//! A device is moved back only from our filter, and only while nobody else has a block job: such a
+//! job puts a node of its own below the device, which would be cut off.
 
 use qmp::Monitor;
 use qmp::block::Device;
@@ -30,8 +30,8 @@ use crate::error::{Error, Kind, Result};
 
 /// Seconds a write of the guest waits for scratch, then the instant breaks. More than a busy disk
 /// takes, less than a guest's own limit (30 s for SCSI in Linux), and no more than older QEMUs can
-/// count: they hold nanoseconds in 32 bits (4.29 s; "block/copy-before-write: use uint64_t for timeout
-/// in nanoseconds", after 9.0).
+/// count: they hold nanoseconds in 32 bits (4.29 s; "block/copy-before-write: use uint64_t for
+/// timeout in nanoseconds", after 9.0).
 const WAIT_SECS: u32 = 4;
 /// Separates the parts of a filter in the journal.
 const SEPARATOR: char = '\t';
@@ -58,8 +58,8 @@ impl Filter {
         monitor.blockdev_add(options).await.map_err(failed(what))
     }
 
-    /// Fails unless the device is where it was found, and alone there: a job of somebody else has put
-    /// a node of its own between the two, or soon will, and would miss every write from now on.
+    /// Fails unless the device is where it was found, and alone there: a job of somebody else has
+    /// put a node of its own between the two, or soon will, and would miss every write from now on.
     pub(super) async fn check(filters: &[Self], monitor: &Monitor) -> Result<()> {
         // Before the nodes: one that a job put in is the job's.
         if let Some(job) = foreign_job(monitor).await? {
@@ -101,7 +101,10 @@ impl Filter {
         }
         let (device, filter) = (&self.device, &self.name);
         // Somebody may have put an overlay between the two: the device's writes go there.
-        let graph = Graph::ask(monitor).await?;
+        let graph = Graph::ask(monitor).await.unwrap_or_else(|error| {
+            tracing::warn!(%error, filter, "taken to be above the node it was put on");
+            None
+        });
         let below = graph.as_ref().and_then(|graph| graph.below(filter));
         let Some(node) = below.or(self.node.as_deref()) else {
             let what = format!("nothing tells which node {device} had before {filter}");

@@ -1,9 +1,9 @@
 //! The block graph as QEMU has it now: which nodes there are and which is below which.
 //!
-//! The command that tells is not stable by its name (`x-debug-query-block-graph`, since 4.0), and the
-//! only one that names the nodes below a node (before QEMU 10.1) or answers at all when an image of
-//! somebody else has broken (`query-named-block-nodes` fails as a whole then, seen on 10.0). Who asks
-//! can do without.
+//! The command that tells is not stable by its name (`x-debug-query-block-graph`, since 4.0), and
+//! the only one that names the nodes below a node (before QEMU 10.1) or answers at all when an
+//! image of somebody else has broken (`query-named-block-nodes` fails as a whole then, seen on
+//! 10.0). Who asks can do without.
 
 use qmp::Monitor;
 use serde_json::{Value, json};

@@ -178,8 +178,8 @@ impl Snapshot {
         Ok(())
     }
 
-    /// What changed since the bases, of which the instant is over: what was written since is in it as
-    /// well, and costs a read.
+    /// What changed since the bases, of which the instant is over: what was written since is in it
+    /// as well, and costs a read.
     async fn merge_changes(&mut self) -> Result<()> {
         let actions = self.note_merges();
         if actions.is_empty() {

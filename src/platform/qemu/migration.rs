@@ -1,10 +1,11 @@
 //! Whether the guest moves to another QEMU, or has moved since: the other end writes past whatever
 //! keeps the instant here.
 //!
-//! QEMU 10.0 lets no migration of a VM end as long as our exports are there (it fails at its last step
-//! and the guest goes on); that is not said anywhere, and exports may be gone. So QEMU is asked before
-//! the instant and after the last read, whichever way the instant is kept. A migration that begins
-//! *and* ends in between is told by what QEMU remembers of the last one, which is compared.
+//! QEMU 10.0 lets no migration of a VM end as long as our exports are there (it fails at its last
+//! step and the guest goes on); that is not said anywhere, and exports may be gone. So QEMU is
+//! asked before the instant and after the last read, whichever way the instant is kept. A migration
+//! that begins *and* ends in between is told by what QEMU remembers of the last one, which is
+//! compared.
 
 use qmp::Monitor;
 use serde_json::Value;

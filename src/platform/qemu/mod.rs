@@ -17,18 +17,18 @@
 //!
 //! A monitor serves one client, so this holds it from the first question until it is dropped. A
 //! run that dies leaves its jobs and exports in QEMU; they carry our names and the next run
-//! removes them first (`reconcile`), with what the journal says. The caller keeps two runs on one VM apart (`job` has a lock
-//! per VM): a leftover cannot be told from a run of somebody else's.
+//! removes them first (`reconcile`), with what the journal says. The caller keeps two runs on one
+//! VM apart (`job` has a lock per VM): a leftover cannot be told from a run of somebody else's.
 //!
-//! A job that cannot keep old content fails the guest's write: QEMU 10.1 is the first whose jobs can be
-//! told otherwise, which they always are where they can. Before that there are two ways to keep a
-//! full scratch from hurting the guest. Scratch is watched, and the jobs are ended while there is
-//! room (`watch`): always, and as good as the watch is fast. With `guest_first` the guest's writes
-//! never fail for it and never wait longer than some seconds, whatever happens: filters of our own
-//! take the place of the jobs, and the instant breaks instead (`filter`). What that costs: a
-//! transaction cannot move devices, so the guest is paused for a moment where it has several disks
-//! (`pause`), and what a killed run leaves lies between the guest and its disks until the next
-//! command, or `recover`, takes it out. Therefore it is not the default.
+//! A job that cannot keep old content fails the guest's write: QEMU 10.1 is the first whose jobs
+//! can be told otherwise, which they always are where they can. Before that there are two ways to
+//! keep a full scratch from hurting the guest. Scratch is watched, and the jobs are ended while
+//! there is room (`watch`): always, and as good as the watch is fast. With `guest_first` the
+//! guest's writes never fail for it and never wait longer than some seconds, whatever happens:
+//! filters of our own take the place of the jobs, and the instant breaks instead (`filter`). What
+//! that costs: a transaction cannot move devices, so the guest is paused for a moment where it has
+//! several disks (`pause`), and what a killed run leaves lies between the guest and its disks until
+//! the next command, or `recover`, takes it out. Therefore it is not the default.
 //!
 //! ```text
 //!  guest ──► filter (ours) ──► disk node [bitmaps]       on-cbw-error=break-snapshot
@@ -36,11 +36,12 @@
 //!               └── snapshot-access node ──► NBD export ──► … as above
 //! ```
 //!
-//! A scratch file system that hangs holds up whatever QEMU takes down (`teardown`): it is left alone then.
+//! A scratch file system that hangs holds up whatever QEMU takes down (`teardown`): it is left
+//! alone then.
 //!
-//! A filter that broke goes on, says nothing, and fails every read of the instant: so the instant of
-//! every disk is read once more by `still_valid`, whichever way it was kept. One that is not below
-//! its device any more would serve live data: that is asked for, too.
+//! A filter that broke goes on, says nothing, and fails every read of the instant: so the instant
+//! of every disk is read once more by `still_valid`, whichever way it was kept. One that is not
+//! below its device any more would serve live data: that is asked for, too.
 //!
 //! Not here yet: giving scratch back for what is stored. QEMU allows it (seen on 10.0 with jobs and
 //! with filters of our own: with `discard=unmap` on the snapshot-access and scratch nodes and a
@@ -48,9 +49,9 @@
 //! copied nothing); a trimmed range can never be read again, which an audit, a damaged base and
 //! `--verify-source` all may ask for, so that only disks read in full, without the latter, could.
 //!
-//! Deliberately not here: QEMU before 7.0 (no `snapshot-access`), VMs on other hosts (the export is a
-//! local socket). Bitmaps of lower layers of a backing
-//! chain are not merged: a disk that got an overlay since its base is read in full.
+//! Deliberately not here: QEMU before 7.0 (no `snapshot-access`), VMs on other hosts (the export is
+//! a local socket). Bitmaps of lower layers of a backing chain are not merged: a disk that got an
+//! overlay since its base is read in full.
 
 mod agent;
 mod careful;
@@ -158,8 +159,8 @@ impl Qemu {
         Ok(Survey { disks, names, bases })
     }
 
-    /// Why no instant can be taken of this VM now, whatever the disks are; else what is known of its
-    /// migrations.
+    /// Why no instant can be taken of this VM now, whatever the disks are; else what is known of
+    /// its migrations.
     async fn check_state(&self) -> Result<Settled> {
         let vm = &self.identity.name;
         if !self.features.snapshot_access || !self.features.backup_filter_node_name {

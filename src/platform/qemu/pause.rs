@@ -28,7 +28,8 @@ use crate::error::{Error, Kind, Result, with_causes};
 use crate::freeze::{self, FileSystem, Freezable, Guardian, Subject};
 
 /// How long the guardian waits for word. What it acts on is the end of the run: before that it does
-/// not get the monitor. The pause itself takes milliseconds, and as long as images take to be flushed.
+/// not get the monitor. The pause itself takes milliseconds, and as long as images take to be
+/// flushed.
 const BUDGET: Duration = Duration::from_secs(3600);
 /// Longest wait of the guardian for the monitor, and for one answer.
 const ANSWER: Duration = Duration::from_secs(5);

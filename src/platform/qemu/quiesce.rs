@@ -23,8 +23,8 @@ pub(super) enum Frozen {
     Yes(freeze::Frozen),
 }
 
-/// Freezes if asked for and possible. Fails only for [`Quiesce::Require`], and says then whether the
-/// guest is thawed for certain.
+/// Freezes if asked for and possible. Fails only for [`Quiesce::Require`], and says then whether
+/// the guest is thawed for certain.
 pub(super) async fn freeze(
     agent: Option<&Path>,
     request: &SnapshotRequest,

@@ -4,14 +4,14 @@
 //!  journal, QEMU ─► a pause ends ─► thaw ─► exports … nodes by name ─► scratch ─► bitmaps without a point
 //! ```
 //!
-//! Everything temporary carries our names (`names::Temp`). The journal adds what QEMU cannot tell: that
-//! the guest may be frozen, where scratch was, and the node a device had before a filter. One that
-//! cannot be read may tell of a frozen guest: as long as that is not thawed for certain it stays, and
-//! no backup begins ([`check_readable`]), which would write its own in that place.
+//! Everything temporary carries our names (`names::Temp`). The journal adds what QEMU cannot tell:
+//! that the guest may be frozen, where scratch was, and the node a device had before a filter. One
+//! that cannot be read may tell of a frozen guest: as long as that is not thawed for certain it
+//! stays, and no backup begins ([`check_readable`]), which would write its own in that place.
 //!
-//! The NBD server has no name: it is ours only if other things of ours are there and nobody else has
-//! an NBD export. Bitmaps of other repositories are theirs to judge; ours are removed only if it is
-//! known which points exist. Called by `snapshot::open` and `Qemu::recover`.
+//! The NBD server has no name: it is ours only if other things of ours are there and nobody else
+//! has an NBD export. Bitmaps of other repositories are theirs to judge; ours are removed only if
+//! it is known which points exist. Called by `snapshot::open` and `Qemu::recover`.
 
 use std::path::Path;
 
@@ -70,8 +70,8 @@ pub(super) async fn reconcile(
     })
 }
 
-/// Fails while there is a journal that cannot be read: the guest may be frozen, and what a backup writes
-/// down would take the place of the only hint at that.
+/// Fails while there is a journal that cannot be read: the guest may be frozen, and what a backup
+/// writes down would take the place of the only hint at that.
 pub(super) fn check_readable(journal: &Journal, vm: &str) -> Result<()> {
     if !journal.is_unreadable() {
         return Ok(());

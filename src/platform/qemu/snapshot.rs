@@ -349,6 +349,10 @@ impl Snapshot {
 
     /// The checkpoints of this chain on the snapshot's disks that are older than this one.
     async fn older(&self) -> Result<Vec<BitmapRef>> {
+        if self.gone {
+            // The next run asks the images.
+            return Ok(Vec::new());
+        }
         let nodes = self.monitor.query_named_block_nodes().await;
         let nodes = nodes.map_err(failed("cannot ask for the bitmaps"))?;
         let ours = |node: &&qmp::block::Node| {

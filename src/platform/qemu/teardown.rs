@@ -4,9 +4,9 @@
 //! error is returned. Used by the end of a run, by a run that fails while it opens, and for what
 //! a dead run left (`reconcile`).
 //!
-//! Only a pause is ended while the file system of scratch does not answer: QEMU waits for requests that
-//! hang in it before it lets go of anything else, and its guest with it (seen on 10.0: `block-export-del`
-//! does not return).
+//! Only a pause is ended while the file system of scratch does not answer: QEMU waits for requests
+//! that hang in it before it lets go of anything else, and its guest with it (seen on 10.0:
+//! `block-export-del` does not return).
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -89,7 +89,10 @@ impl Things {
         if let Some(marker) = &self.pause {
             first.note(pause::go_on(monitor, marker).await.map(drop));
         }
-        self.scratch_answers().await?;
+        if let Err(hangs) = self.scratch_answers().await {
+            first.note(Err(hangs));
+            return first.into();
+        }
         first.note(self.end_exports(monitor).await);
         if self.server.is_some() {
             first.note(stop_server(monitor).await);
@@ -132,8 +135,8 @@ impl Things {
         first.into()
     }
 
-    /// Ends what costs the guest's writes anything, at once; reads of the instant fail from then on.
-    /// The rest is left to [`Things::take_down`]. Cancel-safe.
+    /// Ends what costs the guest's writes anything, at once; reads of the instant fail from then
+    /// on. The rest is left to [`Things::take_down`]. Cancel-safe.
     pub(super) async fn give_up(&self, monitor: &Monitor) -> Result<()> {
         self.scratch_answers().await?;
         let mut first = First::default();
@@ -147,8 +150,8 @@ impl Things {
             first.note(cancel_job(monitor, id).await);
         }
         if !self.filters.is_empty() {
-            // Nobody may read the instant any more: past its filter the guest changes it. QEMU lets a
-            // device leave only then, too ("Permission conflict").
+            // Nobody may read the instant any more: past its filter the guest changes it. QEMU lets
+            // a device leave only then, too ("Permission conflict").
             first.note(self.end_exports(monitor).await);
             for node in &self.snapshots {
                 first.note(del_node(monitor, node).await);

@@ -1,8 +1,8 @@
 //! The watch over a running backup: it gives the backup up before the guest suffers.
 //!
-//! A job that cannot write its scratch file fails the *guest's* write and goes on itself: nothing is
-//! announced, reads of the instant go on, and the virtual disk's default `werror=enospc` stops the
-//! guest (seen on QEMU 10.0). So the free space of scratch is looked at until the last job has
+//! A job that cannot write its scratch file fails the *guest's* write and goes on itself: nothing
+//! is announced, reads of the instant go on, and the virtual disk's default `werror=enospc` stops
+//! the guest (seen on QEMU 10.0). So the free space of scratch is looked at until the last job has
 //! ended, and the jobs are ended while there is room. A guest that writes faster than that stands
 //! still until they have ended, and then runs on (`teardown`).
 //!

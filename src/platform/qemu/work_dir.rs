@@ -5,8 +5,8 @@
 //! may be hostile: what is in it is made and given away by descriptor, never by name. Removal is by
 //! name and takes the directory with all that is in it; it follows no link.
 //!
-//! Whether its file system still takes writes is asked by a process of its own ([`answers`]): whoever
-//! asks one that hangs, hangs.
+//! Whether its file system still takes writes is asked by a process of its own ([`answers`]):
+//! whoever asks one that hangs, hangs.
 
 use std::fs::{self, File, Metadata, Permissions};
 use std::io::{self, ErrorKind};
@@ -92,8 +92,8 @@ impl WorkDir {
     }
 }
 
-/// Fails with [`Kind::Timeout`] if the file system of a scratch directory takes no writes now. Whatever
-/// else it says is an answer. Cancel-safe.
+/// Fails with [`Kind::Timeout`] if the file system of a scratch directory takes no writes now.
+/// Whatever else it says is an answer. Cancel-safe.
 ///
 /// Not noticed is a device that hangs below a cache which still takes them.
 pub(super) async fn answers(directory: &Path) -> Result<()> {
