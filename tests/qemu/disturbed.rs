@@ -5,9 +5,12 @@ use std::os::unix::fs::FileExt;
 use std::process::Command;
 
 use serde_json::json;
-use vmbackup::platform::{BackupMode, SnapshotRequest};
+use vmbackup::control::Control;
+use vmbackup::journal::{Entry, Phase, Place, Run};
+use vmbackup::platform::qemu::QemuOptions;
+use vmbackup::platform::{BackupMode, Platform, SnapshotRequest};
 
-use crate::machine::{Guest, Machine, SIZE};
+use crate::machine::{Guest, Machine, SIZE, UUID};
 use crate::reading::{Points, open};
 use crate::support::{Outcome, TestEnv};
 
@@ -91,24 +94,52 @@ async fn a_guest_that_somebody_lets_go_on_between_the_instants_of_its_disks_has_
     machine.holds_only(&[]).await;
 }
 
+/// Gives QEMU an image of somebody else, which breaks.
+async fn broken_image(machine: &Machine) {
+    let image = machine.path("theirs.qcow2");
+    let mut make = Command::new("qemu-img");
+    make.args(["create", "-q", "-f", "qcow2"]).arg(&image).arg("1M");
+    assert!(make.status().unwrap().success());
+    let file = json!({ "driver": "file", "filename": image, "active": false });
+    let theirs = json!({ "driver": "qcow2", "node-name": "theirs", "active": false, "file": file });
+    machine.side.blockdev_add(theirs).await.unwrap();
+    let file = std::fs::OpenOptions::new().write(true).open(&image).unwrap();
+    file.write_all_at(&[0; 4096], 0).unwrap();
+}
+
+/// As a run leaves it that was killed in its pause, and its guardian with it.
+#[tokio::test]
+async fn a_guest_that_was_left_paused_goes_on_although_qemu_tells_of_no_node() {
+    let mut machine = Machine::with(Guest::Idle).await;
+    let (points, dead) = (Points::default(), machine.next_point());
+    let QemuOptions { monitor, agent, name, journals } = machine.options("qmp.sock");
+    let mut journal = journals.open(UUID.parse().unwrap()).unwrap();
+    journal.begin(Run::new(dead, "plain", "theirs", Place::Qemu { monitor, agent, name }));
+    journal.note([Entry::of(Phase::Pause)]).unwrap();
+    drop(journal);
+    let marker = format!("vmb-pse-{}-0", dead.short());
+    let marker = json!({ "driver": "null-co", "node-name": marker, "size": 0 });
+    machine.side.blockdev_add(marker).await.unwrap();
+    machine.side.stop().await.unwrap();
+    broken_image(&machine).await;
+    // It breaks for QEMU when it is activated, as for a guest that goes on.
+    assert!(machine.side.cont().await.is_err());
+    assert!(machine.side.query_named_block_nodes().await.is_err() && !machine.runs().await);
+    let next = machine.next_point();
+    let request = points.request(&machine, next);
+    let platform = machine.platform().await;
+    let refused = platform.open_snapshot(&request, &Control::new()).await;
+    assert!(refused.is_err(), "what else is left is not known");
+    assert!(machine.runs().await);
+}
+
 /// QEMU tries to activate all images first, fails for one of somebody else, and does not try that
 /// again; nor does it tell of any node while that one is there.
 #[tokio::test]
 async fn a_guest_that_does_not_go_on_at_once_is_let_go_on_once_more() {
     let machine = Machine::with(Guest::Idle).await;
-    let image = machine.path("theirs.qcow2");
-    let mut make = Command::new("qemu-img");
-    make.args(["create", "-q", "-f", "qcow2"]).arg(&image).arg("1M");
-    assert!(make.status().unwrap().success());
-    let (outcome, points) = disturbed(&machine, "before:filter", async || {
-        let file = json!({ "driver": "file", "filename": image, "active": false });
-        let theirs = json!({ "driver": "qcow2", "node-name": "theirs", "active": false,
-            "file": file });
-        machine.side.blockdev_add(theirs).await.unwrap();
-        let file = std::fs::OpenOptions::new().write(true).open(&image).unwrap();
-        file.write_all_at(&[0; 4096], 0).unwrap();
-    })
-    .await;
+    let (outcome, points) =
+        disturbed(&machine, "before:filter", async || broken_image(&machine).await).await;
     // What the broken image keeps QEMU from telling costs a full read next time, no more.
     assert_eq!(points, 1, "{outcome:?}");
     assert!(outcome.stderr.contains("theirs is ejected"), "QEMU did fail once: {outcome:?}");

@@ -160,7 +160,10 @@ async fn a_block_job_of_somebody_else_is_never_cut_off() {
     let target = json!({ "driver": "null-co", "node-name": "theirs",
         "size": crate::machine::SIZE, "read-zeroes": true });
     machine.side.blockdev_add(target).await.unwrap();
-    let mirror = |device: &str| json!({ "device": device, "target": "theirs", "sync": "none", "job-id": "their-job" });
+    let mirror = |device: &str| {
+        json!({ "device": device, "target": "theirs",
+        "sync": "none", "job-id": "their-job" })
+    };
     machine.side.execute_raw("blockdev-mirror", mirror("b")).await.unwrap();
     let platform = machine.platform().await;
     let refused = platform.open_snapshot(&request, &Control::new()).await.err().unwrap();

@@ -1,11 +1,17 @@
 //! Scratch that hangs: with `--guest-first` the guest's write completes, and the backup gives up in
-//! bounded time and leaves QEMU, which would hang with it, alone until scratch answers.
+//! bounded time and leaves QEMU, which would hang with it, alone until scratch answers. Jobs are
+//! ended although it hangs for a while, and at once where it is full.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use vmbackup::error::Kind;
+use vmbackup::platform::SnapshotRequest;
+
 use crate::machine::{Guest, Machine};
+use crate::reading::{Points, open};
 use crate::support::TestEnv;
 
 /// A file system on a file, whose writes hang while it is frozen.
@@ -49,6 +55,15 @@ impl Freezer {
 
     fn thaw(&self) {
         run("fsfreeze", &["-u"], &self.path);
+    }
+
+    /// How many processes ask whether it answers.
+    fn asked(&self) -> usize {
+        let of = |entry: std::fs::DirEntry| std::fs::read(entry.path().join("cmdline")).ok();
+        let lines = std::fs::read_dir("/proc").unwrap().flatten().filter_map(of);
+        let lines = lines.map(|line| String::from_utf8_lossy(&line).into_owned());
+        let path = self.path.to_str().unwrap();
+        lines.filter(|line| line.starts_with("touch\0") && line.contains(path)).count()
     }
 
     fn runs(&self) -> usize {
@@ -104,4 +119,55 @@ async fn scratch_that_hangs_holds_up_neither_the_guest_nor_the_backup_and_is_und
     assert!(machine.reads("disk-a", "read -P 4 3M 1M").await && machine.runs().await);
     machine.holds_only(&[]).await;
     assert_eq!(env.vmbackup(&["recover"]).ok().stdout, "nothing is left to undo\n");
+}
+
+#[tokio::test]
+async fn scratch_that_does_not_answer_for_a_while_is_waited_for_at_the_end_of_a_backup() {
+    let mut machine = Machine::with(Guest::Idle).await;
+    let freezer = Freezer::mount(&machine);
+    let (points, point) = (Points::default(), machine.next_point());
+    let request = points.request(&machine, point);
+    let request = SnapshotRequest { scratch_dir: Some(freezer.path.clone()), ..request };
+    let platform = machine.platform().await;
+    let snapshot = open(&platform, &request).await;
+    freezer.freeze();
+    let (committed, asked) = tokio::join!(snapshot.commit(), async {
+        // More than the first question takes.
+        tokio::time::sleep(Duration::from_secs(14)).await;
+        let asked = freezer.asked();
+        freezer.thaw();
+        asked
+    });
+    committed.unwrap();
+    assert_eq!(asked, 1, "those that hang do not pile up");
+    assert_eq!((freezer.asked(), freezer.runs()), (0, 0));
+    machine.holds_only(&[point]).await;
+}
+
+/// The guest's next write fails where its old content finds no room.
+#[tokio::test]
+async fn jobs_whose_scratch_is_full_end_at_once_although_it_takes_no_writes() {
+    let mut machine = Machine::with(Guest::Idle).await;
+    let freezer = Freezer::mount(&machine);
+    let (points, point) = (Points::default(), machine.next_point());
+    let request = points.request(&machine, point);
+    let request = SnapshotRequest { scratch_dir: Some(freezer.path.clone()), ..request };
+    let platform = machine.platform().await;
+    let mut snapshot = open(&platform, &request).await;
+    // No await: it is not seen to be full before it is frozen.
+    let mut filler = std::fs::File::create_new(freezer.path.join("theirs")).unwrap();
+    while filler.write_all(&vec![1; 1 << 20]).is_ok() {}
+    freezer.freeze();
+    let begun = Instant::now();
+    while machine.side.query_jobs().await.unwrap().iter().any(|job| job.status == "running") {
+        assert!(begun.elapsed() < Duration::from_secs(8), "{:?}", begun.elapsed());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    machine.guest("disk-a", "write -P 2 0 1M").await;
+    freezer.thaw();
+    let error = snapshot.still_valid().await.unwrap_err();
+    assert_eq!(error.kind(), Kind::NoSpace, "{error:?}");
+    snapshot.abort().await.unwrap();
+    assert_eq!(freezer.runs(), 0);
+    machine.holds_only(&[]).await;
 }

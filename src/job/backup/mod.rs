@@ -493,7 +493,8 @@ impl Backup<'_> {
         control.set_phase("keeping the checkpoint");
         if let Err(error) = snapshot.commit().await {
             let text = format!(
-                "the point is complete, but the next backup may read disks in full: {}",
+                "the point is complete, but not all that was to follow was done, and the next \
+                 backup may read disks in full: {}",
                 error.in_one_line()
             );
             control.notice(NoticeLevel::Warning, text);

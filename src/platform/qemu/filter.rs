@@ -109,8 +109,8 @@ impl Filter {
         let Some(node) = below.or(self.node.as_deref()) else {
             let what = format!("nothing tells which node {device} had before {filter}");
             return Err(Error::new(Kind::NotFound, what).hint(format!(
-                "set it by hand: the monitor command qom-set with path {device}, property drive and \
-                 the node's name, then blockdev-del {filter}"
+                "set it by hand: the monitor command qom-set with path {device}, property drive \
+                 and the node's name, then blockdev-del {filter}"
             )));
         };
         if let Some(job) = foreign_job(monitor).await? {

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!  jobs      freeze ► TRANSACTION (bitmaps, jobs) ► thaw
-//!  filters   guardian ► freeze ► [pause] ► bitmaps ► devices onto filters ► [go on] ► thaw ► merges
+//!  filters   guardian ► freeze ► [pause] ► bitmaps ► devices onto filters ► [go on]
+//!            ► thaw ► merges
 //! ```
 //!
 //! Everything is noted in the journal before the freeze, and in [`Things`](super::teardown::Things)

@@ -77,11 +77,7 @@ impl Pause {
 
     /// Lets it go on, if it was stopped here.
     pub(super) async fn end(self) -> Result<()> {
-        if let Err(error) = go_on(&self.monitor, &self.marker).await {
-            // Some of what stands in the way does so once (an image that QEMU could not activate).
-            tracing::warn!(%error, "the guest does not go on; tried once more");
-            go_on(&self.monitor, &self.marker).await?;
-        }
+        go_on_after_all(&self.monitor, &self.marker).await?;
         self.guard.release().await;
         Ok(())
     }
@@ -99,6 +95,18 @@ pub(super) async fn go_on(monitor: &Monitor, marker: &str) -> Result<bool> {
     match monitor.blockdev_del(marker).await {
         Err(error) if !is_missing(&error) => Err(failed("cannot unmark the pause")(error)),
         _ => Ok(true),
+    }
+}
+
+/// The same, tried twice: some of what stands in the way does so once (an image that QEMU could not
+/// activate).
+pub(super) async fn go_on_after_all(monitor: &Monitor, marker: &str) -> Result<bool> {
+    match go_on(monitor, marker).await {
+        Err(error) => {
+            tracing::warn!(%error, "the guest does not go on; tried once more");
+            go_on(monitor, marker).await
+        }
+        result => result,
     }
 }
 

@@ -1,7 +1,8 @@
 //! What dead runs left in and beside a QEMU is taken down before the next one begins, or told.
 //!
 //! ```text
-//!  journal, QEMU ─► a pause ends ─► thaw ─► exports … nodes by name ─► scratch ─► bitmaps without a point
+//!  journal, QEMU ─► a pause ends ─► thaw ─► exports … nodes by name ─► scratch
+//!      ─► bitmaps without a point
 //! ```
 //!
 //! Everything temporary carries our names (`names::Temp`). The journal adds what QEMU cannot tell:
@@ -14,6 +15,7 @@
 //! it is known which points exist. Called by `snapshot::open` and `Qemu::recover`.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use qmp::Monitor;
 use qmp::block::{BitmapRef, Node};
@@ -22,6 +24,7 @@ use super::error::failed;
 use super::filter::Filter;
 use super::names::Temp;
 use super::teardown::{OurServer, Things, remove_bitmap};
+use super::work_dir::Question;
 use super::{Qemu, pause, quiesce, scratch_base, work_dir};
 use crate::error::{Error, Kind, Result};
 use crate::image::bitmap::BitmapNames;
@@ -38,11 +41,8 @@ pub(super) async fn reconcile(
 ) -> Result<()> {
     let things = leftovers(&qemu.monitor, journal).await;
     // The agent of a paused guest does not answer.
-    if let Ok(Things { pause: Some(marker), .. }) = &things
-        && recovery.changes()
-        && let Err(error) = pause::go_on(&qemu.monitor, marker).await
-    {
-        tracing::warn!(%error, "the guest is still paused");
+    if recovery.changes() {
+        go_on(qemu, journal, things.as_ref().ok()).await;
     }
     let thawed = thaw(qemu, journal, request.snapshot.guardian.as_deref(), recovery).await;
     let things = things?;
@@ -70,6 +70,22 @@ pub(super) async fn reconcile(
     })
 }
 
+/// Ends the pause of an earlier run. Where QEMU does not tell what there is, because of a broken
+/// image of somebody else, the journal knows what its mark would be called.
+async fn go_on(qemu: &Qemu, journal: &Journal, things: Option<&Things>) {
+    let markers: Vec<_> = match things {
+        Some(things) => things.pause.iter().cloned().collect(),
+        None => journal.earlier().map(|run| Temp::Pause.name(run.point, 0)).collect(),
+    };
+    for marker in markers {
+        match pause::go_on_after_all(&qemu.monitor, &marker).await {
+            Ok(true) => tracing::info!("the guest goes on, which an earlier backup had paused"),
+            Ok(false) => {}
+            Err(error) => tracing::warn!(%error, "the guest may still be paused"),
+        }
+    }
+}
+
 /// Fails while there is a journal that cannot be read: the guest may be frozen, and what a backup
 /// writes down would take the place of the only hint at that.
 pub(super) fn check_readable(journal: &Journal, vm: &str) -> Result<()> {
@@ -79,7 +95,8 @@ pub(super) fn check_readable(journal: &Journal, vm: &str) -> Result<()> {
     let path = journal.path().display();
     let what = format!("the guest of VM '{vm}' may be frozen: nobody can read journal {path}");
     Err(Error::new(Kind::Busy, what).hint(
-        "name its agent (--agent), so that it is thawed first; if it is not frozen, remove the journal",
+        "name its agent (--agent), so that it is thawed first; if it is not frozen, remove the \
+         journal",
     ))
 }
 
@@ -96,8 +113,8 @@ async fn thaw(
         let then = match qemu.options.agent {
             Some(_) => "and gets the ending '.unreadable' once its guest is thawed",
             None => {
-                "and may tell of a frozen guest: name its agent (--agent) to have it thawed, or remove \
-                 the journal if the guest is not frozen; no backup begins before"
+                "and may tell of a frozen guest: name its agent (--agent) to have it thawed, or \
+                 remove the journal if the guest is not frozen; no backup begins before"
             }
         };
         let text = format!("journal {path} of VM '{name}', which cannot be read {then}");
@@ -197,6 +214,7 @@ async fn leftovers(monitor: &Monitor, journal: &Journal) -> Result<Things> {
     let directories = scratch.filter_map(|node| Path::new(&node.file).parent());
     let mut directories: Vec<_> = directories.map(Path::to_owned).collect();
     directories.dedup();
+    let directories = directories.into_iter().map(Question::new).collect();
     let mut things = Things {
         directories,
         exports: exports.into_iter().map(|e| e.id).filter(|id| Temp::Export.is(id)).collect(),
@@ -204,6 +222,7 @@ async fn leftovers(monitor: &Monitor, journal: &Journal) -> Result<Things> {
         pause: node_names(Temp::Pause).pop(),
         snapshots: node_names(Temp::Snapshot),
         filters: filters.collect(),
+        moving: Arc::default(),
         jobs: jobs.into_iter().map(|job| job.id).filter(|id| Temp::Job.is(id)).collect(),
         scratch: node_names(Temp::Scratch),
         changes,

@@ -12,12 +12,14 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use qmp::block::BitmapRef;
 use qmp::export::NewExport;
 use qmp::{Event, Monitor, Received, Subscription, jobs};
 use serde_json::json;
+use tokio::time::Instant;
 
 use super::disks::Disk;
 use super::error::failed;
@@ -25,10 +27,9 @@ use super::migration::Settled;
 use super::names::Temp;
 use super::teardown::{First, OurServer, Things, remove_bitmap};
 use super::watch::Watch;
-use super::work_dir::WorkDir;
+use super::work_dir::{Question, WorkDir};
 use super::{
     Qemu, QemuOptions, Survey, careful, checkpoint, filter, pause, reconcile, scratch_base,
-    work_dir,
 };
 use crate::block::{BlockSource, Buffer};
 use crate::clock::Timestamp;
@@ -44,6 +45,14 @@ use crate::vm::{Artifact, Consistency, ExcludedDisk, NotCaptured, PointId, Quies
 
 /// Connections QEMU lets in per disk: those of our client, and two to spare.
 const CONNECTIONS_PER_DISK: u32 = 6;
+
+/// How long the end is tried where scratch or QEMU is too slow for it. Writeback holds up scratch
+/// for some ten seconds on a busy host; what stays is watched by nobody.
+const END_JOBS: Duration = Duration::from_secs(75);
+/// The same with filters, which never hold up the guest for longer.
+const END_FILTERS: Duration = Duration::from_secs(30);
+/// Pause between two attempts.
+const AGAIN: Duration = Duration::from_secs(2);
 
 /// What a point of a QEMU lacks.
 pub(super) fn definition(vm: &str) -> NotCaptured {
@@ -108,7 +117,7 @@ pub(super) async fn open(
     journal.after(Phase::Scratch);
     let mut snapshot = Snapshot::new(qemu, request, (survey, migration), (work_dir, journal));
     snapshot.things.filters = filters;
-    snapshot.things.directories.push(snapshot.work_dir.scratch_dir().to_owned());
+    snapshot.things.directories.push(Question::new(snapshot.work_dir.scratch_dir().to_owned()));
     match snapshot.set_up(qemu, request, control).await {
         Ok(()) => Ok(Box::new(snapshot)),
         Err(error) => {
@@ -318,19 +327,58 @@ impl Snapshot {
 
     /// Ends the snapshot; the checkpoints stay.
     async fn end(&mut self) -> Result<()> {
-        if let Err(error) = self.things.take_down(&self.monitor).await {
+        if let Err(error) = self.take_down().await {
             // Our connection ended and nobody listens where it was: all there was went with QEMU.
             let closed = error.kind() == Kind::Connection;
             self.gone = closed && pause::is_gone(&self.socket).await;
             if !self.gone {
-                // Scratch that is still written stays where it is seen, and watched as long as we
-                // are here.
-                return Err(error);
+                // Scratch that is still written stays where it is seen.
+                return Err(self.stays(error));
             }
             tracing::warn!(%error, "QEMU has ended: there is nothing to take down");
         }
         self.watch = None;
         self.work_dir.remove()
+    }
+
+    /// Takes all of it down, in several attempts where it takes too long; it is watched meanwhile.
+    async fn take_down(&self) -> Result<()> {
+        let until = Instant::now()
+            + match self.keeper {
+                Keeper::Jobs => END_JOBS,
+                Keeper::Filters => END_FILTERS,
+            };
+        loop {
+            match self.things.take_down(&self.monitor).await {
+                Err(error) if error.kind() == Kind::Timeout && Instant::now() < until => {
+                    tracing::warn!(%error, "the snapshot cannot be ended yet; tried again");
+                    tokio::time::sleep(AGAIN).await;
+                }
+                result => return result,
+            }
+        }
+    }
+
+    /// What it means that the snapshot was not ended.
+    fn stays(&self, error: Error) -> Error {
+        if error.kind() != Kind::Timeout {
+            return error;
+        }
+        let directory = self.work_dir.scratch_dir().display();
+        let what = match self.keeper {
+            Keeper::Jobs => format!(
+                "the guest's writes still go to scratch directory {directory}, of which nobody \
+                 watches the room any more"
+            ),
+            // Full, it disturbs no write of the guest.
+            Keeper::Filters => format!(
+                "the guest's writes still go through the filters of this backup, to scratch \
+                 directory {directory} as well"
+            ),
+        };
+        error.context(what).hint(
+            "run 'vmbackup recover' as soon as the directory can be written to and QEMU answers",
+        )
     }
 
     /// Ends the snapshot and removes its checkpoints.
@@ -445,7 +493,7 @@ impl Snapshot {
         };
         let Err(error) = read.await else { return Ok(()) };
         let directory = self.work_dir.scratch_dir();
-        if let Err(hangs) = work_dir::answers(directory).await {
+        if let Err(hangs) = self.things.scratch_answers().await {
             return Err(lost(&format!("that of disk {name} broke: {hangs}")).source(error));
         }
         if Space::of(directory).is_ok_and(Space::is_low) {
@@ -459,8 +507,8 @@ impl Snapshot {
 fn broke(disk: &str, directory: &Path) -> Error {
     let directory = directory.display();
     let what = format!(
-        "scratch directory {directory} ran full and the instant of disk {disk} broke; the guest was \
-         not disturbed"
+        "scratch directory {directory} ran full and the instant of disk {disk} broke; the guest \
+         was not disturbed"
     );
     Error::new(Kind::NoSpace, what)
         .hint("free space there, or name a larger local directory with --scratch-dir")

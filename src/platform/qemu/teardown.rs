@@ -8,17 +8,19 @@
 //! that hang in it before it lets go of anything else, and its guest with it (seen on 10.0:
 //! `block-export-del` does not return).
 
-use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use qmp::block::{BitmapRef, is_missing};
 use qmp::export::ExportEnd;
 use qmp::{Monitor, jobs};
+use tokio::sync::Mutex;
 use tokio::time::Instant;
 
 use super::error::failed;
 use super::filter::Filter;
-use super::{pause, work_dir};
+use super::pause;
+use super::work_dir::Question;
 use crate::error::{Error, Kind, Result};
 use crate::journal::Recovery;
 
@@ -35,7 +37,7 @@ const NO_SPACE: &str = "nospace";
 #[derive(Clone, Debug, Default)]
 pub(super) struct Things {
     /// Where scratch is.
-    pub(super) directories: Vec<PathBuf>,
+    pub(super) directories: Vec<Question>,
     /// Exports.
     pub(super) exports: Vec<String>,
     /// Whether the NBD server is ours.
@@ -48,10 +50,23 @@ pub(super) struct Things {
     pub(super) jobs: Vec<String>,
     /// Filters that take the place of jobs.
     pub(super) filters: Vec<Filter>,
+    /// Held by whoever moves devices off them: QEMU dies of a device that is set to the node it is
+    /// on (10.0: `bdrv_replace_child_noperm: Assertion old_bs != new_bs`), so that nobody may do it
+    /// between another's look and move. Clones share it.
+    pub(super) moving: Arc<Mutex<()>>,
     /// Scratch nodes.
     pub(super) scratch: Vec<String>,
     /// Merged bitmaps.
     pub(super) changes: Vec<BitmapRef>,
+}
+
+/// What is known of the file system of scratch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Scratch {
+    /// It has answered a moment ago.
+    Answers,
+    /// Nobody knows whether it would.
+    Unknown,
 }
 
 /// The NBD server was started by us.
@@ -104,8 +119,11 @@ impl Things {
             first.note(end_job(monitor, id).await);
         }
         first.note(self.run_on(monitor).await);
-        for filter in &self.filters {
-            first.note(filter.remove(monitor).await);
+        {
+            let _alone = self.moving.lock().await;
+            for filter in &self.filters {
+                first.note(filter.remove(monitor).await);
+            }
         }
         for node in &self.scratch {
             first.note(del_node(monitor, node).await);
@@ -116,9 +134,10 @@ impl Things {
         first.into()
     }
 
-    async fn scratch_answers(&self) -> Result<()> {
+    /// Fails with [`Kind::Timeout`] if scratch takes no writes now. Cancel-safe.
+    pub(super) async fn scratch_answers(&self) -> Result<()> {
         for directory in &self.directories {
-            work_dir::answers(directory).await?;
+            directory.answers().await?;
         }
         Ok(())
     }
@@ -137,8 +156,11 @@ impl Things {
 
     /// Ends what costs the guest's writes anything, at once; reads of the instant fail from then
     /// on. The rest is left to [`Things::take_down`]. Cancel-safe.
-    pub(super) async fn give_up(&self, monitor: &Monitor) -> Result<()> {
-        self.scratch_answers().await?;
+    pub(super) async fn give_up(&self, monitor: &Monitor, scratch: Scratch) -> Result<()> {
+        // No time for a question where the guest's writes fail next. Filters let them pass.
+        if scratch == Scratch::Unknown || !self.filters.is_empty() {
+            self.scratch_answers().await?;
+        }
         let mut first = First::default();
         // All of them before the wait for any: a write may be held by each.
         for id in &self.jobs {
@@ -160,8 +182,11 @@ impl Things {
                 return first.into();
             }
         }
-        for filter in &self.filters {
-            first.note(filter.detach(monitor).await);
+        {
+            let _alone = self.moving.lock().await;
+            for filter in &self.filters {
+                first.note(filter.detach(monitor).await);
+            }
         }
         first.note(self.run_on(monitor).await);
         first.into()

@@ -19,7 +19,7 @@ use std::time::Duration;
 
 use qmp::Monitor;
 
-use super::teardown::Things;
+use super::teardown::{Scratch, Things};
 use super::work_dir;
 use crate::error::{Error, Kind, Result};
 use crate::platform::space::{self, POLL, no_room};
@@ -55,9 +55,13 @@ impl Watch {
         let told = Arc::clone(&given_up);
         let task = tokio::spawn(async move {
             let why = until_short(directory).await;
+            let scratch = match &why {
+                Why::NoRoom(_) => Scratch::Answers,
+                Why::Unknown(_) => Scratch::Unknown,
+            };
             // Before the end: whoever reads sees errors at once then, and asks why.
             *told.lock().unwrap_or_else(PoisonError::into_inner) = Some(why);
-            while let Err(error) = things.give_up(&monitor).await {
+            while let Err(error) = things.give_up(&monitor, scratch).await {
                 tracing::error!(?error, "the backup is given up and its jobs do not end");
                 tokio::time::sleep(AGAIN).await;
             }

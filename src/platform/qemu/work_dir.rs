@@ -5,7 +5,7 @@
 //! may be hostile: what is in it is made and given away by descriptor, never by name. Removal is by
 //! name and takes the directory with all that is in it; it follows no link.
 //!
-//! Whether its file system still takes writes is asked by a process of its own ([`answers`]):
+//! Whether its file system still takes writes is asked by a process of its own ([`Question`]):
 //! whoever asks one that hangs, hangs.
 
 use std::fs::{self, File, Metadata, Permissions};
@@ -13,9 +13,12 @@ use std::io::{self, ErrorKind};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, fchown};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::fs::{CWD, Mode, OFlags, mkdirat, openat};
+use tokio::process::{Child, Command};
+use tokio::sync::Mutex;
 
 use super::names;
 use crate::error::{Error, Kind, Result};
@@ -92,27 +95,60 @@ impl WorkDir {
     }
 }
 
-/// Fails with [`Kind::Timeout`] if the file system of a scratch directory takes no writes now.
-/// Whatever else it says is an answer. Cancel-safe.
+/// Whether the file system of a scratch directory takes writes now.
 ///
-/// Not noticed is a device that hangs below a cache which still takes them.
-pub(super) async fn answers(directory: &Path) -> Result<()> {
-    // Changes nothing but a time, makes nothing, follows no link.
-    let mut touch = tokio::process::Command::new("touch");
-    touch.args(["-c", "-h", "--"]).arg(directory).kill_on_drop(true);
-    touch.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-    match tokio::time::timeout(ANSWER, touch.status()).await {
-        Ok(Ok(_)) => Ok(()),
-        Ok(Err(error)) => {
-            tracing::warn!(%error, "cannot start 'touch': scratch is taken to answer");
-            Ok(())
+/// Clones ask through one process at a time: one that hangs cannot be ended, and is waited for
+/// instead of a further one.
+#[derive(Clone, Debug)]
+pub(super) struct Question {
+    directory: PathBuf,
+    asking: Arc<Mutex<Option<Child>>>,
+}
+
+impl Question {
+    /// The question; nobody asks yet.
+    pub(super) fn new(directory: PathBuf) -> Self {
+        Self { directory, asking: Arc::default() }
+    }
+
+    /// Fails with [`Kind::Timeout`] if it takes none. Whatever else it says is an answer.
+    /// Cancel-safe.
+    ///
+    /// Not noticed is a device that hangs below a cache which still takes them.
+    pub(super) async fn answers(&self) -> Result<()> {
+        match tokio::time::timeout(ANSWER, self.ask()).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(error)) => {
+                tracing::warn!(%error, "cannot start 'touch': scratch is taken to answer");
+                Ok(())
+            }
+            Err(_) => {
+                let directory = self.directory.display();
+                let what = format!("scratch directory {directory} does not answer");
+                Err(Error::new(Kind::Timeout, what).hint(
+                    "QEMU is left alone until it does; then run 'vmbackup recover' or the next \
+                     backup",
+                ))
+            }
         }
-        Err(_) => {
-            let what = format!("scratch directory {} does not answer", directory.display());
-            Err(Error::new(Kind::Timeout, what).hint(
-                "QEMU is left alone until it does; then run 'vmbackup recover' or the next backup",
-            ))
+    }
+
+    async fn ask(&self) -> io::Result<()> {
+        let mut asking = self.asking.lock().await;
+        // One that has ended since says nothing about now.
+        if asking.as_mut().is_some_and(|child| !matches!(child.try_wait(), Ok(None))) {
+            *asking = None;
         }
+        if asking.is_none() {
+            // Changes nothing but a time, makes nothing, follows no link.
+            let mut touch = Command::new("touch");
+            touch.args(["-c", "-h", "--"]).arg(&self.directory).kill_on_drop(true);
+            touch.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+            *asking = Some(touch.spawn()?);
+        }
+        asking.as_mut().expect("somebody asks").wait().await?;
+        *asking = None;
+        Ok(())
     }
 }
 
