@@ -112,6 +112,7 @@ pub struct Packer {
     target: Target,
     object_type: ObjectType,
     queue_blobs: usize,
+    pack_bytes: u64,
     runtime: tokio::runtime::Handle,
     // Locked to assign a slot, never across an await.
     state: Mutex<State>,
@@ -155,10 +156,17 @@ impl Packer {
             target,
             object_type,
             queue_blobs: (QUEUE_BYTES / blob_bytes.max(1)).clamp(2, 256),
+            pack_bytes: PACK_BYTES,
             runtime: tokio::runtime::Handle::current(),
             state: Mutex::default(),
             open_packs: Arc::new(Semaphore::new(OPEN_PACKS_MAX)),
         }
+    }
+
+    /// The same with packs that are full at other than [`PACK_BYTES`], which is the most.
+    #[must_use]
+    pub fn of_pack_bytes(self, bytes: u64) -> Self {
+        Self { pack_bytes: bytes.clamp(1, PACK_BYTES), ..self }
     }
 
     /// Gives the blob its place in a pack and seals it: CPU work, for a worker thread.
@@ -180,7 +188,7 @@ impl Packer {
                 plain_bytes: blob.plain_bytes,
             });
             open.next_offset += u64::from(stored_bytes);
-            let full = open.next_offset >= PACK_BYTES || counter + 1 == PACK_BLOBS_MAX;
+            let full = open.next_offset >= self.pack_bytes || counter + 1 == PACK_BLOBS_MAX;
             let (sealer, queue) = (Arc::clone(&open.sealer), open.queue.clone());
             let end = if full { state.open.take().map(OpenPack::end) } else { None };
             (counter, sealer, queue, end)

@@ -8,11 +8,11 @@
 //!    ─► for every list that is ripe: index without the dead packs ─► delete packs, segments, list
 //! ```
 //!
-//! Why a committed point never misses a chunk. A list is *ripe* when no live run began before it was
-//! visible. A run that began later read the list and dedups against none of its packs. A run that
-//! began earlier may have, but it is over when the list is ripe, its manifest is seen by the marking
-//! that follows, and what that needs is not deleted; if it lost its lease instead, it does not
-//! commit. What a run keeps from a base, the base's own manifest keeps alive: a run checks at its
+//! Why a committed point never misses a chunk. A list is *ripe* when no live run began before it
+//! was visible. A run that began later read the list and dedups against none of its packs. A run
+//! that began earlier may have, but it is over when the list is ripe, its manifest is seen by the
+//! marking that follows, and what that needs is not deleted; if it lost its lease instead, it does
+//! not commit. What a run keeps from a base, the base's own manifest keeps alive: a run checks at its
 //! commit that the base is still a point. The base may rest on a pack that was condemned before the
 //! run began (an older run needed it after all), and may be forgotten after that check; so may a
 //! point that is being read. What such a point needs is condemned anew, and a pack on several lists
@@ -25,18 +25,25 @@
 //! with its record once all that is live in it was stored anew. Damage that is found on the way may
 //! have been taken for the copy to keep: the collector then starts over before it deletes anything.
 //!
-//! Repacking takes room before it makes any. Where there is none, the collector starts over with packs
-//! of which next to nothing is needed, and then leaves it out: packs that nothing needs go, for which a
-//! list and an index are enough.
+//! Repacking takes room before it makes any. Where that ends, what was moved until then is carried
+//! through to the deletion of the packs that it emptied, and the collector starts over with the
+//! room that this made. It ends when a round frees nothing: then there is no room even for the
+//! smallest step, or what was emptied waits for runs that are at work. Packs that nothing needs go
+//! in any case, for which a list and an index are enough.
 //!
 //! *Deletion*: this is the only place that deletes objects of points, packs and index.
 
+mod copy;
 mod mark;
 mod repack;
+mod room;
+mod sweep;
 #[cfg(test)]
 pub(super) mod tests;
+#[cfg(test)]
+mod tight;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 
 use serde::Serialize;
@@ -44,15 +51,10 @@ use serde::Serialize;
 use super::blobs::Blobs;
 use super::catalog;
 use super::condemned::{self, CondemnedList, LIST_PACKS_MAX, PackId};
-use super::damaged;
-use super::forget::tombstone;
-use super::index::merge::Keep;
-use super::index::segment::segment_name;
 use super::pack::PACK_BYTES;
 use super::points::{self, PointName};
-use super::run::{LEASE, LEASE_OF_WRITER, Lease, RunKind, Survey};
-use super::seal::ObjectType;
-use super::store::{Folder, ObjectName, StoreError, for_each, for_each_name, from_hex};
+use super::run::{LEASE_OF_WRITER, Lease, RunKind, Survey};
+use super::store::{Folder, ObjectName, for_each, for_each_name, from_hex};
 use crate::clock::Timestamp;
 use crate::control::{Control, NoticeLevel};
 use crate::error::{Error, Kind, Result};
@@ -68,13 +70,7 @@ const SEGMENTS_MAX: usize = 8;
 /// Segments with more entries are merged only to drop some.
 const MERGE_ENTRIES_MAX: u64 = 5_000_000;
 
-/// Of a pack that is nearly dead at least this share is.
-const NEARLY_DEAD_PERCENT: u8 = 90;
-
-/// Packs smaller than this, once there are many, are repacked into full ones.
-const SMALL_PACK_BYTES: u64 = PACK_BYTES / 8;
-
-/// How many small packs of a type are many.
+/// How many small packs of a type, under an eighth of a full one, are many: they are repacked.
 const SMALL_PACKS_MAX: usize = 32;
 
 /// How to collect.
@@ -82,11 +78,13 @@ const SMALL_PACKS_MAX: usize = 32;
 pub struct CollectOptions {
     /// A pack of which at least this share is dead is repacked. 1 to 100.
     pub repack_dead_percent: u8,
+    /// A new pack is full at so many bytes.
+    pub pack_bytes: u64,
 }
 
 impl Default for CollectOptions {
     fn default() -> Self {
-        Self { repack_dead_percent: 40 }
+        Self { repack_dead_percent: 40, pack_bytes: PACK_BYTES }
     }
 }
 
@@ -151,25 +149,18 @@ pub(super) async fn exclusive_lease(blobs: &Blobs) -> Result<Lease> {
         .hint("wait for it; one that was killed counts for 30 minutes"))
 }
 
-/// Which packs are repacked.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Repacking {
-    /// Those that are dead to the share asked for, and small ones.
-    All,
-    /// There is little room: those that give it back tenfold.
-    NearlyDead,
-    /// There is none.
-    None,
+/// Whether there was room for all that was to be repacked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Room {
+    Enough,
+    Short,
 }
 
-impl Repacking {
-    /// What to do where there was no room for this.
-    fn less(self) -> Self {
-        match self {
-            Self::All => Self::NearlyDead,
-            Self::NearlyDead | Self::None => Self::None,
-        }
-    }
+/// Whether anything is repacked.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Repacking {
+    Yes,
+    No,
 }
 
 struct Collector<'a> {
@@ -191,44 +182,59 @@ struct Forgotten {
 }
 
 /// What was found and decided so far.
-struct State {
+struct State<'r> {
     marker: Marker,
     packs: BTreeMap<PackId, PackInfo>,
     condemned: HashSet<PackId>,
     marked: HashSet<PointId>,
     /// Packs known to be damaged when it began.
     damaged: usize,
-    report: CollectReport,
+    report: &'r mut CollectReport,
+}
+
+/// What to do where there was no room to repack.
+fn lacks_room(report: &CollectReport) -> String {
+    let todo = if report.waiting_for.is_empty() {
+        "make a little room there and run gc again"
+    } else {
+        "run gc again once the runs that are at work are over"
+    };
+    format!("there is no room to repack all that is mostly garbage: {todo}")
 }
 
 impl Collector<'_> {
-    /// Starts over while damage comes to light, and with less to repack if there is no room for it.
-    /// Ends: each time there is a pack more to know of, or less to do.
+    /// Starts over while damage comes to light, and while there is more room than before for what is
+    /// to be repacked. Ends: each time there is a pack more to know of, or an old one is gone.
     async fn run_until_settled(&self) -> Result<CollectReport> {
         let damaged = &self.blobs.damaged;
         damaged.load().await?;
-        let mut repacking = Repacking::All;
+        let mut report = CollectReport::default();
+        let mut repacking = Repacking::Yes;
         loop {
             let known = damaged.count();
-            match self.run(repacking).await {
+            let deleted = report.packs_deleted;
+            match self.run(repacking, &mut report).await {
                 Err(error) if error.kind() == Kind::Corrupt && damaged.count() > known => {}
-                Err(error) if error.kind() == Kind::NoSpace && repacking != Repacking::None => {
-                    // From the start: what was half moved may be nowhere yet.
-                    if repacking == Repacking::All {
-                        let text = "there is no room to repack all that is mostly garbage: run gc \
-                                    again to free the rest";
-                        self.control.notice(NoticeLevel::Warning, text);
-                    }
-                    tracing::debug!(%error, "starting over with less to repack");
-                    repacking = repacking.less();
+                // Others took the room that was held: what can go without more still does.
+                Err(error) if error.kind() == Kind::NoSpace && repacking == Repacking::Yes => {
+                    tracing::debug!(%error, "starting over without repacking");
+                    repacking = Repacking::No;
                 }
-                result => return result,
+                Ok(Room::Short) if report.packs_deleted > deleted => {
+                    tracing::debug!(?report, "there is more room now: starting over");
+                }
+                Ok(Room::Short) => {
+                    self.control.notice(NoticeLevel::Warning, lacks_room(&report));
+                    return Ok(report);
+                }
+                Ok(Room::Enough) => return Ok(report),
+                Err(error) => return Err(error),
             }
         }
     }
 
     /// Fails when damage was found since the marking began: what is marked may be a damaged copy.
-    async fn check_damage(&self, state: &State) -> Result<()> {
+    async fn check_damage(&self, state: &State<'_>) -> Result<()> {
         // Others find damage, too.
         self.blobs.damaged.load().await?;
         if self.blobs.damaged.count() == state.damaged {
@@ -238,7 +244,8 @@ impl Collector<'_> {
             .hint("run 'check --read-data' to see which points are affected"))
     }
 
-    async fn run(&self, repacking: Repacking) -> Result<CollectReport> {
+    /// One round; what it did is added to `report`, also if it fails.
+    async fn run(&self, repacking: Repacking, report: &mut CollectReport) -> Result<Room> {
         let Blobs { store, keys, .. } = &**self.blobs;
         // In this order: what is ripe by a survey was visible before it, and manifests are listed
         // after it.
@@ -246,7 +253,7 @@ impl Collector<'_> {
         let survey = Survey::take(&**store).await?;
         let mut ripe: HashSet<ObjectName> = self.ripe(&lists, &survey);
 
-        let mut state = self.load(&lists).await?;
+        let mut state = self.load(&lists, report).await?;
         let (names, forgotten) = self.points().await?;
         // After the tombstones were listed: who is not in it has seen them.
         let readers = Survey::take(&**store).await?;
@@ -259,12 +266,13 @@ impl Collector<'_> {
 
         let oldest = survey.live().map(|run| run.started).min();
         let cutoff = oldest.map_or(self.lease.started(), |o| o.min(self.lease.started()));
-        if repacking != Repacking::None {
-            self.repack(&mut state, cutoff, repacking).await?;
-        }
+        let room = match repacking {
+            Repacking::Yes => self.repack(&mut state, cutoff, &survey).await?,
+            Repacking::No => Room::Short,
+        };
         let new = self.condemn(&mut state, cutoff).await?;
         lists.extend(new.iter().cloned());
-        state.report.forgotten = self.drop_forgotten(&forgotten).await?;
+        state.report.forgotten += self.drop_forgotten(&forgotten).await?;
 
         let survey = Survey::take(&**store).await?;
         ripe.extend(self.ripe(&new, &survey));
@@ -283,7 +291,7 @@ impl Collector<'_> {
             tidied => tidied?,
         }
         state.report.waiting_for = self.waited_for(&lists, &ripe, &survey);
-        Ok(state.report)
+        Ok(room)
     }
 
     /// The lists that no live run can have missed. The margin covers the time between a list's
@@ -311,7 +319,11 @@ impl Collector<'_> {
     }
 
     /// The index, then the packs: an entry whose pack is not among them is void.
-    async fn load(&self, lists: &[CondemnedList]) -> Result<State> {
+    async fn load<'r>(
+        &self,
+        lists: &[CondemnedList],
+        report: &'r mut CollectReport,
+    ) -> Result<State<'r>> {
         let index = &self.blobs.index;
         index.refresh().await?;
         if let Some(damaged) = index.damaged().first() {
@@ -338,7 +350,6 @@ impl Collector<'_> {
         };
         let standings = packs.keys().map(|id| (*id, standing(id))).collect();
         let marker = Marker::new(self.blobs, self.chunk_levels, &segments, standings);
-        let report = CollectReport::default();
         Ok(State { marker, packs, condemned, marked: HashSet::new(), damaged, report })
     }
 
@@ -368,7 +379,7 @@ impl Collector<'_> {
     /// the lists of the condemned: it is condemned anew, and waits for that run.
     async fn spare(
         &self,
-        state: &mut State,
+        state: &mut State<'_>,
         forgotten: &[Forgotten],
         readers: &Survey,
     ) -> Result<()> {
@@ -385,8 +396,8 @@ impl Collector<'_> {
         let mut marker = state.marker.unmarked();
         match self.mark_forgotten(&mut marker, &names).await {
             Ok(()) => state.condemned.retain(|id| marker.use_of(id).is_none()),
-            // What a damaged one needs is not known: everything waits. It is forgotten, and must not
-            // stop the collector.
+            // What a damaged one needs is not known: everything waits. It is forgotten, and must
+            // not stop the collector.
             Err(error) if error.kind() == Kind::Corrupt => {
                 tracing::warn!(%error, "a forgotten point is damaged");
                 state.condemned.clear();
@@ -407,7 +418,7 @@ impl Collector<'_> {
     }
 
     /// Marks what those of `names` need that were not marked yet.
-    async fn mark(&self, state: &mut State, names: &[PointName]) -> Result<()> {
+    async fn mark(&self, state: &mut State<'_>, names: &[PointName]) -> Result<()> {
         let Blobs { store, keys, .. } = &**self.blobs;
         let new: Vec<PointName> =
             names.iter().filter(|name| !state.marked.contains(&name.point)).copied().collect();
@@ -423,72 +434,12 @@ impl Collector<'_> {
         state.marker.finish().await
     }
 
-    /// Deletes the manifests of forgotten points, then their tombstones.
-    async fn drop_forgotten(&self, forgotten: &[Forgotten]) -> Result<usize> {
-        let manifests = forgotten.iter().filter_map(|point| point.name);
-        for name in manifests.clone() {
-            self.delete(&name.object()).await?;
-        }
-        if !forgotten.is_empty() {
-            // Else a power cut might bring a manifest back without its tombstone.
-            self.blobs.store.settle_deletions().await?;
-        }
-        for Forgotten { point, .. } in forgotten {
-            self.delete(&tombstone(*point)).await?;
-        }
-        Ok(manifests.count())
-    }
-
-    /// Empties packs that are mostly dead, and small ones when there are many.
-    async fn repack(&self, state: &mut State, cutoff: Timestamp, which: Repacking) -> Result<()> {
-        let asked = self.options.repack_dead_percent.clamp(1, 100);
-        let threshold = match which {
-            Repacking::NearlyDead => asked.max(NEARLY_DEAD_PERCENT),
-            Repacking::All | Repacking::None => asked,
-        };
-        self.control.set_phase("repacking");
-        let types: HashMap<PackId, ObjectType> = state
-            .marker
-            .segments()
-            .flat_map(|segment| segment.packs().iter().map(|pack| (pack.id, pack.object_type())))
-            .collect();
-        for object_type in [ObjectType::TreePack, ObjectType::DataPack] {
-            let mut candidates = Vec::new();
-            let mut small = Vec::new();
-            for (id, info) in &state.packs {
-                let Some(used) = state.marker.use_of(id) else { continue };
-                let settled = info.stored < cutoff && !state.condemned.contains(id);
-                let whole = state.marker.standing(id) != Standing::Damaged;
-                if !whole || !settled || types.get(id) != Some(&object_type) {
-                    continue;
-                }
-                let dead_bytes = info.size_bytes.saturating_sub(used.bytes);
-                // A pack's own header and trailer are dead bytes, too, if it is tiny.
-                if dead_bytes * 100 >= info.size_bytes * u64::from(threshold) && dead_bytes > 4096 {
-                    candidates.push(*id);
-                } else if info.size_bytes < SMALL_PACK_BYTES {
-                    small.push(*id);
-                }
-            }
-            if small.len() > SMALL_PACKS_MAX && which == Repacking::All {
-                candidates.append(&mut small);
-            }
-            if !candidates.is_empty() {
-                state.report.bytes_repacked += repack::repack(
-                    self.blobs,
-                    &mut state.marker,
-                    object_type,
-                    &candidates,
-                    self.control,
-                )
-                .await?;
-            }
-        }
-        Ok(())
-    }
-
     /// Publishes what is dead and not condemned yet.
-    async fn condemn(&self, state: &mut State, cutoff: Timestamp) -> Result<Vec<CondemnedList>> {
+    async fn condemn(
+        &self,
+        state: &mut State<'_>,
+        cutoff: Timestamp,
+    ) -> Result<Vec<CondemnedList>> {
         let Blobs { store, keys, .. } = &**self.blobs;
         let mut dead: Vec<PackId> = state
             .packs
@@ -509,108 +460,5 @@ impl Collector<'_> {
             }
         }
         Ok(lists)
-    }
-
-    /// Deletes the packs of ripe lists that are dead, after the index forgot them.
-    async fn carry_out(
-        &self,
-        state: &mut State,
-        lists: &[CondemnedList],
-        ripe: &HashSet<ObjectName>,
-    ) -> Result<()> {
-        let (mut doomed, mut waiting) = (BTreeSet::new(), BTreeSet::new());
-        for list in lists {
-            let to = if ripe.contains(&list.name) { &mut doomed } else { &mut waiting };
-            let is_dead =
-                |id: &&PackId| state.packs.contains_key(*id) && state.marker.use_of(id).is_none();
-            to.extend(list.packs.iter().filter(is_dead).copied());
-        }
-        // One that is on several lists waits for all of them.
-        doomed.retain(|id| !waiting.contains(id));
-        state.report.packs_waiting = waiting.len();
-        state.report.bytes_waiting = waiting.iter().map(|id| state.packs[id].size_bytes).sum();
-        self.rewrite_index(state, &doomed).await?;
-        for (count, id) in doomed.iter().enumerate() {
-            if count % 1000 == 999 {
-                self.lease.check().await?;
-            }
-            self.delete(&ObjectName::pack(id)).await?;
-            state.report.packs_deleted += 1;
-            state.report.bytes_freed += state.packs[id].size_bytes;
-        }
-        self.drop_records().await?;
-        for segment in self.blobs.index.superseded() {
-            self.delete(&segment_name(&segment)).await?;
-        }
-        for list in lists.iter().filter(|list| ripe.contains(&list.name)) {
-            self.delete(&list.name).await?;
-        }
-        Ok(())
-    }
-
-    /// Deletes the records about packs that are gone.
-    async fn drop_records(&self) -> Result<()> {
-        let Blobs { store, damaged, .. } = &**self.blobs;
-        damaged.load().await?;
-        for id in damaged.packs() {
-            match store.stat(&ObjectName::pack(&id)).await {
-                Ok(_) => {}
-                Err(error) if error.is_not_found() => {
-                    self.delete(&damaged::record_name(&id)).await?;
-                    damaged.forget(&id);
-                }
-                Err(error) => return Err(error.into()),
-            }
-        }
-        Ok(())
-    }
-
-    /// Merges segments that speak of doomed or missing packs, and small ones when there are many.
-    async fn rewrite_index(&self, state: &State, doomed: &BTreeSet<PackId>) -> Result<()> {
-        let marker = &state.marker;
-        let gone = |id: &PackId| doomed.contains(id) || marker.standing(id) == Standing::Missing;
-        let many = marker.segments().count() > SEGMENTS_MAX;
-        let (mut numbers, mut inputs) = (Vec::new(), Vec::new());
-        for (number, segment) in marker.segments().enumerate() {
-            let small = many && segment.entries() <= MERGE_ENTRIES_MAX;
-            if small || segment.packs().iter().any(|pack| gone(&pack.id)) {
-                numbers.push(number);
-                inputs.push(Arc::clone(segment));
-            }
-        }
-        if inputs.is_empty() {
-            return Ok(());
-        }
-        let judge = |input: usize, ordinal: u64, entry: &super::index::IndexEntry| {
-            let pack = &entry.location.pack.id;
-            match marker.standing(pack) {
-                _ if gone(pack) => Keep::No,
-                Standing::Fine if marker.is_entry_marked(numbers[input], ordinal) => Keep::Surely,
-                Standing::Fine => Keep::Yes,
-                Standing::Damaged => Keep::IfAlone,
-                Standing::Condemned | Standing::Missing => Keep::Reluctantly,
-            }
-        };
-        self.blobs.index.merge(&inputs, &self.blobs.index.superseded(), &judge).await
-    }
-
-    /// Removes what runs that are over left behind.
-    async fn clean_up(&self, survey: &Survey, cutoff: Timestamp) -> Result<()> {
-        for run in survey.over() {
-            for object in &run.objects {
-                self.delete(object).await?;
-            }
-        }
-        self.blobs.store.sweep(cutoff - LEASE).await?;
-        Ok(())
-    }
-
-    /// Deletes an object; one that is gone already is fine: an earlier collection stopped there.
-    async fn delete(&self, name: &ObjectName) -> Result<()> {
-        self.control.check()?;
-        match self.blobs.store.delete(name).await {
-            Ok(()) | Err(StoreError::NotFound { .. }) => Ok(()),
-            Err(error) => Err(error.into()),
-        }
     }
 }

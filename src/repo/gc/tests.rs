@@ -11,6 +11,7 @@ use crate::clock::{Clock, ManualClock};
 use crate::content::LEAF_BYTES;
 use crate::repo::config::ChunkSize;
 use crate::repo::keys::{Credentials, InitOptions, Kdf};
+use crate::repo::run::LEASE;
 use crate::repo::store::ObjectStore;
 use crate::repo::store::memory::MemoryStore;
 use crate::repo::{ManifestDraft, Repository, Run, RunOptions, StoredDisk};
@@ -459,7 +460,8 @@ async fn play(steps: Vec<Step>) {
             }
             Step::Forget { .. } => {}
             Step::Collect { host } => {
-                let options = CollectOptions { repack_dead_percent: 20 };
+                let options =
+                    CollectOptions { repack_dead_percent: 20, ..CollectOptions::default() };
                 views[host].collect(options, &Control::new()).await.unwrap();
             }
             Step::Pass { minutes } => bed.pass(MINUTE * u32::try_from(minutes).unwrap()),

@@ -333,9 +333,8 @@ impl World {
     async fn collect(&mut self, process: usize, depth: usize) {
         let repack_dead_percent = [1, 20, 40, 100][self.dice.below(4)];
         let repository = self.repository(process);
-        let work = async move {
-            repository.collect(CollectOptions { repack_dead_percent }, &Control::new()).await
-        };
+        let options = CollectOptions { repack_dead_percent, ..CollectOptions::default() };
+        let work = async move { repository.collect(options, &Control::new()).await };
         let (collected, disturbed) = self.attend((process, depth), work).await;
         self.note(depth, || format!("process {process} collects: {collected:?}"));
         expect(collected, disturbed, &[Kind::Busy]);

@@ -60,6 +60,10 @@ pub struct MemoryStore {
 struct Shared {
     objects: BTreeMap<ObjectName, (Arc<Vec<u8>>, Timestamp)>,
     hook: Option<Hook>,
+    /// What objects may take together, if there is a bound.
+    capacity_bytes: Option<u64>,
+    /// Bytes of objects that are being written.
+    writing_bytes: u64,
 }
 
 impl MemoryStore {
@@ -79,6 +83,16 @@ impl MemoryStore {
     /// No more faults.
     pub fn clear_fault_hook(&self) {
         self.lock().hook = None;
+    }
+
+    /// From now on the store is full at so many bytes, those of unfinished objects included.
+    pub fn set_capacity(&self, bytes: u64) {
+        self.lock().capacity_bytes = Some(bytes);
+    }
+
+    /// What all objects take, unfinished ones included.
+    pub fn used_bytes(&self) -> u64 {
+        self.lock().used_bytes()
     }
 
     /// Damages or replaces an object behind everybody's back.
@@ -159,7 +173,12 @@ impl ObjectStore for MemoryStore {
 
     async fn create(&self, name: &ObjectName) -> StoreResult<Box<dyn ObjectWriter>> {
         self.call(&Operation::Create(name.clone()), |_| Ok(()))?;
-        Ok(Box::new(Writer { store: self.clone(), name: name.clone(), bytes: Vec::new() }))
+        Ok(Box::new(Writer {
+            store: self.clone(),
+            name: name.clone(),
+            bytes: Vec::new(),
+            room_bytes: 0,
+        }))
     }
 
     async fn read(&self, name: &ObjectName, range: ReadRange) -> StoreResult<Vec<u8>> {
@@ -214,6 +233,11 @@ impl BlockingObjects for MemoryStore {
 }
 
 impl Shared {
+    fn used_bytes(&self) -> u64 {
+        let objects = self.objects.values().map(|(bytes, _)| bytes.len() as u64);
+        objects.sum::<u64>() + self.writing_bytes
+    }
+
     fn find(&self, name: &ObjectName) -> StoreResult<&(Arc<Vec<u8>>, Timestamp)> {
         self.objects.get(name).ok_or_else(|| StoreError::NotFound { name: name.clone() })
     }
@@ -227,25 +251,56 @@ struct Writer {
     store: MemoryStore,
     name: ObjectName,
     bytes: Vec<u8>,
+    /// What it counts for in the store: what was written, and what is reserved.
+    room_bytes: u64,
+}
+
+impl Writer {
+    /// Takes the room for `more` bytes after those that were written.
+    fn take_room(&mut self, store: &mut Shared, more: u64) -> StoreResult<()> {
+        let fresh = (self.bytes.len() as u64 + more).saturating_sub(self.room_bytes);
+        if store.capacity_bytes.is_some_and(|capacity| store.used_bytes() + fresh > capacity) {
+            let full = io::Error::from(io::ErrorKind::StorageFull);
+            return Err(StoreError::io(format!("writing {}", self.name), full));
+        }
+        store.writing_bytes += fresh;
+        self.room_bytes += fresh;
+        Ok(())
+    }
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        self.store.lock().writing_bytes -= self.room_bytes;
+    }
 }
 
 #[async_trait]
 impl ObjectWriter for Writer {
     async fn write(&mut self, bytes: &[u8]) -> StoreResult<()> {
         let store = self.store.clone();
-        store.call(&Operation::Write(self.name.clone()), |_| {
+        store.call(&Operation::Write(self.name.clone()), |s| {
+            self.take_room(s, bytes.len() as u64)?;
             self.bytes.extend_from_slice(bytes);
             Ok(())
         })
     }
 
-    async fn finish(self: Box<Self>) -> StoreResult<ObjectInfo> {
-        let Self { store, name, bytes } = *self;
+    async fn reserve(&mut self, bytes: u64) -> StoreResult<()> {
+        let store = self.store.clone();
+        let mut shared = store.lock();
+        self.take_room(&mut shared, bytes)
+    }
+
+    async fn finish(mut self: Box<Self>) -> StoreResult<ObjectInfo> {
+        let (store, name) = (self.store.clone(), self.name.clone());
+        let bytes = std::mem::take(&mut self.bytes);
         let stored = store.clock.now();
         store.call(&Operation::Finish(name.clone()), |s| {
             if s.objects.contains_key(&name) {
                 return Err(StoreError::AlreadyExists { name: name.clone() });
             }
+            s.writing_bytes -= std::mem::take(&mut self.room_bytes);
             let object = (Arc::new(bytes), stored);
             let info = info(&name, &object);
             s.objects.insert(name.clone(), object);

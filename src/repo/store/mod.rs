@@ -147,6 +147,13 @@ pub trait ObjectWriter: Send {
     /// only `abort` makes sense.
     async fn write(&mut self, bytes: &[u8]) -> StoreResult<()>;
 
+    /// Takes room for `bytes` more, which nobody else gets until the object is thrown away; one that
+    /// is finished may keep room that it does not use. A store that cannot does nothing. After an
+    /// error only `abort` makes sense.
+    async fn reserve(&mut self, _bytes: u64) -> StoreResult<()> {
+        Ok(())
+    }
+
     /// Makes the object durable and visible, if nobody made one of this name.
     async fn finish(self: Box<Self>) -> StoreResult<ObjectInfo>;
 

@@ -21,7 +21,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use async_trait::async_trait;
-use rustix::fs::{Advice, AtFlags, OFlags, RenameFlags};
+use rustix::fs::{Advice, AtFlags, FallocateFlags, OFlags, RenameFlags};
 use rustix::io::Errno;
 
 use super::super::{ObjectInfo, ObjectName, ObjectWriter, StoreError, StoreResult};
@@ -121,6 +121,13 @@ impl ObjectWriter for Writer {
         Ok(())
     }
 
+    async fn reserve(&mut self, bytes: u64) -> StoreResult<()> {
+        let temporary = self.take()?;
+        self.temporary =
+            Some(blocking(move || temporary.reserve(bytes).map(|()| temporary)).await?);
+        Ok(())
+    }
+
     async fn finish(mut self: Box<Self>) -> StoreResult<ObjectInfo> {
         let temporary = self.take()?;
         blocking(move || temporary.finish()).await
@@ -134,6 +141,19 @@ impl ObjectWriter for Writer {
 }
 
 impl Temporary {
+    /// NFS before 4.2, for one, has no way to take room (Linux 6.1, `nfs3_file_operations`).
+    fn reserve(&self, bytes: u64) -> StoreResult<()> {
+        let taken = || {
+            rustix::fs::fallocate(&self.file, FallocateFlags::KEEP_SIZE, self.written_bytes, bytes)
+        };
+        match rustix::io::retry_on_intr(taken) {
+            Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(()),
+            taken => {
+                taken.map_err(|e| self.root.error("taking room for", self.name.as_str(), e.into()))
+            }
+        }
+    }
+
     fn write_gathered(&mut self) -> StoreResult<()> {
         let error = |e| self.root.error("writing", self.name.as_str(), e);
         if self.gathered.is_full() && self.written_bytes == 0 {

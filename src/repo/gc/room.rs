@@ -1,0 +1,94 @@
+//! Room: how much is moved at a time where there is little, and what is kept free meanwhile.
+//!
+//! The store does not tell how much room it has. What an object takes while it is written is taken
+//! from everybody, and given back when it is given up: so room is held by an object that is never
+//! finished. What collects garbage holds as much as the index needs to be written anew, because
+//! without that no pack can go: all that was moved would only have made the store fuller.
+
+use crate::error::{Kind, Result};
+use crate::repo::seal::random;
+use crate::repo::store::{ObjectName, ObjectStore, ObjectWriter};
+
+/// What an entry of the index takes, its part of the filter and the directory included (53 bytes
+/// sealed, ten bits, an eighth of an id).
+const ENTRY_BYTES: u64 = 64;
+
+/// For what is small: lists, leases, the ends of segments, blocks that are not full.
+const SMALL_BYTES: u64 = 128 << 10;
+
+/// Least that is worth an attempt.
+const BATCH_BYTES_MIN: u64 = 64 << 10;
+
+/// What a segment of so many entries takes.
+pub(super) fn segment_bytes(entries: u64) -> u64 {
+    entries * ENTRY_BYTES
+}
+
+/// The room that is needed to free packs that `entries` of the index speak of, or lie beside in a
+/// segment: those that move become a segment first, and then all become one.
+pub(super) fn room_to_free(entries: u64) -> u64 {
+    SMALL_BYTES + 2 * segment_bytes(entries)
+}
+
+/// Room that nobody else gets.
+pub(super) struct Held(Box<dyn ObjectWriter>);
+
+impl Held {
+    /// Holds so many bytes; nothing if they are not there.
+    pub(super) async fn take(store: &dyn ObjectStore, bytes: u64) -> Result<Option<Self>> {
+        match Self::reserve(store, bytes).await {
+            Err(error) if error.kind() == Kind::NoSpace => Ok(None),
+            held => held.map(Some),
+        }
+    }
+
+    async fn reserve(store: &dyn ObjectStore, bytes: u64) -> Result<Self> {
+        let mut writer = store.create(&ObjectName::pack(&random::<16>())).await?;
+        writer.reserve(bytes).await?;
+        Ok(Self(writer))
+    }
+
+    /// Gives it back.
+    pub(super) async fn release(self) -> Result<()> {
+        Ok(self.0.abort().await?)
+    }
+}
+
+/// How much is moved before it is indexed.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Batch {
+    pub(super) bytes_max: u64,
+}
+
+impl Batch {
+    /// As much as there is.
+    pub(super) const ALL: Self = Self { bytes_max: u64::MAX };
+
+    /// What to try after there was no room for more than `fit_bytes`, of packs of `pack_bytes`: a
+    /// pack that is not finished does not count as fitting, and may have been nearly so. Nothing
+    /// once it is too little.
+    pub(super) fn less(self, fit_bytes: u64, pack_bytes: u64) -> Option<Self> {
+        let fits = fit_bytes.max(pack_bytes);
+        let bytes_max = if self.bytes_max > fits { fits } else { self.bytes_max / 2 };
+        (bytes_max >= BATCH_BYTES_MIN).then_some(Self { bytes_max })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn batches_shrink_until_they_are_not_worth_it() {
+        let mut batch = Batch::ALL;
+        let mut tried = Vec::new();
+        while let Some(less) = batch.less(0, 1 << 20) {
+            tried.push(less.bytes_max >> 10);
+            batch = less;
+        }
+        assert_eq!(tried, [1024, 512, 256, 128, 64]);
+        let fits = Batch::ALL.less(2 << 30, 64 << 20).unwrap();
+        assert_eq!(fits.bytes_max, 2 << 30);
+        assert_eq!(fits.less(0, 64 << 20).unwrap().bytes_max, 64 << 20);
+    }
+}
