@@ -63,6 +63,7 @@ mod graph;
 mod instant;
 mod migration;
 mod names;
+mod open;
 mod pause;
 mod plan;
 mod quiesce;
@@ -260,7 +261,7 @@ impl Platform for Qemu {
         request: &SnapshotRequest,
         control: &Control,
     ) -> Result<Box<dyn VmSnapshot>> {
-        snapshot::open(self, request, control).await
+        open::open(self, request, control).await
     }
 }
 

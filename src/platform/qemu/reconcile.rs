@@ -12,7 +12,7 @@
 //!
 //! The NBD server has no name: it is ours only if other things of ours are there and nobody else
 //! has an NBD export. Bitmaps of other repositories are theirs to judge; ours are removed only if
-//! it is known which points exist. Called by `snapshot::open` and `Qemu::recover`.
+//! it is known which points exist. Called by `open::open` and `Qemu::recover`.
 
 use std::path::Path;
 use std::sync::Arc;

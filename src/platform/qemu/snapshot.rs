@@ -1,14 +1,11 @@
-//! The instant: opening it, reading it, ending it.
+//! The instant once it is open: reading it, proving that it held, ending it.
 //!
 //! ```text
-//!  reconcile ► check, survey ► scratch nodes ► NBD server ► the instant (`instant`)
-//!      ► snapshot nodes ► exports ► (reading) ► still valid? ► commit | abort
+//!  (`open`) ► exports ► (reading) ► still valid? ► commit | abort
 //! ```
 //!
-//! Each thing is noted in [`Things`] *before* QEMU is asked for it, so that a command that was
-//! not answered is taken back as well. The scratch nodes come first: they mark the NBD server as
-//! ours for a later `reconcile`. The server comes before the freeze, so that one that is taken
-//! costs the guest nothing.
+//! The guest's writes cost nothing more once the snapshot has ended; where scratch or QEMU is too slow
+//! for that it is tried again, and what stays is left where `recover` finds it.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -16,35 +13,27 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use qmp::block::BitmapRef;
-use qmp::export::NewExport;
 use qmp::{Event, Monitor, Received, Subscription, jobs};
-use serde_json::json;
 use tokio::time::Instant;
 
 use super::disks::Disk;
 use super::error::failed;
 use super::migration::Settled;
 use super::names::Temp;
-use super::teardown::{First, OurServer, Things, remove_bitmap};
+use super::teardown::{First, Things, remove_bitmap};
 use super::watch::Watch;
-use super::work_dir::{Question, WorkDir};
-use super::{
-    Qemu, QemuOptions, Survey, careful, checkpoint, filter, pause, reconcile, scratch_base,
-};
+use super::work_dir::WorkDir;
+use super::{Qemu, Survey, careful, checkpoint, pause};
 use crate::block::{BlockSource, Buffer};
 use crate::clock::Timestamp;
-use crate::control::{Control, NoticeLevel};
 use crate::error::{Error, Kind, Result};
 use crate::freeze::Thaw;
 use crate::image::bitmap::BitmapNames;
-use crate::journal::{Entry, Journal, Mode, Phase, Place, Recovery, Run};
+use crate::journal::{Journal, Phase};
 use crate::nbd::{Client, ClientOptions, NbdUri};
-use crate::platform::space::{self, Space, no_room};
-use crate::platform::{Asked, RecoverRequest, SnapshotDisk, SnapshotRequest, VmSnapshot, tell};
+use crate::platform::space::Space;
+use crate::platform::{SnapshotDisk, SnapshotRequest, VmSnapshot};
 use crate::vm::{Artifact, Consistency, ExcludedDisk, NotCaptured, PointId, Quiescence, ReadMode};
-
-/// Connections QEMU lets in per disk: those of our client, and two to spare.
-const CONNECTIONS_PER_DISK: u32 = 6;
 
 /// How long the end is tried where scratch or QEMU is too slow for it. Writeback holds up scratch
 /// for some ten seconds on a busy host; what stays is watched by nobody.
@@ -65,71 +54,6 @@ pub(super) fn definition(vm: &str) -> NotCaptured {
     }
 }
 
-/// Takes the instant. What it did is undone when it fails.
-pub(super) async fn open(
-    qemu: &Qemu,
-    request: &SnapshotRequest,
-    control: &Control,
-) -> Result<Box<dyn VmSnapshot>> {
-    let base = scratch_base(request);
-    space::check_directory(&base)?;
-    let mut journal = qemu.options.journals.open(qemu.identity.uuid)?;
-    let mut recovery = Recovery::new(Mode::Undo);
-    let wanted =
-        RecoverRequest { snapshot: request.clone(), repository: Asked::Yes, mode: Mode::Undo };
-    let reconciled = reconcile::reconcile(qemu, &mut journal, &wanted, &mut recovery).await;
-    tell(recovery, control);
-    reconciled?;
-    reconcile::check_readable(&journal, &qemu.identity.name)?;
-    let migration = qemu.check_state().await?;
-    let survey = qemu.survey(request).await?;
-    survey.check_mode(request.mode)?;
-    if Space::of(&base)?.is_low() {
-        return Err(no_room(&base));
-    }
-    let filters = match Keeper::of(qemu, request) {
-        Keeper::Jobs => Vec::new(),
-        Keeper::Filters => {
-            filter::plan(qemu, &survey, |index| Temp::Guard.name(request.point, index)).await?
-        }
-    };
-    control.check()?;
-    let QemuOptions { monitor, agent, name, .. } = qemu.options.clone();
-    let failed = |e| Error::io(format!("cannot find {}", monitor.display()), e);
-    let monitor = std::path::absolute(&monitor).map_err(failed)?;
-    let place = Place::Qemu { monitor, agent, name };
-    let vm = &qemu.identity;
-    journal.begin(Run::new(request.point, &vm.name, &request.repository, place));
-    let directory = WorkDir::path(&base, vm.uuid, request.point);
-    journal.note([
-        Entry::files(Phase::Scratch, [directory]),
-        Entry::of(Phase::Node),
-        Entry::of(Phase::Socket),
-    ])?;
-    journal.before(Phase::Scratch);
-    let work_dir = match WorkDir::create(&base, &qemu.options.monitor, vm.uuid, request.point) {
-        Ok(work_dir) => work_dir,
-        Err(error) => {
-            journal.finish()?;
-            return Err(error);
-        }
-    };
-    journal.after(Phase::Scratch);
-    let mut snapshot = Snapshot::new(qemu, request, (survey, migration), (work_dir, journal));
-    snapshot.things.filters = filters;
-    snapshot.things.directories.push(Question::new(snapshot.work_dir.scratch_dir().to_owned()));
-    match snapshot.set_up(qemu, request, control).await {
-        Ok(()) => Ok(Box::new(snapshot)),
-        Err(error) => {
-            if let Err(undo) = snapshot.undo().await {
-                let text = format!("what the failed snapshot left is not all removed: {undo}");
-                control.notice(NoticeLevel::Warning, text);
-            }
-            Err(error)
-        }
-    }
-}
-
 pub(super) struct Snapshot {
     pub(super) monitor: Monitor,
     /// Its socket.
@@ -141,7 +65,7 @@ pub(super) struct Snapshot {
     events: Subscription,
     pub(super) point: PointId,
     pub(super) names: BitmapNames,
-    work_dir: WorkDir,
+    pub(super) work_dir: WorkDir,
     pub(super) journal: Journal,
     /// What keeps what the guest overwrites.
     pub(super) keeper: Keeper,
@@ -159,7 +83,7 @@ pub(super) struct Snapshot {
     not_captured: Vec<NotCaptured>,
     pub(super) things: Things,
     /// From the instant until its jobs have ended.
-    watch: Option<Watch>,
+    pub(super) watch: Option<Watch>,
     /// Checkpoints the transaction made, or may have made.
     pub(super) checkpoints: Vec<BitmapRef>,
 }
@@ -181,14 +105,14 @@ pub(super) enum Keeper {
 
 impl Keeper {
     /// Filters where the guest comes first and jobs cannot let it.
-    fn of(qemu: &Qemu, request: &SnapshotRequest) -> Self {
+    pub(super) fn of(qemu: &Qemu, request: &SnapshotRequest) -> Self {
         let by_job = qemu.features.backup_on_cbw_error;
         if request.guest_first && !by_job { Self::Filters } else { Self::Jobs }
     }
 }
 
 impl Snapshot {
-    fn new(
+    pub(super) fn new(
         qemu: &Qemu,
         request: &SnapshotRequest,
         (survey, migration): (Survey, Settled),
@@ -227,68 +151,6 @@ impl Snapshot {
         }
     }
 
-    async fn set_up(
-        &mut self,
-        qemu: &Qemu,
-        request: &SnapshotRequest,
-        control: &Control,
-    ) -> Result<()> {
-        self.journal.before(Phase::Node);
-        self.add_scratch().await?;
-        self.journal.after(Phase::Node);
-        self.journal.before(Phase::Socket);
-        let socket = self.start_server().await?;
-        self.journal.after(Phase::Socket);
-        control.check()?;
-        self.take_instant(qemu, request, control).await?;
-        control.check()?;
-        self.journal.before(Phase::Export);
-        for index in 0..self.disks.len() {
-            self.export(qemu, index).await?;
-        }
-        self.journal.after(Phase::Export);
-        let directory = self.work_dir.scratch_dir().to_owned();
-        self.watch = Some(Watch::start(directory, self.things.clone(), self.monitor.clone()));
-        tracing::debug!(socket = %socket.display(), "the instant is exported");
-        Ok(())
-    }
-
-    async fn add_scratch(&mut self) -> Result<()> {
-        for (index, open) in self.disks.iter().enumerate() {
-            let file = self.work_dir.create_scratch(index, open.disk.size_bytes())?;
-            let node = Temp::Scratch.name(self.point, index);
-            self.things.scratch.push(node.clone());
-            let what = format!("QEMU cannot open the scratch file {}", file.display());
-            let file = json!({ "driver": "file", "filename": file });
-            let options = json!({ "driver": "raw", "node-name": node, "file": file });
-            let added = self.monitor.blockdev_add(options).await;
-            added.map_err(|error| {
-                failed(what)(error).hint("give a directory QEMU may use (--scratch-dir)")
-            })?;
-        }
-        Ok(())
-    }
-
-    async fn start_server(&mut self) -> Result<PathBuf> {
-        let socket = self.work_dir.socket()?;
-        let disks = u32::try_from(self.disks.len()).unwrap_or(u32::MAX);
-        let connections = disks.saturating_mul(CONNECTIONS_PER_DISK);
-        match self.monitor.nbd_server_start(&socket, connections).await {
-            Ok(()) => self.things.server = Some(OurServer),
-            Err(error) => {
-                // A refusal means that there is one, of somebody else; no answer may mean ours.
-                if error.refusal().is_none() {
-                    self.things.server = Some(OurServer);
-                }
-                let what = "cannot start QEMU's NBD server, of which it can have only one";
-                return Err(failed(what)(error).hint(
-                    "if nobody uses the one that runs, stop it (monitor command nbd_server_stop)",
-                ));
-            }
-        }
-        Ok(socket)
-    }
-
     /// Closes this run's part of the journal, but for what may not be over.
     async fn close_journal(&mut self, undone: bool) -> Result<()> {
         let thawed = match &mut self.thaw {
@@ -302,27 +164,6 @@ impl Snapshot {
             (true, true) => self.journal.finish(),
             (true, false) => self.journal.undone(self.point, &Phase::all_but(Phase::Freeze)),
         }
-    }
-
-    async fn export(&mut self, qemu: &Qemu, index: usize) -> Result<()> {
-        let OpenDisk { disk, base } = &self.disks[index];
-        let node = Temp::Snapshot.name(self.point, index);
-        let export = NewExport {
-            id: Temp::Export.name(self.point, index),
-            node: node.clone(),
-            name: export_name(index),
-            bitmap: base.as_ref().map(|_| checkpoint::changes_bitmap(disk, self.point, index)),
-        };
-        let what = format!("cannot export the instant of disk {}", disk.name);
-        self.things.snapshots.push(node.clone());
-        let filter = match self.keeper {
-            Keeper::Jobs => Temp::Filter.name(self.point, index),
-            Keeper::Filters => Temp::Guard.name(self.point, index),
-        };
-        let options = json!({ "driver": "snapshot-access", "node-name": node, "file": filter });
-        self.monitor.blockdev_add(options).await.map_err(failed(what.clone()))?;
-        self.things.exports.push(export.id.clone());
-        self.monitor.export_add(&export, &qemu.features).await.map_err(failed(what))
     }
 
     /// Ends the snapshot; the checkpoints stay.
@@ -382,7 +223,7 @@ impl Snapshot {
     }
 
     /// Ends the snapshot and removes its checkpoints.
-    async fn undo(&mut self) -> Result<()> {
+    pub(super) async fn undo(&mut self) -> Result<()> {
         let mut first = First::default();
         first.note(self.end().await);
         if !self.gone {
@@ -519,7 +360,8 @@ fn lost(why: &str) -> Error {
         .hint("look at QEMU's log and the space for scratch, then run the backup again")
 }
 
-fn export_name(index: usize) -> String {
+/// Under which the instant of a disk is exported.
+pub(super) fn export_name(index: usize) -> String {
     format!("disk{index}")
 }
 
