@@ -3,6 +3,10 @@
 //! The reactor never hashes and a worker never waits for input or output. One pool per process is
 //! enough; a job borrows it. Order is the caller's business: each piece of work resolves its own
 //! future.
+//!
+//! The program's pool gives way ([`Workers::per_core`]): on a host of virtual machines its threads
+//! would otherwise compete with guests, and with QEMU while it sends what they wait for. The
+//! reactor does not: the guest may be waiting for its next word.
 
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -12,6 +16,11 @@ use tokio::sync::{Semaphore, oneshot};
 use crate::error::{Error, Kind, Result};
 
 type Work = Box<dyn FnOnce() + Send>;
+
+/// By how much threads that give way are nicer than others: a tenth of their share of a processor
+/// that both want (`sched_prio_to_weight`, Linux kernel/sched/core.c), all of it when nobody else
+/// does.
+const NICER: i32 = 10;
 
 /// Pieces of work waiting per thread: enough to never starve one, few enough to stay in cache.
 const QUEUED_PER_THREAD: usize = 4;
@@ -35,6 +44,10 @@ struct Shared {
 impl Workers {
     /// A pool of `threads` (at least one).
     pub fn new(threads: usize) -> Result<Self> {
+        Self::start(threads, run)
+    }
+
+    fn start(threads: usize, life: fn(&Mutex<Receiver<Work>>)) -> Result<Self> {
         let threads = threads.max(1);
         let capacity = threads * QUEUED_PER_THREAD;
         let (queue, work) = sync_channel(capacity);
@@ -43,7 +56,7 @@ impl Workers {
             let work = Arc::clone(&work);
             std::thread::Builder::new()
                 .name(format!("worker-{index}"))
-                .spawn(move || run(&work))
+                .spawn(move || life(&work))
                 .map_err(|e| Error::io("cannot start a worker thread", e))?;
         }
         let places = Arc::new(Semaphore::new(capacity));
@@ -60,9 +73,16 @@ impl Workers {
         Ok(Self { inline: true, ..Self::new(1)? })
     }
 
-    /// As many threads as the machine has cores.
+    /// As many threads as the machine has cores. They give way to everybody else on it.
     pub fn per_core() -> Result<Self> {
-        Self::new(std::thread::available_parallelism().map_or(2, usize::from))
+        let cores = std::thread::available_parallelism().map_or(2, usize::from);
+        Self::start(cores, |work| {
+            // Of this thread alone (nice(2), "C library/kernel differences").
+            if let Err(error) = rustix::process::nice(NICER) {
+                tracing::debug!(%error, "a worker thread cannot give way");
+            }
+            run(work);
+        })
     }
 
     /// Runs `work` on a worker and yields its result. Dropping the future abandons the result; the
