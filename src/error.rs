@@ -55,6 +55,8 @@ pub enum Kind {
     NoBase,
     /// Two things that had to be equal differ (verification).
     Mismatch,
+    /// What was asked for is done, and what had to follow it is not: somebody must look.
+    Unfinished,
     /// The user or a signal asked to stop.
     Cancelled,
     /// Input or output failed below us.

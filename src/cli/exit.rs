@@ -26,6 +26,7 @@ Exit codes:
    16  the snapshot ended before the last read; nothing was stored as a point
    17  nothing to build an incremental on
    18  verification found a difference
+   19  the point is stored, but not all was put back as it was: see the message
    20  input or output failed
    70  internal error (a bug: please report it)
   130  stopped by Ctrl-C or SIGTERM";
@@ -53,6 +54,7 @@ pub(crate) fn code(kind: Kind) -> u8 {
         Kind::SnapshotLost => 16,
         Kind::NoBase => 17,
         Kind::Mismatch => 18,
+        Kind::Unfinished => 19,
         Kind::Io => 20,
         Kind::Internal => 70,
         Kind::Cancelled => 130,
@@ -79,6 +81,7 @@ pub(crate) fn name(kind: Kind) -> &'static str {
         Kind::SnapshotLost => "snapshot-lost",
         Kind::NoBase => "no-base",
         Kind::Mismatch => "mismatch",
+        Kind::Unfinished => "unfinished",
         Kind::Io => "io",
         Kind::Internal => "internal",
         Kind::Cancelled => "cancelled",
@@ -90,7 +93,7 @@ mod tests {
     use super::*;
     use std::collections::HashSet;
 
-    const ALL: [Kind; 20] = [
+    const ALL: [Kind; 21] = [
         Kind::Usage,
         Kind::NotFound,
         Kind::Ambiguous,
@@ -108,6 +111,7 @@ mod tests {
         Kind::SnapshotLost,
         Kind::NoBase,
         Kind::Mismatch,
+        Kind::Unfinished,
         Kind::Io,
         Kind::Internal,
         Kind::Cancelled,

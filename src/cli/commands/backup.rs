@@ -7,7 +7,7 @@ use crate::cli::table::Table;
 use crate::cli::text;
 use crate::cli::vm_args::BackupArgs;
 use crate::cli::vm_settings;
-use crate::error::Result;
+use crate::error::{Error, Kind, Result};
 use crate::job::BackupMode;
 use crate::job::backup::{self, Report, Request, Sample};
 use crate::units::ByteSize;
@@ -40,7 +40,15 @@ pub(super) async fn run_as(mode: BackupMode, args: BackupArgs, context: &Context
     let job = backup::run(&repository, request, (&context.env, &context.control));
     // Boxed: the future of a backup is large.
     let report = context.watch(Box::pin(job)).await?;
-    context.output.document("backup", &report, describe)
+    context.output.document("backup", &report, describe)?;
+    report.unfinished.as_deref().map_or(Ok(()), |what| Err(unfinished(&report, what)))
+}
+
+/// The point is there; that must not hide what else there is.
+fn unfinished(report: &Report, what: &str) -> Error {
+    let point = report.point.short();
+    Error::new(Kind::Unfinished, format!("point {point} is complete, but then: {what}"))
+        .hint("the next backup puts it right, or 'vmbackup recover'; it may read disks in full")
 }
 
 fn describe(report: &Report) -> String {

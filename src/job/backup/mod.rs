@@ -83,6 +83,9 @@ pub struct Report {
     pub not_captured: Vec<NotCaptured>,
     /// The whole run.
     pub elapsed_ms: u64,
+    /// What had to follow the point and was not done: it may concern the guest.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub unfinished: Option<String>,
 }
 
 /// What became of a disk.
@@ -292,6 +295,7 @@ impl Backup<'_> {
             excluded: snapshot.excluded().to_vec(),
             not_captured: snapshot.not_captured().to_vec(),
             elapsed_ms: 0,
+            unfinished: None,
         };
         let draft = points::draft(&report, disks, artifacts);
         Ok((draft, report))
@@ -478,7 +482,7 @@ impl Backup<'_> {
         self,
         snapshot: Box<dyn VmSnapshot>,
         draft: ManifestDraft,
-        report: Report,
+        mut report: Report,
     ) -> Result<Report> {
         let Self { run, point, control, env, .. } = self;
         control.set_phase("storing the point");
@@ -492,12 +496,7 @@ impl Backup<'_> {
         journals.after(Phase::Manifest);
         control.set_phase("keeping the checkpoint");
         if let Err(error) = snapshot.commit().await {
-            let text = format!(
-                "the point is complete, but not all that was to follow was done, and the next \
-                 backup may read disks in full: {}",
-                error.in_one_line()
-            );
-            control.notice(NoticeLevel::Warning, text);
+            report.unfinished = Some(error.in_one_line());
         }
         Ok(report)
     }
