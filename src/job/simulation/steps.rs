@@ -61,7 +61,11 @@ impl World<'_> {
         self.note(|| format!("  {}", outcome(&ended)));
         self.take_in(depot);
         match &ended.result {
-            Some(Ok(report)) => self.judge_point(depot, request, report),
+            Some(Ok(report)) => {
+                self.judge_point(depot, request, report);
+                let whole = report.unfinished.is_none();
+                assert!(whole || ended.was_disturbed(), "{:?}", report.unfinished);
+            }
             Some(Err(error)) => {
                 self.tally.count("backup: failed");
                 let no_agent = request.options.quiesce == Quiesce::Require
