@@ -19,7 +19,7 @@ use tokio::time::Instant;
 
 use crate::control::{Control, NoticeLevel};
 use crate::error::{Error, Kind, Result};
-use crate::vm::VmIdentity;
+use crate::vm::{Uuid, VmIdentity};
 
 /// How often a run that waits looks whether the other has ended.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
@@ -116,7 +116,7 @@ impl VmLock {
 
     /// Holds `vm` for `what` ("backup into /srv/repo"); [`Kind::Busy`] when another run does.
     pub fn acquire(state_dir: &Path, vm: &VmIdentity, what: &str) -> Result<Self> {
-        let path = path_of(state_dir, vm);
+        let path = path_of(state_dir, vm.uuid);
         let directory = path.parent().expect("joined");
         std::fs::create_dir_all(directory)
             .map_err(|e| Error::io(format!("cannot make {}", directory.display()), e))?;
@@ -132,7 +132,7 @@ impl VmLock {
                 .map_err(fail)?;
             match flock(&file, FlockOperation::NonBlockingLockExclusive) {
                 Ok(()) => {}
-                Err(Errno::WOULDBLOCK) => return Err(held(file, vm)),
+                Err(Errno::WOULDBLOCK) => return Err(held(file, &vm.name)),
                 Err(error) => return Err(fail(error.into())),
             }
             if !is_at(&file, &path).map_err(fail)? {
@@ -145,10 +145,10 @@ impl VmLock {
     }
 }
 
-/// [`Kind::Busy`] when a run holds `vm` now. Makes nothing; a lock that is free is held for the
+/// [`Kind::Busy`] when a run holds the VM now. Makes nothing; a lock that is free is held for the
 /// moment it takes to find out.
-pub(super) fn probe(state_dir: &Path, vm: &VmIdentity) -> Result<()> {
-    let path = path_of(state_dir, vm);
+pub(super) fn probe(state_dir: &Path, (uuid, name): (Uuid, &str)) -> Result<()> {
+    let path = path_of(state_dir, uuid);
     let fail = |e| Error::io(format!("cannot examine {}", path.display()), e);
     let file = match File::open(&path) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
@@ -156,13 +156,13 @@ pub(super) fn probe(state_dir: &Path, vm: &VmIdentity) -> Result<()> {
     };
     match flock(&file, FlockOperation::NonBlockingLockShared) {
         Ok(()) => Ok(()),
-        Err(Errno::WOULDBLOCK) => Err(held(file, vm)),
+        Err(Errno::WOULDBLOCK) => Err(held(file, name)),
         Err(error) => Err(fail(error.into())),
     }
 }
 
-fn path_of(state_dir: &Path, vm: &VmIdentity) -> PathBuf {
-    state_dir.join("locks").join(format!("{}.lock", vm.uuid))
+fn path_of(state_dir: &Path, uuid: Uuid) -> PathBuf {
+    state_dir.join("locks").join(format!("{uuid}.lock"))
 }
 
 impl Drop for VmLock {
@@ -185,11 +185,11 @@ fn is_at(file: &File, path: &Path) -> std::io::Result<bool> {
     }
 }
 
-fn held(mut file: File, vm: &VmIdentity) -> Error {
+fn held(mut file: File, name: &str) -> Error {
     let mut holder = String::new();
     // Only decorates the message.
     let _ = file.rewind().and_then(|()| (&file).take(500).read_to_string(&mut holder));
-    let mut message = format!("another run works on {}", vm.name);
+    let mut message = format!("another run works on {name}");
     if !holder.is_empty() {
         let _ = write!(message, " ({holder})");
     }
@@ -200,7 +200,6 @@ fn held(mut file: File, vm: &VmIdentity) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::vm::Uuid;
 
     fn vm(n: u128) -> VmIdentity {
         VmIdentity {
@@ -263,10 +262,10 @@ mod tests {
         let error = VmLock::acquire(dir.path(), &vm(1), "backup into /r").unwrap_err();
         assert_eq!(error.kind(), Kind::Busy);
         assert!(error.to_string().contains("backup into /r"), "{error}");
-        let error = probe(dir.path(), &vm(1)).unwrap_err();
+        let error = probe(dir.path(), (vm(1).uuid, "vm1")).unwrap_err();
         assert!(error.to_string().contains("backup into /r"), "{error}");
         drop(held);
-        probe(dir.path(), &vm(1)).unwrap();
+        probe(dir.path(), (vm(1).uuid, "vm1")).unwrap();
         drop(VmLock::acquire(dir.path(), &vm(1), "again").unwrap());
         assert!(!dir.path().join("locks").join(format!("{}.lock", vm(1).uuid)).exists());
     }

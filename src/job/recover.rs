@@ -19,7 +19,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use super::lock::{Patience, VmLock, Wait};
+use super::lock::{self, Patience, VmLock, Wait};
 use super::points::Bases;
 use super::restore::reconcile as restore;
 use super::source::{self, SourceSpec};
@@ -168,7 +168,7 @@ enum Turn {
 
 /// Why a VM was not recovered.
 enum Stopped {
-    /// Another run is at work on it, or a client has its monitor: that one sees to it.
+    /// Another run is at work on it: that one sees to it.
     AtWork(Error),
     /// Something failed. A job of anybody else that makes the VM busy is such a thing: nobody sees
     /// to what is left.
@@ -241,7 +241,8 @@ impl Recover<'_> {
             Turn::Last => Patience::new(self.patience.left()),
         };
         let mut next = Next::Nothing;
-        let recovered = match self.platform(&way, &patience).await {
+        let reached = self.platform(&way, &patience).await;
+        let recovered = match reached.map_err(|stopped| self.judge(stopped, turn, uuid)) {
             Err(Stopped::Failed(error)) if is_gone(&run.place, &error) => {
                 self.gone(uuid, &run.name, &patience).await
             }
@@ -278,6 +279,17 @@ impl Recover<'_> {
         patience.until_free(control, || source::platform(source, env)).await.map_err(taken)
     }
 
+    /// Whoever keeps us from the VM at last is a run of ours, which sees to it, or nobody who does: a
+    /// client of the monitor that knows nothing of us.
+    fn judge(&self, stopped: Stopped, turn: Turn, uuid: Uuid) -> Stopped {
+        let (env, _) = self.surroundings;
+        let is_free = || lock::probe(&env.state_dir, (uuid, "")).is_ok();
+        match stopped {
+            Stopped::AtWork(error) if turn == Turn::Last && is_free() => Stopped::Failed(error),
+            stopped => stopped,
+        }
+    }
+
     /// What needs no repository. Nothing where things are only looked at: the second time tells all.
     async fn first(&self, platform: &dyn Platform, wait: Wait) -> Result<VmReport, Stopped> {
         if self.mode == Mode::Undo {
@@ -295,7 +307,7 @@ impl Recover<'_> {
         let Next::Repository(source) = &looked.next else { return Ok(()) };
         let second = match self.platform(source, self.patience).await {
             Ok(platform) => self.one(platform.as_ref(), repository).await,
-            Err(stopped) => Err(stopped),
+            Err(stopped) => Err(self.judge(stopped, Turn::Last, looked.report.uuid)),
         };
         let report = &mut looked.report;
         let second = second.unwrap_or_else(|stopped| failed(report.uuid, &report.name, &stopped));

@@ -158,3 +158,19 @@ fn another_vm_at_the_monitor_that_was_waited_for_is_not_taken_for_the_one_of_the
     assert_eq!(there["name"], "bar", "{report}");
     assert_eq!(env.vmbackup(&["recover"]).ok().stdout, "nothing is left to undo\n");
 }
+
+#[test]
+fn a_client_of_the_monitor_that_is_no_run_leaves_a_problem() {
+    let env = TestEnv::new();
+    env.init_repo();
+    let machine = Machine::start(&env, "foo");
+    killed_backup(&env, (&machine.monitor, "after:bitmap"), &[]);
+    let held = hold(&machine.monitor);
+    let outcome = env.vmbackup(&["recover", "--json"]);
+    assert_eq!(outcome.code, Some(13), "{outcome:?}");
+    assert!(outcome.stderr.contains("another client"), "{outcome:?}");
+    drop(held);
+    let said = env.vmbackup(&["recover"]).ok().stdout;
+    assert!(said.contains("undone"), "{said}");
+    assert_eq!(machine.nodes(), Vec::<String>::new());
+}

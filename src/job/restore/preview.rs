@@ -93,7 +93,8 @@ pub async fn run(
     let chosen = points::choose_disks(&manifest, &request.disks)?;
     let mut problems = Problems::default();
     if request.define.is_some() {
-        problems.note(lock::probe(&env.state_dir, &manifest.body.vm));
+        let vm = &manifest.body.vm;
+        problems.note(lock::probe(&env.state_dir, (vm.uuid, &vm.name)));
     }
     let examine = examine(repository, (&manifest, &chosen), &request, &mut problems);
     let Examined { disks, definition } = control.run(async { Ok(examine.await) }).await?;
