@@ -54,7 +54,6 @@
 //! overlay since its base is read in full.
 
 mod agent;
-mod careful;
 mod checkpoint;
 mod disks;
 mod error;
@@ -63,6 +62,7 @@ mod graph;
 mod instant;
 mod migration;
 mod names;
+mod old_access;
 mod open;
 mod pause;
 mod plan;

@@ -23,7 +23,7 @@ use super::names::Temp;
 use super::teardown::{First, Things, remove_bitmap};
 use super::watch::Watch;
 use super::work_dir::WorkDir;
-use super::{Qemu, Survey, careful, checkpoint, pause};
+use super::{Qemu, Survey, checkpoint, old_access, pause};
 use crate::block::{BlockSource, Buffer};
 use crate::clock::Timestamp;
 use crate::error::{Error, Kind, Result};
@@ -408,7 +408,7 @@ impl VmSnapshot for Snapshot {
             );
             return Err(Error::new(Kind::SnapshotLost, what));
         }
-        Ok(careful::readable(&self.monitor, Arc::new(client)))
+        Ok(old_access::readable(&self.monitor, Arc::new(client)))
     }
 
     async fn still_valid(&mut self) -> Result<()> {
