@@ -1,8 +1,9 @@
 //! What somebody else does at the worst moment of a `--guest-first` backup: between the steps of
 //! its instant, and below its filters.
 
+use std::io::{BufRead, BufReader};
 use std::os::unix::fs::FileExt;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use serde_json::json;
 use vmbackup::control::Control;
@@ -143,6 +144,39 @@ async fn a_guest_that_does_not_go_on_at_once_is_let_go_on_once_more() {
     // What the broken image keeps QEMU from telling costs a full read next time, no more.
     assert_eq!((outcome.code, points), (Some(19), 1), "unfinished: {outcome:?}");
     assert!(outcome.stderr.contains("theirs is ejected"), "QEMU did fail once: {outcome:?}");
+    assert!(machine.runs().await);
+    assert_eq!(machine.tops().await, ["a", "b"]);
+}
+
+/// QEMU cannot activate an image that somebody else has open.
+#[tokio::test]
+async fn a_guest_that_does_not_go_on_for_some_seconds_is_let_go_on_before_anything_else() {
+    let machine = Machine::with(Guest::Idle).await;
+    let image = machine.path("theirs.qcow2");
+    let mut make = Command::new("qemu-img");
+    make.args(["create", "-q", "-f", "qcow2"]).arg(&image).arg("1M");
+    assert!(make.status().unwrap().success());
+    let mut holder = None;
+    let (outcome, points) = disturbed(&machine, "before:filter", async || {
+        let file = json!({ "driver": "file", "filename": image, "active": false });
+        let theirs =
+            json!({ "driver": "qcow2", "node-name": "theirs", "active": false, "file": file });
+        machine.side.blockdev_add(theirs).await.unwrap();
+        let mut child = Command::new("stdbuf")
+            .args(["-o0", "qemu-io", "-f", "qcow2", "-c", "read 0 512", "-c", "sleep 3000"])
+            .arg(&image)
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
+        assert!(line.contains("512/512"), "{line}");
+        assert!(machine.side.cont().await.is_err());
+        holder = Some(child);
+    })
+    .await;
+    assert!(holder.unwrap().wait().unwrap().success());
+    assert_eq!((outcome.code, points), (Some(0), 1), "{outcome:?}");
     assert!(machine.runs().await);
     assert_eq!(machine.tops().await, ["a", "b"]);
 }

@@ -6,7 +6,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use crate::machine::UUID;
-use crate::support::{Guest, GuestFiles, Process, TestEnv, wait_for};
+use crate::support::{Guest, GuestFiles, Process, SmallDisk, TestEnv, wait_for};
 
 /// Boots a guest with its file system on `a.qcow2`; its sockets lie in `dir`.
 fn boot(dir: &Path) -> (Process, Guest) {
@@ -118,4 +118,29 @@ fn a_real_guest_of_a_plain_qemu_is_not_left_frozen() {
     assert!(said.contains(".unreadable") && said.contains("thawed"), "{said}");
     assert!(!path.exists() && path.with_extension("unreadable").exists());
     assert_eq!(env.vmbackup(&["recover"]).ok().stdout, "nothing is left to undo\n");
+}
+
+/// Nobody is asked anything while the agent is waited for, but scratch is watched.
+#[test]
+fn a_guest_that_fills_scratch_while_its_thaw_is_waited_for_writes_on() {
+    let env = TestEnv::new();
+    env.init_repo();
+    let dir = env.path("vm");
+    std::fs::create_dir_all(&dir).unwrap();
+    let small = SmallDisk::mount(&dir, "4m");
+    let (_qemu, mut guest) = boot(&dir);
+    guest.run("dd if=/dev/urandom of=/mnt/big bs=1M count=12 && sync");
+    guest.run("echo 40 >/tmp/slow.thaw");
+    let args = ["full", "--qmp", "qmp.sock", "--agent", "agent.sock", "--scratch-dir", "small"];
+    let mut backup = Process::spawn(env.vmbackup_command(&args).current_dir(&dir));
+    wait_for("the thaw", 60, || hooked(&mut guest).iter().any(|did| did == "thaw").then_some(()));
+    let begun = Instant::now();
+    // Where it lies; thawed again, the agent answers at once.
+    guest.run("rm /tmp/slow.thaw; dd if=/dev/zero of=/mnt/big bs=1M count=12 conv=notrunc,fsync");
+    assert!(begun.elapsed() < Duration::from_secs(20), "it stood still: {:?}", begun.elapsed());
+    assert!(backup.is_running(), "it waits for the agent");
+    let outcome = backup.wait();
+    assert_eq!(outcome.code, Some(9), "no space: {outcome:?}");
+    assert!(outcome.stderr.contains("the guest comes first"), "{outcome:?}");
+    assert!(small.files().is_empty());
 }

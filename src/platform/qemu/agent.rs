@@ -3,13 +3,13 @@
 //! The host's end of the channel serves one client at a time: whoever guards holds it, and a
 //! second guardian gets through when the first is gone.
 
-use std::io::ErrorKind;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use async_trait::async_trait;
 use qmp::{Address, Agent, AgentOptions};
 
+use super::pause::is_gone;
 use crate::error::with_causes;
 use crate::freeze::{FileSystem, Freezable};
 
@@ -74,10 +74,7 @@ impl Freezable for AgentChannel {
     }
 
     async fn is_gone(&mut self) -> bool {
-        // QEMU takes the socket with it, or nobody listens on it any more.
-        let connected = tokio::net::UnixStream::connect(&self.socket).await;
-        let gone = [ErrorKind::NotFound, ErrorKind::ConnectionRefused];
-        connected.is_err_and(|error| gone.contains(&error.kind()))
+        is_gone(&self.socket).await
     }
 }
 

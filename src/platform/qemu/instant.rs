@@ -1,10 +1,12 @@
 //! Taking the instant: freeze, the moment itself, thaw.
 //!
 //! ```text
-//!  jobs      freeze ► TRANSACTION (bitmaps, jobs) ► thaw
-//!  filters   guardian ► freeze ► [pause] ► bitmaps ► devices onto filters ► [go on]
+//!  jobs      freeze ► watch ► TRANSACTION (bitmaps, jobs) ► thaw
+//!  filters   guardian ► freeze ► watch ► [pause] ► bitmaps ► devices onto filters ► [go on]
 //!            ► thaw ► merges
 //! ```
+//!
+//! Scratch is watched (`watch`) before the guest's first write can go there.
 //!
 //! Everything is noted in the journal before the freeze, and in [`Things`](super::teardown::Things)
 //! before QEMU is asked: the guest does not wait for our disk, and what was not answered is taken
@@ -119,8 +121,11 @@ impl Snapshot {
         actions.extend(self.note_checkpoints());
         actions.extend(self.note_jobs(qemu));
         self.journal.before(Phase::Job);
+        self.watch_scratch();
         self.taken = request.clock.now();
-        self.monitor.transaction(&actions).await.map_err(failed("QEMU refuses"))?;
+        let begun = self.monitor.transaction(&actions).await;
+        self.show_watch();
+        begun.map_err(failed("QEMU refuses"))?;
         self.journal.after(Phase::Job);
         self.journal.after(Phase::Bitmap);
         Ok(())
@@ -133,6 +138,7 @@ impl Snapshot {
         mut pause: Option<Pause>,
     ) -> Result<()> {
         let actions = self.note_checkpoints();
+        self.watch_scratch();
         self.journal.before(Phase::Pause);
         self.taken = request.clock.now();
         let stopped = match &mut pause {
@@ -166,15 +172,23 @@ impl Snapshot {
         }
         self.journal.after(Phase::Bitmap);
         self.journal.before(Phase::Filter);
-        Filter::check(&self.things.filters, &self.monitor).await?;
-        for filter in &self.things.filters {
-            filter.attach(&self.monitor).await?;
-        }
+        let attached = self.attach_all().await;
+        self.show_watch();
+        attached?;
         self.journal.after(Phase::Filter);
         let status = self.monitor.query_status().await;
         if status.map_err(failed("cannot ask for the state"))?.running && self.disks.len() > 1 {
             let what = "somebody let the guest go on between the instants of its disks";
             return Err(Error::new(Kind::SnapshotLost, what).hint("run it again"));
+        }
+        Ok(())
+    }
+
+    async fn attach_all(&self) -> Result<()> {
+        let _alone = self.things.moving.lock().await;
+        Filter::check(&self.things.filters, &self.monitor).await?;
+        for filter in &self.things.filters {
+            filter.attach(&self.monitor).await?;
         }
         Ok(())
     }

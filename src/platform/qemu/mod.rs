@@ -36,8 +36,8 @@
 //!               └── snapshot-access node ──► NBD export ──► … as above
 //! ```
 //!
-//! A scratch file system that hangs holds up whatever QEMU takes down (`teardown`): it is left
-//! alone then.
+//! A scratch file system that hangs holds up whatever QEMU takes down: it is left alone then, but
+//! for the jobs of one that is almost full (`teardown`).
 //!
 //! A filter that broke goes on, says nothing, and fails every read of the instant: so the instant
 //! of every disk is read once more by `still_valid`, whichever way it was kept. One that is not

@@ -1,7 +1,7 @@
 //! Opening the instant.
 //!
 //! ```text
-//!  reconcile ► check, survey ► scratch nodes ► NBD server ► the instant (`instant`)
+//!  reconcile ► check, survey ► scratch nodes ► NBD server ► watch ► the instant (`instant`)
 //!      ► snapshot nodes ► exports ► (`snapshot`)
 //! ```
 //!
@@ -19,7 +19,6 @@ use super::error::failed;
 use super::names::Temp;
 use super::snapshot::{Keeper, OpenDisk, Snapshot, export_name};
 use super::teardown::OurServer;
-use super::watch::Watch;
 use super::work_dir::{Question, WorkDir};
 use super::{Qemu, QemuOptions, checkpoint, filter, reconcile, scratch_base};
 use crate::control::{Control, NoticeLevel};
@@ -84,7 +83,9 @@ pub(super) async fn open(
     let mut snapshot = Snapshot::new(qemu, request, (survey, migration), (work_dir, journal));
     snapshot.things.filters = filters;
     snapshot.things.directories.push(Question::new(snapshot.work_dir.scratch_dir().to_owned()));
-    match snapshot.set_up(qemu, request, control).await {
+    let set_up = snapshot.set_up(qemu, request, control).await;
+    // The watch first: it may be why.
+    match snapshot.check_watch().and(set_up) {
         Ok(()) => Ok(Box::new(snapshot)),
         Err(error) => {
             if let Err(undo) = snapshot.undo().await {
@@ -117,8 +118,6 @@ impl Snapshot {
             self.export(qemu, index).await?;
         }
         self.journal.after(Phase::Export);
-        let directory = self.work_dir.scratch_dir().to_owned();
-        self.watch = Some(Watch::start(directory, self.things.clone(), self.monitor.clone()));
         tracing::debug!(socket = %socket.display(), "the instant is exported");
         Ok(())
     }
@@ -170,13 +169,14 @@ impl Snapshot {
         };
         let what = format!("cannot export the instant of disk {}", disk.name);
         self.things.snapshots.push(node.clone());
+        self.things.exports.push(export.id.clone());
+        self.show_watch();
         let filter = match self.keeper {
             Keeper::Jobs => Temp::Filter.name(self.point, index),
             Keeper::Filters => Temp::Guard.name(self.point, index),
         };
         let options = json!({ "driver": "snapshot-access", "node-name": node, "file": filter });
         self.monitor.blockdev_add(options).await.map_err(failed(what.clone()))?;
-        self.things.exports.push(export.id.clone());
         self.monitor.export_add(&export, &qemu.features).await.map_err(failed(what))
     }
 }

@@ -21,6 +21,7 @@ use async_trait::async_trait;
 use qmp::block::is_missing;
 use qmp::{Address, Monitor};
 use serde_json::json;
+use tokio::time::Instant;
 
 use super::error::failed;
 use super::graph::Graph;
@@ -33,6 +34,11 @@ use crate::freeze::{self, FileSystem, Freezable, Guardian, Subject};
 const BUDGET: Duration = Duration::from_secs(3600);
 /// Longest wait of the guardian for the monitor, and for one answer.
 const ANSWER: Duration = Duration::from_secs(5);
+/// How long a guest that does not go on is tried to be let go on: what comes next may be its agent,
+/// which does not answer for half a minute as long as it is paused.
+const PERSIST: Duration = Duration::from_secs(5);
+/// Pause between two attempts.
+const AGAIN: Duration = Duration::from_millis(200);
 /// What QEMU calls a guest that `stop` has stopped (qapi/run-state.json).
 const PAUSED: &str = "paused";
 
@@ -98,15 +104,21 @@ pub(super) async fn go_on(monitor: &Monitor, marker: &str) -> Result<bool> {
     }
 }
 
-/// The same, tried twice: some of what stands in the way does so once (an image that QEMU could not
-/// activate).
+/// The same, tried twice and then for some seconds: some of what stands in the way does so once (an
+/// image that QEMU could not activate; the next attempt may meet another).
 pub(super) async fn go_on_after_all(monitor: &Monitor, marker: &str) -> Result<bool> {
-    match go_on(monitor, marker).await {
-        Err(error) => {
-            tracing::warn!(%error, "the guest does not go on; tried once more");
-            go_on(monitor, marker).await
+    let until = Instant::now() + PERSIST;
+    let mut is_first = true;
+    loop {
+        match go_on(monitor, marker).await {
+            Err(error) if error.kind() == Kind::Connection => return Err(error),
+            Err(error) if is_first || Instant::now() < until => {
+                tracing::warn!(%error, "the guest does not go on; tried once more");
+                is_first = false;
+                tokio::time::sleep(AGAIN).await;
+            }
+            result => return result,
         }
-        result => result,
     }
 }
 
@@ -162,7 +174,7 @@ impl Freezable for PausedGuest {
     }
 }
 
-/// Whether nobody listens on a monitor's socket: its QEMU has ended.
+/// Whether nobody listens on a socket of QEMU, which takes it along: it has ended.
 pub(super) async fn is_gone(socket: &Path) -> bool {
     let connected = tokio::net::UnixStream::connect(socket).await;
     let gone = [ErrorKind::NotFound, ErrorKind::ConnectionRefused];

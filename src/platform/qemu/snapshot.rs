@@ -20,7 +20,7 @@ use super::disks::Disk;
 use super::error::failed;
 use super::migration::Settled;
 use super::names::Temp;
-use super::teardown::{First, Things, remove_bitmap};
+use super::teardown::{AGAIN, First, Things, remove_bitmap};
 use super::watch::Watch;
 use super::work_dir::WorkDir;
 use super::{Qemu, Survey, checkpoint, old_access, pause};
@@ -40,8 +40,6 @@ use crate::vm::{Artifact, Consistency, ExcludedDisk, NotCaptured, PointId, Quies
 const END_JOBS: Duration = Duration::from_secs(75);
 /// The same with filters, which never hold up the guest for longer.
 const END_FILTERS: Duration = Duration::from_secs(30);
-/// Pause between two attempts.
-const AGAIN: Duration = Duration::from_secs(2);
 
 /// What a point of a QEMU lacks.
 pub(super) fn definition(vm: &str) -> NotCaptured {
@@ -82,8 +80,8 @@ pub(super) struct Snapshot {
     pub(super) quiescence: Quiescence,
     not_captured: Vec<NotCaptured>,
     pub(super) things: Things,
-    /// From the instant until its jobs have ended.
-    pub(super) watch: Option<Watch>,
+    /// From before the instant until its jobs have ended.
+    watch: Option<Watch>,
     /// Checkpoints the transaction made, or may have made.
     pub(super) checkpoints: Vec<BitmapRef>,
 }
@@ -151,6 +149,24 @@ impl Snapshot {
         }
     }
 
+    /// Has scratch watched from here on.
+    pub(super) fn watch_scratch(&mut self) {
+        let directory = self.work_dir.scratch_dir().to_owned();
+        self.watch = Some(Watch::start(directory, &self.things, self.monitor.clone()));
+    }
+
+    /// Shows the watch what there is now.
+    pub(super) fn show_watch(&self) {
+        if let Some(watch) = &self.watch {
+            watch.see(&self.things);
+        }
+    }
+
+    /// An error if the watch has given the backup up.
+    pub(super) fn check_watch(&self) -> Result<()> {
+        self.watch.as_ref().map_or(Ok(()), Watch::check)
+    }
+
     /// Closes this run's part of the journal, but for what may not be over.
     async fn close_journal(&mut self, undone: bool) -> Result<()> {
         let thawed = match &mut self.thaw {
@@ -174,7 +190,7 @@ impl Snapshot {
             self.gone = closed && pause::is_gone(&self.socket).await;
             if !self.gone {
                 // Scratch that is still written stays where it is seen.
-                return Err(self.stays(error));
+                return Err(self.stays(error).await);
             }
             tracing::warn!(%error, "QEMU has ended: there is nothing to take down");
         }
@@ -201,8 +217,8 @@ impl Snapshot {
     }
 
     /// What it means that the snapshot was not ended.
-    fn stays(&self, error: Error) -> Error {
-        if error.kind() != Kind::Timeout {
+    async fn stays(&self, error: Error) -> Error {
+        if !self.things.take_writes(&self.monitor).await {
             return error;
         }
         let directory = self.work_dir.scratch_dir().display();
@@ -417,7 +433,7 @@ impl VmSnapshot for Snapshot {
             _ => lost("QEMU cannot be asked").source(error),
         });
         // The watch says why before it ends a job: what it says is there when the job is not.
-        self.watch.as_ref().map_or(Ok(()), Watch::check).and(now)
+        self.check_watch().and(now)
     }
 
     async fn commit(mut self: Box<Self>) -> Result<()> {

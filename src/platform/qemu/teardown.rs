@@ -6,7 +6,9 @@
 //!
 //! Only a pause is ended while the file system of scratch does not answer: QEMU waits for requests
 //! that hang in it before it lets go of anything else, and its guest with it (seen on 10.0:
-//! `block-export-del` does not return).
+//! `block-export-del` does not return). Not asked is a scratch that has just told that it is almost
+//! full: its jobs end at once ([`Things::give_up`] with [`Scratch::Answers`]), because the guest's
+//! next write may fail.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -28,6 +30,10 @@ use crate::journal::Recovery;
 const LET_GO: Duration = Duration::from_secs(30);
 /// How often it is asked meanwhile. Asking is cheap, and an event that was lost costs nothing.
 const ASK_EVERY: Duration = Duration::from_millis(20);
+/// Pause between attempts to take down what does not go.
+pub(super) const AGAIN: Duration = Duration::from_secs(2);
+/// Longest wait for QEMU to tell what was not taken down.
+const TELL: Duration = Duration::from_secs(5);
 /// The state of a guest that stands still because a disk failed a write (qapi/run-state.json).
 const IO_ERROR: &str = "io-error";
 /// The state of that disk if it was for want of space (qapi/block-core.json, BlockDeviceIoStatus).
@@ -50,7 +56,7 @@ pub(super) struct Things {
     pub(super) jobs: Vec<String>,
     /// Filters that take the place of jobs.
     pub(super) filters: Vec<Filter>,
-    /// Held by whoever moves devices off them: QEMU dies of a device that is set to the node it is
+    /// Held by whoever moves devices onto or off them: QEMU dies of a device that is set to the node it is
     /// on (10.0: `bdrv_replace_child_noperm: Assertion old_bs != new_bs`), so that nobody may do it
     /// between another's look and move. Clones share it.
     pub(super) moving: Arc<Mutex<()>>,
@@ -208,6 +214,24 @@ impl Things {
         }
         tracing::warn!("the guest stood still for want of space; it runs on");
         monitor.cont().await.map_err(failed("cannot let the guest run on"))
+    }
+
+    /// Whether writes of the guest still go to scratch; taken to be so where QEMU does not tell.
+    pub(super) async fn take_writes(&self, monitor: &Monitor) -> bool {
+        let asked = async {
+            let runs = |job: &jobs::Job| {
+                job.status != jobs::status::CONCLUDED && self.jobs.contains(&job.id)
+            };
+            if !self.jobs.is_empty() && monitor.query_jobs().await?.iter().any(runs) {
+                return Ok::<_, qmp::Error>(true);
+            }
+            if self.filters.is_empty() {
+                return Ok(false);
+            }
+            let devices = monitor.query_block().await?;
+            Ok(self.filters.iter().any(|filter| filter.is_attached(&devices)))
+        };
+        !matches!(tokio::time::timeout(TELL, asked).await, Ok(Ok(false)))
     }
 
     async fn exports_gone(&self, monitor: &Monitor) -> Result<()> {

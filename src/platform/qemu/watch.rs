@@ -8,28 +8,30 @@
 //!
 //! ```text
 //!  watching ──► room is short, or cannot be told ──► give up ([`Things::give_up`]) ──► lost
+//!                                     more is begun ──────► ▲
 //! ```
+//!
+//! It begins before the jobs do, and so before the guest is thawed: a thaw may take a minute. What is
+//! begun after that it is shown ([`Watch::see`]), and ends as well.
 //!
 //! Deliberately without write thresholds: on a raw scratch file they tell how far up the disk the
 //! guest wrote, not how much is used (`bdrv_write_threshold_check_write` compares offsets).
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
 
 use qmp::Monitor;
+use tokio::sync::watch;
 
-use super::teardown::{Scratch, Things};
+use super::teardown::{AGAIN, Scratch, Things};
 use super::work_dir;
 use crate::error::{Error, Kind, Result};
 use crate::platform::space::{self, POLL, no_room};
 
-/// Pause between attempts to end what does not end.
-const AGAIN: Duration = Duration::from_secs(2);
-
 /// Looks after the scratch of a run until dropped.
 pub(super) struct Watch {
     given_up: Arc<Mutex<Option<Why>>>,
+    things: watch::Sender<Things>,
     task: tokio::task::JoinHandle<()>,
 }
 
@@ -50,7 +52,8 @@ enum Why {
 
 impl Watch {
     /// Watches the room in `directory`, where the scratch of `things` is.
-    pub(super) fn start(directory: PathBuf, things: Things, monitor: Monitor) -> Self {
+    pub(super) fn start(directory: PathBuf, things: &Things, monitor: Monitor) -> Self {
+        let (things, mut seen) = watch::channel(things.clone());
         let given_up = Arc::new(Mutex::new(None));
         let told = Arc::clone(&given_up);
         let task = tokio::spawn(async move {
@@ -61,12 +64,22 @@ impl Watch {
             };
             // Before the end: whoever reads sees errors at once then, and asks why.
             *told.lock().unwrap_or_else(PoisonError::into_inner) = Some(why);
-            while let Err(error) = things.give_up(&monitor, scratch).await {
-                tracing::error!(?error, "the backup is given up and its jobs do not end");
-                tokio::time::sleep(AGAIN).await;
+            loop {
+                let now = seen.borrow_and_update().clone();
+                if let Err(error) = now.give_up(&monitor, scratch).await {
+                    tracing::error!(?error, "the backup is given up and its jobs do not end");
+                    tokio::time::sleep(AGAIN).await;
+                } else if seen.changed().await.is_err() {
+                    return;
+                }
             }
         });
-        Self { given_up, task }
+        Self { given_up, things, task }
+    }
+
+    /// Shows it what there is now: it ends that, too, if the backup was given up.
+    pub(super) fn see(&self, things: &Things) {
+        self.things.send_replace(things.clone());
     }
 
     /// An error if the backup was given up.
