@@ -9,9 +9,9 @@ use std::sync::Arc;
 use async_trait::async_trait;
 
 use super::ImageLock;
-use crate::block::file::FileDisk;
+use crate::block::file::{FileDisk, blocking};
 use crate::block::{BlockSink, BlockSource, Buffer, ByteRange, ExtentMap, Geometry, ZeroMode};
-use crate::error::{Error, Kind, Result};
+use crate::error::Result;
 
 /// An open raw image, locked in the way QEMU understands.
 #[derive(Debug)]
@@ -32,9 +32,7 @@ impl WritableImage {
     /// Cancel-safe.
     pub async fn grown(&self, size_bytes: u64) -> Result<Option<Self>> {
         let disk = Arc::clone(&self.disk);
-        let grown = tokio::task::spawn_blocking(move || disk.grown(size_bytes)).await;
-        let grown = grown
-            .map_err(|e| Error::new(Kind::Internal, "an input/output thread died").source(e))??;
+        let grown = blocking(move || disk.grown(size_bytes)).await?;
         let lock = Arc::clone(&self.lock);
         Ok(grown.map(|disk| Self { disk: Arc::new(disk), lock }))
     }

@@ -6,7 +6,7 @@ use std::process::{Child, Command, Stdio};
 
 use serde_json::Value;
 
-use crate::support::{Outcome, TestEnv};
+use crate::support::{Outcome, TestEnv, peak_mib};
 
 /// Size of test disks: several chunks, and a tail that fills none.
 pub(crate) const DISK_BYTES: usize = (5 << 20) + 4096;
@@ -73,6 +73,11 @@ impl Serve {
     pub(crate) fn socket(&self) -> PathBuf {
         let uri = self.uri(0);
         PathBuf::from(uri.split_once("socket=").unwrap().1)
+    }
+
+    /// The highest resident memory it had until now, in MiB.
+    pub(crate) fn peak_mib(&self) -> u64 {
+        peak_mib(self.child.id())
     }
 
     /// Ends it as an operator does, and requires that it ends well; what it said on standard error.

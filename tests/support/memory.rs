@@ -13,10 +13,9 @@ pub(crate) fn with_peak_mib(command: &mut Command) -> (Outcome, u64) {
     let line = format!("{command:?}");
     let command = command.stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().unwrap_or_else(|error| panic!("{line}: {error}"));
-    let status = format!("/proc/{}/status", child.id());
     let mut peak_kib = 0;
     while child.try_wait().expect("own child").is_none() {
-        peak_kib = peak_kib.max(high_water_kib(&status).unwrap_or(0));
+        peak_kib = peak_kib.max(high_water_kib(child.id()).unwrap_or(0));
         std::thread::sleep(Duration::from_millis(2));
     }
     let output = child.wait_with_output().expect("own child");
@@ -24,8 +23,13 @@ pub(crate) fn with_peak_mib(command: &mut Command) -> (Outcome, u64) {
     (Outcome::from_output(line, &output), peak_kib.div_ceil(1024))
 }
 
-fn high_water_kib(status: &str) -> Option<u64> {
-    let text = std::fs::read_to_string(status).ok()?;
+/// The highest resident memory that the process `id` had until now, in MiB.
+pub(crate) fn peak_mib(id: u32) -> u64 {
+    high_water_kib(id).expect("a process that runs").div_ceil(1024)
+}
+
+fn high_water_kib(id: u32) -> Option<u64> {
+    let text = std::fs::read_to_string(format!("/proc/{id}/status")).ok()?;
     let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
     line.trim().strip_suffix(" kB")?.parse().ok()
 }

@@ -24,7 +24,7 @@ pub(crate) use domain::{DiskFormat, DiskSpec, Domain, DomainSpec, Pool};
 pub(crate) use env::TestEnv;
 pub(crate) use guest::{Guest, GuestFiles};
 pub(crate) use listening::is_listening;
-pub(crate) use memory::with_peak_mib;
+pub(crate) use memory::{peak_mib, with_peak_mib};
 pub(crate) use outcome::Outcome;
 pub(crate) use small_disk::SmallDisk;
 pub(crate) use steps::{Restored, steps, write_pattern};

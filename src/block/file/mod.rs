@@ -43,6 +43,8 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 
+use rustix::io::Errno;
+
 use crate::error::{Error, Kind, Result};
 
 /// What a sink or source stands on.
@@ -93,7 +95,7 @@ fn examine(mut file: &File, path: &Path) -> Result<(Medium, u64)> {
 }
 
 /// Runs `work`, which may wait for a disk, on a blocking thread.
-async fn blocking<T: Send + 'static>(
+pub(crate) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> Result<T> {
     tokio::task::spawn_blocking(work)
@@ -102,9 +104,49 @@ async fn blocking<T: Send + 'static>(
 }
 
 /// Whether `error` says that this kind of call does not exist here, so that another may do.
-fn is_unsupported(error: rustix::io::Errno) -> bool {
-    use rustix::io::Errno;
+fn is_unsupported(error: Errno) -> bool {
     [Errno::OPNOTSUPP, Errno::NOSYS, Errno::NODEV, Errno::INVAL, Errno::NOTTY].contains(&error)
+}
+
+/// Where data or a hole begins, at the offset that `to` names or behind it; `None` behind the last.
+/// A file system that does not know holes has data everywhere. The file offset this moves is used
+/// by nobody.
+pub(in crate::block) fn seek(
+    file: &File,
+    to: rustix::fs::SeekFrom,
+) -> rustix::io::Result<Option<u64>> {
+    match rustix::fs::seek(file, to) {
+        Err(Errno::NXIO) => Ok(None),
+        Err(error) if is_unsupported(error) => Ok(match to {
+            rustix::fs::SeekFrom::Data(at) => Some(at),
+            _ => None,
+        }),
+        found => found.map(Some),
+    }
+}
+
+/// Makes the name `path` durable: it is when its directory is. Blocks.
+pub(in crate::block) fn sync_directory_of(path: &Path) -> Result<()> {
+    let failed = |e| Error::io(format!("cannot sync the directory of {}", path.display()), e);
+    File::open(parent(path)).and_then(|directory| sync_directory(&directory)).map_err(failed)
+}
+
+/// Makes the names in a directory durable. Some file systems cannot sync directories and say EINVAL
+/// or ENOTSUP (SMB without POSIX extensions, some FUSE ones): there a name is as durable as the
+/// server makes it. Blocks.
+pub(crate) fn sync_directory(directory: &File) -> io::Result<()> {
+    match rustix::fs::fsync(directory) {
+        Ok(()) | Err(Errno::INVAL | Errno::OPNOTSUPP) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// The directory of a name.
+fn parent(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
 }
 
 /// An error of the system with what was done to which file.

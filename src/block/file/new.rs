@@ -6,7 +6,6 @@
 //!                        └── dropped: removed as well
 //! ```
 
-use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -14,7 +13,7 @@ use std::sync::Arc;
 
 use tempfile::TempPath;
 
-use super::{FileSink, Placed, blocking};
+use super::{FileSink, Placed, blocking, parent, sync_directory_of};
 use crate::block::BlockSink;
 use crate::error::{Error, Kind, Result};
 
@@ -253,19 +252,6 @@ fn check_unmoved(sink: &FileSink, temporary: &Path) -> Result<()> {
     let message = format!("{} was replaced while it was written", temporary.display());
     Err(Error::new(Kind::Io, message)
         .hint("somebody else changes names in this directory: choose one that is only yours"))
-}
-
-pub(super) fn parent(path: &Path) -> &Path {
-    match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    }
-}
-
-/// A name is durable when its directory is.
-fn sync_directory_of(path: &Path) -> Result<()> {
-    let failed = |e| Error::io(format!("cannot sync the directory of {}", path.display()), e);
-    File::open(parent(path)).and_then(|directory| directory.sync_all()).map_err(failed)
 }
 
 fn exists(path: &Path) -> Error {

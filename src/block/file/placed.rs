@@ -9,7 +9,7 @@
 //! directories. Dropped, nothing is removed: both stay where they are. After a power cut the old
 //! one may be left under the temporary name.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 
@@ -110,7 +110,7 @@ impl Placed {
 
     /// Makes the name durable: it is when its directory is. Blocks.
     pub fn sync(&self) -> Result<()> {
-        sync_directory(&self.path)
+        super::sync_directory_of(&self.path)
     }
 
     /// The name.
@@ -135,12 +135,12 @@ impl Placed {
             Ok(()) => {}
             Err(Errno::INVAL | Errno::NOSYS) => {
                 fs::rename(&old, &path).map_err(failed)?;
-                return sync_directory(&path);
+                return super::sync_directory_of(&path);
             }
             Err(error) => return Err(failed(error.into())),
         }
         // Only when the old one has its name for good does the new one go.
-        sync_directory(&path)?;
+        super::sync_directory_of(&path)?;
         remove(&old).map_err(|e| {
             Error::io(format!("cannot remove {}, the new {}", old.display(), path.display()), e)
                 .hint("the old one is back; remove the other by hand")
@@ -159,11 +159,6 @@ impl Placed {
 
 fn remove(path: &Path) -> io::Result<()> {
     if path.symlink_metadata()?.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) }
-}
-
-fn sync_directory(path: &Path) -> Result<()> {
-    let failed = |e| Error::io(format!("cannot sync the directory of {}", path.display()), e);
-    File::open(super::new::parent(path)).and_then(|directory| directory.sync_all()).map_err(failed)
 }
 
 fn exists(path: &Path) -> Error {

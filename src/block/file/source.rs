@@ -18,7 +18,7 @@ use async_trait::async_trait;
 use rustix::fs::{Advice, OFlags, fadvise};
 use rustix::io::{Errno, ReadWriteFlags};
 
-use super::{Medium, blocking, examine, failed, is_unsupported, open};
+use super::{Medium, blocking, examine, failed, is_unsupported, open, seek};
 use crate::block::{
     BlockSource, BlockingRead, Buffer, ByteRange, ExtentKind, ExtentMap, Geometry, Waited,
 };
@@ -194,23 +194,15 @@ impl Inner {
         Ok(map)
     }
 
-    /// Where the data or hole at or after `at` begins; `None` past the last one. The file offset
-    /// this moves is used by nobody.
+    /// [`seek`], from `at`: no data or hole behind it, unless the file ends there. Then it shrank,
+    /// and a hole it is not.
     fn seek(&self, to: rustix::fs::SeekFrom, at: u64) -> Result<Option<u64>> {
-        match rustix::fs::seek(&self.file, to) {
-            Ok(found) => Ok(Some(found)),
-            // No data after `at`, unless the file ends there: then it shrank, and a hole it is not.
-            Err(Errno::NXIO) if self.len()? >= self.size_bytes => Ok(None),
-            Err(Errno::NXIO) => {
-                let eof = io::Error::from(io::ErrorKind::UnexpectedEof);
-                Err(failed(format_args!("map byte {at}"), &self.name, eof))
-            }
-            Err(error) if is_unsupported(error) => Ok(match to {
-                rustix::fs::SeekFrom::Data(at) => Some(at),
-                _ => None,
-            }),
-            Err(error) => Err(failed(format_args!("map byte {at}"), &self.name, error)),
+        let failed = |error: io::Error| failed(format_args!("map byte {at}"), &self.name, error);
+        let found = seek(&self.file, to).map_err(|error| failed(error.into()))?;
+        if found.is_none() && self.len()? < self.size_bytes {
+            return Err(failed(io::ErrorKind::UnexpectedEof.into()));
         }
+        Ok(found)
     }
 
     fn len(&self) -> Result<u64> {

@@ -14,6 +14,12 @@ const PAGE_WORDS: usize = 512;
 /// Bits of a word.
 const WORD_BITS: u64 = 64;
 
+/// Blocks that a page tells of: 128 MiB of disk.
+const PAGE_BLOCKS: u64 = PAGE_WORDS as u64 * WORD_BITS;
+
+/// A page in memory.
+type Words = [u64; PAGE_WORDS];
+
 /// A bit per block, and which pages of bits changed since they were stored.
 pub(super) struct Bitmap {
     // Held for a few words at a time, never across an await.
@@ -21,49 +27,65 @@ pub(super) struct Bitmap {
 }
 
 struct State {
-    words: Vec<u64>,
+    blocks: u64,
+    /// Only pages with a bit in them are in memory: see [`Bitmap::new`].
+    pages: Vec<Option<Box<Words>>>,
     changed: BTreeSet<usize>,
+}
+
+impl State {
+    fn page(&self, index: usize) -> &Words {
+        self.pages[index].as_deref().unwrap_or(&[0; PAGE_WORDS])
+    }
+
+    fn word(&self, word: usize) -> u64 {
+        self.page(word / PAGE_WORDS)[word % PAGE_WORDS]
+    }
 }
 
 /// A page of the bitmap as it is stored: its index and its bytes.
 pub(super) type Page = (usize, Vec<u8>);
 
 impl Bitmap {
-    /// Nothing written of a disk of `size_bytes`. A zeroed vector takes memory only where bits are
-    /// set: 32 KiB per GiB written at most.
+    /// Nothing written of a disk of `size_bytes`. Memory is taken for what is written: 4 KiB for
+    /// each 128 MiB of disk with anything in them, and 64 KiB per TiB of disk to know which.
     pub(super) fn new(size_bytes: u64) -> Self {
-        Self::from_words(vec![0; words(size_bytes)])
+        let blocks = size_bytes.div_ceil(BLOCK_BYTES);
+        let state =
+            State { blocks, pages: vec![None; pages(size_bytes)], changed: BTreeSet::new() };
+        Self { state: Mutex::new(state) }
     }
 
-    fn from_words(words: Vec<u64>) -> Self {
-        Self { state: Mutex::new(State { words, changed: BTreeSet::new() }) }
-    }
-
-    /// The bitmap as it was stored.
-    pub(super) fn from_bytes(bytes: &[u8], size_bytes: u64) -> Self {
-        let word = |eight: &[u8]| u64::from_le_bytes(eight.try_into().expect("eight bytes"));
-        let mut words: Vec<u64> = bytes.chunks_exact(8).map(word).collect();
-        words.truncate(self::words(size_bytes));
-        Self::from_words(words)
+    /// Takes a page as it was stored. Bits behind the end of the disk are nobody's.
+    pub(super) fn load(&self, index: usize, bytes: &[u8]) {
+        if bytes.iter().all(|byte| *byte == 0) {
+            return;
+        }
+        let mut state = self.lock();
+        let mut page = Box::new([0; PAGE_WORDS]);
+        let mut first = index as u64 * PAGE_BLOCKS;
+        for (word, stored) in page.iter_mut().zip(bytes.chunks_exact(8)) {
+            let stored = u64::from_le_bytes(stored.try_into().expect("eight bytes"));
+            *word = match state.blocks.saturating_sub(first) {
+                bits @ 0..WORD_BITS => stored & ((1 << bits) - 1),
+                _ => stored,
+            };
+            first += WORD_BITS;
+        }
+        state.pages[index] = Some(page);
     }
 
     /// Bytes a stored bitmap takes: whole pages.
     pub(super) fn stored_bytes(size_bytes: u64) -> u64 {
-        (words(size_bytes).next_multiple_of(PAGE_WORDS) * 8) as u64
+        pages(size_bytes) as u64 * BLOCK_BYTES
     }
 
     /// The same for a disk that has grown to `size_bytes`: nothing of what is new was written.
     pub(super) fn grow(&self, size_bytes: u64) {
         let mut state = self.lock();
-        let len = words(size_bytes);
-        if len > state.words.len() {
-            // Only what was written is touched: see `new`.
-            let mut grown = vec![0; len];
-            for (new, old) in grown.iter_mut().zip(&state.words).filter(|(_, old)| **old != 0) {
-                *new = *old;
-            }
-            state.words = grown;
-        }
+        state.blocks = state.blocks.max(size_bytes.div_ceil(BLOCK_BYTES));
+        let len = pages(size_bytes).max(state.pages.len());
+        state.pages.resize(len, None);
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -73,22 +95,25 @@ impl Bitmap {
     /// Whether the block at `offset` was written.
     pub(super) fn has(&self, offset: u64) -> bool {
         let (word, bit) = place(offset / BLOCK_BYTES);
-        self.lock().words[word] & bit != 0
+        self.lock().word(word) & bit != 0
     }
 
     /// Marks every block that `range` touches.
     pub(super) fn mark(&self, range: ByteRange) {
         let mut state = self.lock();
-        let State { words, changed } = &mut *state;
+        let State { pages, changed, .. } = &mut *state;
         let mut block = range.offset() / BLOCK_BYTES;
         let end = range.end().div_ceil(BLOCK_BYTES);
         while block < end {
             let (word, bit) = place(block);
             let whole = block.is_multiple_of(WORD_BITS) && end - block >= WORD_BITS;
             let bits = if whole { u64::MAX } else { bit };
-            if words[word] & bits != bits {
-                words[word] |= bits;
-                changed.insert(word / PAGE_WORDS);
+            let index = word / PAGE_WORDS;
+            let page = pages[index].get_or_insert_with(|| Box::new([0; PAGE_WORDS]));
+            let word = &mut page[word % PAGE_WORDS];
+            if *word & bits != bits {
+                *word |= bits;
+                changed.insert(index);
             }
             block += if whole { WORD_BITS } else { 1 };
         }
@@ -100,18 +125,21 @@ impl Bitmap {
         let first = range.offset() / BLOCK_BYTES;
         let end = range.end().div_ceil(BLOCK_BYTES);
         let (word, bit) = place(first);
-        let written = state.words[word] & bit != 0;
+        let written = state.word(word) & bit != 0;
         let same = if written { u64::MAX } else { 0 };
         let mut block = first + 1;
         while block < end {
             let (word, bit) = place(block);
-            if block.is_multiple_of(WORD_BITS) && state.words[word] == same {
-                block += WORD_BITS;
-            } else if (state.words[word] & bit != 0) == written {
-                block += 1;
+            let absent = state.pages[word / PAGE_WORDS].is_none();
+            block += if absent && !written && block.is_multiple_of(PAGE_BLOCKS) {
+                PAGE_BLOCKS
+            } else if block.is_multiple_of(WORD_BITS) && state.word(word) == same {
+                WORD_BITS
+            } else if (state.word(word) & bit != 0) == written {
+                1
             } else {
                 break;
-            }
+            };
         }
         let end = block.saturating_mul(BLOCK_BYTES).min(range.end());
         (ByteRange::between(range.offset(), end), written)
@@ -119,16 +147,17 @@ impl Bitmap {
 
     /// How many blocks were written.
     pub(super) fn count(&self) -> u64 {
-        self.lock().words.iter().map(|word| u64::from(word.count_ones())).sum()
+        let state = self.lock();
+        let words = state.pages.iter().flatten().flat_map(|page| page.iter());
+        words.map(|word| u64::from(word.count_ones())).sum()
     }
 
     /// All pages with anything in them, as if all had changed.
     pub(super) fn take_all(&self) -> Vec<Page> {
         let mut state = self.lock();
-        let State { words, changed } = &mut *state;
-        let pages = words.chunks(PAGE_WORDS).enumerate();
-        changed
-            .extend(pages.filter(|(_, page)| page.iter().any(|word| *word != 0)).map(|(at, _)| at));
+        let State { pages, changed, .. } = &mut *state;
+        let pages = pages.iter().enumerate();
+        changed.extend(pages.filter(|(_, page)| page.is_some()).map(|(index, _)| index));
         drop(state);
         self.take_changed()
     }
@@ -137,11 +166,8 @@ impl Bitmap {
     pub(super) fn take_changed(&self) -> Vec<Page> {
         let mut state = self.lock();
         let changed = std::mem::take(&mut state.changed);
-        let page = |index: usize| {
-            let words = state.words.iter().skip(index * PAGE_WORDS).take(PAGE_WORDS);
-            (index, words.flat_map(|word| word.to_le_bytes()).collect())
-        };
-        changed.into_iter().map(page).collect()
+        let bytes = |index| state.page(index).iter().flat_map(|word| word.to_le_bytes()).collect();
+        changed.into_iter().map(|index| (index, bytes(index))).collect()
     }
 
     /// These were not stored after all.
@@ -150,9 +176,10 @@ impl Bitmap {
     }
 }
 
-fn words(size_bytes: u64) -> usize {
-    let words = size_bytes.div_ceil(BLOCK_BYTES).div_ceil(WORD_BITS);
-    usize::try_from(words).expect("a disk's bitmap fits the address space")
+/// Pages that tell of all blocks of a disk.
+fn pages(size_bytes: u64) -> usize {
+    let pages = size_bytes.div_ceil(BLOCK_BYTES).div_ceil(PAGE_BLOCKS);
+    usize::try_from(pages).expect("a disk's bitmap fits the address space")
 }
 
 /// Word and bit of a block.
@@ -179,11 +206,10 @@ mod tests {
                 let blocks = offset / BLOCK_BYTES..(offset + len).div_ceil(BLOCK_BYTES);
                 blocks.for_each(|block| flags[usize::try_from(block).unwrap()] = true);
             }
-            let mut pages = vec![0; 4096];
-            for (_, bytes) in bitmap.take_changed() {
-                pages[..bytes.len()].copy_from_slice(&bytes);
+            let stored = Bitmap::new(size);
+            for (index, bytes) in bitmap.take_changed() {
+                stored.load(index, &bytes);
             }
-            let stored = Bitmap::from_bytes(&pages, size);
             for bitmap in [&bitmap, &stored] {
                 let mut at = 0;
                 let mut last = None;
@@ -198,5 +224,33 @@ mod tests {
                 prop_assert_eq!(bitmap.count(), flags.iter().filter(|flag| **flag).count() as u64);
             }
         }
+    }
+    #[test]
+    fn runs_go_over_pages_that_are_not_in_memory() {
+        let page = PAGE_BLOCKS * BLOCK_BYTES;
+        let size = 9 * page + 5;
+        let bitmap = Bitmap::new(size);
+        let run = |from| bitmap.run(ByteRange::between(from, size));
+        assert_eq!(run(0), (ByteRange::between(0, size), false));
+        bitmap.mark(ByteRange::new(2 * page - 1, 2));
+        bitmap.mark(ByteRange::between(9 * page, size));
+        let [from, to] = [2 * page - BLOCK_BYTES, 2 * page + BLOCK_BYTES];
+        assert_eq!(run(5), (ByteRange::between(5, from), false));
+        assert_eq!(run(from), (ByteRange::between(from, to), true));
+        assert_eq!(run(to), (ByteRange::between(to, 9 * page), false));
+        assert_eq!(run(9 * page), (ByteRange::between(9 * page, size), true));
+        assert_eq!(bitmap.count(), 3);
+        let indexes: Vec<usize> = bitmap.take_all().iter().map(|(index, _)| *index).collect();
+        assert_eq!(indexes, [1, 2, 9]);
+    }
+
+    #[test]
+    fn only_bits_of_the_disk_are_taken_from_what_is_stored() {
+        let bitmap = Bitmap::new(70 * BLOCK_BYTES + 1);
+        bitmap.load(0, &[0xff; 4096]);
+        assert_eq!(bitmap.count(), 71);
+        bitmap.grow(1 << 30);
+        let all = ByteRange::between(0, 1 << 30);
+        assert_eq!(bitmap.run(all), (ByteRange::between(0, 71 * BLOCK_BYTES), true));
     }
 }

@@ -1,13 +1,8 @@
-//! The file of a kept overlay: a header, the disk's written blocks, the bitmap.
+//! A kept overlay as it is open: who may have it, what is written to it, how it grows.
 //!
-//! ```text
-//!  header, 4 KiB (at 512: the wish) | the disk | bitmap: a bit per 4 KiB, lowest first
-//! ```
-//!
-//! The header says how large the disk is and where the bitmap begins. The disk grows in place: the
-//! bitmap is written anew behind the new end and made durable, then the header says where. Until
-//! then the old header and the old bitmap hold; where the old bitmap was is then part of the disk,
-//! in blocks that nobody wrote.
+//! What is in the file is told in `layout.rs`. A new one is made as an overlay of no bytes, its
+//! directory synced, and then it grows (`growing.rs`): a crash on the way leaves what the next
+//! attempt goes on with.
 //!
 //! Who may not open the file, because another serves it, can leave a wish in it: the size the disk
 //! should have. The other looks for one when a client comes, and whoever opens the file next.
@@ -17,81 +12,21 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::bitmap::{BLOCK_BYTES, Bitmap, Page};
-use super::growing::{Failed, Fault, Growing};
+use super::bitmap::{Bitmap, Page};
+use super::growing::{Failed, Fault, Growing, sync};
+use super::layout::{Found, Layout, VERSION, read_map, write_pages};
+use crate::block::file::{blocking, sync_directory_of};
 use crate::error::{Error, Kind, Result};
 use crate::units::ByteSize;
 
-/// First bytes of the header.
-const MAGIC: &[u8; 16] = b"vmbackup overlay";
-/// Version of the layout. The first one had its header behind the disk.
-const VERSION: u64 = 2;
-/// Room for the header; the disk begins behind it.
-pub(super) const HEADER_BYTES: u64 = 4096;
-/// What of it is used: magic, version, size, where the bitmap is, identity.
-const HEADER_USED: usize = 16 + 8 + 8 + 8 + 32;
 /// Where a wish is: in a sector of its own, because another process writes it.
 const WISH_AT: u64 = 512;
 /// First bytes of a wish. The size follows, and its complement.
 const WISH_MAGIC: &[u8; 16] = b"vmbackup resize ";
 const WISH_BYTES: usize = 16 + 8 + 8;
-/// Largest disk that an overlay grows to: more than file systems have, and the bitmap of it (8 GiB)
-/// is no more than addresses.
+/// Largest disk that an overlay grows to: more than file systems have. What is not written takes
+/// 16 MiB of memory then ([`Bitmap::new`]).
 const SIZE_BYTES_MAX: u64 = 1 << 48;
-
-/// What the header says.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Layout {
-    pub(super) size_bytes: u64,
-    pub(super) bitmap_at: u64,
-}
-
-impl Layout {
-    /// That of a new file, or of one whose disk is grown and whose first `used_bytes` are in use.
-    fn new(size_bytes: u64, used_bytes: u64) -> Self {
-        let end = HEADER_BYTES + size_bytes.next_multiple_of(BLOCK_BYTES);
-        Self { size_bytes, bitmap_at: end.max(used_bytes) }
-    }
-
-    pub(super) fn end(&self) -> u64 {
-        self.bitmap_at + Bitmap::stored_bytes(self.size_bytes)
-    }
-
-    /// Whether a file of `len` bytes can have it.
-    fn is_possible(&self, len: u64) -> bool {
-        let Self { size_bytes, bitmap_at } = *self;
-        size_bytes <= len
-            && bitmap_at.is_multiple_of(BLOCK_BYTES)
-            && bitmap_at >= Self::new(size_bytes, 0).bitmap_at
-            && len
-                .checked_sub(bitmap_at)
-                .is_some_and(|rest| rest >= Bitmap::stored_bytes(size_bytes))
-    }
-
-    pub(super) fn header(&self, identity: &[u8; 32]) -> [u8; HEADER_USED] {
-        let mut out = [0; HEADER_USED];
-        out[..16].copy_from_slice(MAGIC);
-        out[16..24].copy_from_slice(&VERSION.to_le_bytes());
-        out[24..32].copy_from_slice(&self.size_bytes.to_le_bytes());
-        out[32..40].copy_from_slice(&self.bitmap_at.to_le_bytes());
-        out[40..].copy_from_slice(identity);
-        out
-    }
-
-    /// What `file` says, if it is an overlay of the disk `identity`.
-    fn read(file: &File, identity: &[u8; 32]) -> std::io::Result<Option<Self>> {
-        let len = file.metadata()?.len();
-        let mut found = [0; HEADER_USED];
-        if len < HEADER_BYTES {
-            return Ok(None);
-        }
-        file.read_exact_at(&mut found, 0)?;
-        let number = |at: usize| u64::from_le_bytes(found[at..at + 8].try_into().expect("eight"));
-        let layout = Self { size_bytes: number(24), bitmap_at: number(32) };
-        let ours = found == layout.header(identity) && layout.is_possible(len);
-        Ok(ours.then_some(layout))
-    }
-}
 
 /// An open file, locked against other servers as long as it lives.
 pub(super) struct Kept {
@@ -115,36 +50,27 @@ impl Kept {
         if !lock(&file, path)? {
             return Err(leave_wish(&file, path, size.wanted, identity).map_err(failed)?);
         }
-        let file = Arc::new(file);
-        let kept = |layout| Self {
-            file: Arc::clone(&file),
-            path: path.to_owned(),
-            identity: *identity,
-            layout,
-            fault: None,
+        let layout = match Found::look(&file, identity).map_err(failed)? {
+            Found::Nothing => make(&file, path, identity).map_err(failed)?,
+            Found::Overlay(layout) if layout.size_bytes >= size.least => layout,
+            Found::Overlay(layout) if layout.size_bytes == 0 => layout,
+            found => return Err(refusal(path, &found)),
         };
-        if file.metadata().map_err(failed)?.len() == 0 {
-            let kept = kept(Layout::new(size.wanted.unwrap_or(size.least), 0));
-            kept.format().map_err(failed)?;
-            let bitmap = Bitmap::new(kept.layout.size_bytes);
-            return Ok((kept, bitmap));
+        if layout.size_bytes == 0 {
+            // First of all: no flush of what is written to it may be in vain.
+            sync_name(path)?;
         }
-        let found = Layout::read(&file, identity).map_err(failed)?;
-        let found = found.filter(|layout| layout.size_bytes >= size.least);
-        let mut kept = match found {
-            Some(layout) => kept(layout),
-            None => return Err(refusal(&file, path).map_err(failed)?),
-        };
-        let stored_bytes = Bitmap::stored_bytes(kept.size_bytes());
-        let mut bytes = vec![0; usize::try_from(stored_bytes).expect("a bitmap fits memory")];
-        file.read_exact_at(&mut bytes, kept.layout.bitmap_at).map_err(failed)?;
-        let bitmap = Bitmap::from_bytes(&bytes, kept.size_bytes());
-        kept.grow_now(size.wanted, &bitmap)?;
+        let bitmap = read_map(&file, &layout).map_err(failed)?;
+        let (file, path) = (Arc::new(file), path.to_owned());
+        let mut kept = Self { file, path, identity: *identity, layout, fault: None };
+        kept.grow_now(size, &bitmap)?;
         Ok((kept, bitmap))
     }
 
-    /// Grows the disk to what is wanted, which takes back what another wished for, or to that.
-    fn grow_now(&mut self, wanted: Option<u64>, bitmap: &Bitmap) -> Result<()> {
+    /// Grows the disk to what is wanted, which takes back what another wished for, or to that, and
+    /// an overlay of no bytes at least to what the base has.
+    fn grow_now(&mut self, size: Size, bitmap: &Bitmap) -> Result<()> {
+        let Size { least, wanted } = size;
         let wish = self.wish();
         let wished = wish.read()?.filter(|wished| *wished > self.size_bytes());
         if wanted.is_some_and(|wanted| wanted < self.size_bytes()) {
@@ -153,15 +79,17 @@ impl Kept {
         if wanted.is_some() && wished > wanted {
             wish.take_back()?;
         }
-        let Some(size_bytes) = wanted.or(wished).filter(|size| *size > self.size_bytes()) else {
+        let new = wanted.or(wished).unwrap_or(least).max(least);
+        if new <= self.size_bytes() {
             return Ok(());
-        };
-        match self.growing(size_bytes, bitmap).write() {
+        }
+        match self.growing(new, bitmap).write() {
             Ok(layout) => self.layout = layout,
             Err(failed) => {
                 let Failed { error, fault } = *failed;
                 self.fault = fault;
-                if wanted.is_some() || fault == Some(Fault::Header) {
+                let is_usable = self.size_bytes() >= least && fault != Some(Fault::Header);
+                if wanted.is_some() || !is_usable {
                     return Err(error);
                 }
                 // Nobody asked now: the disk can be served as it is.
@@ -169,15 +97,8 @@ impl Kept {
                 return Ok(());
             }
         }
-        bitmap.grow(size_bytes);
+        bitmap.grow(new);
         Ok(())
-    }
-
-    /// Makes the empty file an overlay.
-    fn format(&self) -> std::io::Result<()> {
-        self.file.set_len(self.layout.end())?;
-        self.file.write_all_at(&self.layout.header(&self.identity), 0)?;
-        self.file.sync_all()
     }
 
     /// What the disk has.
@@ -310,8 +231,10 @@ fn leave_wish(
     let Some(wanted) = wanted else {
         return Ok(busy.hint("stop it first; with --size it can be asked for a larger disk"));
     };
-    let Some(Layout { size_bytes, .. }) = Layout::read(file, identity)? else {
-        return refusal(file, path);
+    let size_bytes = match Found::look(file, identity)? {
+        Found::Overlay(layout) => layout.size_bytes,
+        Found::Nothing => return Ok(busy.hint("it is being made: try again")),
+        found => return Ok(refusal(path, &found)),
     };
     if wanted < size_bytes {
         return Ok(too_small(path, size_bytes));
@@ -319,52 +242,24 @@ fn leave_wish(
     // The size it has is a wish, too: it takes back a larger one.
     file.write_all_at(&wish(wanted), WISH_AT)?;
     file.sync_all()?;
-    let hint = format!("it was told: clients that connect to it from now on find {wanted} bytes");
-    Ok(busy.hint(hint))
+    Ok(busy.hint(format!(
+        "it was asked for {wanted} bytes: clients that connect from now on find them, unless its \
+         log tells why it cannot grow"
+    )))
 }
 
 /// Why a file that holds no overlay of this disk in our layout is refused. One in another layout
 /// holds somebody's disk, and says so, lest it is thrown away.
-fn refusal(file: &File, path: &Path) -> std::io::Result<Error> {
+fn refusal(path: &Path, found: &Found) -> Error {
     let path = path.display();
-    Ok(match other_version(file)? {
-        Some(version) => Error::new(
-            Kind::Unsupported,
-            format!("the overlay {path} has layout {version}; this vmbackup reads {VERSION} only"),
-        )
-        .hint("keep it, and serve it with the version of vmbackup that made it"),
-        None => Error::new(Kind::Usage, format!("{path} is no overlay of this disk"))
-            .hint("an overlay goes with the disk of the point it was made on; name another file"),
-    })
-}
-
-/// The version of the layout of a file that is an overlay in another one.
-fn other_version(file: &File) -> std::io::Result<Option<u64>> {
-    let len = file.metadata()?.len();
-    for at in [Some(0), first_header_at(len)].into_iter().flatten() {
-        let mut found = [0; 24];
-        if len < at + HEADER_BYTES {
-            continue;
-        }
-        file.read_exact_at(&mut found, at)?;
-        let version = u64::from_le_bytes(found[16..].try_into().expect("eight bytes"));
-        if found.starts_with(MAGIC) && version != VERSION {
-            return Ok(Some(version));
-        }
+    if let Found::Version(version) = found {
+        let message =
+            format!("the overlay {path} has layout {version}; this vmbackup reads {VERSION} only");
+        return Error::new(Kind::Unsupported, message)
+            .hint("keep it, and serve it with the version of vmbackup that made it");
     }
-    Ok(None)
-}
-
-/// Where the header of a file of `len` bytes is in the first layout: behind the disk, before a
-/// bitmap of whole pages. The length leaves one place for it.
-fn first_header_at(len: u64) -> Option<u64> {
-    let blocks = len.is_multiple_of(BLOCK_BYTES).then_some(len / BLOCK_BYTES)?;
-    // Blocks of the disk, and a block of bitmap for as many of them as it has bits.
-    let rest = blocks.checked_sub(HEADER_BYTES / BLOCK_BYTES)?;
-    let bits = BLOCK_BYTES * 8;
-    let guess = rest - rest.div_ceil(bits + 1);
-    let fits = |disk: &u64| disk + disk.div_ceil(bits) == rest;
-    [guess, guess + 1].into_iter().find(fits).map(|disk| disk * BLOCK_BYTES)
+    Error::new(Kind::Usage, format!("{path} is no overlay of this disk"))
+        .hint("an overlay goes with the disk of the point it was made on; name another file")
 }
 
 fn too_small(path: &Path, size_bytes: u64) -> Error {
@@ -372,18 +267,21 @@ fn too_small(path: &Path, size_bytes: u64) -> Error {
     Error::new(Kind::Usage, message).hint("an overlay only grows")
 }
 
-pub(super) fn write_pages(file: &File, at: u64, pages: &[Page]) -> std::io::Result<()> {
-    let place = |index: usize| at + index as u64 * BLOCK_BYTES;
-    pages.iter().try_for_each(|(index, bytes)| file.write_all_at(bytes, place(*index)))
+/// Makes a file with nothing in it an overlay of no bytes.
+fn make(file: &File, path: &Path, identity: &[u8; 32]) -> std::io::Result<Layout> {
+    let layout = Layout::new(0, 0);
+    file.write_all_at(&layout.header(identity), 0)?;
+    file.set_len(layout.end())?;
+    sync(file, path)?;
+    Ok(layout)
 }
 
-/// Runs `work` on a thread that may wait.
-pub(super) async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T> + Send + 'static,
-) -> Result<T> {
-    tokio::task::spawn_blocking(work)
-        .await
-        .map_err(|e| Error::new(Kind::Internal, "an input/output thread died").source(e))?
+/// Makes the name of a file durable, which may be a link to another directory.
+fn sync_name(path: &Path) -> Result<()> {
+    let failed = |e| Error::io(format!("cannot find the overlay {}", path.display()), e);
+    #[cfg(test)]
+    super::growing::faults::next(path).map_err(failed)?;
+    sync_directory_of(&path.canonicalize().map_err(failed)?)
 }
 
 /// Sizes of a disk.
@@ -420,31 +318,6 @@ fn lock(file: &File, path: &Path) -> Result<bool> {
         Err(TryLockError::WouldBlock) => Ok(false),
         Err(TryLockError::Error(error)) => {
             Err(Error::io(format!("cannot open the overlay {}", path.display()), error))
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_layout_is_believed_only_if_the_file_has_room_for_it() {
-        let page = 4096 * 8 * BLOCK_BYTES;
-        for size in [0, 1, 4096, 4097, page - 1, page, page + 1, 9 * page + 4096, 1 << 46] {
-            let layout = Layout::new(size, 0);
-            assert!(layout.is_possible(layout.end()) && !layout.is_possible(layout.end() - 1));
-            let behind = Layout::new(size + 1, layout.end());
-            assert!(
-                behind.bitmap_at >= layout.end(),
-                "the old bitmap stays until the new one holds"
-            );
-            assert!(behind.is_possible(behind.end()));
-        }
-        for (size_bytes, bitmap_at) in
-            [(u64::MAX, 8192), (0, u64::MAX), (0, u64::MAX - 4095), (8192, 8192), (0, 4097)]
-        {
-            assert!(!Layout { size_bytes, bitmap_at }.is_possible(1 << 20));
         }
     }
 }

@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::bitmap::{BLOCK_BYTES, Page};
-use super::file::{HEADER_BYTES, Layout, write_pages};
+use super::layout::{HEADER_BYTES, Layout, write_pages};
 use crate::error::{Error, Kind};
 
 /// What whoever writes to the disk has to hear of.
@@ -100,10 +100,17 @@ impl Growing {
     }
 
     fn sync(&self) -> std::io::Result<()> {
-        #[cfg(test)]
-        faults::next(&self.path)?;
-        self.file.sync_all()
+        sync(&self.file, &self.path)
     }
+}
+
+/// Makes `file`, which is the overlay `path`, durable. Blocks.
+pub(super) fn sync(file: &File, path: &Path) -> std::io::Result<()> {
+    #[cfg(test)]
+    faults::next(path)?;
+    #[cfg(not(test))]
+    let _ = path;
+    file.sync_all()
 }
 
 /// Syncs that fail, because no file system here fails on demand.
@@ -128,7 +135,7 @@ pub(super) mod faults {
         plans.insert(path.to_owned(), syncs.iter().copied().collect());
     }
 
-    pub(super) fn next(path: &Path) -> std::io::Result<()> {
+    pub(in crate::block::overlay) fn next(path: &Path) -> std::io::Result<()> {
         let mut plans = PLANS.lock().unwrap_or_else(PoisonError::into_inner);
         match plans.get_mut(path).and_then(VecDeque::pop_front) {
             Some(Sync::Fails) => Err(std::io::Error::from_raw_os_error(5)),

@@ -8,7 +8,7 @@
 //! ```
 //!
 //! The scratch file is sparse and as long as the disk. Which blocks were written is a bitmap in
-//! memory; a kept overlay ([`Overlay::kept`]) has it in the file, too (`file.rs`).
+//! memory; a kept overlay ([`Overlay::kept`]) has it in the file, too (`layout.rs`).
 //!
 //! A disk may be larger than its base: zeroes follow the end of the base. An overlay that is kept
 //! remembers its size, and can grow, also while it is in use: an [`Overlay`] is a view of one size,
@@ -25,6 +25,7 @@
 mod bitmap;
 mod file;
 mod growing;
+mod layout;
 #[cfg(test)]
 mod tests;
 
@@ -34,12 +35,13 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use tokio::sync::{Mutex, RwLock};
 
-use super::file::FileDisk;
+use super::file::{FileDisk, blocking};
 use super::layer::grown::GrownSource;
 use super::{BlockSink, BlockSource, Buffer, ByteRange, ExtentKind, ExtentMap, Geometry, ZeroMode};
 use crate::error::{Error, Kind, Result};
 use bitmap::{BLOCK_BYTES, Bitmap};
-use file::{HEADER_BYTES, Kept, Size, Wish};
+use file::{Kept, Size, Wish};
+use layout::HEADER_BYTES;
 
 /// Runs that one answer about what was written has.
 const RUNS_MAX: usize = 1024;
@@ -156,7 +158,7 @@ impl Overlay {
     pub async fn grown(&self, size_bytes: u64) -> Result<Option<Self>> {
         let Some(KeptLayer { file, wish }) = &self.layer.kept else { return Ok(None) };
         let wish = Arc::clone(wish);
-        let Some(wished) = file::blocking(move || wish.read()).await? else { return Ok(None) };
+        let Some(wished) = blocking(move || wish.read()).await? else { return Ok(None) };
         if wished <= size_bytes {
             return Ok(None);
         }

@@ -39,7 +39,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "FILE", requires = "writable")]
     overlay: Option<PathBuf>,
     /// Make the disk this large, with zeroes behind its end; an overlay that is kept stays so. If
-    /// it is served already, that server is told: clients that connect to it from then on see the
+    /// it is served already, that server is asked: clients that connect to it from then on see the
     /// new size
     #[arg(long, value_name = "SIZE", requires = "writable")]
     size: Option<ByteSize>,

@@ -15,6 +15,7 @@ use rustix::io::Errno;
 
 use super::super::{Folder, ObjectName, StoreError, StoreResult, hex};
 use super::{DIRECTORY_FLAGS, DIRECTORY_MODE, FILE_MODE, Parents};
+use crate::block::file::sync_directory;
 use crate::clock::Timestamp;
 use crate::error::{Error, Kind, Result};
 use crate::repo::seal::random;
@@ -268,15 +269,6 @@ impl Root {
             }
         }
         Ok(swept)
-    }
-}
-
-/// Some file systems cannot sync directories and say EINVAL or ENOTSUP (SMB without POSIX
-/// extensions, some FUSE ones): there a rename is as durable as the server makes it.
-fn sync_directory(dir: &File) -> io::Result<()> {
-    match rustix::fs::fsync(dir) {
-        Ok(()) | Err(Errno::INVAL | Errno::OPNOTSUPP) => Ok(()),
-        Err(error) => Err(error.into()),
     }
 }
 
