@@ -1,5 +1,6 @@
 //! Writes the inputs that the bounded runs keep (`tests/*/corpus`) to `fuzz/corpus/TARGET`, in the
-//! form the targets read. Run in any directory; files that are there already are left alone.
+//! form the targets read. Run in any directory; what the fuzzer found is left alone, and
+//! inputs of an earlier run are written anew.
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -2,7 +2,8 @@
 # The one test command: sets the machine up, builds, checks and runs everything.
 #
 #   tests/run.sh           what CI runs: under 20 minutes on 2 cores from a clean clone
-#   tests/run.sh --soak    the long loops as well (tests marked #[ignore = "soak: …"])
+#   tests/run.sh --soak    the long loops as well (tests marked #[ignore = "soak: …"]), and whether the
+#                          fuzz targets still build
 #
 # Needs a Rust toolchain, and root the first time to install packages (tests/setup.sh says what).
 # Every step runs even if one before it failed; the exit code is 0 only if all passed. Ends with
@@ -17,7 +18,7 @@ for argument in "$@"; do
   case $argument in
     --soak) soak=yes ;;
     --inner) inner=yes ;; # set-up done, libvirtd running
-    *) sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+    *) sed -n '2,10s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
   esac
 done
 if [ "$inner" = no ]; then
@@ -81,6 +82,10 @@ step "licences and sources" deny
 step "scripts" bash -n tests/setup.sh tests/run.sh tests/support/*.sh \
   tests/support/guest/build.sh examples/*.sh benches/*.sh
 step "build" cargo build --workspace --all-targets -q
+if [ "$soak" = yes ]; then
+  # A workspace of its own, so that nothing above sees it. As it is, without coverage, on any compiler.
+  step "fuzz targets" cargo clippy --manifest-path fuzz/Cargo.toml --locked --all-targets -q -- -D warnings
+fi
 step "quick start" examples/quickstart.sh
 for example in examples/*.sh; do
   # With a set-up of its own.

@@ -1,11 +1,12 @@
 //! `recover` where something is in its way: somebody else's job, a monitor that is not free, a VM
 //! that goes while it is waited for. With a plain QEMU, which nothing but its monitor knows.
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::Read;
 use std::os::unix::fs::symlink;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
+use qmp::{Address, Monitor};
 use serde_json::{Value, json};
 
 use crate::support::{Process, TestEnv, is_listening, wait_until};
@@ -43,25 +44,18 @@ impl Machine {
     }
 
     /// One command at the test's own monitor.
-    fn execute(&self, command: &str, arguments: &Value) -> Value {
-        let mut stream = UnixStream::connect(&self.side).unwrap();
-        let mut lines = BufReader::new(stream.try_clone().unwrap()).lines();
-        let mut answer = Value::Null;
-        for (command, arguments) in [("qmp_capabilities", &json!({})), (command, arguments)] {
-            let request = json!({ "execute": command, "arguments": arguments });
-            writeln!(stream, "{request}").unwrap();
-            let mut said = lines.by_ref().map(|line| parsed(&line.unwrap()));
-            // The greeting and events are neither.
-            let is_answer = |value: &Value| ["return", "error"].iter().any(|k| !value[k].is_null());
-            answer = said.find(is_answer).unwrap();
-            assert!(answer["error"].is_null(), "{command}: {answer}");
-        }
-        answer["return"].take()
+    fn execute(&self, command: &str, arguments: Value) -> Value {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let address = Address::Unix(self.side.clone());
+            let monitor = Monitor::connect(&address, qmp::Options::default()).await.unwrap();
+            monitor.execute_raw(command, arguments).await.unwrap()
+        })
     }
 
     /// Names of nodes that backups of ours have made.
     fn nodes(&self) -> Vec<String> {
-        let nodes = self.execute("query-named-block-nodes", &json!({}));
+        let nodes = self.execute("query-named-block-nodes", json!({}));
         let names =
             nodes.as_array().unwrap().iter().map(|node| node["node-name"].as_str().unwrap());
         names.filter(|name| name.starts_with("vmb-")).map(str::to_owned).collect()
@@ -90,11 +84,11 @@ fn what_a_job_of_somebody_else_keeps_from_being_undone_is_a_problem_and_not_anot
     for name in ["ours", "theirs"] {
         let node = json!({ "driver": "null-co", "node-name": name, "size": 65536,
             "read-zeroes": true });
-        machine.execute("blockdev-add", &node);
+        machine.execute("blockdev-add", node);
     }
     let mirror = json!({ "device": "ours", "target": "theirs", "sync": "none",
         "job-id": "their-job" });
-    machine.execute("blockdev-mirror", &mirror);
+    machine.execute("blockdev-mirror", mirror);
     let outcome = env.vmbackup(&["recover", "--json"]).fails_with(&["their-job", "not recovered"]);
     let report = parsed(&outcome.stdout);
     let problem = report["vms"][0]["problem"].as_str().unwrap();
@@ -103,9 +97,9 @@ fn what_a_job_of_somebody_else_keeps_from_being_undone_is_a_problem_and_not_anot
     }
     assert!(!report["vms"][0]["items"].to_string().contains("journal of VM"), "{report}");
     assert_eq!(machine.nodes(), filters);
-    machine.execute("job-cancel", &json!({ "id": "their-job" }));
+    machine.execute("job-cancel", json!({ "id": "their-job" }));
     wait_until("the end of their job", 60, || {
-        machine.execute("query-jobs", &json!({})).as_array().unwrap().is_empty()
+        machine.execute("query-jobs", json!({})).as_array().unwrap().is_empty()
     });
     env.vmbackup(&["recover"]).ok();
     assert_eq!(machine.nodes(), Vec::<String>::new());
