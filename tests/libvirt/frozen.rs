@@ -6,7 +6,7 @@
 use std::time::{Duration, Instant};
 
 use crate::rig::assert_no_trace;
-use crate::support::{DiskFormat, Domain, DomainSpec, Guest, TestEnv, wait_until};
+use crate::support::{DiskFormat, Domain, DomainSpec, Guest, SmallDisk, TestEnv, wait_until};
 
 fn frozen_by_journal(env: &TestEnv, domain: &Domain<'_>) -> bool {
     let journal = env.path("state/journal").join(format!("{}.json", domain.uuid()));
@@ -104,6 +104,27 @@ fn an_agent_that_stops_answering_is_thawed_as_soon_as_it_answers() {
     assert!(frozen_by_journal(&env, &domain), "the guest may be frozen: {ended:?}");
     guest.run("kill -CONT $(pidof qemu-ga)");
     assert_thawed(&mut guest, 60);
+}
+
+/// Nobody is asked anything while the agent is waited for, but scratch is watched.
+#[test]
+fn a_guest_that_fills_scratch_while_its_agent_thaws_it_writes_on() {
+    let env = TestEnv::new();
+    let small = SmallDisk::mount(&env.path("."), "16M");
+    let (domain, mut guest) = mounted(&env);
+    guest.run("dd if=/dev/urandom of=/mnt/big bs=1M count=24 && sync; echo 30 >/tmp/slow.thaw");
+    let scratch = small.path.to_str().unwrap();
+    let backup = env.spawn_vmbackup(&["full", "--domain", domain.name(), "--scratch-dir", scratch]);
+    wait_until("the thaw", 60, || hooked(&mut guest).iter().any(|did| did == "thaw"));
+    let begun = Instant::now();
+    // Where it lies. The agent is busy with its hook, the file systems are thawed.
+    guest.run("rm /tmp/slow.thaw; dd if=/dev/zero of=/mnt/big bs=1M count=24 conv=notrunc,fsync");
+    assert!(begun.elapsed() < Duration::from_secs(20), "it stood still: {:?}", begun.elapsed());
+    assert!(!domain.has_backup_job());
+    let outcome = backup.wait();
+    assert_eq!(outcome.code, Some(9), "no space: {outcome:?}");
+    assert!(outcome.stderr.contains("the guest comes first"), "{outcome:?}");
+    assert!(small.files().is_empty());
 }
 
 #[test]

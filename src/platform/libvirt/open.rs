@@ -1,8 +1,9 @@
-//! Opening a snapshot; of a running domain (a stopped one is [`super::stopped`]'s): everything up to the moment the job runs.
+//! Opening a snapshot; of a running domain (a stopped one is [`super::stopped`]'s): everything up to
+//! the moment the job runs.
 //!
-//! Order: lock, clear away what a killed run left, look, find the bases, freeze, begin, thaw. What
-//! fails is undone here, before the error is returned; what succeeds is handed to
-//! [`super::snapshot`], which commits or aborts it.
+//! Order: lock, clear away what a killed run left, look, find the bases, freeze, begin, watch, thaw.
+//! What fails is undone here, before the error is returned; what succeeds is handed to
+//! [`super::snapshot`], which commits or aborts it. The job is watched all that time.
 
 mod instant;
 
@@ -16,7 +17,7 @@ use super::reconcile::{self, drop_stale, image_bitmaps};
 use super::scratch::Places;
 use super::snapshot::{RunningSnapshot, remove_left};
 use super::survey::{Description, Survey};
-use super::watch::{Watch, Watched};
+use super::watch::Watch;
 use super::{LibvirtOptions, artifacts, reach, stopped};
 use crate::clock::Timestamp;
 use crate::control::Control;
@@ -74,11 +75,15 @@ pub(super) async fn open(
         bases: Bases::default(),
         stale: Vec::new(),
         begun: Begun::No,
+        watch: None,
         frost,
     };
     match opening.run(control).await {
         Ok(opened) => Ok(Box::new(opening.into_snapshot(opened))),
         Err(error) => {
+            // It may be why.
+            let lost = opening.watch.as_ref().and_then(Watch::take_lost);
+            let error = lost.unwrap_or(error);
             opening.undo().await;
             Err(job::instead(&opening.domain, error).await)
         }
@@ -98,6 +103,8 @@ struct Opening {
     /// Known points with a bitmap in some image that is no base: dropped at commit.
     stale: Vec<(PointId, Vec<String>)>,
     begun: Begun,
+    /// From the moment the job runs.
+    watch: Option<Watch>,
     /// Whether the guest may be frozen, by this run or an earlier one.
     frost: Frost,
 }
@@ -121,7 +128,6 @@ struct Opened {
     not_captured: Vec<crate::vm::NotCaptured>,
     job_disks: Vec<JobDisk>,
     server: Server,
-    watch: Watch,
 }
 
 impl Opening {
@@ -158,10 +164,8 @@ impl Opening {
         )?;
         let events = self.domain.subscribe("watch the jobs of").await?;
         control.set_phase("taking the snapshot");
-        let Instant { taken, quiescence, job_disks } = self.take_instant(&server, control).await?;
-        let scratch = local.then(|| (self.places.scratch.clone(), job_disks.clone()));
-        let (domain, point) = (self.domain.clone(), self.request.point);
-        let watch = Watch::start(Watched { domain, point, scratch }, events);
+        let Instant { taken, quiescence, job_disks } =
+            self.take_instant((&server, events), control).await?;
         let Description { raw, set, .. } = Description::read(&self.domain, &self.request).await?;
         // What was found out about the bases was found out about these images.
         set.check_continues(&self.survey.set, &self.domain.name)?;
@@ -173,7 +177,7 @@ impl Opening {
             let kind = ArtifactKind::CheckpointXml;
             artifacts.push(Artifact { kind, origin: None, bytes: xml.into_bytes() });
         }
-        Ok(Opened { taken, quiescence, artifacts, not_captured, job_disks, server, watch })
+        Ok(Opened { taken, quiescence, artifacts, not_captured, job_disks, server })
     }
 
     /// Names of the disks that get a bitmap.
@@ -378,7 +382,7 @@ impl Opening {
             reach: None,
             defined: self.bases.defined,
             stale: self.stale,
-            watch: Some(opened.watch),
+            watch: self.watch,
             frost: self.frost,
             lock: self.lock,
         }

@@ -1,5 +1,5 @@
-//! The instant of a running domain: it is written down, the guest freezes, the job begins, the
-//! guest thaws, on every path.
+//! The instant of a running domain: it is written down, the guest freezes, the job begins and is
+//! watched, the guest thaws, on every path. A thaw may take a minute, in which the guest writes.
 //!
 //! What a job that did not begin leaves is undone by whoever opens the snapshot.
 
@@ -15,12 +15,13 @@ use crate::error::{Error, Kind, Result, with_causes};
 use crate::journal::{Entry, Phase};
 use crate::platform::libvirt::checkpoint::checkpoint_xml;
 use crate::platform::libvirt::error::code;
-use crate::platform::libvirt::ffi::{self, VirtResult};
+use crate::platform::libvirt::ffi::{self, Events, VirtResult};
 use crate::platform::libvirt::job::{self, JobDisk, Server};
 use crate::platform::libvirt::names::scratch_path;
 use crate::platform::libvirt::quiesce::{self, Frozen, Wish};
 use crate::platform::libvirt::reconcile::BEGUN;
 use crate::platform::libvirt::scratch;
+use crate::platform::libvirt::watch::{Watch, Watched};
 use crate::platform::{BackupMode, Quiesce};
 use crate::vm::{FullReason, Quiescence};
 
@@ -39,7 +40,7 @@ impl Opening {
     /// Freezes, begins the job, thaws. Thaws on every path.
     pub(super) async fn take_instant(
         &mut self,
-        server: &Server,
+        (server, events): (&Server, Events),
         control: &Control,
     ) -> Result<Instant> {
         let problem = quiesce::agent_problem(&self.survey.root, self.survey.paused);
@@ -63,6 +64,9 @@ impl Opening {
             control.notice(NoticeLevel::Warning, format!("crash consistent only: {reason}"));
         }
         let begun = self.begin(server, control).await;
+        if let Ok((_, job_disks)) = &begun {
+            self.watch_job(job_disks, events);
+        }
         let (quiescence, frost) = quiesce::thaw(frozen, std::mem::take(&mut self.frost)).await;
         self.frost = frost;
         let frozen = self.frost.is_there().await;
@@ -80,6 +84,13 @@ impl Opening {
         self.lock.journal.amend(thawed, [answered])?;
         let (taken, job_disks) = begun;
         Ok(Instant { taken, quiescence, job_disks })
+    }
+
+    fn watch_job(&mut self, job_disks: &[JobDisk], events: Events) {
+        let local = self.domain.host.is_local();
+        let scratch = local.then(|| (self.places.scratch.clone(), job_disks.to_vec()));
+        let (domain, point) = (self.domain.clone(), self.request.point);
+        self.watch = Some(Watch::start(Watched { domain, point, scratch }, events));
     }
 
     /// Writes down all that the instant takes.
