@@ -129,8 +129,12 @@ async fn a_guest_that_was_left_paused_goes_on_although_qemu_tells_of_no_node() {
     let next = machine.next_point();
     let request = points.request(&machine, next);
     let platform = machine.platform().await;
-    let refused = platform.open_snapshot(&request, &Control::new()).await;
-    assert!(refused.is_err(), "what else is left is not known");
+    let control = Control::new();
+    let refused = platform.open_snapshot(&request, &control).await.err().unwrap();
+    assert!(refused.to_string().contains("VM 'plain' goes on"), "{refused:?}");
+    assert!(refused.to_string().contains("what else that left is not known"), "{refused:?}");
+    let told = control.notices_from(0);
+    assert!(told.iter().any(|told| told.text.contains("pause of VM 'plain'")), "{told:?}");
     assert!(machine.runs().await);
 }
 

@@ -1,7 +1,10 @@
 //! Scratch that runs short: the guest comes first.
 
+use std::io::{BufRead, BufReader};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use serde_json::json;
 use vmbackup::control::Control;
 use vmbackup::error::{Error, Kind};
 use vmbackup::platform::{Platform, SnapshotRequest, VmSnapshot};
@@ -108,4 +111,47 @@ async fn scratch_of_a_plain_qemu_that_is_short_or_vanishes_gives_the_backup_up()
     snapshot.abort().await.unwrap();
     std::fs::remove_dir_all(small.path.join("moved")).unwrap();
     machine.holds_only(&[]).await;
+}
+
+/// Freezes the file system of an image, says so, and thaws it when it is told to, or after a while.
+const FREEZE: &str = "mkfs.ext4 -q -F $1 && mount -o loop $1 $2 && fsfreeze -f $2 && echo frozen; \
+                      timeout 60 cat; fsfreeze -u $2; echo thawed; cat; umount -l $2";
+
+/// Who waits in such a file system cannot be told to stop. An earlier run's pause ends first.
+#[tokio::test]
+async fn a_scratch_directory_that_hangs_is_named_in_time_and_holds_up_no_guest() {
+    let mut machine = Machine::with(Guest::Idle).await;
+    let (image, hanging) = (machine.path("hanging.img"), machine.path("hanging"));
+    std::fs::File::create_new(&image).unwrap().set_len(64 << 20).unwrap();
+    std::fs::create_dir(&hanging).unwrap();
+    // Not in our group: whoever ends this test ends it with the pipe.
+    let mut freezer = Command::new("setsid")
+        .args(["sh", "-c", FREEZE, "sh"])
+        .args([&image, &hanging])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut said = BufReader::new(freezer.stdout.take().unwrap()).lines();
+    assert_eq!(said.next().unwrap().unwrap(), "frozen");
+    let (points, dead) = (Points::default(), machine.next_point());
+    let marker = format!("vmb-pse-{}-0", dead.short());
+    let marker = json!({ "driver": "null-co", "node-name": marker, "size": 0 });
+    machine.side.blockdev_add(marker).await.unwrap();
+    machine.side.stop().await.unwrap();
+    let point = machine.next_point();
+    let request = points.request(&machine, point);
+    let request = SnapshotRequest { scratch_dir: Some(hanging.clone()), ..request };
+    let platform = machine.platform().await;
+    let begun = Instant::now();
+    let error = platform.open_snapshot(&request, &Control::new()).await.err().unwrap();
+    assert!(begun.elapsed() < Duration::from_secs(30), "{:?}", begun.elapsed());
+    assert_eq!(error.kind(), Kind::Timeout, "{error:?}");
+    assert!(error.to_string().contains(hanging.to_str().unwrap()), "{error}");
+    assert!(error.hint_text().is_some_and(|hint| hint.contains("--scratch-dir")), "{error:?}");
+    assert!(machine.runs().await);
+    machine.holds_only(&[]).await;
+    drop(freezer.stdin.take());
+    assert_eq!(said.next().unwrap().unwrap(), "thawed");
+    freezer.wait().unwrap();
 }

@@ -100,11 +100,9 @@ impl Filter {
             return Ok(());
         }
         let (device, filter) = (&self.device, &self.name);
-        // Somebody may have put an overlay between the two: the device's writes go there.
-        let graph = Graph::ask(monitor).await.unwrap_or_else(|error| {
-            tracing::warn!(%error, filter, "taken to be above the node it was put on");
-            None
-        });
+        // Somebody may have put an overlay between the two: the device's writes go there. Where QEMU
+        // does not tell, the filter is taken to be above the node it was put on.
+        let graph = Graph::ask(monitor).await?;
         let below = graph.as_ref().and_then(|graph| graph.below(filter));
         let Some(node) = below.or(self.node.as_deref()) else {
             let what = format!("nothing tells which node {device} had before {filter}");
@@ -204,8 +202,56 @@ async fn foreign_job(monitor: &Monitor) -> Result<Option<String>> {
 
 #[cfg(test)]
 mod tests {
+    use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+
     use super::super::disks::tests::device;
     use super::*;
+
+    /// A QEMU whose device is on the filter, and which does not say what is below it.
+    async fn silent(listener: tokio::net::UnixListener, filter: String) -> Vec<String> {
+        let (stream, _) = listener.accept().await.unwrap();
+        let (reader, mut writer) = stream.into_split();
+        let version = json!({ "qemu": { "major": 10, "minor": 0, "micro": 0 }, "package": "" });
+        let greeting = json!({ "QMP": { "version": version, "capabilities": [] } });
+        let mut lines = BufReader::new(reader).lines();
+        writer.write_all(format!("{greeting}\n").as_bytes()).await.unwrap();
+        let mut heard = Vec::new();
+        while let Ok(Some(line)) = lines.next_line().await {
+            let command: serde_json::Value = serde_json::from_str(&line).unwrap();
+            let name = command["execute"].as_str().unwrap().to_owned();
+            heard.push(name.clone());
+            let found = match name.as_str() {
+                "query-block" => json!([{ "device": "", "qdev": "a",
+                    "removable": false, "inserted": { "node-name": filter, "drv": "copy-before-write",
+                    "ro": false, "file": "a", "image": { "filename": "a", "format": "raw",
+                    "virtual-size": 1 } } }]),
+                "x-debug-query-block-graph" => continue,
+                "query-block-jobs" => json!([]),
+                _ => json!({}),
+            };
+            let answer = json!({ "return": found, "id": command["id"] });
+            writer.write_all(format!("{answer}\n").as_bytes()).await.unwrap();
+        }
+        heard
+    }
+
+    #[tokio::test]
+    async fn a_device_stays_on_its_filter_where_qemu_does_not_answer_what_is_below() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("m.sock");
+        let listener = tokio::net::UnixListener::bind(&socket).unwrap();
+        let filter = Filter { name: "f".into(), node: Some("n".into()), device: "a".into() };
+        let qemu = tokio::spawn(silent(listener, filter.name.clone()));
+        let short = std::time::Duration::from_millis(200);
+        let options = qmp::Options { command: short, ..qmp::Options::default() };
+        let monitor = Monitor::connect(&qmp::Address::Unix(socket), options).await.unwrap();
+        let error = filter.detach(&monitor).await.unwrap_err();
+        assert_eq!(error.kind(), Kind::Timeout, "{error:?}");
+        drop(monitor);
+        let heard = qemu.await.unwrap();
+        assert!(heard.iter().any(|name| name == "x-debug-query-block-graph"), "{heard:?}");
+        assert!(!heard.iter().any(|name| name == "qom-set"), "{heard:?}");
+    }
 
     #[test]
     fn a_filter_is_found_again_with_what_the_journal_has() {

@@ -15,10 +15,13 @@ use crate::error::Result;
 pub(super) struct Graph(Value);
 
 impl Graph {
-    /// Asks for it; none where this QEMU does not tell.
+    /// Asks for it; none where this QEMU does not tell. No answer is an error, not none.
     pub(super) async fn ask(monitor: &Monitor) -> Result<Option<Self>> {
         match monitor.execute_raw("x-debug-query-block-graph", json!({})).await {
-            Err(error) if error.kind() == qmp::Kind::Unsupported => Ok(None),
+            Err(error) if matches!(error.kind(), qmp::Kind::Unsupported | qmp::Kind::Refused) => {
+                tracing::warn!(%error, "QEMU does not tell which node is below which");
+                Ok(None)
+            }
             graph => {
                 graph.map(|graph| Some(Self(graph))).map_err(failed("cannot ask for the graph"))
             }

@@ -20,11 +20,11 @@ use super::names::Temp;
 use super::snapshot::{Keeper, OpenDisk, Snapshot, export_name};
 use super::teardown::OurServer;
 use super::work_dir::{Question, WorkDir};
-use super::{Qemu, QemuOptions, checkpoint, filter, reconcile, scratch_base};
+use super::{Qemu, QemuOptions, checkpoint, filter, reconcile, scratch_base, work_dir};
 use crate::control::{Control, NoticeLevel};
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::journal::{Entry, Mode, Phase, Place, Recovery, Run};
-use crate::platform::space::{self, Space, no_room};
+use crate::platform::space::no_room;
 use crate::platform::{Asked, RecoverRequest, SnapshotRequest, VmSnapshot, tell};
 
 /// Connections QEMU lets in per disk: those of our client, and two to spare.
@@ -37,7 +37,6 @@ pub(super) async fn open(
     control: &Control,
 ) -> Result<Box<dyn VmSnapshot>> {
     let base = scratch_base(request);
-    space::check_directory(&base)?;
     let mut journal = qemu.options.journals.open(qemu.identity.uuid)?;
     let mut recovery = Recovery::new(Mode::Undo);
     let wanted =
@@ -49,7 +48,7 @@ pub(super) async fn open(
     let migration = qemu.check_state().await?;
     let survey = qemu.survey(request).await?;
     survey.check_mode(request.mode)?;
-    if Space::of(&base)?.is_low() {
+    if work_dir::space_of(&base).await?.is_low() {
         return Err(no_room(&base));
     }
     let filters = match Keeper::of(qemu, request) {
@@ -72,8 +71,11 @@ pub(super) async fn open(
         Entry::of(Phase::Socket),
     ])?;
     journal.before(Phase::Scratch);
-    let work_dir = match WorkDir::create(&base, &qemu.options.monitor, vm.uuid, request.point) {
+    let made = WorkDir::create(&base, &qemu.options.monitor, vm.uuid, request.point).await;
+    let work_dir = match made {
         Ok(work_dir) => work_dir,
+        // It may come yet: the next run looks for it.
+        Err(error) if error.kind() == Kind::Timeout => return Err(error),
         Err(error) => {
             journal.finish()?;
             return Err(error);
@@ -124,7 +126,7 @@ impl Snapshot {
 
     async fn add_scratch(&mut self) -> Result<()> {
         for (index, open) in self.disks.iter().enumerate() {
-            let file = self.work_dir.create_scratch(index, open.disk.size_bytes())?;
+            let file = self.work_dir.create_scratch(index, open.disk.size_bytes()).await?;
             let node = Temp::Scratch.name(self.point, index);
             self.things.scratch.push(node.clone());
             let what = format!("QEMU cannot open the scratch file {}", file.display());

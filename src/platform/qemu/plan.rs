@@ -6,7 +6,7 @@ use super::disks::Disk;
 use super::error::failed;
 use super::names::Temp;
 use super::snapshot::definition;
-use super::{Qemu, checkpoint, filter, scratch_base};
+use super::{Qemu, checkpoint, filter, scratch_base, work_dir};
 use crate::error::{Kind, Result};
 use crate::platform::space::{Space, no_room};
 use crate::platform::{PlannedDisk, Problem, Quiesce, ScratchPlan, SnapshotPlan, SnapshotRequest};
@@ -39,7 +39,7 @@ pub(super) async fn plan(qemu: &Qemu, request: &SnapshotRequest) -> Result<Snaps
         problems.push(Problem { fatal: Some(Kind::Unsupported), what, fix });
     }
     let directory = scratch_base(request);
-    let space = Space::of(&directory);
+    let space = work_dir::space_of(&directory).await;
     let bytes_max = survey.disks.protected.iter().map(Disk::size_bytes).sum();
     problems.extend(narrow(&directory, &space, bytes_max));
     let bytes_free = space.ok().map(|space| space.free_bytes);

@@ -14,6 +14,7 @@
 //! has an NBD export. Bitmaps of other repositories are theirs to judge; ours are removed only if
 //! it is known which points exist. Called by `open::open` and `Qemu::recover`.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -41,19 +42,28 @@ pub(super) async fn reconcile(
 ) -> Result<()> {
     let things = leftovers(&qemu.monitor, journal).await;
     // The agent of a paused guest does not answer.
-    if recovery.changes() {
-        go_on(qemu, journal, things.as_ref().ok()).await;
-    }
+    let goes_on = recovery.changes() && go_on(qemu, journal, things.as_ref().ok(), recovery).await;
     let thawed = thaw(qemu, journal, request.snapshot.guardian.as_deref(), recovery).await;
-    let things = things?;
+    let things = things.map_err(|error| {
+        if !goes_on {
+            return error;
+        }
+        // Where there is an error nobody may be told of the items.
+        let vm = &qemu.identity.name;
+        error.context(format!(
+            "VM '{vm}' goes on, which an earlier backup had paused; what else that left is not known"
+        ))
+    })?;
     if things.tell(&qemu.identity.name, recovery) && recovery.changes() {
         things
             .take_down(&qemu.monitor)
             .await
             .map_err(|error| error.context("cannot remove what an earlier backup left in QEMU"))?;
     }
-    work_dir::sweep(&scratch_base(&request.snapshot), qemu.identity.uuid, recovery)?;
-    let stay = journal.remove_files(&[Phase::Scratch], recovery);
+    let base = scratch_base(&request.snapshot);
+    work_dir::check(&base).await?;
+    work_dir::sweep(&base, qemu.identity.uuid, recovery).await?;
+    let stay = remove_noted(journal, &base, recovery).await;
     if request.repository == Asked::Yes {
         bitmaps(qemu, request, recovery).await?;
     }
@@ -71,19 +81,46 @@ pub(super) async fn reconcile(
 }
 
 /// Ends the pause of an earlier run. Where QEMU does not tell what there is, because of a broken
-/// image of somebody else, the journal knows what its mark would be called.
-async fn go_on(qemu: &Qemu, journal: &Journal, things: Option<&Things>) {
+/// image of somebody else, the journal knows what its mark would be called. Whether there was one
+/// that nobody else will tell of.
+async fn go_on(
+    qemu: &Qemu,
+    journal: &Journal,
+    things: Option<&Things>,
+    recovery: &mut Recovery,
+) -> bool {
+    let mut goes_on = false;
+    let vm = &qemu.identity.name;
     let markers: Vec<_> = match things {
         Some(things) => things.pause.iter().cloned().collect(),
         None => journal.earlier().map(|run| Temp::Pause.name(run.point, 0)).collect(),
     };
     for marker in markers {
         match pause::go_on_after_all(&qemu.monitor, &marker).await {
-            Ok(true) => tracing::info!("the guest goes on, which an earlier backup had paused"),
-            Ok(false) => {}
+            Ok(true) if things.is_none() => {
+                recovery.undo(format!("pause of VM '{vm}': it goes on"));
+                goes_on = true;
+            }
+            Ok(_) => {}
             Err(error) => tracing::warn!(%error, "the guest may still be paused"),
         }
     }
+    goes_on
+}
+
+/// Removes the scratch that earlier runs noted elsewhere than below `base`; the points of which it
+/// stays.
+async fn remove_noted(journal: &Journal, base: &Path, recovery: &mut Recovery) -> Vec<PointId> {
+    let noted = journal.earlier().flat_map(|run| run.objects(Phase::Scratch));
+    let others: BTreeSet<_> =
+        noted.filter_map(Path::parent).filter(|other| *other != base).collect();
+    for other in others {
+        if let Err(hangs) = work_dir::answers(other).await {
+            recovery.note(Action::Kept, format!("scratch of an earlier backup: {hangs}"));
+            return journal.earlier().map(|run| run.point).collect();
+        }
+    }
+    journal.remove_files(&[Phase::Scratch], recovery)
 }
 
 /// Fails while there is a journal that cannot be read: the guest may be frozen, and what a backup

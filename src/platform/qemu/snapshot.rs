@@ -23,7 +23,7 @@ use super::names::Temp;
 use super::teardown::{AGAIN, First, Things, remove_bitmap};
 use super::watch::Watch;
 use super::work_dir::WorkDir;
-use super::{Qemu, Survey, checkpoint, old_access, pause};
+use super::{Qemu, Survey, checkpoint, old_access, pause, work_dir};
 use crate::block::{BlockSource, Buffer};
 use crate::clock::Timestamp;
 use crate::error::{Error, Kind, Result};
@@ -195,7 +195,7 @@ impl Snapshot {
             tracing::warn!(%error, "QEMU has ended: there is nothing to take down");
         }
         self.watch = None;
-        self.work_dir.remove()
+        self.work_dir.remove().await
     }
 
     /// Takes all of it down, in several attempts where it takes too long; it is watched meanwhile.
@@ -353,7 +353,7 @@ impl Snapshot {
         if let Err(hangs) = self.things.scratch_answers().await {
             return Err(lost(&format!("that of disk {name} broke: {hangs}")).source(error));
         }
-        if Space::of(directory).is_ok_and(Space::is_low) {
+        if work_dir::space_of(directory).await.is_ok_and(Space::is_low) {
             return Err(broke(name, directory).source(error));
         }
         Err(lost(&format!("that of disk {name} cannot be read any more")).source(error))

@@ -6,7 +6,8 @@
 //! name and takes the directory with all that is in it; it follows no link.
 //!
 //! Whether its file system still takes writes is asked by a process of its own ([`Question`]):
-//! whoever asks one that hangs, hangs.
+//! whoever asks one that hangs, hangs. What it is used for after that is done on threads of their
+//! own, and waited for no longer than some time ([`aside`]).
 
 use std::fs::{self, File, Metadata, Permissions};
 use std::io::{self, ErrorKind};
@@ -23,24 +24,43 @@ use tokio::sync::Mutex;
 use super::names;
 use crate::error::{Error, Kind, Result};
 use crate::journal::Recovery;
+use crate::platform::space::{self, Space};
 use crate::vm::{PointId, Uuid};
 
 /// Longest wait for the file system of a scratch directory: a busy one takes seconds.
 pub(super) const ANSWER: Duration = Duration::from_secs(10);
 
+/// Longest wait for the removal of scratch files that hold what a guest overwrote, where the file
+/// system has answered.
+const REMOVE: Duration = Duration::from_secs(300);
+/// What helps where a scratch directory does not answer.
+const ELSEWHERE: &str = "name another local directory with --scratch-dir, or run it again when this \
+                         one answers";
+
 /// A run's directory.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct WorkDir {
     path: PathBuf,
     /// The directory that was made, whatever has its name now.
-    dir: File,
+    dir: Arc<File>,
     /// User and group of QEMU.
     owner: (u32, u32),
 }
 
 impl WorkDir {
-    /// Makes the directory below `base`, for the QEMU behind `monitor`.
-    pub(super) fn create(base: &Path, monitor: &Path, vm: Uuid, point: PointId) -> Result<Self> {
+    /// Makes the directory below `base`, for the QEMU behind `monitor`. After a
+    /// [`Kind::Timeout`] it may come yet.
+    pub(super) async fn create(
+        base: &Path,
+        monitor: &Path,
+        vm: Uuid,
+        point: PointId,
+    ) -> Result<Self> {
+        let (at, monitor) = (base.to_owned(), monitor.to_owned());
+        aside(base, ANSWER, move || Self::make(&at, &monitor, vm, point)).await?
+    }
+
+    fn make(base: &Path, monitor: &Path, vm: Uuid, point: PointId) -> Result<Self> {
         let socket = fs::metadata(monitor)
             .map_err(|error| Error::io(format!("cannot look at {}", monitor.display()), error))?;
         let owner = (socket.uid(), socket.gid());
@@ -50,7 +70,7 @@ impl WorkDir {
             Error::io(format!("cannot make the scratch directory {}", path.display()), error)
                 .hint("give a local directory that QEMU may write to (--scratch-dir)")
         })?;
-        Ok(Self { path, dir, owner })
+        Ok(Self { path, dir: Arc::new(dir), owner })
     }
 
     /// Where the socket of the exports goes.
@@ -74,13 +94,18 @@ impl WorkDir {
     }
 
     /// Makes a disk's scratch file: a hole of exactly the disk's size, as the job demands.
-    pub(super) fn create_scratch(&self, disk: usize, size_bytes: u64) -> Result<PathBuf> {
+    pub(super) async fn create_scratch(&self, disk: usize, size_bytes: u64) -> Result<PathBuf> {
+        let own = self.clone();
+        aside(&self.path, ANSWER, move || own.make_scratch(disk, size_bytes)).await?
+    }
+
+    fn make_scratch(&self, disk: usize, size_bytes: u64) -> Result<PathBuf> {
         let path = self.scratch(disk);
         let create = || {
             let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW;
             let mode = Mode::RUSR | Mode::WUSR;
             let file: File =
-                openat(&self.dir, scratch_name(disk), flags | OFlags::CLOEXEC, mode)?.into();
+                openat(&*self.dir, scratch_name(disk), flags | OFlags::CLOEXEC, mode)?.into();
             file.set_len(size_bytes)?;
             hand_over(&file, self.owner)
         };
@@ -90,8 +115,8 @@ impl WorkDir {
     }
 
     /// Removes the directory and what is in it. What is gone already is no error.
-    pub(super) fn remove(&self) -> Result<()> {
-        remove(&self.path)
+    pub(super) async fn remove(&self) -> Result<()> {
+        remove_aside(self.path.clone()).await
     }
 }
 
@@ -152,19 +177,64 @@ impl Question {
     }
 }
 
+/// Does what may hang with the file system of `directory`; fails with [`Kind::Timeout`] if it takes
+/// longer than `limit`, and leaves it to itself then.
+pub(super) async fn aside<T: Send + 'static>(
+    directory: &Path,
+    limit: Duration,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T> {
+    let what = |why| format!("scratch directory {} {why}", directory.display());
+    match tokio::time::timeout(limit, tokio::task::spawn_blocking(work)).await {
+        Ok(done) => {
+            done.map_err(|error| Error::new(Kind::Internal, what("is not looked at")).source(error))
+        }
+        Err(_) => Err(Error::new(Kind::Timeout, what("does not answer")).hint(ELSEWHERE)),
+    }
+}
+
+/// Fails with [`Kind::Timeout`] if `directory` takes no writes now.
+pub(super) async fn answers(directory: &Path) -> Result<()> {
+    let question = Question::new(directory.to_owned());
+    question.answers().await.map_err(|error| error.hint(ELSEWHERE))
+}
+
+/// Fails unless `base` is a directory that takes writes now.
+pub(super) async fn check(base: &Path) -> Result<()> {
+    answers(base).await?;
+    let at = base.to_owned();
+    aside(base, ANSWER, move || space::check_directory(&at)).await?
+}
+
+/// The room in `directory`.
+pub(super) async fn space_of(directory: &Path) -> Result<Space> {
+    let at = directory.to_owned();
+    aside(directory, ANSWER, move || Space::of(&at)).await?
+}
+
 /// Removes the directories that dead runs on `vm` left below `base`.
-pub(super) fn sweep(base: &Path, vm: Uuid, recovery: &mut Recovery) -> Result<()> {
+pub(super) async fn sweep(base: &Path, vm: Uuid, recovery: &mut Recovery) -> Result<()> {
+    let at = base.to_owned();
+    for path in aside(base, ANSWER, move || left(&at, vm)).await?? {
+        if recovery.undo(format!("scratch directory {}", path.display())) {
+            remove_aside(path).await?;
+        }
+    }
+    Ok(())
+}
+
+fn left(base: &Path, vm: Uuid) -> Result<Vec<PathBuf>> {
     let failed = |error| Error::io(format!("cannot look into {}", base.display()), error);
+    let mut left = Vec::new();
     for entry in fs::read_dir(base).map_err(failed)? {
         let entry = entry.map_err(failed)?;
         let is_dir = entry.file_type().map_err(failed)?.is_dir();
         let ours = entry.file_name().to_str().is_some_and(|name| names::is_work_dir(name, vm));
-        let path = entry.path();
-        if is_dir && ours && recovery.undo(format!("scratch directory {}", path.display())) {
-            remove(&path)?;
+        if is_dir && ours {
+            left.push(entry.path());
         }
     }
-    Ok(())
+    Ok(left)
 }
 
 fn scratch_name(disk: usize) -> String {
@@ -202,6 +272,11 @@ fn hand_over(file: &File, owner: (u32, u32)) -> io::Result<()> {
     }
 }
 
+async fn remove_aside(path: PathBuf) -> Result<()> {
+    let own = path.clone();
+    aside(&path, REMOVE, move || remove(&own)).await?
+}
+
 fn remove(path: &Path) -> Result<()> {
     match fs::remove_dir_all(path) {
         Err(error) if error.kind() != ErrorKind::NotFound => {
@@ -216,27 +291,27 @@ mod tests {
     use super::*;
     use crate::journal::Mode;
 
-    #[test]
-    fn a_run_leaves_nothing_and_the_sweep_takes_only_its_own() {
+    #[tokio::test]
+    async fn a_run_leaves_nothing_and_the_sweep_takes_only_its_own() {
         let base = tempfile::tempdir().unwrap();
         let monitor = base.path().join("m.sock");
         fs::write(&monitor, "").unwrap();
         let (vm, other) = (Uuid::from_u128(1), Uuid::from_u128(2));
-        let make = |vm, n| WorkDir::create(base.path(), &monitor, vm, PointId([n; 16])).unwrap();
+        let make = |vm, n| WorkDir::make(base.path(), &monitor, vm, PointId([n; 16])).unwrap();
         let (run, dead, foreign) = (make(vm, 1), make(vm, 2), make(other, 3));
-        let scratch = run.create_scratch(0, 12345).unwrap();
+        let scratch = run.make_scratch(0, 12345).unwrap();
         let meta = fs::metadata(&scratch).unwrap();
         assert_eq!((meta.len(), meta.blocks(), meta.mode() & 0o7777), (12345, 0, 0o600));
         assert_eq!(fs::metadata(&run.path).unwrap().mode() & 0o7777, 0o700);
-        run.remove().unwrap();
-        run.remove().unwrap();
+        run.remove().await.unwrap();
+        run.remove().await.unwrap();
         assert!(!run.path.exists());
-        dead.create_scratch(0, 1).unwrap();
+        dead.make_scratch(0, 1).unwrap();
         let mut recovery = Recovery::new(Mode::Look);
-        sweep(base.path(), vm, &mut recovery).unwrap();
+        sweep(base.path(), vm, &mut recovery).await.unwrap();
         assert_eq!(recovery.into_items().len(), 1);
         assert!(dead.path.exists());
-        sweep(base.path(), vm, &mut Recovery::new(Mode::Undo)).unwrap();
+        sweep(base.path(), vm, &mut Recovery::new(Mode::Undo)).await.unwrap();
         assert!(!dead.path.exists() && foreign.path.exists());
     }
 
@@ -246,16 +321,16 @@ mod tests {
         let monitor = base.path().join("m.sock");
         fs::write(&monitor, "").unwrap();
         let run =
-            WorkDir::create(base.path(), &monitor, Uuid::from_u128(1), PointId([1; 16])).unwrap();
+            WorkDir::make(base.path(), &monitor, Uuid::from_u128(1), PointId([1; 16])).unwrap();
         let secret = base.path().join("secret");
         fs::write(&secret, "secret").unwrap();
         std::os::unix::fs::symlink(&secret, run.scratch(0)).unwrap();
-        assert!(run.create_scratch(0, 1).is_err());
+        assert!(run.make_scratch(0, 1).is_err());
         // The whole directory changes hands after it was made.
         fs::rename(&run.path, base.path().join("moved")).unwrap();
         fs::create_dir(base.path().join("trap")).unwrap();
         std::os::unix::fs::symlink(base.path().join("trap"), &run.path).unwrap();
-        run.create_scratch(1, 1).unwrap();
+        run.make_scratch(1, 1).unwrap();
         assert_eq!(fs::read_dir(base.path().join("trap")).unwrap().count(), 0);
         assert!(base.path().join("moved").join("1.raw").exists());
         assert_eq!(fs::read(&secret).unwrap(), b"secret");
