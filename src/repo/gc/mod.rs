@@ -222,6 +222,7 @@ impl Collector<'_> {
                 }
                 Ok(Room::Short) if report.packs_deleted > deleted => {
                     tracing::debug!(?report, "there is more room now: starting over");
+                    repacking = Repacking::Yes;
                 }
                 Ok(Room::Short) => {
                     self.control.notice(NoticeLevel::Warning, lacks_room(&report));

@@ -98,15 +98,15 @@ impl Collector<'_> {
         let waits = survey.live().any(|run| run.run != self.lease.run());
         let mut repacker =
             Repacker { collector: self, held: Some(held), room_bytes, batch: Some(Batch::ALL) };
+        let mut room = Room::Enough;
+        // What does not fit of one type keeps nothing of the other from moving.
         for (object_type, packs) in candidates {
-            let room = repacker.repack(state, object_type, packs, waits).await?;
-            if room == Room::Short {
-                repacker.release().await?;
-                return Ok(room);
+            if repacker.repack(state, object_type, packs, waits).await? == Room::Short {
+                room = Room::Short;
             }
         }
         repacker.release().await?;
-        Ok(Room::Enough)
+        Ok(room)
     }
 
     /// The packs to empty.

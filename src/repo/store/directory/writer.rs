@@ -65,6 +65,8 @@ struct Temporary {
     gathered: Gather,
     written_bytes: u64,
     flushing_bytes: u64,
+    /// Reserving made the file longer than what was written.
+    is_longer: bool,
     state: State,
 }
 
@@ -88,6 +90,7 @@ impl Writer {
             gathered: Gather::new(WRITE_BYTES),
             written_bytes: 0,
             flushing_bytes: 0,
+            is_longer: false,
             state: State::Present,
         };
         Ok(Self { temporary: Some(temporary) })
@@ -122,9 +125,9 @@ impl ObjectWriter for Writer {
     }
 
     async fn reserve(&mut self, bytes: u64) -> StoreResult<()> {
-        let temporary = self.take()?;
-        self.temporary =
-            Some(blocking(move || temporary.reserve(bytes).map(|()| temporary)).await?);
+        let mut temporary = self.take()?;
+        let work = move || temporary.reserve(bytes).map(|()| temporary);
+        self.temporary = Some(blocking(work).await?);
         Ok(())
     }
 
@@ -141,17 +144,27 @@ impl ObjectWriter for Writer {
 }
 
 impl Temporary {
-    /// NFS before 4.2, for one, has no way to take room (Linux 6.1, `nfs3_file_operations`).
-    fn reserve(&self, bytes: u64) -> StoreResult<()> {
-        let taken = || {
-            rustix::fs::fallocate(&self.file, FallocateFlags::KEEP_SIZE, self.written_bytes, bytes)
-        };
-        match rustix::io::retry_on_intr(taken) {
-            Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(()),
-            taken => {
-                taken.map_err(|e| self.root.error("taking room for", self.name.as_str(), e.into()))
+    /// File systems that cannot allocate what lies behind the end of a file may allocate it by making
+    /// the file longer (NFS 4.2); others have no way at all (NFS before that, many of FUSE).
+    fn reserve(&mut self, bytes: u64) -> StoreResult<()> {
+        for way in [FallocateFlags::KEEP_SIZE, FallocateFlags::empty()] {
+            let taken = || rustix::fs::fallocate(&self.file, way, self.written_bytes, bytes);
+            match rustix::io::retry_on_intr(taken) {
+                Ok(()) => {
+                    self.is_longer |= way.is_empty();
+                    return Ok(());
+                }
+                Err(error @ (Errno::NOSPC | Errno::DQUOT | Errno::FBIG)) => {
+                    return Err(self.root.error(
+                        "taking room for",
+                        self.name.as_str(),
+                        error.into(),
+                    ));
+                }
+                Err(error) => tracing::debug!(%error, name = self.name.as_str(), "no room is held"),
             }
         }
+        Ok(())
     }
 
     fn write_gathered(&mut self) -> StoreResult<()> {
@@ -181,6 +194,10 @@ impl Temporary {
 
     fn finish(mut self) -> StoreResult<ObjectInfo> {
         self.write_gathered()?;
+        if self.is_longer {
+            let cut = self.file.set_len(self.written_bytes);
+            cut.map_err(|e| self.root.error("cutting", self.name.as_str(), e))?;
+        }
         self.file.sync_all().map_err(|e| self.root.error("syncing", self.name.as_str(), e))?;
         let stat = rustix::fs::fstat(&self.file)
             .map_err(|e| self.root.error("looking at", self.name.as_str(), e.into()))?;
