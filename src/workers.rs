@@ -4,9 +4,10 @@
 //! enough; a job borrows it. Order is the caller's business: each piece of work resolves its own
 //! future.
 //!
-//! The program's pool gives way ([`Workers::per_core`]): on a host of virtual machines its threads
-//! would otherwise compete with guests, and with QEMU while it sends what they wait for. The
-//! reactor does not: the guest may be waiting for its next word.
+//! The pool of a backup gives way ([`Workers::that_give_way`]): on a host of virtual machines its
+//! threads would otherwise compete with guests, and with QEMU while it sends what they wait for. The
+//! reactor does not: the guest may be waiting for its next word. Nor does who restores or serves:
+//! there somebody waits for the threads.
 
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -73,10 +74,14 @@ impl Workers {
         Ok(Self { inline: true, ..Self::new(1)? })
     }
 
-    /// As many threads as the machine has cores. They give way to everybody else on it.
+    /// As many threads as the machine has cores.
     pub fn per_core() -> Result<Self> {
-        let cores = std::thread::available_parallelism().map_or(2, usize::from);
-        Self::start(cores, |work| {
+        Self::new(cores())
+    }
+
+    /// The same; they give way to everybody else on it.
+    pub fn that_give_way() -> Result<Self> {
+        Self::start(cores(), |work| {
             // Of this thread alone (nice(2), "C library/kernel differences").
             if let Err(error) = rustix::process::nice(NICER) {
                 tracing::debug!(%error, "a worker thread cannot give way");
@@ -109,6 +114,10 @@ impl Workers {
         self.shared.queue.send(work).map_err(|_| lost())?;
         result.await.map_err(|_| lost())
     }
+}
+
+fn cores() -> usize {
+    std::thread::available_parallelism().map_or(2, usize::from)
 }
 
 /// A worker's life: take, run, until the pool is dropped.

@@ -39,7 +39,7 @@ pub(crate) struct Context {
 
 impl Context {
     /// The surroundings that options, environment and terminal make.
-    pub(crate) fn new(common: &CommonArgs, output: Output) -> Result<Self> {
+    pub(crate) fn new(common: &CommonArgs, output: Output, workers: Workers) -> Result<Self> {
         let paths = Paths::from_environment()?;
         let style = match common {
             CommonArgs { no_progress: true, .. } | CommonArgs { quiet: true, .. } => Style::Off,
@@ -50,7 +50,7 @@ impl Context {
         };
         let env = job::Env {
             clock: Arc::new(SystemClock),
-            workers: Workers::per_core()?,
+            workers,
             zone: zone(),
             state_dir: paths.state.clone(),
             runtime_dir: paths.runtime.clone(),

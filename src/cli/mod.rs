@@ -49,6 +49,7 @@ use clap::{Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
 use crate::error::{Error, Kind, Result};
+use crate::workers::Workers;
 use args::CommonArgs;
 use context::Context;
 use output::Output;
@@ -96,6 +97,18 @@ enum Command {
 }
 
 impl Command {
+    /// Threads for what it computes. Those of what runs every night give way to the guests.
+    fn workers(&self) -> Result<Workers> {
+        match self {
+            Self::Full(_)
+            | Self::Incremental(_)
+            | Self::Backup(_)
+            | Self::Gc(_)
+            | Self::Check(_) => Workers::that_give_way(),
+            _ => Workers::per_core(),
+        }
+    }
+
     async fn run(self, context: &Context) -> Result<()> {
         match self {
             Self::Full(args) => commands::full::run(args, context).await,
@@ -176,7 +189,7 @@ fn start(cli: Cli, output: Output) -> Result<()> {
         .build()
         .map_err(|e| Error::io("cannot start the runtime", e))?;
     let result = runtime.block_on(async {
-        let context = Context::new(&cli.common, output)?;
+        let context = Context::new(&cli.common, output, cli.command.workers()?)?;
         // Boxed: a command's future is large, and there is one.
         context.until_stopped(Box::pin(cli.command.run(&context))).await
     });
