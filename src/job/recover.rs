@@ -157,6 +157,9 @@ enum Next {
     All,
 }
 
+/// How long a run may have the monitor of a VM before it holds the VM: it asks who it is in between.
+const BEGINNING: Duration = Duration::from_secs(1);
+
 /// Whether a VM that another run works on is waited for.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Turn {
@@ -241,8 +244,11 @@ impl Recover<'_> {
             Turn::Last => Patience::new(self.patience.left()),
         };
         let mut next = Next::Nothing;
-        let reached = self.platform(&way, &patience).await;
-        let recovered = match reached.map_err(|stopped| self.judge(stopped, turn, uuid)) {
+        let reached = match self.platform(&way, &patience).await {
+            Err(stopped) => Err(self.judge(stopped, turn, uuid).await),
+            reached => reached,
+        };
+        let recovered = match reached {
             Err(Stopped::Failed(error)) if is_gone(&run.place, &error) => {
                 self.gone(uuid, &run.name, &patience).await
             }
@@ -281,11 +287,15 @@ impl Recover<'_> {
 
     /// Whoever keeps us from the VM at last is a run of ours, which sees to it, or nobody who does: a
     /// client of the monitor that knows nothing of us.
-    fn judge(&self, stopped: Stopped, turn: Turn, uuid: Uuid) -> Stopped {
+    async fn judge(&self, stopped: Stopped, turn: Turn, uuid: Uuid) -> Stopped {
         let (env, _) = self.surroundings;
         let is_free = || lock::probe(&env.state_dir, (uuid, "")).is_ok();
         match stopped {
-            Stopped::AtWork(error) if turn == Turn::Last && is_free() => Stopped::Failed(error),
+            Stopped::AtWork(error) if turn == Turn::Last && is_free() => {
+                // A run that begins has the monitor a moment before it has the VM.
+                tokio::time::sleep(BEGINNING).await;
+                if is_free() { Stopped::Failed(error) } else { Stopped::AtWork(error) }
+            }
             stopped => stopped,
         }
     }
@@ -307,7 +317,7 @@ impl Recover<'_> {
         let Next::Repository(source) = &looked.next else { return Ok(()) };
         let second = match self.platform(source, self.patience).await {
             Ok(platform) => self.one(platform.as_ref(), repository).await,
-            Err(stopped) => Err(self.judge(stopped, Turn::Last, looked.report.uuid)),
+            Err(stopped) => Err(self.judge(stopped, Turn::Last, looked.report.uuid).await),
         };
         let report = &mut looked.report;
         let second = second.unwrap_or_else(|stopped| failed(report.uuid, &report.name, &stopped));
