@@ -14,6 +14,9 @@ use crate::error::{Error, Kind, Result};
 /// How often free space is looked at: a disk written at 1 GB/s fills the reserve in a second.
 pub(super) const POLL: Duration = Duration::from_millis(250);
 
+/// Longest wait for the file system of a scratch directory: a busy one takes seconds.
+pub(super) const ANSWER: Duration = Duration::from_secs(10);
+
 /// Space that must stay free: a tenth of the file system, within these bounds.
 const RESERVE_BYTES_MIN: u64 = 1 << 20;
 const RESERVE_BYTES_MAX: u64 = 1 << 30;
@@ -78,6 +81,19 @@ pub(super) fn check(directory: &Path) -> Result<()> {
         error.context("the space for scratch is not known any more; the guest comes first")
     })?;
     if space.is_low() { Err(no_room(directory)) } else { Ok(()) }
+}
+
+/// The same elsewhere, since whoever asks a file system that hangs, hangs: an error also if nobody
+/// answers for some seconds. Cancel-safe.
+pub(super) async fn check_aside(directory: &Path) -> Result<()> {
+    let asked = directory.to_owned();
+    let asked = tokio::task::spawn_blocking(move || check(&asked));
+    let Ok(checked) = tokio::time::timeout(ANSWER, asked).await else {
+        let what = format!("scratch directory {} does not answer", directory.display());
+        return Err(Error::new(Kind::Timeout, what));
+    };
+    // Not asked only where the program ends.
+    checked.unwrap_or_else(|_| Ok(()))
 }
 
 /// The error of a scratch directory that has no room.

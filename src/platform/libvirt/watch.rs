@@ -26,7 +26,7 @@ use super::connection::DomainHandle;
 use super::ffi::{DomainEvent, Events};
 use super::job::{self, JobDisk};
 use crate::error::{Error, Kind, Result};
-use crate::platform::space::{self, POLL, Space};
+use crate::platform::space::{self, ANSWER, POLL, Space};
 use crate::vm::PointId;
 
 /// Least distance of a threshold: below it every write would be an event.
@@ -80,7 +80,7 @@ async fn watch(mut watched: Watched, mut events: Events, lost: Arc<Mutex<Option<
             event = events.receiver.recv() => match event {
                 Some(DomainEvent::JobCompleted(status)) => watched.check_job(status.error).await,
                 Some(DomainEvent::BeyondThreshold) => {
-                    let room = watched.check_room();
+                    let room = watched.check_room().await;
                     if room.is_ok() {
                         watched.set_thresholds().await;
                     }
@@ -89,7 +89,7 @@ async fn watch(mut watched: Watched, mut events: Events, lost: Arc<Mutex<Option<
                 None => watched.reconnect(&mut events).await,
             },
             _ = tick.tick() => if watched.domain.host.is_alive() {
-                watched.check_room()
+                watched.check_room().await
             } else {
                 watched.reconnect(&mut events).await
             },
@@ -121,9 +121,9 @@ impl Watched {
     }
 
     /// An error if scratch is short, or if nobody can tell.
-    fn check_room(&self) -> Result<()> {
+    async fn check_room(&self) -> Result<()> {
         let Some((directory, _)) = &self.scratch else { return Ok(()) };
-        space::check(directory)
+        space::check_aside(directory).await
     }
 
     /// Has QEMU speak up when one of the scratch images has grown by its share of the room. Where
@@ -131,13 +131,18 @@ impl Watched {
     async fn set_thresholds(&self) {
         let Some((directory, disks)) = &self.scratch else { return };
         let Ok(Some(active)) = job::active(&self.domain).await else { return };
-        let usable = Space::of(directory).ok().and_then(Space::usable_bytes).unwrap_or(0);
+        let (directory, files) = (directory.clone(), disks.clone());
+        let asked = tokio::task::spawn_blocking(move || {
+            let usable = Space::of(&directory).ok().and_then(Space::usable_bytes).unwrap_or(0);
+            let len = |disk: &JobDisk| std::fs::metadata(&disk.scratch).ok().map(|data| data.len());
+            (usable, files.iter().map(len).collect::<Vec<_>>())
+        });
+        let Ok(Ok((usable, sizes))) = tokio::time::timeout(ANSWER, asked).await else { return };
         let share = u64::try_from(disks.len()).map_or(0, |count| usable / count.max(1));
-        for disk in disks {
+        for (disk, len) in disks.iter().zip(sizes) {
             let index = active.scratch.iter().find(|(name, _)| *name == disk.name);
-            let Some((name, Some(index))) = index else { continue };
-            let Ok(file) = std::fs::metadata(&disk.scratch) else { continue };
-            let threshold = file.len().saturating_add(share.max(STEP_BYTES_MIN));
+            let (Some((name, Some(index))), Some(len)) = (index, len) else { continue };
+            let threshold = len.saturating_add(share.max(STEP_BYTES_MIN));
             let device = format!("{name}[{index}]");
             let set = self.domain.call("set a threshold on the scratch of", move |domain| {
                 domain.set_block_threshold(&device, threshold, 0)
@@ -160,7 +165,7 @@ impl Watched {
             if result.is_ok() {
                 break;
             }
-            self.check_room()?;
+            self.check_room().await?;
             tokio::time::sleep(RECONNECT_PAUSE).await;
             result = self.try_reconnect(events).await;
         }

@@ -24,7 +24,6 @@ use qmp::Monitor;
 use tokio::sync::watch;
 
 use super::teardown::{AGAIN, Scratch, Things};
-use super::work_dir;
 use crate::error::{Error, Kind, Result};
 use crate::platform::space::{self, POLL, no_room};
 
@@ -98,14 +97,7 @@ async fn until_short(directory: PathBuf) -> Why {
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         tick.tick().await;
-        let (asked, limit) = (directory.clone(), work_dir::ANSWER);
-        // Elsewhere: who asks a file system that hangs, hangs.
-        let asked = tokio::task::spawn_blocking(move || space::check(&asked));
-        let Ok(asked) = tokio::time::timeout(limit, asked).await else {
-            return Why::Unknown(format!("{} does not answer", directory.display()));
-        };
-        // Not asked only where the program ends.
-        match asked.unwrap_or_else(|_| Ok(())) {
+        match space::check_aside(&directory).await {
             Ok(()) => {}
             Err(error) if error.kind() == Kind::NoSpace => return Why::NoRoom(directory),
             Err(error) => return Why::Unknown(error.in_one_line()),

@@ -20,15 +20,17 @@ use std::time::Duration;
 use rustix::fs::{CWD, Mode, OFlags, mkdirat, openat};
 use tokio::process::{Child, Command};
 use tokio::sync::Mutex;
+use tokio::time::Instant;
 
 use super::names;
 use crate::error::{Error, Kind, Result};
 use crate::journal::Recovery;
-use crate::platform::space::{self, Space};
+use crate::platform::space::{self, ANSWER, Space};
 use crate::vm::{PointId, Uuid};
 
-/// Longest wait for the file system of a scratch directory: a busy one takes seconds.
-pub(super) const ANSWER: Duration = Duration::from_secs(10);
+/// Longest wait for a scratch directory before there is an instant, when nothing of the guest waits:
+/// write-back holds up the journal of a file system, and an idle disk spins up.
+const BEFORE: Duration = Duration::from_secs(30);
 
 /// Longest wait for the removal of scratch files that hold what a guest overwrote, where the file
 /// system has answered.
@@ -57,7 +59,7 @@ impl WorkDir {
         point: PointId,
     ) -> Result<Self> {
         let (at, monitor) = (base.to_owned(), monitor.to_owned());
-        aside(base, ANSWER, move || Self::make(&at, &monitor, vm, point)).await?
+        aside(base, BEFORE, move || Self::make(&at, &monitor, vm, point)).await?
     }
 
     fn make(base: &Path, monitor: &Path, vm: Uuid, point: PointId) -> Result<Self> {
@@ -96,7 +98,7 @@ impl WorkDir {
     /// Makes a disk's scratch file: a hole of exactly the disk's size, as the job demands.
     pub(super) async fn create_scratch(&self, disk: usize, size_bytes: u64) -> Result<PathBuf> {
         let own = self.clone();
-        aside(&self.path, ANSWER, move || own.make_scratch(disk, size_bytes)).await?
+        aside(&self.path, BEFORE, move || own.make_scratch(disk, size_bytes)).await?
     }
 
     fn make_scratch(&self, disk: usize, size_bytes: u64) -> Result<PathBuf> {
@@ -193,17 +195,27 @@ pub(super) async fn aside<T: Send + 'static>(
     }
 }
 
-/// Fails with [`Kind::Timeout`] if `directory` takes no writes now.
+/// Fails with [`Kind::Timeout`] if `directory`, or what it is a link to, takes no writes.
 pub(super) async fn answers(directory: &Path) -> Result<()> {
-    let question = Question::new(directory.to_owned());
-    question.answers().await.map_err(|error| error.hint(ELSEWHERE))
+    let question = Question::new(directory.join("."));
+    let until = Instant::now() + BEFORE;
+    loop {
+        match question.answers().await {
+            Err(error) if Instant::now() >= until => {
+                let what = format!("scratch directory {} does not answer", directory.display());
+                return Err(Error::new(Kind::Timeout, what).source(error).hint(ELSEWHERE));
+            }
+            Err(error) => tracing::warn!(%error, "waiting for the scratch directory"),
+            Ok(()) => return Ok(()),
+        }
+    }
 }
 
 /// Fails unless `base` is a directory that takes writes now.
 pub(super) async fn check(base: &Path) -> Result<()> {
     answers(base).await?;
     let at = base.to_owned();
-    aside(base, ANSWER, move || space::check_directory(&at)).await?
+    aside(base, BEFORE, move || space::check_directory(&at)).await?
 }
 
 /// The room in `directory`.
@@ -215,7 +227,7 @@ pub(super) async fn space_of(directory: &Path) -> Result<Space> {
 /// Removes the directories that dead runs on `vm` left below `base`.
 pub(super) async fn sweep(base: &Path, vm: Uuid, recovery: &mut Recovery) -> Result<()> {
     let at = base.to_owned();
-    for path in aside(base, ANSWER, move || left(&at, vm)).await?? {
+    for path in aside(base, BEFORE, move || left(&at, vm)).await?? {
         if recovery.undo(format!("scratch directory {}", path.display())) {
             remove_aside(path).await?;
         }
