@@ -10,6 +10,7 @@ of the better of the other two.
 
 import argparse
 import contextlib
+import math
 import os
 import pathlib
 import shutil
@@ -24,6 +25,9 @@ from bench import run, say
 DOMAIN = "vmbackup-bench-guest"
 SPAN_MIB, PERIOD_US = 1024, 4000
 QUIET_SECONDS, DIRTY_SECONDS, SLOW_SECONDS = 10, 5, 60
+# Incrementals of a round, and how long the guest is looked at from the beginning of each.
+INCREMENTALS, WINDOW_SECONDS = 3, 5
+WINDOW = f"first {WINDOW_SECONDS} s of it"
 # Writes that took longer are counted: a run of a second has few of which ten are 1 %.
 LATE_US = 5000
 SLOW_BITS_PER_SECOND = 5 * 8 * 1000 * 1000
@@ -75,13 +79,15 @@ class Guest:
 
     @contextlib.contextmanager
     def writing(self, into):
-        """Writes while the body runs; the latencies, in microseconds, are added to `into`."""
+        """Writes while the body runs; when each began and what it took, in microseconds, is added to `into`."""
         self.run("rm -f /tmp/stop /tmp/status")
         writer = f"latency /dev/vda {SPAN_MIB} {PERIOD_US} /tmp/stop"
         self.run(f"( {writer} >/tmp/latency; echo $? >/tmp/status ) &")
         yield
         self.run(": >/tmp/stop; while [ ! -s /tmp/status ]; do sleep 0.1; done; [ $(cat /tmp/status) = 0 ]")
-        into.extend(int(line) for line in self.run("cat /tmp/latency") if line.isdigit())
+        for line in self.run("cat /tmp/latency"):
+            begun, took = line.split()
+            into.append((int(begun), int(took)))
 
 
 class Domain:
@@ -156,13 +162,16 @@ class Push:
         shutil.rmtree(self.target, ignore_errors=True)
         self.target.mkdir(mode=0o777)
         os.chmod(self.target, 0o777)
+        self.points = 0
 
     def start(self, mode):
-        since = "<incremental>full</incremental>" if mode == "incremental" else ""
+        since = f"<incremental>point-{self.points}</incremental>" if mode == "incremental" else ""
+        self.points += 1
+        name = f"point-{self.points}"
         (self.target / "backup.xml").write_text(
             f"<domainbackup mode='push'>{since}<disks><disk name='vda' type='file'><driver type='qcow2'/>"
-            f"<target file='{self.target}/{mode}.qcow2'/></disk></disks></domainbackup>")
-        (self.target / "checkpoint.xml").write_text(f"<domaincheckpoint><name>{mode}</name></domaincheckpoint>")
+            f"<target file='{self.target}/{name}.qcow2'/></disk></disks></domainbackup>")
+        (self.target / "checkpoint.xml").write_text(f"<domaincheckpoint><name>{name}</name></domaincheckpoint>")
         run("virsh", "backup-begin", DOMAIN, self.target / "backup.xml", self.target / "checkpoint.xml")
         return self
 
@@ -250,7 +259,7 @@ class Measured:
         lines = [f"| phase | tool | writes | median ms | p99 ms | over {LATE_US // 1000} ms, a run | longest ms "
                  "| p99 to the better other | seconds |",
                  "|---|---|---:|---:|---:|---:|---:|---:|---:|"]
-        for phase in ("quiet", "full", "incremental", "slow target"):
+        for phase in ("quiet", "full", "incremental", WINDOW, "slow target"):
             p99 = {}
             for tool in tools:
                 values = sorted(self.pooled.get((phase, tool), []))
@@ -308,15 +317,21 @@ class Bench:
         shutil.rmtree(tree)
         return with_writer
 
-    def phase(self, domain, name, tool, work):
-        begun = time.monotonic()
-        with domain.guest.writing(self.measured.of(name, tool)):
+    def phase(self, domain, name, tool, work, window=0):
+        """Adds what the guest felt while `work` ran, and up to `window` seconds from then on."""
+        writes, begun = [], time.monotonic()
+        with domain.guest.writing(writes):
             work()
             took = time.monotonic() - begun
-        self.measured.seconds.setdefault((name, tool), []).append(took)
+            time.sleep(max(0, window - took))
+        # The writer's clock begins a little later than ours: to its end, and a little past it.
+        parts = {name: math.inf} if not window else {name: took + 0.1, WINDOW: max(window, took + 0.1)}
+        for part, seconds in parts.items():
+            self.measured.of(part, tool).extend(took for at, took in writes if at <= seconds * 1e6)
+            self.measured.seconds.setdefault((part, tool), []).append(took)
 
     def round(self, tool):
-        """Quiet, a full, writes, an incremental: on a target as fast as the disk."""
+        """Quiet, a full, writes, incrementals: on a target as fast as the disk."""
         target = self.work / "target"
         target.mkdir(exist_ok=True)
         os.chmod(target, 0o777)
@@ -324,9 +339,11 @@ class Bench:
             backup = tool(self.tool, target)
             self.phase(domain, "quiet", tool.name, lambda: time.sleep(QUIET_SECONDS))
             self.phase(domain, "full", tool.name, lambda: backup.start("full").wait())
-            with domain.guest.writing([]):
-                time.sleep(DIRTY_SECONDS)
-            self.phase(domain, "incremental", tool.name, lambda: backup.start("incremental").wait())
+            for _ in range(INCREMENTALS):
+                with domain.guest.writing([]):
+                    time.sleep(DIRTY_SECONDS)
+                self.phase(domain, "incremental", tool.name, lambda: backup.start("incremental").wait(),
+                           WINDOW_SECONDS)
         shutil.rmtree(target)
 
     def slow(self, tool):

@@ -2,7 +2,8 @@
 //!
 //! `latency DEVICE SPAN_MIB PERIOD_US STOP`; benches/guest.py runs it inside a guest. One write of 4 KiB
 //! at a time, past the page cache, at random places of the first SPAN_MIB, PERIOD_US apart or as soon
-//! as the one before is done, until the file STOP exists. Prints the microseconds of each write.
+//! as the one before is done, until the file STOP exists. Prints when each write began and how long it
+//! took, in microseconds since the first one.
 #![allow(clippy::print_stdout)]
 
 use std::error::Error;
@@ -29,7 +30,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     let block = &mut memory[from..from + BLOCK_BYTES];
     let mut random = 0x9e37_79b9_7f4a_7c15_u64;
     let mut taken = Vec::new();
-    let mut due = Instant::now();
+    let first = Instant::now();
+    let mut due = first;
     while !Path::new(stop).exists() {
         // Xorshift (Marsaglia 2003).
         random ^= random << 13;
@@ -38,13 +40,13 @@ fn main() -> Result<(), Box<dyn Error>> {
         block[..8].copy_from_slice(&random.to_le_bytes());
         let begun = Instant::now();
         disk.write_all_at(block, random % blocks * BLOCK_BYTES as u64)?;
-        taken.push(begun.elapsed().as_micros());
+        taken.push(((begun - first).as_micros(), begun.elapsed().as_micros()));
         due = (due + period).max(Instant::now());
         std::thread::sleep(due - Instant::now().min(due));
     }
     let mut text = String::new();
-    for micros in taken {
-        writeln!(text, "{micros}")?;
+    for (begun, took) in taken {
+        writeln!(text, "{begun} {took}")?;
     }
     print!("{text}");
     Ok(())
