@@ -7,7 +7,8 @@
 //! The pool of a backup gives way ([`Workers::that_give_way`]): on a host of virtual machines its
 //! threads would otherwise compete with guests, and with QEMU while it sends what they wait for. The
 //! reactor does not: the guest may be waiting for its next word. Nor does who restores or serves:
-//! there somebody waits for the threads.
+//! there somebody waits for the threads. Where systemd puts guests and us into slices of different
+//! weight, those decide first (`cpu.weight`, Linux Documentation/admin-guide/cgroup-v2.rst).
 
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};

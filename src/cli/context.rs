@@ -96,7 +96,8 @@ impl Context {
             biased;
             result = &mut work => result,
             () = again => Err(Error::new(Kind::Cancelled, "left without cleaning up")
-                .hint("the next backup of the same VM removes what is left")),
+                .hint("'vmbackup recover', or the next backup of the VM, removes what is left; \
+                       'vmbackup list' has the point if it was stored already")),
         }
     }
 

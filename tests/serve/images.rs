@@ -1,7 +1,9 @@
 //! Images, and the ways in which clients start the server themselves.
 
+use std::path::PathBuf;
+
 use crate::rig::{DISK_BYTES, Serve, content, qemu_io, read};
-use crate::support::TestEnv;
+use crate::support::{Process, TestEnv, wait_until};
 
 fn env() -> TestEnv {
     let env = TestEnv::new();
@@ -25,6 +27,54 @@ fn a_raw_image_is_written_in_place_by_one_server_at_a_time() {
     expected[1000..6000].fill(7);
     expected[3 << 20..(3 << 20) + 65536].fill(0);
     assert!(std::fs::read(env.path("disk.raw")).unwrap() == expected);
+}
+
+/// A file system with a file `nbd` of a MiB, whose syncs fail while `env`'s file `failing` is there.
+struct Unsound {
+    directory: PathBuf,
+    _server: Process,
+}
+
+impl Unsound {
+    fn mount(env: &TestEnv) -> Self {
+        let directory = env.path("unsound");
+        std::fs::create_dir(&directory).unwrap();
+        std::fs::write(env.path("content"), vec![0; 1 << 20]).unwrap();
+        let (content, failing) = (env.path("content"), env.path("failing"));
+        let (content, failing) = (content.display(), failing.display());
+        let mut command = env.command("nbdfuse");
+        command.arg(&directory).args(["--command", "nbdkit", "-s", "--exit-with-parent", "eval"]);
+        command.args(["get_size=echo 1M", "can_write=exit 0", "can_flush=exit 0"]);
+        command.arg(format!("pread=dd if={content} iflag=skip_bytes,count_bytes skip=$4 count=$3"));
+        command.arg(format!("pwrite=dd of={content} oflag=seek_bytes conv=notrunc seek=$4"));
+        command.arg(format!("flush=if [ -e {failing} ]; then echo EIO >&2; exit 1; fi"));
+        let server = Process::spawn(&mut command);
+        wait_until("the mount", 60, || directory.join("nbd").exists());
+        Self { directory, _server: server }
+    }
+}
+
+impl Drop for Unsound {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("umount").arg("-l").arg(&self.directory).status();
+    }
+}
+
+#[test]
+fn after_a_flush_that_failed_none_is_answered_with_success() {
+    let env = TestEnv::new();
+    let unsound = Unsound::mount(&env);
+    let serve = Serve::start(&env, &["unsound/nbd,format=raw", "--writable"]);
+    let uri = serve.uri(0);
+    qemu_io(&env, &uri, &["write -P 7 0 4096", "flush"]).ok();
+    std::fs::write(env.path("failing"), "").unwrap();
+    assert_ne!(qemu_io(&env, &uri, &["write -P 8 0 4096", "flush"]).code, Some(0));
+    std::fs::remove_file(env.path("failing")).unwrap();
+    // Linux would tell the second client that all is well: it told the first that it is not.
+    assert_ne!(qemu_io(&env, &uri, &["write -P 9 8192 4096", "flush"]).code, Some(0));
+    let said = serve.stop_with(20);
+    assert!(said.contains("a sync of it failed"), "{said}");
+    drop(unsound);
 }
 
 #[test]

@@ -81,13 +81,18 @@ impl Serve {
     }
 
     /// Ends it as an operator does, and requires that it ends well; what it said on standard error.
-    pub(crate) fn stop(mut self) -> String {
+    pub(crate) fn stop(self) -> String {
+        self.stop_with(0)
+    }
+
+    /// The same with another exit code.
+    pub(crate) fn stop_with(mut self, code: i32) -> String {
         let id = self.child.id().to_string();
         assert!(Command::new("kill").args(["-s", "TERM", &id]).status().unwrap().success());
         let mut text = String::new();
         std::io::Read::read_to_string(&mut self.child.stderr.take().unwrap(), &mut text).unwrap();
         let status = self.child.wait().unwrap();
-        assert!(status.success(), "serve ended with {status}: {text}");
+        assert_eq!(status.code(), Some(code), "serve ended with {status}: {text}");
         text
     }
 }

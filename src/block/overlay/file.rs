@@ -86,8 +86,8 @@ impl Kept {
         match self.growing(new, bitmap).write() {
             Ok(layout) => self.layout = layout,
             Err(failed) => {
+                // Any other: nobody has written yet who could have lost something.
                 let Failed { error, fault } = *failed;
-                self.fault = fault;
                 let is_usable = self.size_bytes() >= least && fault != Some(Fault::Header);
                 if wanted.is_some() || !is_usable {
                     return Err(error);
@@ -133,12 +133,8 @@ impl Kept {
     }
 
     /// What whoever flushes has to be told before anything else: see [`Fault`].
-    pub(super) fn check(&mut self) -> Result<()> {
-        let Some(fault) = self.fault else { return Ok(()) };
-        if fault == Fault::Unsynced {
-            self.fault = None;
-        }
-        Err(fault.error(&self.path))
+    pub(super) fn check(&self) -> Result<()> {
+        self.fault.map_or(Ok(()), |fault| Err(fault.error(&self.path)))
     }
 
     /// Grows the disk to `size_bytes`, which is more than it has. On an error it has the size it
@@ -157,7 +153,6 @@ impl Kept {
             Ok(layout) => self.layout = layout,
             Err(failed) => {
                 let Failed { error, fault } = *failed;
-                // What was not told yet still has to be.
                 self.fault = fault.or(self.fault);
                 // What changed of them is not stored where the map still is.
                 bitmap.give_back_changed(&bitmap.take_all());
@@ -267,9 +262,10 @@ fn too_small(path: &Path, size_bytes: u64) -> Error {
     Error::new(Kind::Usage, message).hint("an overlay only grows")
 }
 
-/// Makes a file with nothing in it an overlay of no bytes.
+/// Makes a file with nothing in it an overlay of no bytes. A wish for another disk goes.
 fn make(file: &File, path: &Path, identity: &[u8; 32]) -> std::io::Result<Layout> {
     let layout = Layout::new(0, 0);
+    file.write_all_at(&[0; WISH_BYTES], WISH_AT)?;
     file.write_all_at(&layout.header(identity), 0)?;
     file.set_len(layout.end())?;
     sync(file, path)?;

@@ -9,7 +9,7 @@
 //!
 //! A header that was written may be believed after a restart, durable or not: flushes must not go
 //! on with the old map then. And the system tells of writes that it lost only once for each open
-//! file, which may be here, although they were somebody's who was not told yet ([`Fault`]).
+//! file, which may be here, although they were others': after either no flush is believed ([`Fault`]).
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -20,12 +20,12 @@ use super::bitmap::{BLOCK_BYTES, Page};
 use super::layout::{HEADER_BYTES, Layout, write_pages};
 use crate::error::{Error, Kind};
 
-/// What whoever writes to the disk has to hear of.
+/// Why all flushes fail from now on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Fault {
-    /// A sync failed: what was written before may be lost. The next flush fails.
+    /// A sync failed: what was written before may be lost.
     Unsynced,
-    /// The header may name another map than the one that flushes write: all of them fail.
+    /// The header may name another map than the one that flushes write.
     Header,
 }
 
@@ -33,17 +33,16 @@ impl Fault {
     /// What a flush says.
     pub(super) fn error(self, path: &Path) -> Error {
         let path = path.display();
-        match self {
-            Self::Unsynced => Error::new(
-                Kind::Io,
-                format!("what was written to the overlay {path} may be lost: a sync of it failed"),
-            ),
-            Self::Header => Error::new(
-                Kind::Io,
-                format!("the header of the overlay {path} could not be put back: nothing is kept"),
-            )
-            .hint("serve it anew when its file system is sound: it is as it was flushed last"),
-        }
+        let message = match self {
+            Self::Unsynced => {
+                format!("what was written to the overlay {path} may be lost: a sync of it failed")
+            }
+            Self::Header => {
+                format!("the header of the overlay {path} could not be put back: nothing is kept")
+            }
+        };
+        Error::new(Kind::Io, message)
+            .hint("serve it anew when its file system is sound: it is as it was flushed last")
     }
 }
 

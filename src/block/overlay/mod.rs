@@ -364,7 +364,7 @@ impl BlockSink for Overlay {
     async fn flush(&self) -> Result<()> {
         let scratch = &self.scratch.disk;
         let Some(KeptLayer { file, .. }) = &self.layer.kept else { return scratch.flush().await };
-        let mut kept = file.lock().await;
+        let kept = file.lock().await;
         kept.check()?;
         let changed = self.layer.written.take_changed();
         let result = async {

@@ -48,7 +48,7 @@ pub(super) async fn run_as(mode: BackupMode, args: BackupArgs, context: &Context
 fn unfinished(report: &Report, what: &str) -> Error {
     let point = report.point.short();
     Error::new(Kind::Unfinished, format!("point {point} is complete, but then: {what}"))
-        .hint("the next backup puts it right, or 'vmbackup recover'; it may read disks in full")
+        .hint("'vmbackup recover' puts it right, or the next backup; it may read disks in full")
 }
 
 fn describe(report: &Report) -> String {
