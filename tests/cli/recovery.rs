@@ -105,6 +105,15 @@ fn what_a_job_of_somebody_else_keeps_from_being_undone_is_a_problem_and_not_anot
     assert_eq!(machine.nodes(), Vec::<String>::new());
 }
 
+/// A machine with what a killed backup left on it, and its monitor held.
+fn left_and_held(env: &TestEnv) -> (Machine, UnixStream) {
+    env.init_repo();
+    let machine = Machine::start(env, "foo");
+    killed_backup(env, (&machine.monitor, "after:bitmap"), &[]);
+    let held = hold(&machine.monitor);
+    (machine, held)
+}
+
 /// As whoever talks to it does from the first question on.
 fn hold(monitor: &Path) -> UnixStream {
     let mut held = UnixStream::connect(monitor).unwrap();
@@ -115,10 +124,7 @@ fn hold(monitor: &Path) -> UnixStream {
 #[test]
 fn a_vm_that_ends_while_it_is_waited_for_is_gone() {
     let env = TestEnv::new();
-    env.init_repo();
-    let machine = Machine::start(&env, "foo");
-    killed_backup(&env, (&machine.monitor, "after:bitmap"), &[]);
-    let _held = hold(&machine.monitor);
+    let (machine, _held) = left_and_held(&env);
     let mut recovery = env.spawn_vmbackup(&["recover", "--wait=10m", "--json"]);
     recovery.wait_until_said("waiting up to", 60);
     machine.process.signal("KILL");
@@ -156,10 +162,7 @@ fn another_vm_at_the_monitor_that_was_waited_for_is_not_taken_for_the_one_of_the
 #[test]
 fn a_client_of_the_monitor_that_is_no_run_leaves_a_problem() {
     let env = TestEnv::new();
-    env.init_repo();
-    let machine = Machine::start(&env, "foo");
-    killed_backup(&env, (&machine.monitor, "after:bitmap"), &[]);
-    let held = hold(&machine.monitor);
+    let (machine, held) = left_and_held(&env);
     let outcome = env.vmbackup(&["recover", "--json"]);
     assert_eq!(outcome.code, Some(13), "{outcome:?}");
     assert!(outcome.stderr.contains("another client"), "{outcome:?}");
