@@ -14,7 +14,9 @@
 
 mod way;
 
+use std::future::poll_fn;
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::Duration;
 
 use serde::Serialize;
@@ -157,8 +159,14 @@ enum Next {
     All,
 }
 
-/// How long a run may have the monitor of a VM before it holds the VM: it asks who it is in between.
-const BEGINNING: Duration = Duration::from_secs(1);
+/// VMs that are recovered at a time: more than are backed up at once.
+const AT_ONCE: usize = 32;
+
+/// How long a run may have the monitor of a VM before it holds the VM: it asks who it is in between,
+/// and a busy QEMU takes its time to answer.
+const BEGINNING: Duration = Duration::from_secs(5);
+/// Time between two attempts meanwhile.
+const AGAIN: Duration = Duration::from_millis(500);
 
 /// Whether a VM that another run works on is waited for.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -207,14 +215,33 @@ struct Recover<'a> {
     surroundings: Surroundings<'a>,
 }
 
+/// Does all of it at the same time, on this task. The results are in order.
+async fn at_once<T>(work: impl Iterator<Item = impl Future<Output = T>>) -> Vec<T> {
+    let mut work: Vec<_> = work.map(|work| (Box::pin(work), None)).collect();
+    poll_fn(|context| {
+        for (work, done) in work.iter_mut().filter(|(_, done)| done.is_none()) {
+            if let Poll::Ready(output) = work.as_mut().poll(context) {
+                *done = Some(output);
+            }
+        }
+        let all_done = work.iter().all(|(_, done)| done.is_some());
+        if all_done { Poll::Ready(()) } else { Poll::Pending }
+    })
+    .await;
+    work.into_iter().filter_map(|(_, done)| done).collect()
+}
+
 impl Recover<'_> {
-    /// What needs no repository, of every VM with a journal.
+    /// What needs no repository, of every VM with a journal. Many at a time: a guest that stands
+    /// still does not wait for another VM, whose scratch may hang.
     async fn all(&self) -> Result<Vec<Looked>> {
         let (env, control) = self.surroundings;
         let mut found = Vec::new();
-        for uuid in env.journals().vms()? {
+        for some in env.journals().vms()?.chunks(AT_ONCE) {
             control.check()?;
-            found.extend(self.by_journal(uuid, &uuid.to_string(), Turn::First).await);
+            let names: Vec<_> = some.iter().map(|uuid| (uuid, uuid.to_string())).collect();
+            let work = names.iter().map(|(uuid, name)| self.by_journal(**uuid, name, Turn::First));
+            found.extend(at_once(work).await.into_iter().flatten());
         }
         Ok(found)
     }
@@ -244,11 +271,7 @@ impl Recover<'_> {
             Turn::Last => Patience::new(self.patience.left()),
         };
         let mut next = Next::Nothing;
-        let reached = match self.platform(&way, &patience).await {
-            Err(stopped) => Err(self.judge(stopped, turn, uuid).await),
-            reached => reached,
-        };
-        let recovered = match reached {
+        let recovered = match self.reach(&way, &patience, (turn, uuid)).await {
             Err(Stopped::Failed(error)) if is_gone(&run.place, &error) => {
                 self.gone(uuid, &run.name, &patience).await
             }
@@ -285,19 +308,31 @@ impl Recover<'_> {
         patience.until_free(control, || source::platform(source, env)).await.map_err(taken)
     }
 
-    /// Whoever keeps us from the VM at last is a run of ours, which sees to it, or nobody who does: a
-    /// client of the monitor that knows nothing of us.
-    async fn judge(&self, stopped: Stopped, turn: Turn, uuid: Uuid) -> Stopped {
-        let (env, _) = self.surroundings;
+    /// The same. Whoever keeps us from the VM at last is a run of ours, which sees to it, or nobody
+    /// who does: a client of the monitor that knows nothing of us.
+    async fn reach(
+        &self,
+        way: &SourceSpec,
+        patience: &Patience,
+        (turn, uuid): (Turn, Uuid),
+    ) -> Result<Box<dyn Platform>, Stopped> {
+        let (env, control) = self.surroundings;
         let is_free = || lock::probe(&env.state_dir, (uuid, "")).is_ok();
-        match stopped {
-            Stopped::AtWork(error) if turn == Turn::Last && is_free() => {
-                // A run that begins has the monitor a moment before it has the VM.
-                tokio::time::sleep(BEGINNING).await;
-                if is_free() { Stopped::Failed(error) } else { Stopped::AtWork(error) }
+        let mut reached = self.platform(way, patience).await;
+        let until = tokio::time::Instant::now() + BEGINNING;
+        while turn == Turn::Last && matches!(reached, Err(Stopped::AtWork(_))) && is_free() {
+            if tokio::time::Instant::now() >= until {
+                return reached.map_err(|stopped| Stopped::Failed(stopped.into()));
             }
-            stopped => stopped,
+            // A run that begins has the monitor a moment before it has the VM; others leave it.
+            let pause = async {
+                tokio::time::sleep(AGAIN).await;
+                Ok(())
+            };
+            control.run(pause).await?;
+            reached = self.platform(way, &Patience::new(Wait::No)).await;
         }
+        reached
     }
 
     /// What needs no repository. Nothing where things are only looked at: the second time tells all.
@@ -315,9 +350,10 @@ impl Recover<'_> {
         let (_, control) = self.surroundings;
         control.check()?;
         let Next::Repository(source) = &looked.next else { return Ok(()) };
-        let second = match self.platform(source, self.patience).await {
+        let turn = (Turn::Last, looked.report.uuid);
+        let second = match self.reach(source, self.patience, turn).await {
             Ok(platform) => self.one(platform.as_ref(), repository).await,
-            Err(stopped) => Err(self.judge(stopped, Turn::Last, looked.report.uuid).await),
+            Err(stopped) => Err(stopped),
         };
         let report = &mut looked.report;
         let second = second.unwrap_or_else(|stopped| failed(report.uuid, &report.name, &stopped));

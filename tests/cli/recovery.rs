@@ -5,6 +5,7 @@ use std::io::Read;
 use std::os::unix::fs::symlink;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use qmp::{Address, Monitor};
 use serde_json::{Value, json};
@@ -168,6 +169,18 @@ fn a_client_of_the_monitor_that_is_no_run_leaves_a_problem() {
     assert!(outcome.stderr.contains("another client"), "{outcome:?}");
     drop(held);
     let said = env.vmbackup(&["recover"]).ok().stdout;
+    assert!(said.contains("undone"), "{said}");
+    assert_eq!(machine.nodes(), Vec::<String>::new());
+}
+
+#[test]
+fn a_client_of_the_monitor_that_leaves_in_time_is_in_nobodys_way() {
+    let env = TestEnv::new();
+    let (machine, held) = left_and_held(&env);
+    let recovery = env.spawn_vmbackup(&["recover"]);
+    std::thread::sleep(Duration::from_secs(3));
+    drop(held);
+    let said = recovery.wait().ok().stdout;
     assert!(said.contains("undone"), "{said}");
     assert_eq!(machine.nodes(), Vec::<String>::new());
 }
