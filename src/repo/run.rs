@@ -82,6 +82,16 @@ struct State {
     lost: bool,
 }
 
+impl State {
+    fn check(&self) -> Result<Timestamp> {
+        if self.lost {
+            let message = "this run did not get through to the repository for too long";
+            return Err(Error::new(Kind::Timeout, message).hint("run it again"));
+        }
+        Ok(self.renewed)
+    }
+}
+
 impl Lease {
     /// Begins a run: visible to the collector when this returns.
     pub async fn begin(
@@ -112,6 +122,12 @@ impl Lease {
     /// returns. Fails with [`Kind::Timeout`] once the lease was lost.
     pub async fn check(&self) -> Result<Timestamp> {
         self.held.renew().await
+    }
+
+    /// The same without a renewal, where there is no room for one: when it returns `Ok`, the run was
+    /// heard of within [`LEASE_OF_WRITER`], so that much is left until [`LEASE`] is over.
+    pub async fn look(&self) -> Result<()> {
+        self.held.look().await
     }
 
     /// Ends the run: the collector need not wait for it any more.
@@ -165,11 +181,16 @@ impl Held {
             state.lost = stored.duration_since(state.renewed).unsigned_abs() > LEASE_OF_WRITER;
             state.renewed = stored;
         }
-        if state.lost {
-            let message = "this run did not get through to the repository for too long";
-            return Err(Error::new(Kind::Timeout, message).hint("run it again"));
+        state.check()
+    }
+
+    async fn look(&self) -> Result<()> {
+        let mut state = self.state.lock().await;
+        if !state.lost {
+            let now = self.store.now().await?;
+            state.lost = now.duration_since(state.renewed).unsigned_abs() > LEASE_OF_WRITER;
         }
-        Ok(state.renewed)
+        state.check().map(drop)
     }
 }
 
@@ -297,6 +318,19 @@ mod tests {
         lease.check().await.unwrap();
         bed.clock.advance(LEASE_OF_WRITER + Duration::from_secs(1));
         assert_eq!(lease.check().await.unwrap_err().kind(), Kind::Timeout);
+        assert_eq!(lease.check().await.unwrap_err().kind(), Kind::Timeout);
+    }
+
+    #[tokio::test]
+    async fn a_look_tells_without_a_renewal_whether_the_lease_still_counts() {
+        let bed = bed();
+        let lease = Lease::begin(&bed.store, &bed.keys, RunKind::Collect).await.unwrap();
+        bed.clock.advance(LEASE_OF_WRITER);
+        lease.look().await.unwrap();
+        let objects = bed.store.list(Folder::Runs.prefix(), None, 10).await.unwrap();
+        assert_eq!(objects.len(), 1, "nothing was written");
+        bed.clock.advance(Duration::from_secs(1));
+        assert_eq!(lease.look().await.unwrap_err().kind(), Kind::Timeout);
         assert_eq!(lease.check().await.unwrap_err().kind(), Kind::Timeout);
     }
 

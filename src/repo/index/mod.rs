@@ -25,7 +25,7 @@ use std::time::Duration;
 use filter_space::{FILTER_BYTES_MAX, FilterSpace};
 use tokio::time::Instant;
 
-pub use segment::{IndexEntry, Location, PackRef, Segment, SegmentWriter};
+pub use segment::{IndexEntry, Location, PackRef, Segment, SegmentWriter, segment_name};
 
 use super::seal::{BlobId, Keys, random};
 use super::store::{Folder, ObjectStore, for_each, from_hex};
@@ -281,16 +281,41 @@ impl Index {
         Ok(Some(self.add_superseding(entries, &[]).await?))
     }
 
+    /// The same where it can be taken back what the entries name: nothing if there was no room, and
+    /// certainly no segment is there.
+    pub async fn add_if_room(&self, entries: Vec<IndexEntry>) -> Result<Option<Arc<Segment>>> {
+        let id = random::<16>();
+        match self.add_as(id, entries, &[]).await {
+            // An answer that got lost is no refusal; but a segment may have got its name, or be
+            // durable, before there was no room for something else.
+            Err(error) if error.kind() == Kind::NoSpace => {
+                match self.store.stat(&segment_name(&id)).await {
+                    Err(absent) if absent.is_not_found() => Ok(None),
+                    _ => Err(error),
+                }
+            }
+            added => added.map(Some),
+        }
+    }
+
     /// The same, in the place of other segments, which nobody asks once they have refreshed.
     pub async fn add_superseding(
         &self,
+        entries: Vec<IndexEntry>,
+        superseded: &[SegmentId],
+    ) -> Result<Arc<Segment>> {
+        self.add_as(random::<16>(), entries, superseded).await
+    }
+
+    async fn add_as(
+        &self,
+        id: SegmentId,
         mut entries: Vec<IndexEntry>,
         superseded: &[SegmentId],
     ) -> Result<Arc<Segment>> {
         let place = |entry: &IndexEntry| (entry.id, entry.location.pack.id);
         entries.sort_unstable_by_key(place);
         entries.dedup_by_key(|entry| place(entry));
-        let id = random::<16>();
         let count = entries.len() as u64;
         let mut writer = SegmentWriter::create(&*self.store, &self.keys, &id, count).await?;
         for entry in &entries {
