@@ -3,8 +3,11 @@
 
 use std::fs;
 
+use vmbackup::repo::store::ObjectStore as _;
+use vmbackup::repo::store::directory::{DirectoryStore, Parents};
+
 use crate::fixture::Fixture;
-use crate::support::SmallDisk;
+use crate::support::{SmallDisk, TestEnv};
 
 /// Fills a file system up to so many free bytes.
 fn fill(small: &SmallDisk, name: &str, free: u64) {
@@ -48,4 +51,34 @@ fn a_full_repository_is_emptied_by_forget_and_gc_once_there_is_a_little_room() {
     assert_eq!(again["repacked_bytes"], 0, "{again}");
     run(&["verify", &third]).ok();
     run(&["check", "--read-data"]).ok();
+}
+
+/// Takes room in a repository on `small`.
+async fn take(small: &SmallDisk, bytes: u64) -> vmbackup::error::Result<u64> {
+    let path = small.path.join("store");
+    let store = match DirectoryStore::open(&path).await {
+        Ok(store) => store,
+        Err(_) => DirectoryStore::init(&path, Parents::MustExist).await?,
+    };
+    let before = store.room_bytes().await?;
+    let room = store.reserve(bytes).await?;
+    let taken = before.unwrap_or(0) - store.room_bytes().await?.unwrap_or(0);
+    room.release().await?;
+    assert_eq!(store.room_bytes().await?, before, "all of it is given back");
+    Ok(taken)
+}
+
+#[tokio::test]
+async fn room_that_is_not_there_is_refused_and_no_room_is_held_where_none_can_be() {
+    let env = TestEnv::new();
+    let small = SmallDisk::mount(env.dir(), "4M");
+    assert_eq!(take(&small, 1 << 20).await.unwrap(), 1 << 20);
+    let refused = take(&small, 8 << 20).await.unwrap_err();
+    assert_eq!(refused.kind(), vmbackup::error::Kind::NoSpace, "{refused:?}");
+    assert_eq!(take(&small, 3 << 20).await.unwrap(), 3 << 20, "nothing stayed of the refused");
+    drop(small);
+    fs::remove_dir(env.path("small")).unwrap();
+    // It allocates nothing in advance, and does not tell its room.
+    let small = SmallDisk::mount_ramfs(env.dir());
+    assert_eq!(take(&small, 1 << 40).await.unwrap(), 0);
 }

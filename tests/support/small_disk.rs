@@ -12,11 +12,19 @@ pub(crate) struct SmallDisk {
 impl SmallDisk {
     /// Mounts one of `size` (`4M`) on `small` in `directory`; everybody may write to it.
     pub(crate) fn mount(directory: &Path, size: &str) -> Self {
+        Self::mount_as(directory, &["-t", "tmpfs", "-o", &format!("size={size},mode=777")])
+    }
+
+    /// Mounts one at the same place that has no bound, and cannot take room in advance.
+    pub(crate) fn mount_ramfs(directory: &Path) -> Self {
+        Self::mount_as(directory, &["-t", "ramfs", "-o", "mode=777"])
+    }
+
+    fn mount_as(directory: &Path, options: &[&str]) -> Self {
         let small = Self { path: directory.join("small") };
         std::fs::create_dir(&small.path).expect("own directory");
-        let options = ["-t", "tmpfs", "-o", &format!("size={size},mode=777"), "vmbtest"];
-        let mounted = Command::new("mount").args(options).arg(&small.path).status();
-        assert!(mounted.expect("mount runs").success(), "tmpfs is not mounted");
+        let mounted = Command::new("mount").args(options).arg("vmbtest").arg(&small.path).status();
+        assert!(mounted.expect("mount runs").success(), "it is not mounted");
         small
     }
 

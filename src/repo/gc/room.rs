@@ -1,13 +1,10 @@
 //! Room: how much is moved at a time where there is little, and what is kept free meanwhile.
 //!
-//! The store does not tell how much room it has. What an object takes while it is written is taken
-//! from everybody, and given back when it is given up: so room is held by an object that is never
-//! finished. What collects garbage holds as much as the index needs to be written anew, because
+//! What collects garbage holds as much as the index needs to be written anew, because
 //! without that no pack can go: all that was moved would only have made the store fuller.
 
-use crate::error::{Kind, Result};
-use crate::repo::seal::random;
-use crate::repo::store::{ObjectName, ObjectStore, ObjectWriter};
+use crate::error::{Error, Kind, Result};
+use crate::repo::store::{ObjectStore, Reservation};
 
 /// What an entry of the index takes, its part of the filter and the directory included (53 bytes
 /// sealed, ten bits, an eighth of an id).
@@ -31,26 +28,23 @@ pub(super) fn room_to_free(entries: u64) -> u64 {
 }
 
 /// Room that nobody else gets.
-pub(super) struct Held(Box<dyn ObjectWriter>);
+pub(super) struct Held(Box<dyn Reservation>);
 
 impl Held {
     /// Holds so many bytes; nothing if they are not there.
     pub(super) async fn take(store: &dyn ObjectStore, bytes: u64) -> Result<Option<Self>> {
-        match Self::reserve(store, bytes).await {
-            Err(error) if error.kind() == Kind::NoSpace => Ok(None),
-            held => held.map(Some),
+        match store.reserve(bytes).await {
+            Ok(room) => Ok(Some(Self(room))),
+            Err(error) => match Error::from(error) {
+                error if error.kind() == Kind::NoSpace => Ok(None),
+                error => Err(error),
+            },
         }
-    }
-
-    async fn reserve(store: &dyn ObjectStore, bytes: u64) -> Result<Self> {
-        let mut writer = store.create(&ObjectName::pack(&random::<16>())).await?;
-        writer.reserve(bytes).await?;
-        Ok(Self(writer))
     }
 
     /// Gives it back.
     pub(super) async fn release(self) -> Result<()> {
-        Ok(self.0.abort().await?)
+        Ok(self.0.release().await?)
     }
 }
 

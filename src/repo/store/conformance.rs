@@ -26,6 +26,7 @@ pub async fn run(maker: Maker<'_>) {
     listing_is_sorted_paged_and_complete(&*maker()).await;
     missing_objects_are_not_found(&*maker()).await;
     time_stamps_follow_the_clock_of_the_store(&*maker()).await;
+    room_that_is_taken_is_no_object(&*maker()).await;
 }
 
 fn name(rest: &str) -> ObjectName {
@@ -42,9 +43,8 @@ async fn what_was_put_reads_back(store: &dyn ObjectStore) {
         expected.extend_from_slice(&bytes);
         writer.write(&bytes).await.expect("takes a part");
     }
-    writer.reserve(100_000).await.expect("takes room");
     let info = writer.finish().await.expect("finishes");
-    assert_eq!(info.size_bytes, expected.len() as u64, "finish reports the size, not the room");
+    assert_eq!(info.size_bytes, expected.len() as u64, "finish reports the size");
     assert_eq!(store.read(&streamed, WHOLE).await.expect("reads"), expected, "read == written");
     assert_eq!(store.stat(&streamed).await.expect("stats"), info, "stat == finish");
     store.put(&empty, Vec::new()).await.expect("an empty object is an object");
@@ -178,4 +178,17 @@ async fn time_stamps_follow_the_clock_of_the_store(store: &dyn ObjectStore) {
     assert!(before <= stored && stored <= after, "{before} <= {stored} <= {after}");
     let listed = store.list("index/", None, 1).await.expect("lists");
     assert_eq!(listed[0].stored, stored, "lists tell the same time");
+}
+
+async fn room_that_is_taken_is_no_object(store: &dyn ObjectStore) {
+    store.room_bytes().await.expect("tells its room, or that it cannot");
+    let first = store.reserve(100_000).await.expect("takes room");
+    let second = store.reserve(0).await.expect("takes no room");
+    for folder in Folder::ALL {
+        let listed = store.list(folder.prefix(), None, 10).await.expect("lists");
+        assert!(listed.is_empty(), "room shows as an object: {listed:?}");
+    }
+    store.put(&name("beside"), vec![1]).await.expect("stores beside it");
+    first.release().await.expect("gives it back");
+    drop(second);
 }

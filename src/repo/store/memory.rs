@@ -10,7 +10,7 @@ use async_trait::async_trait;
 
 use super::{
     BlockingObjects, ObjectInfo, ObjectName, ObjectStore, ObjectWriter, PAGE_MAX, ReadRange,
-    StoreError, StoreResult,
+    Reservation, StoreError, StoreResult,
 };
 use crate::block::Waited;
 use crate::clock::{Clock, Timestamp};
@@ -62,6 +62,8 @@ struct Shared {
     hook: Option<Hook>,
     /// What objects may take together, if there is a bound.
     capacity_bytes: Option<u64>,
+    /// The same, told to nobody.
+    quota_bytes: Option<u64>,
     /// Bytes of objects that are being written.
     writing_bytes: u64,
 }
@@ -88,6 +90,11 @@ impl MemoryStore {
     /// From now on the store is full at so many bytes, those of unfinished objects included.
     pub fn set_capacity(&self, bytes: u64) {
         self.lock().capacity_bytes = Some(bytes);
+    }
+
+    /// The same, but nobody is told how much room there is.
+    pub fn set_quota(&self, bytes: u64) {
+        self.lock().quota_bytes = Some(bytes);
     }
 
     /// What all objects take, unfinished ones included.
@@ -177,7 +184,7 @@ impl ObjectStore for MemoryStore {
             store: self.clone(),
             name: name.clone(),
             bytes: Vec::new(),
-            room_bytes: 0,
+            room: Room::none(self),
         }))
     }
 
@@ -219,6 +226,18 @@ impl ObjectStore for MemoryStore {
         self.call(&Operation::Now, |_| Ok(self.clock.now()))
     }
 
+    async fn reserve(&self, bytes: u64) -> StoreResult<Box<dyn Reservation>> {
+        let mut room = Room::none(self);
+        let mut shared = self.lock();
+        let taken = room.grow(&mut shared, bytes);
+        drop(shared);
+        taken.map(|()| Box::new(room) as Box<dyn Reservation>)
+    }
+
+    async fn room_bytes(&self) -> StoreResult<Option<u64>> {
+        Ok(self.lock().room_bytes())
+    }
+
     fn blocking(&self) -> Option<Arc<dyn BlockingObjects>> {
         Some(Arc::new(self.clone()))
     }
@@ -238,6 +257,10 @@ impl Shared {
         objects.sum::<u64>() + self.writing_bytes
     }
 
+    fn room_bytes(&self) -> Option<u64> {
+        self.capacity_bytes.map(|capacity| capacity.saturating_sub(self.used_bytes()))
+    }
+
     fn find(&self, name: &ObjectName) -> StoreResult<&(Arc<Vec<u8>>, Timestamp)> {
         self.objects.get(name).ok_or_else(|| StoreError::NotFound { name: name.clone() })
     }
@@ -247,32 +270,49 @@ fn info(name: &ObjectName, object: &(Arc<Vec<u8>>, Timestamp)) -> ObjectInfo {
     ObjectInfo { name: name.clone(), size_bytes: object.0.len() as u64, stored: object.1 }
 }
 
-struct Writer {
+/// Room that is taken.
+struct Room {
     store: MemoryStore,
-    name: ObjectName,
-    bytes: Vec<u8>,
-    /// What it counts for in the store: what was written, and what is reserved.
-    room_bytes: u64,
+    bytes: u64,
 }
 
-impl Writer {
-    /// Takes the room for `more` bytes after those that were written.
-    fn take_room(&mut self, store: &mut Shared, more: u64) -> StoreResult<()> {
-        let fresh = (self.bytes.len() as u64 + more).saturating_sub(self.room_bytes);
-        if store.capacity_bytes.is_some_and(|capacity| store.used_bytes() + fresh > capacity) {
+impl Room {
+    fn none(store: &MemoryStore) -> Self {
+        Self { store: store.clone(), bytes: 0 }
+    }
+
+    /// Takes so many bytes more.
+    fn grow(&mut self, shared: &mut Shared, bytes: u64) -> StoreResult<()> {
+        let bounds = [shared.capacity_bytes, shared.quota_bytes];
+        let more = shared.used_bytes() + bytes;
+        if bounds.into_iter().flatten().any(|bound| more > bound) {
             let full = io::Error::from(io::ErrorKind::StorageFull);
-            return Err(StoreError::io(format!("writing {}", self.name), full));
+            return Err(StoreError::io(format!("taking {bytes} bytes"), full));
         }
-        store.writing_bytes += fresh;
-        self.room_bytes += fresh;
+        shared.writing_bytes += bytes;
+        self.bytes += bytes;
         Ok(())
     }
 }
 
-impl Drop for Writer {
+impl Drop for Room {
     fn drop(&mut self) {
-        self.store.lock().writing_bytes -= self.room_bytes;
+        self.store.lock().writing_bytes -= self.bytes;
     }
+}
+
+#[async_trait]
+impl Reservation for Room {
+    async fn release(self: Box<Self>) -> StoreResult<()> {
+        Ok(())
+    }
+}
+
+struct Writer {
+    store: MemoryStore,
+    name: ObjectName,
+    bytes: Vec<u8>,
+    room: Room,
 }
 
 #[async_trait]
@@ -280,16 +320,10 @@ impl ObjectWriter for Writer {
     async fn write(&mut self, bytes: &[u8]) -> StoreResult<()> {
         let store = self.store.clone();
         store.call(&Operation::Write(self.name.clone()), |s| {
-            self.take_room(s, bytes.len() as u64)?;
+            self.room.grow(s, bytes.len() as u64)?;
             self.bytes.extend_from_slice(bytes);
             Ok(())
         })
-    }
-
-    async fn reserve(&mut self, bytes: u64) -> StoreResult<()> {
-        let store = self.store.clone();
-        let mut shared = store.lock();
-        self.take_room(&mut shared, bytes)
     }
 
     async fn finish(mut self: Box<Self>) -> StoreResult<ObjectInfo> {
@@ -300,7 +334,7 @@ impl ObjectWriter for Writer {
             if s.objects.contains_key(&name) {
                 return Err(StoreError::AlreadyExists { name: name.clone() });
             }
-            s.writing_bytes -= std::mem::take(&mut self.room_bytes);
+            s.writing_bytes -= std::mem::take(&mut self.room.bytes);
             let object = (Arc::new(bytes), stored);
             let info = info(&name, &object);
             s.objects.insert(name.clone(), object);

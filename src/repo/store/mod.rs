@@ -114,6 +114,18 @@ pub trait ObjectStore: Send + Sync + std::fmt::Debug {
         Ok(0)
     }
 
+    /// Takes room for `bytes`, which nobody else gets until it is given back; at the latest when the
+    /// process ends, however it ends. A store that cannot does nothing.
+    async fn reserve(&self, _bytes: u64) -> StoreResult<Box<dyn Reservation>> {
+        Ok(Box::new(Nothing))
+    }
+
+    /// How many bytes more fit in, if there is a bound and the store can tell it without taking
+    /// anything. An estimate: others take room meanwhile, and quotas need not be in it.
+    async fn room_bytes(&self) -> StoreResult<Option<u64>> {
+        Ok(None)
+    }
+
     /// The same objects for threads that may wait, if it needs no reactor.
     fn blocking(&self) -> Option<Arc<dyn BlockingObjects>> {
         None
@@ -147,18 +159,28 @@ pub trait ObjectWriter: Send {
     /// only `abort` makes sense.
     async fn write(&mut self, bytes: &[u8]) -> StoreResult<()>;
 
-    /// Takes room for `bytes` more, which nobody else gets until the object is thrown away; one that
-    /// is finished may keep room that it does not use. A store that cannot does nothing. After an
-    /// error only `abort` makes sense.
-    async fn reserve(&mut self, _bytes: u64) -> StoreResult<()> {
-        Ok(())
-    }
-
     /// Makes the object durable and visible, if nobody made one of this name.
     async fn finish(self: Box<Self>) -> StoreResult<ObjectInfo>;
 
     /// Throws away what was written.
     async fn abort(self: Box<Self>) -> StoreResult<()>;
+}
+
+/// Room that was taken. Dropping it gives it back, too, without the report of what went wrong.
+#[async_trait]
+pub trait Reservation: Send {
+    /// Gives the room back.
+    async fn release(self: Box<Self>) -> StoreResult<()>;
+}
+
+/// What a store gives that cannot take room.
+struct Nothing;
+
+#[async_trait]
+impl Reservation for Nothing {
+    async fn release(self: Box<Self>) -> StoreResult<()> {
+        Ok(())
+    }
 }
 
 /// What is known of an object without reading it.

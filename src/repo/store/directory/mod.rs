@@ -13,8 +13,10 @@
 //! clock is the time stamp of a file made for the purpose.
 //!
 //! Blocking calls run on the runtime's blocking threads. What a killed process leaves in `tmp/` is
-//! never seen as an object and removed by [`ObjectStore::sweep`].
+//! never seen as an object and removed by [`ObjectStore::sweep`]; room that it held has no name
+//! (room.rs), and is free as soon as it is gone.
 
+mod room;
 mod root;
 mod writer;
 
@@ -31,7 +33,7 @@ use rustix::io::Errno;
 
 use super::{
     BlockingObjects, Folder, NAMES_MAX, ObjectInfo, ObjectName, ObjectStore, ObjectWriter,
-    PAGE_MAX, ReadRange, StoreError, StoreResult,
+    PAGE_MAX, ReadRange, Reservation, StoreError, StoreResult,
 };
 use crate::block::Waited;
 use crate::block::file::read_cached;
@@ -185,6 +187,15 @@ impl ObjectStore for DirectoryStore {
 
     async fn sweep(&self, before: Timestamp) -> StoreResult<u64> {
         self.run(move |root| root.sweep(before)).await
+    }
+
+    async fn reserve(&self, bytes: u64) -> StoreResult<Box<dyn Reservation>> {
+        let room = self.run(move |root| room::Room::take(root, bytes)).await?;
+        Ok(Box::new(room))
+    }
+
+    async fn room_bytes(&self) -> StoreResult<Option<u64>> {
+        self.run(|root| room::free_bytes(root)).await
     }
 
     fn blocking(&self) -> Option<Arc<dyn BlockingObjects>> {

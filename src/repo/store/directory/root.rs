@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicU8;
 use std::sync::{Mutex, PoisonError};
 
-use rustix::fs::{AtFlags, CWD, Dir, OFlags, Stat};
+use rustix::fs::{AtFlags, CWD, Dir, FileType, OFlags, Stat};
 use rustix::io::Errno;
 
 use super::super::{Folder, ObjectName, StoreError, StoreResult, hex};
@@ -147,6 +147,15 @@ impl Root {
 
     /// The same one by one: there may be a million.
     pub(super) fn visit(&self, directory: &str, mut take: impl FnMut(&str)) -> StoreResult<()> {
+        self.visit_all(directory, |name| {
+            if !name.starts_with('.') {
+                take(name);
+            }
+        })
+    }
+
+    /// The same with dot files, but without `.` and `..`.
+    fn visit_all(&self, directory: &str, mut take: impl FnMut(&str)) -> StoreResult<()> {
         let error = |e: Errno| self.error("listing", directory, e.into());
         let path = if directory.is_empty() { "." } else { directory };
         let fd = match rustix::fs::openat(&self.dir, path, DIRECTORY_FLAGS, DIRECTORY_MODE) {
@@ -163,7 +172,7 @@ impl Root {
         for entry in Dir::new(fd).map_err(error)? {
             let entry = entry.map_err(error)?;
             let name = OsStr::from_bytes(entry.file_name().to_bytes());
-            if let Some(name) = name.to_str().filter(|name| !name.starts_with('.')) {
+            if let Some(name) = name.to_str().filter(|name| !matches!(*name, "." | "..")) {
                 take(name);
             }
         }
@@ -249,22 +258,28 @@ impl Root {
             .map_err(|e| self.error("asking", "the clock", e.into()))
     }
 
-    /// Removes unfinished objects older than `before`.
+    /// Removes unfinished objects older than `before`, also those that somebody else removed while
+    /// they were open: NFS and file systems in user space give them names with a dot.
     pub(super) fn sweep(&self, before: Timestamp) -> StoreResult<u64> {
+        let mut names = Vec::new();
+        self.visit_all("tmp/", |name| names.push(name.to_owned()))?;
         let mut swept = 0;
-        for name in self.names_in("tmp/")? {
+        for name in names {
             let path = format!("{TEMPORARY}/{name}");
             let result = rustix::fs::statat(&self.dir, path.as_str(), AtFlags::SYMLINK_NOFOLLOW)
                 .and_then(|stat| {
-                    if stored(&stat) >= before {
+                    // Nothing of ours is a directory.
+                    let is_directory = FileType::from_raw_mode(stat.st_mode).is_dir();
+                    if is_directory || stored(&stat) >= before {
                         return Ok(0);
                     }
                     rustix::fs::unlinkat(&self.dir, path.as_str(), AtFlags::empty()).map(|()| 1)
                 });
             match result {
                 Ok(one) => swept += one,
-                // Its writer finished, or another sweep was faster.
-                Err(Errno::NOENT) => {}
+                // Its writer finished, or another sweep was faster. Or a process of this host has it
+                // open, and it goes with that (EBUSY of nfs_sillyrename).
+                Err(Errno::NOENT | Errno::BUSY) => {}
                 Err(error) => return Err(self.error("removing", &path, error.into())),
             }
         }

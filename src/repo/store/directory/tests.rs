@@ -95,6 +95,35 @@ async fn what_a_killed_writer_left_is_swept_once_it_is_old() {
     assert_eq!(store.read(&ObjectName::config(), ReadRange::Suffix { len: 9 }).await.unwrap(), [1]);
 }
 
+/// Room that a killed collector had held was under a name, and kept every later one from freeing
+/// anything.
+#[tokio::test]
+async fn room_that_is_taken_has_no_name_that_could_outlive_the_process() {
+    let (store, dir) = open(Way::Rename);
+    let left = || std::fs::read_dir(dir.path().join("repo/tmp")).unwrap().count();
+    let room = store.reserve(1 << 20).await.unwrap();
+    assert_eq!(left(), 0);
+    room.release().await.unwrap();
+    drop(store.reserve(4096).await.unwrap());
+    assert_eq!(left(), 0);
+}
+
+/// NFS clients rename what is removed while it is open; what a host that went down left of that is
+/// swept, too, and what is not a file stays.
+#[tokio::test]
+async fn what_was_removed_while_it_was_open_is_swept_once_it_is_old() {
+    let (store, dir) = open(Way::Rename);
+    store.put(&ObjectName::config(), vec![1]).await.unwrap();
+    let tmp = dir.path().join("repo/tmp");
+    std::fs::write(tmp.join(".nfs0000000000a1b2c300000001"), "room").unwrap();
+    std::fs::create_dir(tmp.join("directory")).unwrap();
+    assert_eq!(store.sweep(Timestamp::UNIX_EPOCH).await.unwrap(), 0);
+    let late = store.now().await.unwrap() + std::time::Duration::from_secs(1);
+    assert_eq!(store.sweep(late).await.unwrap(), 1);
+    let left: Vec<_> = std::fs::read_dir(&tmp).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert_eq!(left, ["directory"]);
+}
+
 #[tokio::test]
 async fn stray_files_are_not_objects() {
     let (store, dir) = open(Way::Rename);

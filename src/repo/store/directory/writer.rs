@@ -21,7 +21,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use async_trait::async_trait;
-use rustix::fs::{Advice, AtFlags, FallocateFlags, OFlags, RenameFlags};
+use rustix::fs::{Advice, AtFlags, OFlags, RenameFlags};
 use rustix::io::Errno;
 
 use super::super::{ObjectInfo, ObjectName, ObjectWriter, StoreError, StoreResult};
@@ -65,8 +65,6 @@ struct Temporary {
     gathered: Gather,
     written_bytes: u64,
     flushing_bytes: u64,
-    /// Reserving made the file longer than what was written.
-    is_longer: bool,
     state: State,
 }
 
@@ -90,7 +88,6 @@ impl Writer {
             gathered: Gather::new(WRITE_BYTES),
             written_bytes: 0,
             flushing_bytes: 0,
-            is_longer: false,
             state: State::Present,
         };
         Ok(Self { temporary: Some(temporary) })
@@ -124,13 +121,6 @@ impl ObjectWriter for Writer {
         Ok(())
     }
 
-    async fn reserve(&mut self, bytes: u64) -> StoreResult<()> {
-        let mut temporary = self.take()?;
-        let work = move || temporary.reserve(bytes).map(|()| temporary);
-        self.temporary = Some(blocking(work).await?);
-        Ok(())
-    }
-
     async fn finish(mut self: Box<Self>) -> StoreResult<ObjectInfo> {
         let temporary = self.take()?;
         blocking(move || temporary.finish()).await
@@ -144,29 +134,6 @@ impl ObjectWriter for Writer {
 }
 
 impl Temporary {
-    /// File systems that cannot allocate what lies behind the end of a file may allocate it by making
-    /// the file longer (NFS 4.2); others have no way at all (NFS before that, many of FUSE).
-    fn reserve(&mut self, bytes: u64) -> StoreResult<()> {
-        for way in [FallocateFlags::KEEP_SIZE, FallocateFlags::empty()] {
-            let taken = || rustix::fs::fallocate(&self.file, way, self.written_bytes, bytes);
-            match rustix::io::retry_on_intr(taken) {
-                Ok(()) => {
-                    self.is_longer |= way.is_empty();
-                    return Ok(());
-                }
-                Err(error @ (Errno::NOSPC | Errno::DQUOT | Errno::FBIG)) => {
-                    return Err(self.root.error(
-                        "taking room for",
-                        self.name.as_str(),
-                        error.into(),
-                    ));
-                }
-                Err(error) => tracing::debug!(%error, name = self.name.as_str(), "no room is held"),
-            }
-        }
-        Ok(())
-    }
-
     fn write_gathered(&mut self) -> StoreResult<()> {
         let error = |e| self.root.error("writing", self.name.as_str(), e);
         if self.gathered.is_full() && self.written_bytes == 0 {
@@ -194,10 +161,6 @@ impl Temporary {
 
     fn finish(mut self) -> StoreResult<ObjectInfo> {
         self.write_gathered()?;
-        if self.is_longer {
-            let cut = self.file.set_len(self.written_bytes);
-            cut.map_err(|e| self.root.error("cutting", self.name.as_str(), e))?;
-        }
         self.file.sync_all().map_err(|e| self.root.error("syncing", self.name.as_str(), e))?;
         let stat = rustix::fs::fstat(&self.file)
             .map_err(|e| self.root.error("looking at", self.name.as_str(), e.into()))?;
