@@ -2,6 +2,7 @@
 //! works.
 
 use std::fs;
+use std::time::{Duration, SystemTime};
 
 use vmbackup::repo::store::ObjectStore as _;
 use vmbackup::repo::store::directory::{DirectoryStore, Parents};
@@ -51,6 +52,36 @@ fn a_full_repository_is_emptied_by_forget_and_gc_once_there_is_a_little_room() {
     assert_eq!(again["repacked_bytes"], 0, "{again}");
     run(&["verify", &third]).ok();
     run(&["check", "--read-data"]).ok();
+}
+
+/// What a killed run left in `tmp/` was removed only at the end of a collection, which did not get
+/// there for want of just that room, night after night.
+#[test]
+fn what_a_killed_run_left_is_out_of_the_way_before_gc_needs_room() {
+    let fixture = Fixture::new();
+    let env = &fixture.env;
+    let small = SmallDisk::mount(env.dir(), "10M");
+    let repo = small.path.join("repo").display().to_string();
+    env.vmbackup(&["repo", "init", "--no-key", "--repo", &repo]).ok();
+    let run = |args: &[&str]| env.vmbackup(&[args, &["--repo", &repo]].concat());
+    let point = |seed: &[u8]| {
+        fixture.write(0, seed, 1_000_000);
+        let report = fixture.back_up(&["full", "--json", "--repo", &repo]).json();
+        report["point"].as_str().unwrap().to_owned()
+    };
+    let kept = point(b"kept");
+    // Not a byte is left, and as much as a lease takes and no more.
+    for free in [0, 4 << 10] {
+        run(&["forget", &point(b"goes")]).ok();
+        let left = small.path.join("repo/tmp/new-left");
+        fill(&small, "repo/tmp/new-left", free);
+        let old = SystemTime::now() - Duration::from_secs(3600);
+        fs::File::options().write(true).open(&left).unwrap().set_modified(old).unwrap();
+        let report = run(&["gc", "--json"]).json();
+        assert!(report["freed_bytes"].as_u64().unwrap() > 900_000, "{free}: {report}");
+        assert!(!left.exists(), "{free}");
+    }
+    run(&["verify", &kept]).ok();
 }
 
 /// Takes room in a repository on `small`.

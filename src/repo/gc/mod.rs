@@ -27,9 +27,10 @@
 //!
 //! Repacking takes room before it makes any. Where that ends, what was moved until then is carried
 //! through to the deletion of the packs that it emptied, and the collector starts over with the
-//! room that this made. It ends when a round frees nothing: then there is no room even for the
-//! smallest step, or what was emptied waits for runs that are at work. Packs that nothing needs go
-//! in any case, for which a list and an index are enough.
+//! room that this made ([`rounds`]). It ends when a round frees nothing: then there is no room even
+//! for the smallest step, or what was emptied waits for runs that are at work. Packs that nothing
+//! needs go in any case, for which a list and an index are enough. What killed runs left behind goes
+//! before anything is written, and when there was no room for something.
 //!
 //! *Deletion*: this is the only place that deletes objects of points, packs and index.
 
@@ -37,6 +38,7 @@ mod copy;
 mod mark;
 mod repack;
 mod room;
+mod rounds;
 mod sweep;
 #[cfg(test)]
 pub(super) mod tests;
@@ -53,13 +55,14 @@ use super::catalog;
 use super::condemned::{self, CondemnedList, LIST_PACKS_MAX, PackId};
 use super::pack::PACK_BYTES;
 use super::points::{self, PointName};
-use super::run::{LEASE_OF_WRITER, Lease, RunKind, Survey};
+use super::run::{LEASE, LEASE_OF_WRITER, Lease, RunKind, Survey};
 use super::store::{Folder, ObjectName, for_each, for_each_name, from_hex};
 use crate::clock::Timestamp;
-use crate::control::{Control, NoticeLevel};
+use crate::control::Control;
 use crate::error::{Error, Kind, Result};
 use crate::vm::PointId;
 use mark::{Marker, Standing};
+use rounds::{Repacking, Room};
 
 /// Manifests read at a time.
 const MANIFESTS_AT_ONCE: usize = 64;
@@ -126,13 +129,24 @@ pub async fn collect(
     options: CollectOptions,
     control: &Control,
 ) -> Result<CollectReport> {
-    let lease = exclusive_lease(blobs).await?;
+    let lease = lease_with_room(blobs).await?;
     let collector = Collector { blobs, chunk_levels, options, control, lease: &lease };
     let result = collector.run_until_settled().await;
     if let Err(error) = lease.end().await {
         tracing::warn!(%error, "cannot end the collector's lease");
     }
     result
+}
+
+/// The collector's lease. Where there is no room even for that, what killed runs left goes first.
+async fn lease_with_room(blobs: &Blobs) -> Result<Lease> {
+    match exclusive_lease(blobs).await {
+        Err(error) if error.kind() == Kind::NoSpace => match sweep::sweep_leftovers(blobs).await {
+            Ok(swept) if swept > 0 => exclusive_lease(blobs).await,
+            _ => Err(error),
+        },
+        lease => lease,
+    }
 }
 
 /// A lease that only one can hold: two at once would each write an index without the other's
@@ -149,26 +163,20 @@ pub(super) async fn exclusive_lease(blobs: &Blobs) -> Result<Lease> {
         .hint("wait for it; one that was killed counts for 30 minutes"))
 }
 
-/// Whether there was room for all that was to be repacked.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Room {
-    Enough,
-    Short,
-}
-
-/// Whether anything is repacked.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Repacking {
-    Yes,
-    No,
-}
-
 struct Collector<'a> {
     blobs: &'a Arc<Blobs>,
     chunk_levels: u32,
     options: CollectOptions,
     control: &'a Control,
     lease: &'a Lease,
+}
+
+/// What a round begins with.
+struct Looked {
+    survey: Survey,
+    /// What was stored later may belong to a run that is at work.
+    cutoff: Timestamp,
+    repacking: Repacking,
 }
 
 /// A point that was forgotten.
@@ -192,48 +200,7 @@ struct State<'r> {
     report: &'r mut CollectReport,
 }
 
-/// What to do where there was no room to repack.
-fn lacks_room(report: &CollectReport) -> String {
-    let todo = if report.waiting_for.is_empty() {
-        "make a little room there and run gc again"
-    } else {
-        "run gc again once the runs that are at work are over"
-    };
-    format!("there is no room to repack all that is mostly garbage: {todo}")
-}
-
 impl Collector<'_> {
-    /// Starts over while damage comes to light, and while there is more room than before for what is
-    /// to be repacked. Ends: each time there is a pack more to know of, or an old one is gone.
-    async fn run_until_settled(&self) -> Result<CollectReport> {
-        let damaged = &self.blobs.damaged;
-        damaged.load().await?;
-        let mut report = CollectReport::default();
-        let mut repacking = Repacking::Yes;
-        loop {
-            let known = damaged.count();
-            let deleted = report.packs_deleted;
-            match self.run(repacking, &mut report).await {
-                Err(error) if error.kind() == Kind::Corrupt && damaged.count() > known => {}
-                // Others took the room that was held: what can go without more still does.
-                Err(error) if error.kind() == Kind::NoSpace && repacking == Repacking::Yes => {
-                    tracing::debug!(%error, "starting over without repacking");
-                    repacking = Repacking::No;
-                }
-                Ok(Room::Short) if report.packs_deleted > deleted => {
-                    tracing::debug!(?report, "there is more room now: starting over");
-                    repacking = Repacking::Yes;
-                }
-                Ok(Room::Short) => {
-                    self.control.notice(NoticeLevel::Warning, lacks_room(&report));
-                    return Ok(report);
-                }
-                Ok(Room::Enough) => return Ok(report),
-                Err(error) => return Err(error),
-            }
-        }
-    }
-
     /// Fails when damage was found since the marking began: what is marked may be a damaged copy.
     async fn check_damage(&self, state: &State<'_>) -> Result<()> {
         // Others find damage, too.
@@ -250,14 +217,37 @@ impl Collector<'_> {
         let Blobs { store, keys, .. } = &**self.blobs;
         // In this order: what is ripe by a survey was visible before it, and manifests are listed
         // after it.
-        let mut lists = condemned::lists(&**store, keys).await?;
+        let lists = condemned::lists(&**store, keys).await?;
         let survey = Survey::take(&**store).await?;
-        let mut ripe: HashSet<ObjectName> = self.ripe(&lists, &survey);
+        let oldest = survey.live().map(|run| run.started).min();
+        let cutoff = oldest.map_or(self.lease.started(), |o| o.min(self.lease.started()));
+        // Before any room is needed; what cannot be removed is told of at the end.
+        if let Err(error) = store.sweep(cutoff - LEASE).await {
+            tracing::debug!(%error, "what killed runs left is not all removed");
+        }
+        let looked = Looked { survey, cutoff, repacking };
+        match self.collect(lists, &looked, report).await {
+            Err(error) if error.kind() == Kind::NoSpace => {
+                self.make_what_room_there_is(&looked).await;
+                Err(error)
+            }
+            collected => collected,
+        }
+    }
 
+    async fn collect(
+        &self,
+        mut lists: Vec<CondemnedList>,
+        looked: &Looked,
+        report: &mut CollectReport,
+    ) -> Result<Room> {
+        let store = &*self.blobs.store;
+        let Looked { survey, cutoff, repacking } = looked;
+        let mut ripe: HashSet<ObjectName> = self.ripe(&lists, survey);
         let mut state = self.load(&lists, report).await?;
         let (names, forgotten) = self.points().await?;
         // After the tombstones were listed: who is not in it has seen them.
-        let readers = Survey::take(&**store).await?;
+        let readers = Survey::take(store).await?;
         self.control.set_phase("marking what the points need");
         self.mark(&mut state, &names).await?;
         state.report.points = names.len();
@@ -265,27 +255,25 @@ impl Collector<'_> {
         self.check_damage(&state).await?;
         self.spare(&mut state, &forgotten, &readers).await?;
 
-        let oldest = survey.live().map(|run| run.started).min();
-        let cutoff = oldest.map_or(self.lease.started(), |o| o.min(self.lease.started()));
         let room = match repacking {
-            Repacking::Yes => self.repack(&mut state, cutoff, &survey).await?,
+            Repacking::From(batch) => self.repack(&mut state, looked, *batch).await?,
             Repacking::No => Room::Short,
         };
-        let new = self.condemn(&mut state, cutoff).await?;
+        let new = self.condemn(&mut state, *cutoff).await?;
         lists.extend(new.iter().cloned());
         state.report.forgotten += self.drop_forgotten(&forgotten).await?;
 
-        let survey = Survey::take(&**store).await?;
+        let survey = Survey::take(store).await?;
         ripe.extend(self.ripe(&new, &survey));
         let (mut names, _) = self.points().await?;
         names.sort_unstable();
         self.mark(&mut state, &names).await?;
         self.control.set_phase("deleting");
-        self.lease.check().await?;
+        self.check_lease().await?;
         self.check_damage(&state).await?;
         self.carry_out(&mut state, &lists, &ripe).await?;
-        self.clean_up(&survey, cutoff).await?;
-        match catalog::tidy(self.blobs, &names, (cutoff, self.control)).await {
+        self.clean_up(&survey, *cutoff).await?;
+        match catalog::tidy(self.blobs, &names, (*cutoff, self.control)).await {
             Err(error) if error.kind() != Kind::Cancelled => {
                 tracing::warn!(%error, "cannot put the catalog right: listing may be slow");
             }
@@ -293,6 +281,15 @@ impl Collector<'_> {
         }
         state.report.waiting_for = self.waited_for(&lists, &ripe, &survey);
         Ok(room)
+    }
+
+    /// Fails once the lease was lost. It is renewed; without room for that, it is enough that
+    /// it still counts.
+    async fn check_lease(&self) -> Result<()> {
+        match self.lease.check().await {
+            Err(error) if error.kind() == Kind::NoSpace => self.lease.look().await,
+            checked => checked.map(drop),
+        }
     }
 
     /// The lists that no live run can have missed. The margin covers the time between a list's

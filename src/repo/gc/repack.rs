@@ -10,7 +10,9 @@
 //! before it found no room is deleted: no index ever named it, so nobody can rely on it (whoever
 //! indexes packs that no index names has the collector's lease). What was indexed stays, always.
 //!
-//! Room that is needed to free the emptied packs is held meanwhile ([`super::room`]).
+//! Room that is needed to free the emptied packs is held meanwhile ([`super::room`]). It is given
+//! back for the moment in which the batch is indexed; where others were faster then, no segment is
+//! there, and the batch is taken back like one that found no room.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -19,16 +21,16 @@ use async_trait::async_trait;
 
 use super::copy::{To, copy_live};
 use super::mark::{Marker, Standing};
-use super::room::{Batch, Held, room_to_free, segment_bytes};
+use super::room::{Batch, Held, room_beside_others, room_to_free, segment_bytes};
+use super::rounds::Room;
 use super::sweep::to_rewrite;
-use super::{Collector, Room, SMALL_PACKS_MAX, State};
+use super::{Collector, Looked, SMALL_PACKS_MAX, State};
 use crate::clock::Timestamp;
 use crate::error::{Error, Kind, Result};
 use crate::repo::condemned::PackId;
 use crate::repo::failure::Failure;
 use crate::repo::index::IndexEntry;
 use crate::repo::packer::{DurableSink, Packer, Target};
-use crate::repo::run::Survey;
 use crate::repo::seal::ObjectType;
 use crate::repo::store::ObjectName;
 
@@ -61,8 +63,8 @@ impl DurableSink for Gathered {
 
 /// What became of a batch.
 enum Moved {
-    /// So many packs are empty.
-    Packs(usize),
+    /// So many packs are empty, of which so many bytes were needed.
+    Packs { count: usize, bytes: u64 },
     /// There was no room; for so many bytes there was.
     Nothing { fit_bytes: u64 },
 }
@@ -76,34 +78,40 @@ struct Attempt {
 
 impl Collector<'_> {
     /// Empties packs that are mostly dead, and small ones when there are many, as far as there is
-    /// room.
+    /// room: `first` is tried first.
     pub(super) async fn repack(
         &self,
         state: &mut State<'_>,
-        cutoff: Timestamp,
-        survey: &Survey,
+        looked: &Looked,
+        first: Batch,
     ) -> Result<Room> {
-        let candidates = self.candidates(state, cutoff);
+        let candidates = self.candidates(state, looked.cutoff);
         if candidates.is_empty() {
             return Ok(Room::Enough);
         }
         self.control.set_phase("repacking");
         let room_bytes = room_to_rewrite(state, &candidates);
-        let store = &*self.blobs.store;
-        let Some(held) = Held::take(store, room_bytes).await? else {
-            return Ok(Room::Short);
+        let packs = candidates.iter().flat_map(|(_, packs)| packs);
+        let left_bytes = packs.map(|id| live_bytes(state, id)).sum();
+        let others = looked.survey.live().any(|run| run.run != self.lease.run());
+        let batch = if others { first.min(Batch::BESIDE_OTHERS) } else { first };
+        let mut repacker = Repacker {
+            collector: self,
+            held: None,
+            room_bytes,
+            left_bytes,
+            others,
+            batch: Some(batch),
+            is_refused: false,
         };
-        // While others are at work, what is emptied now goes later: where there is no room, smaller
-        // batches would only take the rest of it from them.
-        let waits = survey.live().any(|run| run.run != self.lease.run());
-        let mut repacker =
-            Repacker { collector: self, held: Some(held), room_bytes, batch: Some(Batch::ALL) };
+        if !repacker.leaves_room().await? {
+            return Ok(Room::LeftToOthers);
+        }
+        repacker.hold().await?;
         let mut room = Room::Enough;
         // What does not fit of one type keeps nothing of the other from moving.
         for (object_type, packs) in candidates {
-            if repacker.repack(state, object_type, packs, waits).await? == Room::Short {
-                room = Room::Short;
-            }
+            room = room.and(repacker.repack(state, object_type, packs).await?);
         }
         repacker.release().await?;
         Ok(room)
@@ -156,12 +164,24 @@ fn room_to_rewrite(state: &State<'_>, candidates: &Candidates) -> u64 {
     room_to_free(entries)
 }
 
+/// What is needed of a pack.
+fn live_bytes(state: &State<'_>, id: &PackId) -> u64 {
+    state.marker.use_of(id).map_or(0, |used| used.bytes)
+}
+
 struct Repacker<'a> {
     collector: &'a Collector<'a>,
     held: Option<Held>,
+    /// What is held.
     room_bytes: u64,
+    /// What is still to be moved.
+    left_bytes: u64,
+    /// Others are at work: what is emptied now goes later, and they need room, too.
+    others: bool,
     /// What is tried next; nothing when there is no room left.
     batch: Option<Batch>,
+    /// There was no room for something already: batches only shrink.
+    is_refused: bool,
 }
 
 impl Repacker<'_> {
@@ -172,27 +192,56 @@ impl Repacker<'_> {
         state: &mut State<'_>,
         object_type: ObjectType,
         mut packs: Vec<PackId>,
-        waits: bool,
     ) -> Result<Room> {
-        let live_bytes = |state: &State<'_>, id: &PackId| state.marker.use_of(id).map(|u| u.bytes);
+        let short = if self.others { Room::LeftToOthers } else { Room::Short };
         packs.sort_by_key(|id| live_bytes(state, id));
         let mut rest = &packs[..];
         while !rest.is_empty() {
-            let Some(batch) = self.batch else { return Ok(Room::Short) };
-            let first = live_bytes(state, &rest[0]).unwrap_or(0);
-            if first > batch.bytes_max {
-                return Ok(Room::Short);
+            let Some(batch) = self.batch else { return Ok(short) };
+            let first_bytes = live_bytes(state, &rest[0]);
+            if first_bytes > batch.bytes_max {
+                if self.is_refused {
+                    return Ok(short);
+                }
+                self.batch = Some(Batch::of(first_bytes));
+                continue;
+            }
+            if !self.leaves_room().await? {
+                return Ok(Room::LeftToOthers);
             }
             match self.attempt(state, object_type, rest, batch).await? {
-                Moved::Packs(count) => rest = &rest[count..],
-                Moved::Nothing { .. } if waits => self.batch = None,
+                Moved::Packs { count, bytes } => {
+                    self.left_bytes = self.left_bytes.saturating_sub(bytes);
+                    rest = &rest[count..];
+                    if !self.is_refused && !self.others {
+                        self.batch = self.batch.map(Batch::more);
+                    }
+                }
+                // Smaller ones would only take the rest of the room from them.
+                Moved::Nothing { .. } if self.others => self.batch = None,
                 Moved::Nothing { fit_bytes } => {
+                    self.is_refused = true;
                     let pack_bytes = self.collector.options.pack_bytes;
-                    self.batch = batch.less(fit_bytes, pack_bytes);
+                    self.batch = self.batch.and(batch.less(fit_bytes, pack_bytes));
                 }
             }
         }
         Ok(Room::Enough)
+    }
+
+    /// Whether enough stays for others at work, as far as the store tells, when all that is left is
+    /// moved.
+    async fn leaves_room(&self) -> Result<bool> {
+        if !self.others {
+            return Ok(true);
+        }
+        let Some(free) = self.collector.blobs.store.room_bytes().await? else { return Ok(true) };
+        let held_bytes = if self.held.is_some() { 0 } else { self.room_bytes };
+        let needed = held_bytes.saturating_add(room_beside_others(self.left_bytes));
+        if free < needed {
+            tracing::debug!(free, needed, "what room there is stays for the runs at work");
+        }
+        Ok(free >= needed)
     }
 
     /// Moves as many of `packs`, from the first on, as a batch holds: all of them, or none.
@@ -214,17 +263,20 @@ impl Repacker<'_> {
         let entries = std::mem::take(&mut *attempt.gathered.lock());
         match result {
             Ok(copied) => {
+                let done = &packs[..copied.packs];
+                if let Some(fit_bytes) = self.settle(&mut state.marker, entries, done).await? {
+                    return Ok(Moved::Nothing { fit_bytes });
+                }
                 state.report.bytes_repacked += copied.bytes;
-                self.settle(&mut state.marker, entries, &packs[..copied.packs]).await?;
-                Ok(Moved::Packs(copied.packs))
+                Ok(Moved::Packs { count: copied.packs, bytes: copied.bytes })
             }
             Err(error) if error.kind() == Kind::NoSpace => {
                 tracing::debug!(%error, "no room for a batch of what is repacked");
-                let fit_bytes = self.discard(entries).await?;
+                let fit_bytes = self.discard(packs_of(&entries)).await?;
                 Ok(Moved::Nothing { fit_bytes })
             }
             Err(error) => {
-                if let Err(left) = self.discard(entries).await {
+                if let Err(left) = self.discard(packs_of(&entries)).await {
                     tracing::debug!(error = %left, "new packs stay for a later collection");
                 }
                 Err(error)
@@ -281,44 +333,51 @@ impl Repacker<'_> {
         damage.map_or(Ok(copied), Err)
     }
 
-    /// Indexes what is durable, and lets go of the packs it came from. An error leaves the new packs
-    /// where they are: others may know of them.
+    /// Indexes what is durable, and lets go of the packs it came from. When there was no room for
+    /// that, the new packs are deleted: their bytes. An error leaves them where they are: others may
+    /// know of them.
     async fn settle(
         &mut self,
         marker: &mut Marker,
         entries: Vec<IndexEntry>,
         done: &[PackId],
-    ) -> Result<()> {
+    ) -> Result<Option<u64>> {
         self.release().await?;
-        for entry in &entries {
-            marker.take_in(entry.location.pack.id);
-        }
         let ids: Vec<_> = entries.iter().map(|entry| entry.id).collect();
+        let new = packs_of(&entries);
+        let taken_bytes = segment_bytes(entries.len() as u64);
+        let segment = if entries.is_empty() {
+            None
+        } else {
+            let Some(segment) = self.collector.blobs.index.add_if_room(entries).await? else {
+                tracing::debug!("others took the room for the index of what was moved");
+                return self.discard(new).await.map(Some);
+            };
+            Some(segment)
+        };
+        for pack in new.keys() {
+            marker.take_in(*pack);
+        }
         for pack in done {
             marker.moved_away(pack);
             // So that the new copies are the ones that count.
             marker.condemn(*pack);
         }
-        let taken_bytes = segment_bytes(entries.len() as u64);
-        if let Some(segment) = self.collector.blobs.index.add(entries).await? {
+        if let Some(segment) = segment {
             marker.add_segment(&segment);
             marker.mark_ids(ids).await?;
         }
         self.room_bytes = self.room_bytes.saturating_sub(taken_bytes);
-        self.hold().await
+        self.hold().await?;
+        Ok(None)
     }
 
     /// Deletes packs that no index names; their bytes.
-    async fn discard(&mut self, entries: Vec<IndexEntry>) -> Result<u64> {
+    async fn discard(&mut self, packs: BTreeMap<PackId, u64>) -> Result<u64> {
         // A renewal of the lease takes room.
         self.release().await?;
-        let mut packs: BTreeMap<PackId, u64> = BTreeMap::new();
-        for entry in &entries {
-            *packs.entry(entry.location.pack.id).or_default() +=
-                u64::from(entry.location.stored_bytes);
-        }
         // Without it somebody else may have rebuilt the index.
-        self.collector.lease.check().await?;
+        self.collector.check_lease().await?;
         for id in packs.keys() {
             self.collector.delete(&ObjectName::pack(id)).await?;
         }
@@ -341,6 +400,15 @@ impl Repacker<'_> {
             None => Ok(()),
         }
     }
+}
+
+/// The packs that `entries` speak of, and what they take.
+fn packs_of(entries: &[IndexEntry]) -> BTreeMap<PackId, u64> {
+    let mut packs: BTreeMap<PackId, u64> = BTreeMap::new();
+    for entry in entries {
+        *packs.entry(entry.location.pack.id).or_default() += u64::from(entry.location.stored_bytes);
+    }
+    packs
 }
 
 /// What was copied.

@@ -1,9 +1,18 @@
 //! Room: how much is moved at a time where there is little, and what is kept free meanwhile.
 //!
-//! What collects garbage holds as much as the index needs to be written anew, because
-//! without that no pack can go: all that was moved would only have made the store fuller.
+//! What collects garbage holds as much as the index needs to be written anew, because without that
+//! no pack can go: all that was moved would only have made the store fuller. Apart from that it
+//! takes what there is, and finds the end by running into it.
+//!
+//! Not so while other runs are at work: whoever finds no room loses a backup, and what the collector
+//! empties meanwhile goes only after them, so that it gains nothing by hurry. Then it moves
+//! something only if a store that tells its room has [`room_beside_others`], and asks again before
+//! each batch. It asks, and does not try to take so much: an attempt that fails takes the last byte
+//! for a moment (ext4 allocates until there is no more, and gives it back when the file is closed),
+//! and that may be the moment in which the backup writes.
 
 use crate::error::{Error, Kind, Result};
+use crate::repo::pack::PACK_BYTES;
 use crate::repo::store::{ObjectStore, Reservation};
 
 /// What an entry of the index takes, its part of the filter and the directory included (53 bytes
@@ -25,6 +34,19 @@ pub(super) fn segment_bytes(entries: u64) -> u64 {
 /// segment: those that move become a segment first, and then all become one.
 pub(super) fn room_to_free(entries: u64) -> u64 {
     SMALL_BYTES + 2 * segment_bytes(entries)
+}
+
+/// Of what is free, those who are at work keep at least so many times what the collector takes: of
+/// a backup that fails for want of room, it is then rarely the cause.
+const SHARES_OF_OTHERS: u64 = 3;
+
+/// What they keep at least: a run has up to three packs of each of two types open or becoming
+/// durable, and writes segments of the index and its manifest in the end.
+const OTHERS_BYTES_MIN: u64 = 8 * PACK_BYTES;
+
+/// What has to be free before so many bytes are moved beside other runs.
+pub(super) fn room_beside_others(bytes: u64) -> u64 {
+    bytes.saturating_add(bytes.saturating_mul(SHARES_OF_OTHERS).max(OTHERS_BYTES_MIN))
 }
 
 /// Room that nobody else gets.
@@ -57,6 +79,24 @@ pub(super) struct Batch {
 impl Batch {
     /// As much as there is.
     pub(super) const ALL: Self = Self { bytes_max: u64::MAX };
+
+    /// What is moved at a time beside other runs: little enough that they are asked for again soon.
+    pub(super) const BESIDE_OTHERS: Self = Self { bytes_max: 16 * PACK_BYTES };
+
+    /// So much, if that is worth an attempt.
+    pub(super) fn of(bytes: u64) -> Self {
+        Self { bytes_max: bytes.max(BATCH_BYTES_MIN) }
+    }
+
+    /// The smaller of the two.
+    pub(super) fn min(self, other: Self) -> Self {
+        Self { bytes_max: self.bytes_max.min(other.bytes_max) }
+    }
+
+    /// What to try after this fitted, and nothing larger was refused.
+    pub(super) fn more(self) -> Self {
+        Self { bytes_max: self.bytes_max.saturating_mul(2) }
+    }
 
     /// What to try after there was no room for more than `fit_bytes`, of packs of `pack_bytes`: a
     /// pack that is not finished does not count as fitting, and may have been nearly so. Nothing

@@ -7,7 +7,7 @@ use std::collections::{BTreeSet, HashSet};
 use std::sync::Arc;
 
 use super::mark::{Marker, Standing};
-use super::{Collector, Forgotten, MERGE_ENTRIES_MAX, SEGMENTS_MAX, State};
+use super::{Collector, Forgotten, Looked, MERGE_ENTRIES_MAX, SEGMENTS_MAX, State};
 use crate::clock::Timestamp;
 use crate::error::{Kind, Result};
 use crate::repo::blobs::Blobs;
@@ -31,6 +31,14 @@ pub(super) fn to_rewrite(marker: &Marker, gone: impl Fn(&PackId) -> bool) -> Num
 fn choose(marker: &Marker, wanted: impl Fn(&Segment) -> bool) -> Numbered {
     let segments = marker.segments().enumerate().filter(|(_, segment)| wanted(segment));
     segments.map(|(number, segment)| (number, Arc::clone(segment))).collect()
+}
+
+/// Removes what creators that are dead for long left behind; how many there were. Needs no lease: no
+/// living run has anything that is older than itself.
+pub(super) async fn sweep_leftovers(blobs: &Blobs) -> Result<u64> {
+    let survey = Survey::take(&*blobs.store).await?;
+    let oldest = survey.live().map(|run| run.started).min();
+    Ok(blobs.store.sweep(oldest.map_or(survey.now, |run| run.min(survey.now)) - LEASE).await?)
 }
 
 impl Collector<'_> {
@@ -71,18 +79,24 @@ impl Collector<'_> {
         self.rewrite_index(state, &doomed).await?;
         for (count, id) in doomed.iter().enumerate() {
             if count % 1000 == 999 {
-                self.lease.check().await?;
+                self.check_lease().await?;
             }
             self.delete(&ObjectName::pack(id)).await?;
             state.report.packs_deleted += 1;
             state.report.bytes_freed += state.packs[id].size_bytes;
         }
         self.drop_records().await?;
-        for segment in self.blobs.index.superseded() {
-            self.delete(&segment_name(&segment)).await?;
-        }
+        self.drop_superseded().await?;
         for list in lists.iter().filter(|list| ripe.contains(&list.name)) {
             self.delete(&list.name).await?;
+        }
+        Ok(())
+    }
+
+    /// Deletes segments that others have replaced.
+    async fn drop_superseded(&self) -> Result<()> {
+        for segment in self.blobs.index.superseded() {
+            self.delete(&segment_name(&segment)).await?;
         }
         Ok(())
     }
@@ -158,6 +172,17 @@ impl Collector<'_> {
         }
         self.blobs.store.sweep(cutoff - LEASE).await?;
         Ok(())
+    }
+
+    /// After there was no room for something: removes what can go without writing anything.
+    pub(super) async fn make_what_room_there_is(&self, looked: &Looked) {
+        // Others have replaced them durably, whatever becomes of this round.
+        if let Err(error) = self.drop_superseded().await {
+            tracing::debug!(%error, "segments that were replaced are not all removed");
+        }
+        if let Err(error) = self.clean_up(&looked.survey, looked.cutoff).await {
+            tracing::debug!(%error, "what killed runs left is not all removed");
+        }
     }
 
     /// Deletes an object; one that is gone already is fine: an earlier collection stopped there.
