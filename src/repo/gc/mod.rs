@@ -27,7 +27,7 @@
 //!
 //! Repacking takes room before it makes any. Where that ends, what was moved until then is carried
 //! through to the deletion of the packs that it emptied, and the collector starts over with the
-//! room that this made ([`rounds`]). It ends when a round frees nothing: then there is no room even
+//! room that this made (rounds.rs). It ends when a round frees nothing: then there is no room even
 //! for the smallest step, or what was emptied waits for runs that are at work. Packs that nothing
 //! needs go in any case, for which a list and an index are enough. What killed runs left behind goes
 //! before anything is written, and when there was no room for something.
