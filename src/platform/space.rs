@@ -1,13 +1,24 @@
-//! The room that scratch has: what every platform with scratch files looks after.
+//! The room that scratch has, and whether its file system answers: what every platform with scratch
+//! files looks after.
 //!
 //! What the guest overwrites during a backup is kept in scratch files, and where they are full the
 //! guest suffers, not the backup. So a part of their file system must stay free: where that is
 //! touched the backup is given up. Asked before a backup begins and four times a second while it
 //! runs; what others write there counts as well.
+//!
+//! Whoever asks a file system that hangs, hangs. So all that touches one is done on threads of their
+//! own and waited for no longer than some time ([`aside`]), and whether it takes writes is asked by a
+//! process of its own ([`Question`]).
 
-use std::io::ErrorKind;
-use std::path::Path;
+use std::io::{self, ErrorKind};
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::sync::Arc;
 use std::time::Duration;
+
+use tokio::process::{Child, Command};
+use tokio::sync::Mutex;
+use tokio::time::Instant;
 
 use crate::error::{Error, Kind, Result};
 
@@ -16,6 +27,14 @@ pub(super) const POLL: Duration = Duration::from_millis(250);
 
 /// Longest wait for the file system of a scratch directory: a busy one takes seconds.
 pub(super) const ANSWER: Duration = Duration::from_secs(10);
+
+/// Longest wait for a scratch directory before there is an instant, when nothing of the guest waits:
+/// write-back holds up the journal of a file system, and an idle disk spins up.
+pub(super) const BEFORE: Duration = Duration::from_secs(30);
+
+/// What helps where a scratch directory does not answer.
+const ELSEWHERE: &str = "name another local directory with --scratch-dir, or run it again when this \
+                         one answers";
 
 /// Space that must stay free: a tenth of the file system, within these bounds.
 const RESERVE_BYTES_MIN: u64 = 1 << 20;
@@ -75,25 +94,129 @@ pub(super) fn check_directory(directory: &Path) -> Result<()> {
     }
 }
 
-/// An error if scratch in `directory` is short of room, or if nobody can tell (any more).
-pub(super) fn check(directory: &Path) -> Result<()> {
+fn check(directory: &Path) -> Result<()> {
     let space = Space::of(directory).map_err(|error| {
         error.context("the space for scratch is not known any more; the guest comes first")
     })?;
     if space.is_low() { Err(no_room(directory)) } else { Ok(()) }
 }
 
-/// The same elsewhere, since whoever asks a file system that hangs, hangs: an error also if nobody
-/// answers for some seconds. Cancel-safe.
-pub(super) async fn check_aside(directory: &Path) -> Result<()> {
+/// An error if scratch in `directory` is short of room, or if nobody can tell (any more), which is
+/// a [`Kind::Timeout`] if its file system does not answer within `limit`. Cancel-safe.
+pub(super) async fn check_aside(directory: &Path, limit: Duration) -> Result<()> {
     let asked = directory.to_owned();
     let asked = tokio::task::spawn_blocking(move || check(&asked));
-    let Ok(checked) = tokio::time::timeout(ANSWER, asked).await else {
-        let what = format!("scratch directory {} does not answer", directory.display());
-        return Err(Error::new(Kind::Timeout, what));
-    };
-    // Not asked only where the program ends.
-    checked.unwrap_or_else(|_| Ok(()))
+    match tokio::time::timeout(limit, asked).await {
+        // Not asked only where the program ends.
+        Ok(checked) => checked.unwrap_or_else(|_| Ok(())),
+        Err(_) => Err(silent(directory)),
+    }
+}
+
+/// The room in `directory`.
+pub(super) async fn space_of(directory: &Path) -> Result<Space> {
+    let at = directory.to_owned();
+    aside(directory, ANSWER, move || Space::of(&at)).await?
+}
+
+/// Does what may hang with the file system of `directory`; fails with [`Kind::Timeout`] if it takes
+/// longer than `limit`, and leaves it to itself then.
+pub(super) async fn aside<T: Send + 'static>(
+    directory: &Path,
+    limit: Duration,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T> {
+    let what = || format!("scratch directory {} is not looked at", directory.display());
+    match tokio::time::timeout(limit, tokio::task::spawn_blocking(work)).await {
+        Ok(done) => done.map_err(|error| Error::new(Kind::Internal, what()).source(error)),
+        Err(_) => Err(silent(directory)),
+    }
+}
+
+/// Whether the file system of a scratch directory takes writes now.
+///
+/// Clones ask through one process at a time: one that hangs cannot be ended, and is waited for
+/// instead of a further one.
+#[derive(Clone, Debug)]
+pub(super) struct Question {
+    directory: PathBuf,
+    /// What is touched.
+    touched: PathBuf,
+    asking: Arc<Mutex<Option<Child>>>,
+}
+
+impl Question {
+    /// The question; nobody asks yet. A link is asked itself.
+    pub(super) fn new(directory: PathBuf) -> Self {
+        Self { touched: directory.clone(), directory, asking: Arc::default() }
+    }
+
+    /// The same, of what a link leads to.
+    pub(super) fn behind(directory: PathBuf) -> Self {
+        Self { touched: directory.join("."), directory, asking: Arc::default() }
+    }
+
+    /// Fails with [`Kind::Timeout`] if it takes none. Whatever else it says is an answer.
+    /// Cancel-safe.
+    ///
+    /// Not noticed is a device that hangs below a cache which still takes them.
+    pub(super) async fn answers(&self) -> Result<()> {
+        match tokio::time::timeout(ANSWER, self.ask()).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(error)) => {
+                tracing::warn!(%error, "cannot start 'touch': scratch is taken to answer");
+                Ok(())
+            }
+            Err(_) => Err(silent(&self.directory).hint(
+                "QEMU is left alone until it does; then run 'vmbackup recover' or the next backup",
+            )),
+        }
+    }
+
+    async fn ask(&self) -> io::Result<()> {
+        let mut asking = self.asking.lock().await;
+        // One that has ended since says nothing about now.
+        if asking.as_mut().is_some_and(|child| !matches!(child.try_wait(), Ok(None))) {
+            *asking = None;
+        }
+        if asking.is_none() {
+            // Changes nothing but a time, makes nothing, follows no link.
+            let mut touch = Command::new("touch");
+            touch.args(["-c", "-h", "--"]).arg(&self.touched).kill_on_drop(true);
+            touch.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+            *asking = Some(touch.spawn()?);
+        }
+        asking.as_mut().expect("somebody asks").wait().await?;
+        *asking = None;
+        Ok(())
+    }
+}
+
+/// Fails with [`Kind::Timeout`] if `directory`, or what it is a link to, takes no writes.
+pub(super) async fn answers(directory: &Path) -> Result<()> {
+    let question = Question::behind(directory.to_owned());
+    let until = Instant::now() + BEFORE;
+    loop {
+        match question.answers().await {
+            Err(error) if Instant::now() >= until => {
+                return Err(silent(directory).source(error));
+            }
+            Err(error) => tracing::warn!(%error, "waiting for the scratch directory"),
+            Ok(()) => return Ok(()),
+        }
+    }
+}
+
+/// Fails unless `directory` is one that takes writes now.
+pub(super) async fn check_writes(directory: &Path) -> Result<()> {
+    answers(directory).await?;
+    let at = directory.to_owned();
+    aside(directory, BEFORE, move || check_directory(&at)).await?
+}
+
+fn silent(directory: &Path) -> Error {
+    let what = format!("scratch directory {} does not answer", directory.display());
+    Error::new(Kind::Timeout, what).hint(ELSEWHERE)
 }
 
 /// The error of a scratch directory that has no room.

@@ -12,7 +12,7 @@ use vmbackup::vm::PointId;
 
 use crate::machine::{FILLER, Guest, Machine};
 use crate::reading::{Points, open};
-use crate::support::SmallDisk;
+use crate::support::{HangingDisk, SmallDisk};
 
 /// Waits until the snapshot says that it was lost.
 async fn loss(snapshot: &mut dyn VmSnapshot) -> Error {
@@ -156,4 +156,32 @@ async fn a_scratch_directory_that_hangs_is_named_in_time_and_holds_up_no_guest()
     drop(freezer.stdin.take());
     assert_eq!(said.next().unwrap().unwrap(), "thawed");
     freezer.wait().unwrap();
+}
+
+#[tokio::test]
+async fn scratch_that_stops_answering_gives_the_backup_up_and_says_what_helps() {
+    let machine = Machine::start().await;
+    let mut disk = HangingDisk::mount(&machine.path("."));
+    let request = SnapshotRequest {
+        scratch_dir: Some(disk.path.clone()),
+        ..Points::default().request(&machine, PointId([1; 16]))
+    };
+    let platform = machine.platform().await;
+    let mut snapshot = open(&platform, &request).await;
+    disk.stall();
+    let begun = Instant::now();
+    let lost = loop {
+        if let Err(error) = snapshot.still_valid().await {
+            break error;
+        }
+        assert!(begun.elapsed() < Duration::from_secs(40), "it is not given up");
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    };
+    assert_eq!(lost.kind(), Kind::SnapshotLost, "{lost:?}");
+    assert!(lost.to_string().contains("does not answer"), "{lost:?}");
+    assert!(lost.hint_text().is_some_and(|hint| hint.contains("--scratch-dir")), "{lost:?}");
+    disk.answer();
+    snapshot.abort().await.unwrap();
+    assert!(disk.files().is_empty());
+    machine.holds_only(&[]).await;
 }

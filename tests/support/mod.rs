@@ -12,6 +12,7 @@
 mod domain;
 mod env;
 mod guest;
+mod hanging_disk;
 mod listening;
 mod luks;
 mod memory;
@@ -23,6 +24,7 @@ mod tools;
 pub(crate) use domain::{DiskFormat, DiskSpec, Domain, DomainSpec, Pool};
 pub(crate) use env::TestEnv;
 pub(crate) use guest::{Guest, GuestFiles};
+pub(crate) use hanging_disk::HangingDisk;
 pub(crate) use listening::is_listening;
 pub(crate) use memory::{peak_mib, with_peak_mib};
 pub(crate) use outcome::Outcome;

@@ -123,7 +123,7 @@ impl Watched {
     /// An error if scratch is short, or if nobody can tell.
     async fn check_room(&self) -> Result<()> {
         let Some((directory, _)) = &self.scratch else { return Ok(()) };
-        space::check_aside(directory).await
+        space::check_aside(directory, ANSWER).await
     }
 
     /// Has QEMU speak up when one of the scratch images has grown by its share of the room. Where

@@ -61,7 +61,7 @@ pub(super) async fn reconcile(
             .map_err(|error| error.context("cannot remove what an earlier backup left in QEMU"))?;
     }
     let base = scratch_base(&request.snapshot);
-    work_dir::check(&base).await?;
+    work_dir::check_writes(&base).await?;
     work_dir::sweep(&base, qemu.identity.uuid, recovery).await?;
     let stay = remove_noted(journal, &base, recovery).await;
     if request.repository == Asked::Yes {

@@ -24,8 +24,8 @@ use qmp::Monitor;
 use tokio::sync::watch;
 
 use super::teardown::{AGAIN, Scratch, Things};
-use crate::error::{Error, Kind, Result};
-use crate::platform::space::{self, POLL, no_room};
+use crate::error::{Error, Kind, Result, with_causes};
+use crate::platform::space::{self, ANSWER, POLL, no_room};
 
 /// Looks after the scratch of a run until dropped.
 pub(super) struct Watch {
@@ -45,8 +45,8 @@ impl Drop for Watch {
 enum Why {
     /// No room in this directory.
     NoRoom(PathBuf),
-    /// Nobody can tell the room any more.
-    Unknown(String),
+    /// Nobody can tell the room any more, and what helps.
+    Unknown(String, String),
 }
 
 impl Watch {
@@ -59,7 +59,7 @@ impl Watch {
             let why = until_short(directory).await;
             let scratch = match &why {
                 Why::NoRoom(_) => Scratch::Answers,
-                Why::Unknown(_) => Scratch::Unknown,
+                Why::Unknown(..) => Scratch::Unknown,
             };
             // Before the end: whoever reads sees errors at once then, and asks why.
             *told.lock().unwrap_or_else(PoisonError::into_inner) = Some(why);
@@ -87,7 +87,9 @@ impl Watch {
         match why {
             None => Ok(()),
             Some(Why::NoRoom(directory)) => Err(no_room(&directory)),
-            Some(Why::Unknown(reason)) => Err(Error::new(Kind::SnapshotLost, reason)),
+            Some(Why::Unknown(reason, hint)) => {
+                Err(Error::new(Kind::SnapshotLost, reason).hint(hint))
+            }
         }
     }
 }
@@ -97,10 +99,13 @@ async fn until_short(directory: PathBuf) -> Why {
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         tick.tick().await;
-        match space::check_aside(&directory).await {
+        match space::check_aside(&directory, ANSWER).await {
             Ok(()) => {}
             Err(error) if error.kind() == Kind::NoSpace => return Why::NoRoom(directory),
-            Err(error) => return Why::Unknown(error.in_one_line()),
+            Err(error) => {
+                let hint = error.hint_text().unwrap_or("look at that directory").to_owned();
+                return Why::Unknown(with_causes(&error), hint);
+            }
         }
     }
 }

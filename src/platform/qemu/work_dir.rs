@@ -5,39 +5,27 @@
 //! may be hostile: what is in it is made and given away by descriptor, never by name. Removal is by
 //! name and takes the directory with all that is in it; it follows no link.
 //!
-//! Whether its file system still takes writes is asked by a process of its own ([`Question`]):
-//! whoever asks one that hangs, hangs. What it is used for after that is done on threads of their
-//! own, and waited for no longer than some time ([`aside`]).
+//! Its file system may hang: nothing here waits for it without an end ([`aside`]).
 
 use std::fs::{self, File, Metadata, Permissions};
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, fchown};
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
 use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::fs::{CWD, Mode, OFlags, mkdirat, openat};
-use tokio::process::{Child, Command};
-use tokio::sync::Mutex;
-use tokio::time::Instant;
 
 use super::names;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Result};
 use crate::journal::Recovery;
-use crate::platform::space::{self, ANSWER, Space};
+use crate::platform::space::{BEFORE, aside};
+pub(super) use crate::platform::space::{Question, answers, check_writes, space_of};
 use crate::vm::{PointId, Uuid};
-
-/// Longest wait for a scratch directory before there is an instant, when nothing of the guest waits:
-/// write-back holds up the journal of a file system, and an idle disk spins up.
-const BEFORE: Duration = Duration::from_secs(30);
 
 /// Longest wait for the removal of scratch files that hold what a guest overwrote, where the file
 /// system has answered.
 const REMOVE: Duration = Duration::from_secs(300);
-/// What helps where a scratch directory does not answer.
-const ELSEWHERE: &str = "name another local directory with --scratch-dir, or run it again when this \
-                         one answers";
 
 /// A run's directory.
 #[derive(Clone, Debug)]
@@ -51,7 +39,7 @@ pub(super) struct WorkDir {
 
 impl WorkDir {
     /// Makes the directory below `base`, for the QEMU behind `monitor`. After a
-    /// [`Kind::Timeout`] it may come yet.
+    /// [`Kind::Timeout`](crate::error::Kind::Timeout) it may come yet.
     pub(super) async fn create(
         base: &Path,
         monitor: &Path,
@@ -120,108 +108,6 @@ impl WorkDir {
     pub(super) async fn remove(&self) -> Result<()> {
         remove_aside(self.path.clone()).await
     }
-}
-
-/// Whether the file system of a scratch directory takes writes now.
-///
-/// Clones ask through one process at a time: one that hangs cannot be ended, and is waited for
-/// instead of a further one.
-#[derive(Clone, Debug)]
-pub(super) struct Question {
-    directory: PathBuf,
-    asking: Arc<Mutex<Option<Child>>>,
-}
-
-impl Question {
-    /// The question; nobody asks yet.
-    pub(super) fn new(directory: PathBuf) -> Self {
-        Self { directory, asking: Arc::default() }
-    }
-
-    /// Fails with [`Kind::Timeout`] if it takes none. Whatever else it says is an answer.
-    /// Cancel-safe.
-    ///
-    /// Not noticed is a device that hangs below a cache which still takes them.
-    pub(super) async fn answers(&self) -> Result<()> {
-        match tokio::time::timeout(ANSWER, self.ask()).await {
-            Ok(Ok(())) => Ok(()),
-            Ok(Err(error)) => {
-                tracing::warn!(%error, "cannot start 'touch': scratch is taken to answer");
-                Ok(())
-            }
-            Err(_) => {
-                let directory = self.directory.display();
-                let what = format!("scratch directory {directory} does not answer");
-                Err(Error::new(Kind::Timeout, what).hint(
-                    "QEMU is left alone until it does; then run 'vmbackup recover' or the next \
-                     backup",
-                ))
-            }
-        }
-    }
-
-    async fn ask(&self) -> io::Result<()> {
-        let mut asking = self.asking.lock().await;
-        // One that has ended since says nothing about now.
-        if asking.as_mut().is_some_and(|child| !matches!(child.try_wait(), Ok(None))) {
-            *asking = None;
-        }
-        if asking.is_none() {
-            // Changes nothing but a time, makes nothing, follows no link.
-            let mut touch = Command::new("touch");
-            touch.args(["-c", "-h", "--"]).arg(&self.directory).kill_on_drop(true);
-            touch.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-            *asking = Some(touch.spawn()?);
-        }
-        asking.as_mut().expect("somebody asks").wait().await?;
-        *asking = None;
-        Ok(())
-    }
-}
-
-/// Does what may hang with the file system of `directory`; fails with [`Kind::Timeout`] if it takes
-/// longer than `limit`, and leaves it to itself then.
-pub(super) async fn aside<T: Send + 'static>(
-    directory: &Path,
-    limit: Duration,
-    work: impl FnOnce() -> T + Send + 'static,
-) -> Result<T> {
-    let what = |why| format!("scratch directory {} {why}", directory.display());
-    match tokio::time::timeout(limit, tokio::task::spawn_blocking(work)).await {
-        Ok(done) => {
-            done.map_err(|error| Error::new(Kind::Internal, what("is not looked at")).source(error))
-        }
-        Err(_) => Err(Error::new(Kind::Timeout, what("does not answer")).hint(ELSEWHERE)),
-    }
-}
-
-/// Fails with [`Kind::Timeout`] if `directory`, or what it is a link to, takes no writes.
-pub(super) async fn answers(directory: &Path) -> Result<()> {
-    let question = Question::new(directory.join("."));
-    let until = Instant::now() + BEFORE;
-    loop {
-        match question.answers().await {
-            Err(error) if Instant::now() >= until => {
-                let what = format!("scratch directory {} does not answer", directory.display());
-                return Err(Error::new(Kind::Timeout, what).source(error).hint(ELSEWHERE));
-            }
-            Err(error) => tracing::warn!(%error, "waiting for the scratch directory"),
-            Ok(()) => return Ok(()),
-        }
-    }
-}
-
-/// Fails unless `base` is a directory that takes writes now.
-pub(super) async fn check(base: &Path) -> Result<()> {
-    answers(base).await?;
-    let at = base.to_owned();
-    aside(base, BEFORE, move || space::check_directory(&at)).await?
-}
-
-/// The room in `directory`.
-pub(super) async fn space_of(directory: &Path) -> Result<Space> {
-    let at = directory.to_owned();
-    aside(directory, ANSWER, move || Space::of(&at)).await?
 }
 
 /// Removes the directories that dead runs on `vm` left below `base`.
