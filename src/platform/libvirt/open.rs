@@ -24,7 +24,7 @@ use crate::control::Control;
 use crate::error::{Error, Kind, Result};
 use crate::image::bitmap::BitmapNames;
 use crate::journal::{Action, Entry, Mode, Phase, Place, Recovery, Run};
-use crate::platform::space::{Space, no_room};
+use crate::platform::space::{check_writes, no_room, space_of};
 use crate::platform::{BackupMode, SnapshotDisk, SnapshotRequest, VmSnapshot, tell};
 use crate::vm::{Artifact, ArtifactKind, FullReason, PointId, Quiescence};
 use instant::Instant;
@@ -152,10 +152,7 @@ impl Opening {
         self.refine_reasons();
         self.check_base()?;
         control.check()?;
-        let local = self.domain.host.is_local();
-        if local && Space::of(&self.places.scratch)?.is_low() {
-            return Err(no_room(&self.places.scratch));
-        }
+        self.check_scratch().await?;
         let server = reach::server(
             &self.domain.host,
             &self.places.socket,
@@ -178,6 +175,17 @@ impl Opening {
             artifacts.push(Artifact { kind, origin: None, bytes: xml.into_bytes() });
         }
         Ok(Opened { taken, quiescence, artifacts, not_captured, job_disks, server })
+    }
+
+    /// Fails unless scratch takes writes and has room, as far as that can be told from here. Before
+    /// anything of the guest waits.
+    async fn check_scratch(&self) -> Result<()> {
+        if !self.domain.host.is_local() {
+            return Ok(());
+        }
+        let directory = &self.places.scratch;
+        check_writes(directory).await?;
+        if space_of(directory).await?.is_low() { Err(no_room(directory)) } else { Ok(()) }
     }
 
     /// Names of the disks that get a bitmap.

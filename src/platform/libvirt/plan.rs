@@ -4,6 +4,7 @@
 //! removed again.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use super::checkpoint::{Bases, Checkpoints, Delete, SizedDisk, read_mode};
 use super::connection::DomainHandle;
@@ -13,7 +14,7 @@ use super::survey::Survey;
 use super::{LibvirtOptions, artifacts, job, open, quiesce, stopped};
 use crate::error::{Kind, Result};
 use crate::image::bitmap::BitmapNames;
-use crate::platform::space::{Space, no_room};
+use crate::platform::space::{ANSWER, aside, no_room, space_of};
 use crate::platform::{
     BackupMode, PlannedDisk, Problem, Quiesce, ScratchPlan, SnapshotPlan, SnapshotRequest,
 };
@@ -60,7 +61,10 @@ pub(super) async fn plan(
     {
         problems.push(Problem::fatal(&error));
     }
-    let scratch = survey.running.then(|| scratch(domain, options, request, &survey, &mut problems));
+    let scratch = match survey.running {
+        true => Some(scratch(domain, options, request, &survey, &mut problems).await),
+        false => None,
+    };
     quiesce_problem(&survey, request, &mut problems);
     // Read as a backup would, and thrown away: nothing else knows what can be read.
     let has_key = request.repository_has_key;
@@ -156,7 +160,7 @@ async fn ask_bases(
     found.map(|()| changed)
 }
 
-fn scratch(
+async fn scratch(
     domain: &DomainHandle,
     options: &LibvirtOptions,
     request: &SnapshotRequest,
@@ -181,26 +185,7 @@ fn scratch(
         });
     }
     if domain.host.is_local() {
-        match Space::of(&directory) {
-            Ok(space) => {
-                bytes_free = Some(space.free_bytes);
-                if space.is_low() {
-                    problems.push(Problem::fatal(&no_room(&directory)));
-                }
-            }
-            Err(error) => problems.push(Problem::fatal(&error)),
-        }
-        if is_remote(&directory) {
-            problems.push(Problem {
-                fatal: None,
-                what: format!(
-                    "scratch directory {} is on a network file system",
-                    directory.display()
-                ),
-                fix: "name a local one with --scratch-dir: a stalled network would stall the guest"
-                    .into(),
-            });
-        }
+        bytes_free = look_at(&directory, problems).await;
     } else {
         problems.push(Problem {
             fatal: None,
@@ -212,6 +197,31 @@ fn scratch(
         });
     }
     ScratchPlan { directory, bytes_max, bytes_free }
+}
+
+/// The free bytes in a scratch directory of this machine, and what speaks against it. Whether it takes
+/// writes is not asked: that would change it.
+async fn look_at(directory: &Path, problems: &mut Vec<Problem>) -> Option<u64> {
+    let space = match space_of(directory).await {
+        Ok(space) => space,
+        Err(error) => {
+            problems.push(Problem::fatal(&error));
+            return None;
+        }
+    };
+    if space.is_low() {
+        problems.push(Problem::fatal(&no_room(directory)));
+    }
+    let asked = directory.to_owned();
+    if let Ok(true) = aside(directory, ANSWER, move || is_remote(&asked)).await {
+        problems.push(Problem {
+            fatal: None,
+            what: format!("scratch directory {} is on a network file system", directory.display()),
+            fix: "name a local one with --scratch-dir: a stalled network would stall the guest"
+                .into(),
+        });
+    }
+    Some(space.free_bytes)
 }
 
 fn quiesce_problem(survey: &Survey, request: &SnapshotRequest, problems: &mut Vec<Problem>) {
