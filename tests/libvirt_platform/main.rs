@@ -12,6 +12,7 @@ mod bare;
 mod bases;
 mod changes;
 mod devices;
+mod hanging;
 mod quiesce;
 mod remote;
 mod restore;

@@ -1,6 +1,6 @@
 //! Scratch that runs short, and a watch that loses sight: the guest comes first.
 
-use std::io::Read;
+use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
@@ -108,14 +108,18 @@ struct Proxy {
     path: PathBuf,
     open: Arc<Mutex<Vec<UnixStream>>>,
     refuses: Arc<AtomicBool>,
+    /// Whether what the daemon says is kept back.
+    holds: Arc<AtomicBool>,
 }
 
 impl Proxy {
     fn start(env: &TestEnv) -> Self {
         let path = env.path("libvirt.sock");
-        let proxy = Self { path, open: Arc::default(), refuses: Arc::default() };
+        let (refuses, holds) = (Arc::default(), Arc::default());
+        let proxy = Self { path, open: Arc::default(), refuses, holds };
         let listener = UnixListener::bind(&proxy.path).expect("own directory");
         let (open, refuses) = (Arc::clone(&proxy.open), Arc::clone(&proxy.refuses));
+        let holds = Arc::clone(&proxy.holds);
         // Ends with the test's process.
         std::thread::spawn(move || {
             for client in listener.incoming().map_while(Result::ok) {
@@ -125,10 +129,21 @@ impl Proxy {
                 let daemon = UnixStream::connect("/run/libvirt/libvirt-sock").expect("libvirtd");
                 let clone = |stream: &UnixStream| stream.try_clone().expect("own socket");
                 open.lock().expect("whole").extend([clone(&client), clone(&daemon)]);
-                let pairs = [(clone(&client), clone(&daemon)), (daemon, client)];
-                for (mut from, mut to) in pairs {
+                let pairs = [
+                    (clone(&client), clone(&daemon), Arc::default()),
+                    (daemon, client, Arc::clone(&holds)),
+                ];
+                for (mut from, mut to, holds) in pairs {
                     std::thread::spawn(move || {
-                        let _ = std::io::copy(&mut from.by_ref(), &mut to);
+                        let mut said = vec![0; 64 << 10];
+                        while let Ok(count @ 1..) = from.read(&mut said) {
+                            while holds.load(Ordering::SeqCst) {
+                                std::thread::sleep(Duration::from_millis(20));
+                            }
+                            if to.write_all(&said[..count]).is_err() {
+                                break;
+                            }
+                        }
                         let _ = to.shutdown(Shutdown::Both);
                     });
                 }
@@ -158,10 +173,15 @@ impl Proxy {
         self.cut();
     }
 
+    /// The URI of libvirt through here.
+    fn uri(&self) -> String {
+        format!("qemu+unix:///system?socket={}", self.path.display())
+    }
+
     /// A snapshot of the domain that is taken through here.
     async fn snapshot(&self, bare: &Bare<'_>) -> Box<dyn VmSnapshot> {
         let mut options = bare.options();
-        options.uri = Some(format!("qemu+unix:///system?socket={}", self.path.display()));
+        options.uri = Some(self.uri());
         let platform = Libvirt::open(options).await.expect("connects");
         platform.open_snapshot(&request(1), &Control::new()).await.expect("opens")
     }
@@ -221,7 +241,7 @@ async fn a_job_that_was_begun_when_the_connection_ended_is_not_forgotten() {
     let bare = Bare::start(&env, &qcow2(&env, 'a', "8M"));
     let proxy = Proxy::start(&env);
     let mut options = bare.options();
-    options.uri = Some(format!("qemu+unix:///system?socket={}", proxy.path.display()));
+    options.uri = Some(proxy.uri());
     let cut = proxy.clone();
     let probe = move |phase, moment| {
         if (phase, moment) == (Phase::Job, Moment::After) {
@@ -260,6 +280,76 @@ async fn a_job_that_could_not_be_ended_stays_on_record_and_is_ended_by_the_next_
     let next = platform.open_snapshot(&wanted, &Control::new()).await.expect("ends what is ours");
     next.commit().await.expect("commits");
     assert!(!has_backup_job(&bare));
+}
+
+/// What is to be told of a job that runs on was only logged, where nobody looks.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_that_a_failed_open_could_not_end_is_told_of_with_its_scratch_and_the_next_step() {
+    let env = TestEnv::new();
+    let bare = Bare::start(&env, &qcow2(&env, 'a', "8M"));
+    let proxy = Proxy::start(&env);
+    let mut options = bare.options();
+    options.uri = Some(proxy.uri());
+    let cut = proxy.clone();
+    let probe = move |phase, moment| {
+        if (phase, moment) == (Phase::Job, Moment::After) {
+            cut.stop();
+        }
+    };
+    options.journals = Journals::new(env.path("state/journal"), Some(Arc::new(probe)));
+    let platform = Libvirt::open(options).await.expect("connects");
+    let control = Control::new();
+    let opened = platform.open_snapshot(&request(1), &control).await;
+    opened.err().expect("the connection is gone");
+    assert!(has_backup_job(&bare));
+    let told: Vec<String> = control.notices_from(0).into_iter().map(|told| told.text).collect();
+    let words = [&*bare.name, "the guest's writes still go", "/var/lib/libvirt/qemu", "recover'"];
+    let whole = |text: &String| words.iter().all(|word| text.contains(word));
+    assert!(told.iter().any(whole), "{told:?}");
+
+    let next = bare.platform().await.open_snapshot(&request(2), &Control::new()).await;
+    next.expect("the job of the first is not in the way").abort().await.expect("aborts");
+    assert!(!has_backup_job(&bare));
+}
+
+/// The room was not looked at while libvirt was asked for anything.
+#[tokio::test(flavor = "multi_thread")]
+async fn scratch_is_watched_although_libvirt_is_slow_to_answer() {
+    let env = TestEnv::new();
+    let small = SmallDisk::mount(&env.path("."), "16M");
+    let bare = Bare::start(&env, &qcow2(&env, 'a', "8M"));
+    let proxy = Proxy::start(&env);
+    let mut options = bare.options();
+    options.uri = Some(proxy.uri());
+    let (slow, theirs) = (proxy.clone(), small.path.join("theirs"));
+    // From the moment the job runs the daemon is slow, and scratch is full for a while.
+    let probe = move |phase, moment| {
+        if (phase, moment) == (Phase::Job, Moment::After) {
+            slow.holds.store(true, Ordering::SeqCst);
+            let (holds, theirs) = (Arc::clone(&slow.holds), theirs.clone());
+            std::thread::spawn(move || {
+                std::fs::write(&theirs, vec![1; 15 << 20 | 1]).expect("there is room");
+                std::thread::sleep(Duration::from_secs(3));
+                std::fs::remove_file(&theirs).expect("own file");
+                holds.store(false, Ordering::SeqCst);
+            });
+        }
+    };
+    options.journals = Journals::new(env.path("state/journal"), Some(Arc::new(probe)));
+    let platform = Libvirt::open(options).await.expect("connects");
+    let mut wanted = request(1);
+    wanted.scratch_dir = Some(small.path.clone());
+    let error = match platform.open_snapshot(&wanted, &Control::new()).await {
+        Err(error) => error,
+        Ok(mut snapshot) => {
+            let lost = snapshot.still_valid().await;
+            snapshot.abort().await.expect("aborts");
+            lost.expect_err("somebody saw that it was full")
+        }
+    };
+    assert_eq!(error.kind(), Kind::NoSpace, "{error:?}");
+    assert!(!has_backup_job(&bare));
+    assert!(small.files().is_empty());
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -234,7 +234,8 @@ pub(super) async fn instead(domain: &DomainHandle, error: Error) -> Error {
 }
 
 /// Ends the job and waits until it is gone; a guest that stands still because scratch ran full runs
-/// on. No job is success.
+/// on. No job is success. A guest whose scratch hangs stands still until it answers: it is asked first
+/// ([`super::teardown`]).
 pub(super) async fn end(domain: &DomainHandle) -> Result<()> {
     let what = "end the backup job of";
     match domain.raw_call(what, ffi::abort_job).await? {

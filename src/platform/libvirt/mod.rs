@@ -14,9 +14,9 @@
 //!
 //! Files: `ffi` (the C calls), `connection` (deadlines, look-up), `survey`, `disks`, `xml` (what a
 //! domain is), `pools` (volumes of storage pools), `names`, `lock` (ownership), `reconcile` (what a
-//! killed run left), `checkpoint` (bases), `job`, `quiesce`, `agent`, `scratch`, `watch`, `reach`,
-//! `restore` (the way back), `open`, `snapshot` (the transaction), `stopped` (the same for images),
-//! `plan`, `artifacts`.
+//! killed run left), `checkpoint` (bases), `job`, `quiesce`, `agent`, `scratch`, `watch`, `teardown`
+//! (the end of a job), `reach`, `restore` (the way back), `open`, `snapshot` (the transaction),
+//! `stopped` (the same for images), `plan`, `artifacts`.
 //!
 //! Deliberately not done: monitor commands (they taint the domain), push-mode jobs (QEMU would
 //! write to the target at the target's speed, in the guest's way).
@@ -42,6 +42,7 @@ mod scratch;
 mod snapshot;
 mod stopped;
 mod survey;
+mod teardown;
 mod watch;
 pub mod xml;
 

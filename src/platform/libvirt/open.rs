@@ -15,12 +15,13 @@ use super::names::{scratch_path, socket_path};
 use super::quiesce::Frost;
 use super::reconcile::{self, drop_stale, image_bitmaps};
 use super::scratch::Places;
-use super::snapshot::{RunningSnapshot, remove_left};
+use super::snapshot::RunningSnapshot;
 use super::survey::{Description, Survey};
+use super::teardown::{STALL, Scratch, remove_left};
 use super::watch::Watch;
 use super::{LibvirtOptions, artifacts, reach, stopped};
 use crate::clock::Timestamp;
-use crate::control::Control;
+use crate::control::{Control, NoticeLevel};
 use crate::error::{Error, Kind, Result};
 use crate::image::bitmap::BitmapNames;
 use crate::journal::{Action, Entry, Mode, Phase, Place, Recovery, Run};
@@ -64,6 +65,7 @@ pub(super) async fn open(
     check_guest_first(request)?;
     let places = Places::choose(&domain.host, &survey, &domain.name, request, &options.runtime_dir);
     let chain = BitmapNames::new(&request.repository, domain.uuid)?;
+    let scratch = Scratch::new(&domain.host, places.scratch.clone());
     let mut opening = Opening {
         domain: domain.clone(),
         request: request.clone(),
@@ -71,6 +73,7 @@ pub(super) async fn open(
         chain,
         survey,
         places,
+        scratch,
         lock,
         bases: Bases::default(),
         stale: Vec::new(),
@@ -84,7 +87,7 @@ pub(super) async fn open(
             // It may be why.
             let lost = opening.watch.as_ref().and_then(Watch::take_lost);
             let error = lost.unwrap_or(error);
-            opening.undo().await;
+            opening.undo(control).await;
             Err(job::instead(&opening.domain, error).await)
         }
     }
@@ -98,6 +101,7 @@ struct Opening {
     chain: BitmapNames,
     survey: Survey,
     places: Places,
+    scratch: Scratch,
     lock: DomainLock,
     bases: Bases,
     /// Known points with a bitmap in some image that is no base: dropped at commit.
@@ -180,10 +184,7 @@ impl Opening {
     /// Fails unless scratch takes writes and has room, as far as that can be told from here. Before
     /// anything of the guest waits.
     async fn check_scratch(&self) -> Result<()> {
-        if !self.domain.host.is_local() {
-            return Ok(());
-        }
-        let directory = &self.places.scratch;
+        let Some(directory) = self.scratch.local() else { return Ok(()) };
         check_writes(directory).await?;
         if space_of(directory).await?.is_low() { Err(no_room(directory)) } else { Ok(()) }
     }
@@ -289,21 +290,21 @@ impl Opening {
 
     /// Removes what a job that is gone left on this host: QEMU never unlinks its socket, and libvirt
     /// removes it with the domain's directory only.
-    fn remove_files(&self, point: PointId) {
+    async fn remove_files(&self, point: PointId) {
         if !self.domain.host.is_local() {
             return;
         }
         if let Ok(socket) = socket_path(&self.places.socket, point) {
-            remove_left(&socket);
+            remove_left(vec![socket]).await;
         }
-        for disk in &self.survey.disks {
-            remove_left(&scratch_path(&self.places.scratch, point, &disk.disk.name));
-        }
+        let disks = self.survey.disks.iter().map(|disk| &disk.disk.name);
+        remove_left(disks.map(|disk| scratch_path(&self.places.scratch, point, disk)).collect())
+            .await;
     }
 
     /// Undoes what was done, as far as it can be; what cannot be is logged, stays in the journal and
-    /// is found by the next run.
-    async fn undo(&mut self) {
+    /// is found by the next run. Of a job that runs on the person is told: it costs the guest.
+    async fn undo(&mut self, control: &Control) {
         let mut stays = Vec::new();
         // The connection may be what failed, and the job live on.
         match self.domain.revived().await {
@@ -313,7 +314,9 @@ impl Opening {
         if self.begun == Begun::Asked {
             match self.undo_job().await {
                 Err(error) => {
-                    tracing::warn!(?error, "the job of a failed backup remains");
+                    let error = self.scratch.stays(&self.domain, error).await.in_one_line();
+                    let text = format!("what the failed snapshot left is not all removed: {error}");
+                    control.notice(NoticeLevel::Warning, text);
                     stays.extend([Phase::Job, Phase::Scratch, Phase::Socket, Phase::Checkpoint]);
                 }
                 // libvirt creates the checkpoint before the export: it can exist without the job.
@@ -356,9 +359,10 @@ impl Opening {
     async fn undo_job(&self) -> Result<()> {
         let point = self.request.point;
         if job::active(&self.domain).await?.is_some_and(|job| job.point == Some(point)) {
-            job::end(&self.domain).await?;
+            let patience = self.watch.as_ref().map_or(STALL, Watch::patience);
+            self.scratch.end_job(&self.domain, patience).await?;
         }
-        self.remove_files(point);
+        self.remove_files(point).await;
         Ok(())
     }
 
@@ -387,6 +391,7 @@ impl Opening {
             not_captured: opened.not_captured,
             job_disks: opened.job_disks,
             server: opened.server,
+            scratch: self.scratch,
             reach: None,
             defined: self.bases.defined,
             stale: self.stale,

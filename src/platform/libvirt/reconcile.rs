@@ -10,6 +10,7 @@
 //! are told by name, so those of runs on other machines are found as well; those of other repositories
 //! are theirs to judge.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use virt::domain::Domain;
@@ -19,6 +20,7 @@ use super::connection::DomainHandle;
 use super::lock::DomainLock;
 use super::quiesce::{self, Frost};
 use super::survey::Survey;
+use super::teardown::Scratch;
 use super::{LibvirtOptions, job};
 use crate::control::Control;
 use crate::error::{Kind, Result, with_causes};
@@ -82,7 +84,7 @@ pub(super) async fn processes(
         // It ended with QEMU.
         left.journal.undone_earlier(&[Phase::Job])?;
     }
-    left.files()?;
+    left.files().await?;
     Ok(frost)
 }
 
@@ -135,13 +137,22 @@ impl Leftovers<'_> {
     }
 
     /// Ends the job of a killed run; [`Kind::Busy`] when there is one of anybody else.
+    /// It is not touched while its scratch hangs.
     async fn job(&mut self) -> Result<()> {
         let name = &self.domain.name;
-        if job::check_idle(self.domain, self.journal).await?.is_some() {
+        if let Some(active) = job::check_idle(self.domain, self.journal).await? {
             if !self.recovery.undo(format!("backup job of domain '{name}'")) {
                 return Ok(());
             }
-            job::end(self.domain).await?;
+            let ended = match self.scratch_answers(|run| Some(run.point) == active.point).await {
+                Ok(()) => job::end(self.domain).await,
+                hangs => hangs,
+            };
+            if let Err(error) = ended {
+                let what = format!("cannot end the job an earlier backup left on domain '{name}'");
+                self.recovery.stays(error.in_one_line());
+                return Err(error.context(what));
+            }
             job::check_idle(self.domain, self.journal).await?;
         }
         if !self.recovery.changes() {
@@ -155,8 +166,15 @@ impl Leftovers<'_> {
 
     /// Removes the files of jobs that are gone: QEMU never unlinks its socket, and after a crash
     /// nobody removes scratch.
-    fn files(&mut self) -> Result<()> {
+    async fn files(&mut self) -> Result<()> {
         if !self.domain.host.is_local() {
+            return Ok(());
+        }
+        if self.recovery.changes()
+            && let Err(hangs) = self.scratch_answers(|_| true).await
+        {
+            let text = format!("scratch of an earlier backup: {}", hangs.in_one_line());
+            self.recovery.note(Action::Kept, text);
             return Ok(());
         }
         let phases = [Phase::Scratch, Phase::Socket];
@@ -167,6 +185,17 @@ impl Leftovers<'_> {
         let waits = |run: &&Run| !run.has(Phase::Job) && !stay.contains(&run.point);
         let over: Vec<PointId> = self.journal.earlier().filter(waits).map(|r| r.point).collect();
         over.into_iter().try_for_each(|point| self.journal.undone(point, &phases))
+    }
+
+    /// [`Kind::Timeout`] if a directory in which earlier runs noted scratch takes no writes.
+    async fn scratch_answers(&self, of: impl Fn(&Run) -> bool) -> Result<()> {
+        let runs = self.journal.earlier().filter(|run| of(run));
+        let files = runs.flat_map(|run| run.objects(Phase::Scratch));
+        let directories: BTreeSet<_> = files.filter_map(Path::parent).collect();
+        for directory in directories {
+            Scratch::new(&self.domain.host, directory.to_owned()).answers().await?;
+        }
+        Ok(())
     }
 }
 

@@ -4,7 +4,7 @@
 //! without any error, so a read counts only if the job was active *after* it
 //! ([`VmSnapshot::still_valid`]).
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -19,6 +19,7 @@ use super::lock::DomainLock;
 use super::quiesce::Frost;
 use super::reach::Reach;
 use super::reconcile::drop_stale;
+use super::teardown::{STALL, Scratch, remove_left};
 use super::watch::{Watch, ended};
 use crate::block::BlockSource;
 use crate::clock::Timestamp;
@@ -48,6 +49,7 @@ pub(super) struct RunningSnapshot {
     pub(super) not_captured: Vec<NotCaptured>,
     pub(super) job_disks: Vec<JobDisk>,
     pub(super) server: Server,
+    pub(super) scratch: Scratch,
     /// The way to the exports, once one was opened.
     pub(super) reach: Option<Reach>,
     /// Older points whose metadata may be defined.
@@ -124,6 +126,33 @@ impl RunningSnapshot {
         self.lock.journal.note([Entry { phase: Phase::Handover, objects }])
     }
 
+    /// Removes what older checkpoints have left, and closes the journal.
+    async fn hand_over(&mut self) -> Result<()> {
+        let mut result = Ok(());
+        self.lock.journal.before(Phase::Handover);
+        let checkpoints = self.checkpoints();
+        for point in self.defined.iter().filter(|point| **point != self.point) {
+            let dropped = checkpoints.discard(*point).await;
+            result = result.and(dropped);
+        }
+        for (point, disks) in &self.stale {
+            if *point != self.point
+                && !self.defined.contains(point)
+                && let Err(error) = drop_stale(&checkpoints, *point, disks).await
+            {
+                tracing::debug!(%error, %point, "a stale bitmap remains");
+            }
+        }
+        if self.metadata == CheckpointMetadata::Remove {
+            let forgotten = checkpoints.delete(self.point, Delete::Metadata).await;
+            result = result.and(forgotten);
+        }
+        self.lock.journal.after(Phase::Handover);
+        let handed_over = self.lock.journal.finish_handover();
+        result = result.and(handed_over);
+        result.and(self.close_journal().await)
+    }
+
     /// Closes this run's part of the journal, but for the freeze where the guest may still be
     /// frozen: then the next run thaws.
     async fn close_journal(&mut self) -> Result<()> {
@@ -146,33 +175,32 @@ impl RunningSnapshot {
         Ok(true)
     }
 
-    /// Ends the job and removes what QEMU leaves of it.
+    /// Ends the job and removes what QEMU leaves of it. Scratch is watched until it has ended.
     async fn end_job(&mut self) -> Result<()> {
-        // From here on the end of the job is our own doing.
-        self.watch = None;
         self.reach = None;
-        self.domain = self.domain.revived().await?;
-        let mut ended = job::end(&self.domain).await;
-        if ended.is_err() && self.reconnect().await? {
-            ended = job::end(&self.domain).await;
+        let ended = self.try_end_job().await;
+        self.watch = None;
+        if let Err(error) = ended {
+            return Err(self.scratch.stays(&self.domain, error).await);
         }
-        ended?;
         if self.domain.host.is_local() {
             if let Server::Unix(socket) = &self.server {
-                remove_left(socket);
+                remove_left(vec![socket.clone()]).await;
             }
-            self.job_disks.iter().for_each(|disk| remove_left(&disk.scratch));
+            let scratch = self.job_disks.iter().map(|disk| disk.scratch.clone());
+            remove_left(scratch.collect()).await;
         }
         Ok(())
     }
-}
 
-/// Removes a file that libvirt or QEMU normally removes itself; the name carries a random point id.
-pub(super) fn remove_left(path: &Path) {
-    match std::fs::remove_file(path) {
-        Ok(()) => tracing::debug!(path = %path.display(), "removed what the job left"),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-        Err(error) => tracing::warn!(path = %path.display(), %error, "a file of the job remains"),
+    async fn try_end_job(&mut self) -> Result<()> {
+        let patience = self.watch.as_ref().map_or(STALL, Watch::patience);
+        self.domain = self.domain.revived().await?;
+        let mut ended = self.scratch.end_job(&self.domain, patience).await;
+        if ended.is_err() && self.reconnect().await? {
+            ended = self.scratch.end_job(&self.domain, patience).await;
+        }
+        ended
     }
 }
 
@@ -240,35 +268,15 @@ impl VmSnapshot for RunningSnapshot {
     }
 
     async fn commit(mut self: Box<Self>) -> Result<()> {
-        let mut result = self.end_job().await;
-        let ended = result.is_ok();
+        let ended = self.end_job().await;
         let noted = self.note_handover();
-        result = result.and(noted);
-        self.lock.journal.before(Phase::Handover);
-        let checkpoints = self.checkpoints();
-        for point in self.defined.iter().filter(|point| **point != self.point) {
-            let dropped = checkpoints.discard(*point).await;
-            result = result.and(dropped);
-        }
-        for (point, disks) in &self.stale {
-            if *point != self.point
-                && !self.defined.contains(point)
-                && let Err(error) = drop_stale(&checkpoints, *point, disks).await
-            {
-                tracing::debug!(%error, %point, "a stale bitmap remains");
-            }
-        }
-        if self.metadata == CheckpointMetadata::Remove {
-            let forgotten = checkpoints.delete(self.point, Delete::Metadata).await;
-            result = result.and(forgotten);
-        }
-        self.lock.journal.after(Phase::Handover);
         // A job that may still run stays in the journal: the next run knows it for ours and ends it.
-        if ended {
-            let handed_over = self.lock.journal.finish_handover();
-            result = result.and(handed_over);
-            result = result.and(self.close_journal().await);
-        }
+        // The hand-over is left to that one, too: before it touches bitmaps QEMU waits for what hangs
+        // in scratch (`bdrv_drain_all` in `qmp_transaction`).
+        let result = match ended {
+            Ok(()) => noted.and(self.hand_over().await),
+            Err(error) => Err(error),
+        };
         result.map_err(|error| {
             error.context(format!(
                 "the backup of domain '{}' is complete, but something of it was not cleaned up",

@@ -7,24 +7,38 @@
 //! writes faster than a job ends stands still until it has ended, and then runs on ([`job::end`]).
 //!
 //! ```text
-//!  watching ──► job ended by somebody ──────────────────────────► lost
-//!     │ ▲  ├──► room is short, or cannot be told ──► end the job ──► lost
-//!     ▼ │  └──► connection ended ──► connect anew ──► watching, or lost after a minute
-//!  threshold: look at the room, set the next one
+//!  the job:   watching ──► somebody has ended it ─────────────────────────────────────► lost
+//!               │  └─────► connection ended ──► connect anew ──► watching, or unknown
+//!               └────────► threshold: look at the room, set the next one
+//!
+//!  the room:  watching ──► short ─────────────────────────────────► end the job ──────► lost
+//!                  └─────► cannot be told, or no answer: unknown
+//!
+//!  unknown:   wait until scratch answers, however long that is ──► end the job; lost from the start
 //! ```
 //!
-//! Two eyes: a threshold on each scratch image makes QEMU say at once when it grows (works for
-//! scratch images as `vda[INDEX]`, seen on libvirt 11.3), and a look at the file system four times
-//! a second, which also sees what others write there and needs no threshold. Scratch on another
-//! host cannot be looked at: there only the job is watched.
+//! Two eyes, neither of which waits for the other: the room is looked at four times a second, which
+//! also sees what others write there; and libvirt says what becomes of the job. A threshold on each
+//! scratch image makes QEMU say at once when it grows (works for scratch images as `vda[INDEX]`, seen
+//! on libvirt 11.3). Scratch on another host cannot be looked at: there only the job is watched.
+//!
+//! A file system that does not answer for a while costs nothing but the writes of the guest that wait
+//! for it. To end the job meanwhile would stop the whole guest ([`super::teardown`]).
 
-use std::path::PathBuf;
+use std::future::pending;
+use std::path::{Path, PathBuf};
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
+
+use tokio::sync::Notify;
+use tokio::time::{Interval, MissedTickBehavior, interval};
 
 use super::connection::DomainHandle;
 use super::ffi::{DomainEvent, Events};
 use super::job::{self, JobDisk};
+use super::teardown::{STALL, Scratch};
 use crate::error::{Error, Kind, Result};
 use crate::platform::space::{self, ANSWER, POLL, Space};
 use crate::vm::PointId;
@@ -37,8 +51,17 @@ const RECONNECT_PAUSE: Duration = Duration::from_secs(2);
 
 /// Looks after a job until dropped.
 pub(super) struct Watch {
-    lost: Arc<Mutex<Option<Error>>>,
+    told: Arc<Told>,
     task: tokio::task::JoinHandle<()>,
+}
+
+/// What a watch has to say.
+#[derive(Default)]
+struct Told {
+    /// Why the job is lost.
+    lost: Mutex<Option<Error>>,
+    /// Whether scratch has not answered for so long that nobody waits for it any more.
+    hangs: AtomicBool,
 }
 
 impl Drop for Watch {
@@ -50,14 +73,19 @@ impl Drop for Watch {
 impl Watch {
     /// Watches `job`, whose events are `events`.
     pub(super) fn start(job: Watched, events: Events) -> Self {
-        let lost = Arc::new(Mutex::new(None));
-        let task = tokio::spawn(watch(job, events, Arc::clone(&lost)));
-        Self { lost, task }
+        let told = Arc::<Told>::default();
+        let task = tokio::spawn(watch(job, events, Arc::clone(&told)));
+        Self { told, task }
     }
 
     /// Why the job was lost, if it was; said once.
     pub(super) fn take_lost(&self) -> Option<Error> {
-        self.lost.lock().unwrap_or_else(PoisonError::into_inner).take()
+        self.told.lost.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// How long scratch is to be waited for now, where the job is to end.
+    pub(super) fn patience(&self) -> Duration {
+        if self.told.hangs.load(Ordering::Acquire) { Duration::ZERO } else { STALL }
     }
 }
 
@@ -67,45 +95,112 @@ pub(super) struct Watched {
     pub(super) domain: DomainHandle,
     /// Its point.
     pub(super) point: PointId,
-    /// The scratch directory and what is in it, if they are on this machine.
-    pub(super) scratch: Option<(PathBuf, Vec<JobDisk>)>,
+    /// Where its scratch is.
+    pub(super) scratch: Scratch,
+    /// What is in it.
+    pub(super) disks: Vec<JobDisk>,
 }
 
-async fn watch(mut watched: Watched, mut events: Events, lost: Arc<Mutex<Option<Error>>>) {
-    let mut tick = tokio::time::interval(POLL);
-    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    watched.set_thresholds().await;
-    let error = loop {
-        let seen = tokio::select! {
-            event = events.receiver.recv() => match event {
-                Some(DomainEvent::JobCompleted(status)) => watched.check_job(status.error).await,
-                Some(DomainEvent::BeyondThreshold) => {
-                    let room = watched.check_room().await;
-                    if room.is_ok() {
-                        watched.set_thresholds().await;
-                    }
-                    room
-                }
-                None => watched.reconnect(&mut events).await,
-            },
-            _ = tick.tick() => if watched.domain.host.is_alive() {
-                watched.check_room().await
-            } else {
-                watched.reconnect(&mut events).await
-            },
-        };
-        if let Err(error) = seen {
-            break error;
-        }
+/// Why a watch is over.
+enum Over {
+    /// The job has ended.
+    Ended(Error),
+    /// Scratch is almost full.
+    Short(Error),
+    /// Nobody knows what becomes of job or room.
+    Unknown(Error),
+}
+
+async fn watch(mut watched: Watched, mut events: Events, told: Arc<Told>) {
+    let scratch = watched.scratch.clone();
+    let look = Notify::new();
+    let over = tokio::select! {
+        over = until_short(scratch.local(), &look, &told) => over,
+        over = watched.until_ended(&mut events, &look) => over,
     };
-    let gone = error.kind() == Kind::SnapshotLost;
-    *lost.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
-    if !gone {
+    let (error, ended, answers) = match over {
+        Over::Ended(error) => (error, true, true),
+        Over::Short(error) => (error, false, true),
+        Over::Unknown(error) => (error, false, false),
+    };
+    *told.lost.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+    if !answers {
+        scratch.until_it_answers().await;
+    }
+    if !ended {
         watched.end().await;
     }
 }
 
+/// Looks at the room in `directory`, at once when told to, until it is short or cannot be told.
+async fn until_short(directory: Option<&Path>, look: &Notify, told: &Told) -> Over {
+    let Some(directory) = directory else { return pending().await };
+    let mut tick = ticks();
+    loop {
+        tokio::select! {
+            _ = tick.tick() => {}
+            () = look.notified() => {}
+        }
+        let Err(error) = space::check_aside(directory, STALL).await else { continue };
+        return match error.kind() {
+            Kind::NoSpace => Over::Short(error),
+            Kind::Timeout => {
+                told.hangs.store(true, Ordering::Release);
+                let what = "the room for scratch is not known any more; the guest comes first";
+                let lost = Error::new(Kind::SnapshotLost, what);
+                Over::Unknown(match error.hint_text() {
+                    Some(hint) => lost.hint(hint).source(error),
+                    None => lost.source(error),
+                })
+            }
+            _ => Over::Unknown(error),
+        };
+    }
+}
+
+fn ticks() -> Interval {
+    let mut tick = interval(POLL);
+    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    tick
+}
+
 impl Watched {
+    /// Follows the job until it has ended or nobody tells of it. Has `look` taken when scratch grows.
+    async fn until_ended(&mut self, events: &mut Events, look: &Notify) -> Over {
+        let mut tick = ticks();
+        // Beside all else: libvirt may take a minute for each of its calls.
+        let mut thresholds = self.thresholds();
+        let error = loop {
+            let seen = tokio::select! {
+                () = &mut thresholds => {
+                    thresholds = Box::pin(pending());
+                    Ok(())
+                }
+                event = events.receiver.recv() => match event {
+                    Some(DomainEvent::JobCompleted(status)) => self.check_job(status.error).await,
+                    Some(DomainEvent::BeyondThreshold) => {
+                        look.notify_one();
+                        thresholds = self.thresholds();
+                        Ok(())
+                    }
+                    None => self.reconnect(events, &mut thresholds).await,
+                },
+                _ = tick.tick() => if self.domain.host.is_alive() {
+                    Ok(())
+                } else {
+                    self.reconnect(events, &mut thresholds).await
+                },
+            };
+            if let Err(error) = seen {
+                break error;
+            }
+        };
+        match error.kind() {
+            Kind::SnapshotLost => Over::Ended(error),
+            _ => Over::Unknown(error),
+        }
+    }
+
     /// An error if libvirt does not have the job any more.
     async fn check_job(&self, reason: Option<String>) -> Result<()> {
         // An event may be of the end of a job before ours.
@@ -120,41 +215,14 @@ impl Watched {
         }
     }
 
-    /// An error if scratch is short, or if nobody can tell.
-    async fn check_room(&self) -> Result<()> {
-        let Some((directory, _)) = &self.scratch else { return Ok(()) };
-        space::check_aside(directory, ANSWER).await
-    }
-
-    /// Has QEMU speak up when one of the scratch images has grown by its share of the room. Where
-    /// that fails the look at the file system is left.
-    async fn set_thresholds(&self) {
-        let Some((directory, disks)) = &self.scratch else { return };
-        let Ok(Some(active)) = job::active(&self.domain).await else { return };
-        let (directory, files) = (directory.clone(), disks.clone());
-        let asked = tokio::task::spawn_blocking(move || {
-            let usable = Space::of(&directory).ok().and_then(Space::usable_bytes).unwrap_or(0);
-            let len = |disk: &JobDisk| std::fs::metadata(&disk.scratch).ok().map(|data| data.len());
-            (usable, files.iter().map(len).collect::<Vec<_>>())
-        });
-        let Ok(Ok((usable, sizes))) = tokio::time::timeout(ANSWER, asked).await else { return };
-        let share = u64::try_from(disks.len()).map_or(0, |count| usable / count.max(1));
-        for (disk, len) in disks.iter().zip(sizes) {
-            let index = active.scratch.iter().find(|(name, _)| *name == disk.name);
-            let (Some((name, Some(index))), Some(len)) = (index, len) else { continue };
-            let threshold = len.saturating_add(share.max(STEP_BYTES_MIN));
-            let device = format!("{name}[{index}]");
-            let set = self.domain.call("set a threshold on the scratch of", move |domain| {
-                domain.set_block_threshold(&device, threshold, 0)
-            });
-            if let Err(error) = set.await {
-                tracing::debug!(?error, "no threshold on this scratch image");
-            }
-        }
+    fn thresholds(&self) -> Thresholds {
+        let Some(directory) = self.scratch.local() else { return Box::pin(pending()) };
+        let (domain, disks) = (self.domain.clone(), self.disks.clone());
+        Box::pin(set_thresholds(domain, directory.to_owned(), disks))
     }
 
     /// Connects anew and goes on watching, if the job is still there.
-    async fn reconnect(&mut self, events: &mut Events) -> Result<()> {
+    async fn reconnect(&mut self, events: &mut Events, thresholds: &mut Thresholds) -> Result<()> {
         let name = self.domain.name.clone();
         let lost = |error: Error| {
             let what = format!("nobody watches the backup job of domain '{name}' any more");
@@ -165,15 +233,13 @@ impl Watched {
             if result.is_ok() {
                 break;
             }
-            self.check_room().await?;
             tokio::time::sleep(RECONNECT_PAUSE).await;
             result = self.try_reconnect(events).await;
         }
         result.map_err(lost)?;
         tracing::info!("connected to libvirt anew");
-        self.check_job(None).await?;
-        self.set_thresholds().await;
-        Ok(())
+        *thresholds = self.thresholds();
+        self.check_job(None).await
     }
 
     async fn try_reconnect(&mut self, events: &mut Events) -> Result<()> {
@@ -195,6 +261,35 @@ impl Watched {
             };
             tracing::error!(?error, "the backup is given up and its job does not end");
             tokio::time::sleep(RECONNECT_PAUSE).await;
+        }
+    }
+}
+
+/// Thresholds that are being set.
+type Thresholds = Pin<Box<dyn Future<Output = ()> + Send>>;
+
+/// Has QEMU speak up when one of the scratch images has grown by its share of the room. Where that
+/// fails the look at the file system is left.
+async fn set_thresholds(domain: DomainHandle, directory: PathBuf, disks: Vec<JobDisk>) {
+    let Ok(Some(active)) = job::active(&domain).await else { return };
+    let (at, files) = (directory.clone(), disks.clone());
+    let asked = space::aside(&directory, ANSWER, move || {
+        let usable = Space::of(&at).ok().and_then(Space::usable_bytes).unwrap_or(0);
+        let len = |disk: &JobDisk| std::fs::metadata(&disk.scratch).ok().map(|data| data.len());
+        (usable, files.iter().map(len).collect::<Vec<_>>())
+    });
+    let Ok((usable, sizes)) = asked.await else { return };
+    let share = u64::try_from(disks.len()).map_or(0, |count| usable / count.max(1));
+    for (disk, len) in disks.iter().zip(sizes) {
+        let index = active.scratch.iter().find(|(name, _)| *name == disk.name);
+        let (Some((name, Some(index))), Some(len)) = (index, len) else { continue };
+        let threshold = len.saturating_add(share.max(STEP_BYTES_MIN));
+        let device = format!("{name}[{index}]");
+        let set = domain.call("set a threshold on the scratch of", move |domain| {
+            domain.set_block_threshold(&device, threshold, 0)
+        });
+        if let Err(error) = set.await {
+            tracing::debug!(?error, "no threshold on this scratch image");
         }
     }
 }

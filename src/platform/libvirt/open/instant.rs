@@ -86,11 +86,10 @@ impl Opening {
         Ok(Instant { taken, quiescence, job_disks })
     }
 
-    fn watch_job(&mut self, job_disks: &[JobDisk], events: Events) {
-        let local = self.domain.host.is_local();
-        let scratch = local.then(|| (self.places.scratch.clone(), job_disks.to_vec()));
+    fn watch_job(&mut self, disks: &[JobDisk], events: Events) {
         let (domain, point) = (self.domain.clone(), self.request.point);
-        self.watch = Some(Watch::start(Watched { domain, point, scratch }, events));
+        let (scratch, disks) = (self.scratch.clone(), disks.to_vec());
+        self.watch = Some(Watch::start(Watched { domain, point, scratch, disks }, events));
     }
 
     /// Writes down all that the instant takes.
