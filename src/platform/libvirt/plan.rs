@@ -61,9 +61,10 @@ pub(super) async fn plan(
     {
         problems.push(Problem::fatal(&error));
     }
-    let scratch = match survey.running {
-        true => Some(scratch(domain, options, request, &survey, &mut problems).await),
-        false => None,
+    let scratch = if survey.running {
+        Some(scratch(domain, options, request, &survey, &mut problems).await)
+    } else {
+        None
     };
     quiesce_problem(&survey, request, &mut problems);
     // Read as a backup would, and thrown away: nothing else knows what can be read.
