@@ -205,6 +205,16 @@ async fn scratch_that_hangs_when_a_backup_begins_is_named_in_time() {
     assert_eq!(problem.fatal, Some(Kind::Timeout));
     assert!(problem.fix.contains("--scratch-dir"), "{problem:?}");
 
+    let control = Control::new();
+    let (stops, asked, request) = (control.clone(), Arc::clone(&platform), wanted.clone());
+    let stopped =
+        tokio::spawn(async move { asked.open_snapshot(&request, &stops).await.map(drop) });
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    control.cancel();
+    let stopped = tokio::time::timeout(Duration::from_secs(5), stopped).await;
+    let error = stopped.expect("at once").expect("no panic").expect_err("it is stopped");
+    assert_eq!(error.kind(), Kind::Cancelled, "{error:?}");
+
     let opened =
         tokio::spawn(
             async move { platform.open_snapshot(&wanted, &Control::new()).await.map(drop) },

@@ -87,8 +87,11 @@ pub(super) async fn open(
             // It may be why.
             let lost = opening.watch.as_ref().and_then(Watch::take_lost);
             let error = lost.unwrap_or(error);
-            opening.undo(control).await;
-            Err(job::instead(&opening.domain, error).await)
+            match opening.undo(control).await {
+                Undone::All => Err(job::instead(&opening.domain, error).await),
+                // The domain is busy with that one.
+                Undone::AllButTheJob => Err(error),
+            }
         }
     }
 }
@@ -124,6 +127,14 @@ enum Begun {
     Unanswered,
 }
 
+/// What of a failed opening is undone.
+enum Undone {
+    /// All that could be told.
+    All,
+    /// Its job runs on.
+    AllButTheJob,
+}
+
 /// What opening yields.
 struct Opened {
     taken: Timestamp,
@@ -156,7 +167,8 @@ impl Opening {
         self.refine_reasons();
         self.check_base()?;
         control.check()?;
-        self.check_scratch().await?;
+        control.set_phase("looking at the scratch directory");
+        control.run(self.check_scratch()).await?;
         let server = reach::server(
             &self.domain.host,
             &self.places.socket,
@@ -182,7 +194,7 @@ impl Opening {
     }
 
     /// Fails unless scratch takes writes and has room, as far as that can be told from here. Before
-    /// anything of the guest waits.
+    /// anything of the guest waits. Cancel-safe.
     async fn check_scratch(&self) -> Result<()> {
         let Some(directory) = self.scratch.local() else { return Ok(()) };
         check_writes(directory).await?;
@@ -304,7 +316,8 @@ impl Opening {
 
     /// Undoes what was done, as far as it can be; what cannot be is logged, stays in the journal and
     /// is found by the next run. Of a job that runs on the person is told: it costs the guest.
-    async fn undo(&mut self, control: &Control) {
+    async fn undo(&mut self, control: &Control) -> Undone {
+        let mut undone = Undone::All;
         let mut stays = Vec::new();
         // The connection may be what failed, and the job live on.
         match self.domain.revived().await {
@@ -317,6 +330,7 @@ impl Opening {
                     let error = self.scratch.stays(&self.domain, error).await.in_one_line();
                     let text = format!("what the failed snapshot left is not all removed: {error}");
                     control.notice(NoticeLevel::Warning, text);
+                    undone = Undone::AllButTheJob;
                     stays.extend([Phase::Job, Phase::Scratch, Phase::Socket, Phase::Checkpoint]);
                 }
                 // libvirt creates the checkpoint before the export: it can exist without the job.
@@ -353,6 +367,7 @@ impl Opening {
         if let Err(error) = recorded {
             tracing::warn!(?error, "the journal of a failed backup remains");
         }
+        undone
     }
 
     /// Ends the job if it is there, and removes what it leaves.

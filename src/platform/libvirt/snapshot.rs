@@ -275,7 +275,12 @@ impl VmSnapshot for RunningSnapshot {
         // in scratch (`bdrv_drain_all` in `qmp_transaction`).
         let result = match ended {
             Ok(()) => noted.and(self.hand_over().await),
-            Err(error) => Err(error),
+            Err(error) => {
+                if let Err(error) = noted {
+                    tracing::warn!(?error, "what is to be handed over is not written down");
+                }
+                Err(error)
+            }
         };
         result.map_err(|error| {
             error.context(format!(
