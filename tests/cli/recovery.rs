@@ -10,7 +10,7 @@ use std::time::Duration;
 use qmp::{Address, Monitor};
 use serde_json::{Value, json};
 
-use crate::support::{Process, TestEnv, is_listening, wait_until};
+use crate::support::{HangingDisk, Process, TestEnv, is_listening, wait_until};
 
 fn parsed(text: &str) -> Value {
     serde_json::from_str(text).unwrap()
@@ -64,10 +64,20 @@ impl Machine {
 }
 
 /// A backup of the QEMU behind `monitor` that is killed at a step.
-fn killed_backup(env: &TestEnv, (monitor, step): (&Path, &str), options: &[&str]) {
-    let scratch = env.path("scratch").display().to_string();
+fn killed_backup(env: &TestEnv, of: (&Path, &str), options: &[&str]) {
+    let scratch = env.path("scratch");
     std::fs::create_dir_all(&scratch).unwrap();
-    let backup = ["full", "--qmp", monitor.to_str().unwrap(), "--scratch-dir", &scratch];
+    killed_backup_with(&scratch, env, of, options);
+}
+
+fn killed_backup_with(
+    scratch: &Path,
+    env: &TestEnv,
+    (monitor, step): (&Path, &str),
+    options: &[&str],
+) {
+    let (monitor, scratch) = (monitor.to_str().unwrap(), scratch.to_str().unwrap());
+    let backup = ["full", "--qmp", monitor, "--scratch-dir", scratch];
     let run = env.stopped_at(step, &[&backup[..], options].concat());
     run.signal("KILL");
     run.wait();
@@ -183,4 +193,27 @@ fn a_client_of_the_monitor_that_leaves_in_time_is_in_nobodys_way() {
     let said = recovery.wait().ok().stdout;
     assert!(said.contains("undone"), "{said}");
     assert_eq!(machine.nodes(), Vec::<String>::new());
+}
+
+/// Found in review: one was recovered after the other, and the guest of the second may stand still.
+#[test]
+fn a_vm_whose_scratch_hangs_keeps_no_other_from_being_recovered() {
+    let env = TestEnv::new();
+    env.init_repo();
+    let mut disk = HangingDisk::mount(&env.path("."));
+    let mut machines = [Machine::start(&env, "foo"), Machine::start(&env, "bar")];
+    // In the order of the journals.
+    machines.sort_by(|one, other| one.uuid.cmp(&other.uuid));
+    let [first, second] = &machines;
+    let (step, options) = ("after:filter", ["--guest-first"]);
+    killed_backup_with(&disk.path, &env, (&first.monitor, step), &options);
+    killed_backup(&env, (&second.monitor, step), &options);
+    disk.freeze();
+    let recovery = env.spawn_vmbackup(&["recover"]);
+    wait_until("the recovery of the second", 15, || second.nodes().is_empty());
+    assert!(!first.nodes().is_empty());
+    disk.answer();
+    recovery.wait();
+    env.vmbackup(&["recover"]).ok();
+    assert_eq!(first.nodes(), Vec::<String>::new());
 }
