@@ -30,7 +30,7 @@ pub struct Export {
     pub shutting_down: bool,
 }
 
-/// A read-only NBD export to be added.
+/// An NBD export to be added.
 #[derive(Clone, Debug)]
 pub struct NewExport {
     /// Its id.
@@ -41,6 +41,17 @@ pub struct NewExport {
     pub name: String,
     /// A bitmap to offer as `qemu:dirty-bitmap:NAME`, by the node it lives on.
     pub bitmap: Option<BitmapRef>,
+    /// What clients may do.
+    pub access: ExportAccess,
+}
+
+/// What clients of an export may do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ExportAccess {
+    /// Read.
+    ReadOnly,
+    /// Write and discard as well, as far as the node lets them.
+    Writable,
 }
 
 /// How to end an export.
@@ -91,7 +102,8 @@ impl Monitor {
 }
 
 fn export_command(export: &NewExport, features: &Features) -> (&'static str, Value) {
-    let mut arguments = json!({ "name": export.name, "writable": false });
+    let writable = export.access == ExportAccess::Writable;
+    let mut arguments = json!({ "name": export.name, "writable": writable });
     if !features.block_export_add {
         arguments["device"] = json!(export.node);
         if let Some(bitmap) = &export.bitmap {
@@ -121,6 +133,7 @@ mod tests {
             node: "n".into(),
             name: "vda".into(),
             bitmap: Some(bitmap),
+            access: ExportAccess::ReadOnly,
         };
         let features = |block_export_add, export_bitmap_by_node| Features {
             block_export_add,
@@ -134,5 +147,9 @@ mod tests {
         assert_eq!(arguments["bitmaps"], json!(["b"]));
         let (command, arguments) = export_command(&export, &features(false, false));
         assert_eq!((command, &arguments["bitmap"]), ("nbd-server-add", &json!("b")));
+        assert_eq!(arguments["writable"], false);
+        let export = NewExport { access: ExportAccess::Writable, ..export };
+        let (_, arguments) = export_command(&export, &features(true, true));
+        assert_eq!(arguments["writable"], true);
     }
 }

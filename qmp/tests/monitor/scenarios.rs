@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use qmp::block::{BitmapRef, BitmapState, BitmapStorage, NewBitmap, is_missing};
-use qmp::export::{ExportEnd, NewExport};
+use qmp::export::{ExportAccess, ExportEnd, NewExport};
 use qmp::{
     Action, BackupJob, Event, Features, Kind, Monitor, OnTargetFailure, Received, Subscription,
 };
@@ -155,6 +155,7 @@ pub(crate) async fn pull_backup(monitor: &Monitor) {
         node: "snap-a".into(),
         name: "a".into(),
         bitmap: Some(at("a", "tmp")),
+        access: ExportAccess::ReadOnly,
     };
     let features =
         Features { block_export_add: true, export_bitmap_by_node: true, ..Features::default() };
@@ -170,18 +171,23 @@ pub(crate) async fn pull_backup(monitor: &Monitor) {
         let job = format!("job-{name}");
         monitor.job_cancel(&job).await.unwrap();
         wait_for(&mut events, "BLOCK_JOB_CANCELLED").await;
-        loop {
-            let jobs = monitor.query_jobs().await.unwrap();
-            let ended = jobs.iter().find(|each| each.id == job).expect("it waits for dismissal");
-            if ended.status == qmp::jobs::status::CONCLUDED {
-                assert_eq!(ended.error.as_deref(), Some("Operation canceled"));
-                break;
-            }
-        }
+        cancelled(monitor, &job).await;
         monitor.job_dismiss(&job).await.unwrap();
         monitor.blockdev_del(&format!("scratch-{name}")).await.unwrap();
     }
     monitor.bitmap_remove(&at("a", "tmp")).await.unwrap();
+}
+
+/// Waits until a job has concluded, as one that was cancelled does.
+async fn cancelled(monitor: &Monitor, job: &str) {
+    loop {
+        let jobs = monitor.query_jobs().await.unwrap();
+        let ended = jobs.iter().find(|each| each.id == job).expect("it waits for dismissal");
+        if ended.status == qmp::jobs::status::CONCLUDED {
+            assert_eq!(ended.error.as_deref(), Some("Operation canceled"));
+            return;
+        }
+    }
 }
 
 async fn identity(monitor: &Monitor) {
