@@ -9,17 +9,19 @@
 //! ```
 //!
 //! A pack's task ends when all its blobs arrived and the object is durable; only then are its
-//! entries handed to the [`DurableSink`], which makes them part of the index. A failure of any task
-//! is kept and returned by whatever comes next.
+//! entries handed to the [`DurableSink`], which makes them part of the index, and the pack counts as
+//! durable ([`Packer::durable_packs`]). A failure of any task is kept and returned by whatever comes
+//! next.
 
 use std::collections::BTreeMap;
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
 
+use super::durable::DurablePacks;
 use super::failure::Failure;
 use super::index::{IndexEntry, Location, PackRef};
 use super::pack::{
@@ -117,15 +119,19 @@ pub struct Packer {
     // Locked to assign a slot, never across an await.
     state: Mutex<State>,
     open_packs: Arc<Semaphore>,
+    durable: Arc<DurablePacks>,
 }
 
 #[derive(Default)]
 struct State {
     open: Option<OpenPack>,
+    /// Packs begun so far.
+    begun: u64,
     tasks: JoinSet<()>,
 }
 
 struct OpenPack {
+    number: u64,
     sealer: Arc<Sealer>,
     blobs: Vec<PackedBlob>,
     next_offset: u64,
@@ -143,6 +149,8 @@ type SealedBytes = (BlobBytes, [u8; TAG_BYTES]);
 
 /// A sealed blob on its way to its pack.
 pub struct Sealed {
+    /// The number of its pack.
+    pub(super) pack: u64,
     queue: mpsc::Sender<Piece>,
     piece: Piece,
     /// The end of the pack, when this blob filled it.
@@ -160,6 +168,7 @@ impl Packer {
             runtime: tokio::runtime::Handle::current(),
             state: Mutex::default(),
             open_packs: Arc::new(Semaphore::new(OPEN_PACKS_MAX)),
+            durable: Arc::default(),
         }
     }
 
@@ -173,10 +182,15 @@ impl Packer {
     pub fn seal(&self, blob: EncodedBlob) -> Sealed {
         let mut bytes = blob.bytes;
         let stored_bytes = u32::try_from(bytes.len() + TAG_BYTES).expect("a blob is a few MiB");
-        let (counter, sealer, queue, end) = {
+        let (pack, counter, sealer, queue, end) = {
             let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
             let state = &mut *state;
-            let open = state.open.get_or_insert_with(|| self.open_pack(&mut state.tasks));
+            let open = state.open.get_or_insert_with(|| {
+                let number = state.begun;
+                state.begun += 1;
+                self.open_pack(number, &mut state.tasks)
+            });
+            let pack = open.number;
             let counter = u32::try_from(open.blobs.len()).expect("bounded by PACK_BLOBS_MAX");
             open.blobs.push(PackedBlob {
                 id: blob.id,
@@ -191,12 +205,12 @@ impl Packer {
             let full = open.next_offset >= self.pack_bytes || counter + 1 == PACK_BLOBS_MAX;
             let (sealer, queue) = (Arc::clone(&open.sealer), open.queue.clone());
             let end = if full { state.open.take().map(OpenPack::end) } else { None };
-            (counter, sealer, queue, end)
+            (pack, counter, sealer, queue, end)
         };
         let tag = sealer.seal_in_place(u64::from(counter), &mut bytes);
         let piece = Piece::Blob { counter, sealed: (bytes, tag) };
         let end = end.map(|(_, piece)| piece);
-        Sealed { queue, piece, end }
+        Sealed { pack, queue, piece, end }
     }
 
     /// Hands a sealed blob to its pack; waits while the store is slower than we are.
@@ -208,6 +222,11 @@ impl Packer {
             }
         }
         Ok(())
+    }
+
+    /// How many packs are durable, without a gap from the first, as that grows.
+    pub fn durable_packs(&self) -> watch::Receiver<u64> {
+        self.durable.watch()
     }
 
     /// Ends the pack being filled and waits until every pack is durable.
@@ -238,18 +257,20 @@ impl Packer {
         tasks.shutdown().await;
     }
 
-    fn open_pack(&self, tasks: &mut JoinSet<()>) -> OpenPack {
+    fn open_pack(&self, number: u64, tasks: &mut JoinSet<()>) -> OpenPack {
         let id = random::<16>();
         let name = ObjectName::pack(&id);
         let sealer = Arc::new(self.target.keys.sealer(self.object_type, &name));
         let (queue, mut pieces) = mpsc::channel(self.queue_blobs);
         let pack = Arc::new(PackRef { id, header: *sealer.header() });
         let (target, places) = (self.target.clone(), Arc::clone(&self.open_packs));
+        let durable = Arc::clone(&self.durable);
         let work = async move {
             let _place = places.acquire_owned().await.expect("never closed");
-            if let Err(error) = write_pack(&target, &pack, &mut pieces).await {
+            match write_pack(&target, &pack, &mut pieces).await {
+                Ok(()) => durable.add(number),
                 // Before the queue closes: who finds it closed asks why.
-                target.failure.set(error);
+                Err(error) => target.failure.set(error),
             }
         };
         // Tasks that ended are let go of here, so that the set stays as small as the packs open.
@@ -259,7 +280,8 @@ impl Packer {
             }
         }
         tasks.spawn_on(work, &self.runtime);
-        OpenPack { sealer, blobs: Vec::new(), next_offset: HEADER_BYTES as u64, queue }
+        let next_offset = HEADER_BYTES as u64;
+        OpenPack { number, sealer, blobs: Vec::new(), next_offset, queue }
     }
 }
 

@@ -9,17 +9,21 @@
 //! points when it commits.
 //!
 //! Chunks are known when the index knows them, or when this run has claimed them: a claim is made
-//! before the blob is stored, and a run with a failed write never commits.
+//! before the blob is stored, and a run with a failed write never commits. What the index knows is
+//! durable; what was claimed is once its pack is ([`super::durable`]).
 
-use std::collections::HashSet;
+use std::collections::hash_map::Entry;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
+use tokio::sync::watch;
 
 use super::blobs::{self, Blobs};
 use super::catalog;
 use super::check::BaseDamage;
 use super::condemned::Condemned;
+use super::durable::Durability;
 use super::failure::Failure;
 use super::forget;
 use super::index::{Index, IndexEntry, Location};
@@ -45,7 +49,7 @@ pub const ARTIFACT_BYTES_MAX: usize = 1 << 30;
 /// Whether a chunk has to be stored.
 #[derive(Debug)]
 pub(super) enum Known {
-    Yes,
+    Yes(Durability),
     New(Claim),
 }
 
@@ -88,6 +92,14 @@ pub(super) struct SealedBlob {
     claim: Claim,
 }
 
+/// What became of a blob that is with its pack.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Sent {
+    /// What it takes there.
+    pub(super) stored_bytes: u64,
+    pub(super) durability: Durability,
+}
+
 /// What the disks of a run share.
 pub(super) struct RunShared {
     trust: Trust,
@@ -109,8 +121,8 @@ struct Durable {
 #[derive(Default)]
 struct Gathered {
     entries: Vec<IndexEntry>,
-    /// Blobs of this run that no segment lists yet.
-    claimed: HashSet<BlobId>,
+    /// Blobs of this run that no segment lists yet, and the packs of chunks that have one.
+    claimed: HashMap<BlobId, Option<u64>>,
 }
 
 impl Durable {
@@ -155,38 +167,45 @@ impl RunShared {
         // Ends: a pack that is not there, or damaged, is not found again.
         while let Some(found) = self.blobs.index.lookup(id, &may_rely_on).await? {
             if self.trust.is_there(&found).await? {
-                return Ok(Known::Yes);
+                return Ok(Known::Yes(Durability::Now));
             }
         }
         // Another task may have claimed it while the index was asked.
-        let first = self.durable.lock().claimed.insert(*id);
-        Ok(if first { Known::New(self.claim(*id)) } else { Known::Yes })
+        Ok(self.known_or_claimed(id, &mut self.durable.lock().claimed))
     }
 
     /// The same as far as it can be said without reading the index; a worker may ask.
     pub(super) fn known_at_once(&self, id: &BlobId) -> Option<Known> {
         let mut state = self.durable.lock();
-        if state.claimed.contains(id) {
-            return Some(Known::Yes);
-        }
-        if self.blobs.index.may_contain(id) {
+        if !state.claimed.contains_key(id) && self.blobs.index.may_contain(id) {
             return None;
         }
-        state.claimed.insert(*id);
-        Some(Known::New(self.claim(*id)))
+        Some(self.known_or_claimed(id, &mut state.claimed))
+    }
+
+    fn known_or_claimed(&self, id: &BlobId, claimed: &mut HashMap<BlobId, Option<u64>>) -> Known {
+        match claimed.entry(*id) {
+            Entry::Occupied(pack) => {
+                Known::Yes((*pack.get()).map_or(Durability::Commit, with_pack))
+            }
+            Entry::Vacant(place) => {
+                place.insert(None);
+                Known::New(self.claim(*id))
+            }
+        }
     }
 
     fn claim(&self, id: BlobId) -> Claim {
         Claim { id, failure: self.failure.clone(), state: ClaimState::Open }
     }
 
-    /// Stores a blob that was claimed; the bytes it takes.
+    /// Stores a blob that was claimed.
     pub(super) async fn store_new(
         self: &Arc<Self>,
         claim: Claim,
         kind: BlobKind,
         plain: Buffer,
-    ) -> Result<u64> {
+    ) -> Result<Sent> {
         let run = Arc::clone(self);
         let blob = self.blobs.workers.run(move || run.seal(claim, kind, plain)).await??;
         self.send(blob).await
@@ -204,14 +223,24 @@ impl RunShared {
         };
         let stored_bytes = bytes.len() as u64;
         let blob = EncodedBlob { id: claim.id, kind, encoding, plain_bytes, bytes };
-        Ok(SealedBlob { sealed: self.packer(kind).seal(blob), kind, stored_bytes, claim })
+        let sealed = self.packer(kind).seal(blob);
+        if kind == BlobKind::Chunk
+            && let Some(pack) = self.durable.lock().claimed.get_mut(&claim.id)
+        {
+            *pack = Some(sealed.pack);
+        }
+        Ok(SealedBlob { sealed, kind, stored_bytes, claim })
     }
 
-    /// Hands a sealed blob to its pack; the bytes it takes.
-    pub(super) async fn send(&self, blob: SealedBlob) -> Result<u64> {
+    /// Hands a sealed blob to its pack.
+    pub(super) async fn send(&self, blob: SealedBlob) -> Result<Sent> {
+        let durability = match blob.kind {
+            BlobKind::Chunk => with_pack(blob.sealed.pack),
+            BlobKind::Node { .. } => Durability::Commit,
+        };
         self.packer(blob.kind).send(blob.sealed).await?;
         blob.claim.kept();
-        Ok(blob.stored_bytes)
+        Ok(Sent { stored_bytes: blob.stored_bytes, durability })
     }
 
     fn packer(&self, kind: BlobKind) -> &Packer {
@@ -220,6 +249,11 @@ impl RunShared {
             BlobKind::Node { .. } => &self.nodes,
         }
     }
+}
+
+/// When what is in a pack of chunks is durable.
+fn with_pack(number: u64) -> Durability {
+    Durability::Packs(number + 1)
 }
 
 /// How a run writes.
@@ -283,6 +317,11 @@ impl Run {
     /// reading all of it.
     pub async fn base_damage(&self) -> Result<BaseDamage> {
         BaseDamage::look(&self.shared.blobs, self.shared.chunk_levels).await
+    }
+
+    /// How many packs of chunks are durable, as that grows: what [`Durability::Packs`] waits for.
+    pub fn durable_packs(&self) -> watch::Receiver<u64> {
+        self.shared.chunks.durable_packs()
     }
 
     /// A disk to be written, against `base` if that has the same size.
@@ -405,7 +444,7 @@ mod tests {
         let run = repository.begin_run(RunOptions::default()).await.unwrap();
         let id = BlobId([7; 32]);
         let Known::New(claim) = run.shared.known(&id).await.unwrap() else { panic!("it is new") };
-        assert!(matches!(run.shared.known(&id).await.unwrap(), Known::Yes), "others rely on it");
+        assert!(matches!(run.shared.known(&id).await.unwrap(), Known::Yes(_)), "others rely on it");
         drop(claim);
         let error = run.commit(point(1), draft()).await.unwrap_err();
         assert_eq!(error.kind(), Kind::Cancelled, "{error:?}");

@@ -109,6 +109,45 @@ async fn a_disk_writer_conforms_as_a_sink() {
     conformance::sink(&*writer, read_back).await;
 }
 
+/// A chunk that nothing compresses.
+fn noise(n: u64) -> Buffer {
+    let mut bytes = vec![0; CHUNK as usize];
+    blake3::Hasher::new().update(&n.to_le_bytes()).finalize_xof().fill(&mut bytes);
+    Buffer::unbudgeted(bytes)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_chunk_counts_as_durable_when_its_pack_is_in_the_store() {
+    let store = store();
+    let repository = open(&store, CHUNK).await;
+    let run = repository.begin_run(RunOptions::default()).await.unwrap();
+    let mut durable = run.durable_packs();
+    let size = 300 * CHUNK;
+    let writer = run.disk_writer(size, None);
+    let store_chunk =
+        async |at: u64, n: u64| writer.store(at * CHUNK, noise(n)).await.unwrap().durability;
+    assert_eq!(store_chunk(0, 0).await, Durability::Packs(1));
+    assert_eq!(store_chunk(1, 0).await, Durability::Packs(1), "the same as one before it");
+    let zeroes = Buffer::unbudgeted(vec![0; CHUNK as usize]);
+    assert_eq!(writer.store(2 * CHUNK, zeroes).await.unwrap().durability, Durability::Now);
+    let mut at = 3;
+    while store_chunk(at, at).await == Durability::Packs(1) {
+        assert!(*durable.borrow() == 0 || !objects(&store, Folder::Packs).await.is_empty());
+        at += 1;
+    }
+    assert!(at > 250, "a pack of 64 MiB ends after {at} chunks");
+    durable.wait_for(|count| *count == 1).await.unwrap();
+    assert_eq!(objects(&store, Folder::Packs).await.len(), 1);
+    let rest = ByteRange::between((at + 1) * CHUNK, size);
+    writer.zero(rest, ZeroMode::Sparse).await.unwrap();
+    writer.finish().await.unwrap();
+    run.commit(point(1), draft()).await.unwrap();
+    let run = repository.begin_run(RunOptions::default()).await.unwrap();
+    let writer = run.disk_writer(CHUNK, None);
+    assert_eq!(writer.store(0, noise(5)).await.unwrap().durability, Durability::Now);
+    run.abort().await.unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_second_disk_of_the_same_content_stores_nothing_but_is_complete() {
     let store = store();

@@ -16,8 +16,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 
+use super::durable::Durability;
 use super::seal::{BlobId, BlobKind};
-use super::session::{Known, RunShared, SealedBlob};
+use super::session::{Known, RunShared, SealedBlob, Sent};
 use super::tree::{Child, Node, Ready, Shape, TreeBuilder};
 use crate::block::{BlockSink, Buffer, ByteRange, Geometry, ZeroMode};
 use crate::content::{ContentHash, ContentRoot};
@@ -35,6 +36,15 @@ pub struct StoredDisk {
     pub top: ContentHash,
     /// The content root: independent of this repository and its chunk size.
     pub root: ContentRoot,
+}
+
+/// A chunk that was stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StoredChunk {
+    /// Its hash in the tree.
+    pub hash: ContentHash,
+    /// When its content is durable.
+    pub durability: Durability,
 }
 
 /// What became of the chunks of a disk.
@@ -76,15 +86,15 @@ impl DiskWriter {
         Self { run, tree, base, counters: Counters::default(), root: Mutex::default() }
     }
 
-    /// Stores a chunk, as [`BlockSink::write`] does; its hash in the tree.
-    pub async fn store(&self, offset: u64, buffer: Buffer) -> Result<ContentHash> {
+    /// Stores a chunk, as [`BlockSink::write`] does.
+    pub async fn store(&self, offset: u64, buffer: Buffer) -> Result<StoredChunk> {
         let range = ByteRange::new(offset, buffer.len() as u64);
         self.check(range);
         let chunk = self.tree.shape().chunk_bytes();
         assert!(range.len() <= chunk, "a write is at most one chunk");
-        let hash = self.store_chunk(buffer).await?;
-        self.give(0, offset / chunk, Child::Is(hash)).await?;
-        Ok(hash)
+        let stored = self.store_chunk(buffer).await?;
+        self.give(0, offset / chunk, Child::Is(stored.hash)).await?;
+        Ok(stored)
     }
 
     /// The hash that a chunk with this content has in a tree.
@@ -119,31 +129,37 @@ impl DiskWriter {
         Ok((stored, stats))
     }
 
-    /// Hashes a chunk, stores it if it is new, and yields its hash.
-    async fn store_chunk(&self, buffer: Buffer) -> Result<ContentHash> {
+    /// Hashes a chunk and stores it if it is new.
+    async fn store_chunk(&self, buffer: Buffer) -> Result<StoredChunk> {
         let len = buffer.len() as u64;
         self.counters.written.fetch_add(len, Ordering::Relaxed);
         let run = Arc::clone(&self.run);
         let work = move || hash_and_seal(&run, buffer);
         let (hash, fate) = self.run.blobs.workers.run(work).await??;
-        let stored = match fate {
-            Fate::Zero => return Ok(hash),
-            Fate::Known => None,
-            Fate::New(blob) => Some(self.run.send(blob).await?),
+        let durability = match fate {
+            Fate::Zero => Durability::Now,
+            Fate::Known(durability) => self.count_known(len, durability),
+            Fate::New(blob) => self.count_new(len, self.run.send(blob).await?),
             Fate::Ask(id, buffer) => match self.run.known(&id).await? {
-                Known::Yes => None,
+                Known::Yes(durability) => self.count_known(len, durability),
                 Known::New(claim) => {
-                    Some(self.run.store_new(claim, BlobKind::Chunk, buffer).await?)
+                    let sent = self.run.store_new(claim, BlobKind::Chunk, buffer).await?;
+                    self.count_new(len, sent)
                 }
             },
         };
-        if let Some(stored) = stored {
-            self.counters.stored.fetch_add(stored, Ordering::Relaxed);
-            self.counters.new.fetch_add(len, Ordering::Relaxed);
-        } else {
-            self.counters.known.fetch_add(len, Ordering::Relaxed);
-        }
-        Ok(hash)
+        Ok(StoredChunk { hash, durability })
+    }
+
+    fn count_known(&self, len: u64, durability: Durability) -> Durability {
+        self.counters.known.fetch_add(len, Ordering::Relaxed);
+        durability
+    }
+
+    fn count_new(&self, len: u64, sent: Sent) -> Durability {
+        self.counters.stored.fetch_add(sent.stored_bytes, Ordering::Relaxed);
+        self.counters.new.fetch_add(len, Ordering::Relaxed);
+        sent.durability
     }
 
     /// Gives a subtree to the tree and stores every node that this completes.
@@ -178,8 +194,8 @@ impl DiskWriter {
         }
         if let Known::New(claim) = self.run.known(&id).await? {
             let bytes = Buffer::unbudgeted(node.encode());
-            let stored = self.run.store_new(claim, kind, bytes).await?;
-            self.counters.stored.fetch_add(stored, Ordering::Relaxed);
+            let sent = self.run.store_new(claim, kind, bytes).await?;
+            self.counters.stored.fetch_add(sent.stored_bytes, Ordering::Relaxed);
         }
         Ok(Child::Is(hash))
     }
@@ -227,7 +243,7 @@ impl DiskWriter {
 /// What a worker found out about a chunk.
 enum Fate {
     Zero,
-    Known,
+    Known(Durability),
     /// New, and sealed in the same go, while the chunk was in the processor's cache.
     New(SealedBlob),
     /// The index has to be read to know.
@@ -242,7 +258,7 @@ fn hash_and_seal(run: &RunShared, buffer: Buffer) -> Result<(ContentHash, Fate)>
     }
     let id = run.blobs.keys.blob_id(BlobKind::Chunk, &hash);
     let fate = match run.known_at_once(&id) {
-        Some(Known::Yes) => Fate::Known,
+        Some(Known::Yes(durability)) => Fate::Known(durability),
         Some(Known::New(claim)) => Fate::New(run.seal(claim, BlobKind::Chunk, buffer)?),
         None => Fate::Ask(id, buffer),
     };
