@@ -86,6 +86,15 @@ pub trait BlockingWrite: Send + Sync {
     }
 }
 
+/// Giving up what nobody needs of a disk that is read once, where somebody pays for keeping it.
+#[async_trait]
+pub trait Release: Send + Sync {
+    /// Gives up `range`, which is neither read nor asked about ([`BlockSource::extents`]) again: both
+    /// may fail there from now on, and never show anything else than the disk. A hint: less may be
+    /// given up. Cancel-safe.
+    async fn release(&self, range: ByteRange) -> Result<()>;
+}
+
 /// A disk that can be read and does not change meanwhile.
 #[async_trait]
 pub trait BlockSource: Send + Sync {
@@ -104,6 +113,11 @@ pub trait BlockSource: Send + Sync {
 
     /// The same disk for threads that may wait, if it needs no reactor.
     fn blocking(&self) -> Option<Arc<dyn BlockingRead>> {
+        None
+    }
+
+    /// How parts of it are given up, if that is of use to anybody.
+    fn release(&self) -> Option<Arc<dyn Release>> {
         None
     }
 }

@@ -32,6 +32,7 @@ mod clear;
 mod compare;
 mod direct;
 mod hash;
+mod kept;
 mod pipeline;
 mod plan;
 mod sparse;
@@ -43,6 +44,7 @@ mod walk;
 
 pub use compare::{Comparison, compare};
 pub use hash::content_root;
+pub use kept::kept;
 pub use stream::copy_pipe;
 
 use std::sync::Arc;

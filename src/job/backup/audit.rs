@@ -113,6 +113,14 @@ impl Sampled {
         Self { writer, source, control, kept, stored, found: tokio::sync::Mutex::default() }
     }
 
+    /// Takes note of a range that is going to be kept, for a look at it before the copy.
+    pub(super) fn kept(&self, range: ByteRange) {
+        let Some(kept) = &self.kept else { return };
+        for piece in range.pieces(PIECE_CHUNKS * self.geometry().align_bytes) {
+            self.give_piece(kept, piece);
+        }
+    }
+
     /// Looks at the sample of what is kept, now that every chunk was given. None without one.
     pub(super) async fn audit(&self, base: &Arc<DiskReader>) -> Result<Option<Audit>> {
         let Some(kept) = &self.kept else { return Ok(None) };
@@ -183,15 +191,17 @@ impl Sampled {
     /// range.
     async fn give_range(&self, draws: Option<&Mutex<Draws>>, range: ByteRange) {
         let Some(draws) = draws else { return };
-        let chunk_bytes = self.geometry().align_bytes;
-        for piece in range.pieces(PIECE_CHUNKS * chunk_bytes) {
-            {
-                let mut draws = lock(draws);
-                for chunk in piece.offset() / chunk_bytes..piece.end().div_ceil(chunk_bytes) {
-                    draws.give(chunk, None);
-                }
-            }
+        for piece in range.pieces(PIECE_CHUNKS * self.geometry().align_bytes) {
+            self.give_piece(draws, piece);
             tokio::task::yield_now().await;
+        }
+    }
+
+    fn give_piece(&self, draws: &Mutex<Draws>, piece: ByteRange) {
+        let chunk_bytes = self.geometry().align_bytes;
+        let mut draws = lock(draws);
+        for chunk in piece.offset() / chunk_bytes..piece.end().div_ceil(chunk_bytes) {
+            draws.give(chunk, None);
         }
     }
 }
@@ -208,8 +218,8 @@ impl BlockSink for Sampled {
     }
 
     async fn write(&self, offset: u64, buffer: Buffer) -> Result<()> {
-        let hash = self.writer.store(offset, buffer).await?;
-        self.stored(offset, hash).await
+        let chunk = self.writer.store(offset, buffer).await?;
+        self.stored(offset, chunk.hash).await
     }
 
     async fn zero(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {

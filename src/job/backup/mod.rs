@@ -12,16 +12,17 @@
 //! is the repository's, also for a disk that had to be read in full.
 
 mod audit;
+mod disk;
 mod heal;
+mod release;
 mod sample;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use serde::Serialize;
 
-use audit::Sampled;
 pub use audit::SourceCheck;
-use heal::Reread;
+use release::Releaser;
 pub use sample::Sample;
 
 use super::lock::{Patience, VmLock, Wait};
@@ -29,23 +30,15 @@ use super::points::{self, Bases};
 use super::restore::reconcile as restores;
 use super::source::{self, SnapshotOptions, SourceSpec};
 use super::{Env, Surroundings};
-use crate::block::{BlockSink, BlockSource, ByteRange};
 use crate::clock::Timestamp;
 use crate::content::ContentRoot;
-use crate::control::{Control, DiskProgress, NoticeLevel};
-use crate::copy;
+use crate::control::{Control, NoticeLevel};
 use crate::error::{Error, Kind, Result};
 use crate::journal::Phase;
 use crate::platform::{BackupMode, Platform, SnapshotRequest, VmSnapshot};
 use crate::repo::seal::random;
-use crate::repo::{
-    BaseDamage, DiskWriter, ManifestDisk, ManifestDraft, Repository, Run, RunOptions, StoredDisk,
-    WriteStats,
-};
-use crate::units::ByteSize;
-use crate::vm::{
-    Audit, ExcludedDisk, FullReason, NotCaptured, PointId, Quiescence, ReadMode, VmIdentity,
-};
+use crate::repo::{BaseDamage, ManifestDraft, Repository, Run, RunOptions};
+use crate::vm::{Audit, ExcludedDisk, NotCaptured, PointId, Quiescence, ReadMode, VmIdentity};
 
 /// What to back up, and how.
 #[derive(Clone, Debug)]
@@ -148,21 +141,10 @@ pub(super) async fn run_on(
     let run = repository.begin_run(RunOptions::default()).await?;
     let point = PointId(random());
     let samples = (request.audit, request.verify_source);
-    let backup = Backup { run, point, vm, bases, damage: None, samples, env, control };
+    let releasers = Mutex::default();
+    let backup = Backup { run, point, vm, bases, damage: None, samples, releasers, env, control };
     let result = backup.with_snapshot(repository, platform, request).await;
     result.map_err(|error| error.context("the backup was not made"))
-}
-
-/// A disk that was stored, and what became of its chunks.
-type Stored = (StoredDisk, WriteStats);
-
-/// What a copy onto a base came to.
-struct Onto {
-    copied: copy::Report,
-    /// None where the bitmap lied.
-    stored: Option<Stored>,
-    audit: Option<Audit>,
-    source_check: Option<SourceCheck>,
 }
 
 /// A backup whose run is open.
@@ -175,6 +157,8 @@ struct Backup<'a> {
     damage: Option<BaseDamage>,
     /// How much is audited, and how much verified.
     samples: (Sample, Sample),
+    /// What gives up parts of the disks that are stored.
+    releasers: Mutex<Vec<Arc<Releaser>>>,
     env: &'a Env,
     control: &'a Control,
 }
@@ -216,7 +200,9 @@ impl Backup<'_> {
                 return Err(error);
             }
         };
-        match self.copy(repository, snapshot.as_mut()).await {
+        let copied = self.copy(repository, snapshot.as_mut()).await;
+        self.end_release().await;
+        match copied {
             Ok((draft, report)) => self.commit(snapshot, draft, report).await,
             Err(error) => {
                 let error = self.cause(snapshot.as_mut(), error).await;
@@ -299,181 +285,6 @@ impl Backup<'_> {
         };
         let draft = points::draft(&report, disks, artifacts);
         Ok((draft, report))
-    }
-
-    async fn copy_disk(
-        &self,
-        repository: &Repository,
-        snapshot: &mut dyn VmSnapshot,
-        index: usize,
-    ) -> Result<(ManifestDisk, DiskReport)> {
-        let started = self.env.clock.now();
-        let mut disk = snapshot.disks()[index].clone();
-        let (name, size_bytes) = (disk.description.name.clone(), disk.description.size_bytes);
-        self.tell_why(&name, &disk.read);
-        let source = snapshot.source(index).await?;
-        self.control.set_phase(format!("copying {name}"));
-        let progress = self.control.add_disk(&name, size_bytes);
-        let base = self.bases.of(&disk)?;
-        let (mut copied, mut stored) = (copy::Report::default(), None);
-        let (mut audit, mut source_check) = (None, None);
-        if let Some(base) = base {
-            match self.copy_onto(repository, base, &source, &progress).await {
-                Ok(done) => Onto { copied, stored, audit, source_check } = done,
-                // Only the repository is ever damaged; what is read in full stores it anew.
-                Err(error) if error.kind() == Kind::Corrupt => {
-                    self.tell_of_damaged_base(&name, &error);
-                    disk.read = ReadMode::Full { reason: FullReason::BaseDamaged };
-                }
-                Err(error) => return Err(error),
-            }
-            if let Some(offset) = audit.and_then(|audit| audit.differs_at) {
-                self.tell_of_lie(&name, offset);
-                disk.read = ReadMode::Full { reason: FullReason::BitmapDistrusted };
-            }
-        }
-        let stored = if let Some(stored) = stored {
-            stored
-        } else {
-            let progress = match base {
-                Some(_) => self.control.add_disk(&format!("{name}, all of it"), size_bytes),
-                None => progress,
-            };
-            let whole = self.copy_all(&name, source, &progress).await?;
-            copied.read_bytes += whole.0.read_bytes;
-            source_check = whole.2;
-            whole.1
-        };
-        let report = DiskReport {
-            name,
-            size_bytes,
-            read: disk.read.clone(),
-            audit,
-            source_check,
-            read_bytes: copied.read_bytes,
-            stored_bytes: stored.1.stored_bytes,
-            content_root: stored.0.root,
-            elapsed_ms: self.env.elapsed_ms(started),
-        };
-        Ok((points::point_disk(disk, stored, &report), report))
-    }
-
-    /// Copies the disk, whatever a bitmap says.
-    async fn copy_all(
-        &self,
-        name: &str,
-        source: Arc<dyn BlockSource>,
-        progress: &Arc<DiskProgress>,
-    ) -> Result<(copy::Report, Stored, Option<SourceCheck>)> {
-        let writer = self.run.disk_writer(source.geometry().size_bytes, None);
-        let options = copy::Options { unchanged: copy::Unchanged::Read, ..self.options(name) };
-        let sampled = self.sampled(&writer, &source);
-        let sink = Arc::clone(&sampled) as Arc<dyn BlockSink>;
-        let copied = copy::copy(source, sink, &options, self.control, progress).await?;
-        let check = self.recheck(name, &sampled).await?;
-        Ok((copied, writer.finish().await?, check))
-    }
-
-    fn sampled(&self, writer: &Arc<DiskWriter>, source: &Arc<dyn BlockSource>) -> Arc<Sampled> {
-        let (writer, source) = (Arc::clone(writer), Arc::clone(source));
-        let seed = u32::from_le_bytes(random());
-        Arc::new(Sampled::new(writer, source, self.samples, seed, self.control.clone()))
-    }
-
-    /// Reads a sample of what was stored a second time. A difference fails the backup: what the
-    /// rest of the point holds nobody knows then.
-    async fn recheck(&self, disk: &str, sampled: &Sampled) -> Result<Option<SourceCheck>> {
-        if self.samples.1 != Sample::None {
-            self.control.set_phase(format!("reading a sample of {disk} again"));
-        }
-        let Some(recheck) = sampled.recheck().await? else { return Ok(None) };
-        recheck.into_result(disk, &self.vm.name).map(Some)
-    }
-
-    /// Copies what a bitmap calls changed, and what the base has lost, onto `base`, and looks at a
-    /// sample of the rest; nothing is stored where the bitmap lied.
-    async fn copy_onto(
-        &self,
-        repository: &Repository,
-        base: &StoredDisk,
-        source: &Arc<dyn BlockSource>,
-        progress: &Arc<DiskProgress>,
-    ) -> Result<Onto> {
-        let (name, control) = (&progress.name, self.control);
-        let lost = match &self.damage {
-            Some(damage) => damage.of(base, control).await?,
-            None => self.run.base_damage().await?.of(base, control).await?,
-        };
-        let source: Arc<dyn BlockSource> = if lost.is_empty() {
-            Arc::clone(source)
-        } else {
-            self.tell_of_healing(name, &lost);
-            Arc::new(Reread::new(Arc::clone(source), lost))
-        };
-        let options = self.options(name);
-        let writer = self.run.disk_writer(base.size_bytes, Some(base));
-        // Opened before hours of copying: it may be damaged.
-        let base = match self.samples.0 {
-            Sample::None => None,
-            Sample::Share(_) => Some(Arc::new(repository.open_disk(base).await?)),
-        };
-        let sampled = self.sampled(&writer, &source);
-        let sink = Arc::clone(&sampled) as Arc<dyn BlockSink>;
-        let copied = copy::copy(source, sink, &options, control, progress).await?;
-        let mut audit = None;
-        if let Some(base) = base {
-            control.set_phase(format!("auditing the dirty bitmap of {name}"));
-            audit = sampled.audit(&base).await?;
-        }
-        if audit.is_some_and(|audit| audit.differs_at.is_some()) {
-            return Ok(Onto { copied, stored: None, audit, source_check: None });
-        }
-        let source_check = self.recheck(name, &sampled).await?;
-        Ok(Onto { copied, stored: Some(writer.finish().await?), audit, source_check })
-    }
-
-    fn options(&self, disk: &str) -> copy::Options {
-        copy::Options {
-            flush: copy::Flush::Never,
-            zeroes: copy::Zeroes::Sparse { detect_bytes: None },
-            ..copy::Options::new(format!("{disk} of {}", self.vm.name), "the repository")
-        }
-    }
-
-    fn tell_of_damaged_base(&self, disk: &str, error: &Error) {
-        let text = format!(
-            "the point that {disk} builds on is damaged; all of {disk} is read now: {}",
-            error.in_one_line()
-        );
-        self.control.notice(NoticeLevel::Warning, text);
-    }
-
-    fn tell_of_lie(&self, disk: &str, offset: u64) {
-        let text = format!(
-            "the dirty bitmap of {disk} is wrong: it calls the block at offset {offset} unchanged, \
-             and it is not as at the last point. All of {disk} is read now. Find out who wrote to \
-             the image without QEMU; 'vmbackup show' of earlier points tells which were incremental"
-        );
-        self.control.notice(NoticeLevel::Warning, text);
-    }
-
-    fn tell_of_healing(&self, disk: &str, lost: &[ByteRange]) {
-        let bytes = lost.iter().map(|range| range.len()).sum();
-        let text = format!(
-            "{} that {disk} shares with its base are damaged in the repository: they are read from \
-             the VM again and stored anew",
-            ByteSize(bytes)
-        );
-        self.control.notice(NoticeLevel::Warning, text);
-    }
-
-    /// A disk read in full although the VM has points here is worth a word: it costs time.
-    fn tell_why(&self, disk: &str, read: &ReadMode) {
-        let ReadMode::Full { reason } = read else { return };
-        if !matches!(reason, FullReason::Requested | FullReason::FirstBackup) {
-            let text = format!("{disk} is read in full: {}", reason.describe());
-            self.control.notice(NoticeLevel::Info, text);
-        }
     }
 
     /// The commit point, and what follows it. From here on a stop is not heeded: what is left takes
