@@ -41,7 +41,9 @@ impl World<'_> {
             [BackupMode::Auto, BackupMode::Auto, BackupMode::Incremental, BackupMode::Full],
             [Quiesce::Auto, Quiesce::Auto, Quiesce::Require, Quiesce::Never],
         );
-        request(self.dice.one_of(&modes), self.dice.one_of(&quiesces))
+        let mut request = request(self.dice.one_of(&modes), self.dice.one_of(&quiesces));
+        request.options.guest_first = self.dice.once_in(3);
+        request
     }
 
     /// The point, if it was made.

@@ -61,6 +61,8 @@ pub(crate) struct Job {
     pub(crate) state: JobState,
     /// Content at the instant, and what changed since the base.
     pub(crate) disks: Vec<(String, Content, Option<Vec<bool>>)>,
+    /// Blocks that were given up, by the disk's number: they never read again.
+    pub(crate) given_up: BTreeSet<(usize, u64)>,
 }
 
 /// What the disks held when a point was taken.

@@ -1,12 +1,13 @@
 //! The instant of a simulated VM: the steps of a real one, each of which may fail, be the last thing
 //! its process does, or take effect without anybody learning of it.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use async_trait::async_trait;
 
 use super::guest::{Freeze, Guest, Instant, Job, JobState};
-use super::source::Export;
+use super::source::{Export, Releasing};
 use super::{Line, Simulated, checkpoint};
 use crate::block::BlockSource;
 use crate::clock::Timestamp;
@@ -30,6 +31,7 @@ pub(super) struct Snapshot {
     is_thawed: bool,
     point: PointId,
     repository: String,
+    guest_first: bool,
     disks: Vec<SnapshotDisk>,
     artifacts: Vec<Artifact>,
     taken: Timestamp,
@@ -63,6 +65,7 @@ pub(super) async fn open(
         is_thawed: true,
         point: request.point,
         repository: request.repository.clone(),
+        guest_first: request.guest_first,
         disks,
         artifacts: vec![definition],
         taken: request.clock.now(),
@@ -191,7 +194,8 @@ impl Snapshot {
 impl Guest {
     /// The transaction: all of it at once.
     fn take(&mut self, point: PointId, repository: &str, disks: &[SnapshotDisk]) {
-        let mut job = Job { state: JobState::Holds, disks: Vec::new() };
+        let given_up = BTreeSet::new();
+        let mut job = Job { state: JobState::Holds, disks: Vec::new(), given_up };
         for disk in disks {
             let name = &disk.description.name;
             let changed = match disk.read {
@@ -246,7 +250,8 @@ impl VmSnapshot for Snapshot {
         });
         opened.await?;
         let size_bytes = self.disks[index].description.size_bytes;
-        Ok(Arc::new(Export { line: self.line.clone(), point, index, size_bytes }))
+        let export = Export { line: self.line.clone(), point, index, size_bytes };
+        Ok(if self.guest_first { Arc::new(Releasing(Arc::new(export))) } else { Arc::new(export) })
     }
 
     async fn still_valid(&mut self) -> Result<()> {
