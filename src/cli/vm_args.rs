@@ -66,7 +66,8 @@ pub(crate) struct SnapshotArgs {
     #[arg(long, value_name = "DIR")]
     pub(crate) scratch_dir: Option<PathBuf>,
     /// Let the backup break rather than a write of the guest fail or wait when scratch is full
-    /// (with --qmp; otherwise the backup is given up while there is room)
+    /// (with --qmp; otherwise the backup is given up while there is room). Gives scratch back for
+    /// what is stored, where QEMU can (8.0)
     #[arg(long)]
     pub(crate) guest_first: bool,
     /// Allow disks to cross the network unencrypted where nothing else reaches the host
@@ -97,7 +98,8 @@ pub(crate) struct BackupArgs {
     #[arg(long, value_name = "PERCENT", default_value = "0.1%", help_heading = "Snapshot")]
     pub(crate) audit: String,
     /// Read a share of what was stored a second time from the same snapshot, at least 64 blocks of each
-    /// disk, and make no point if anything differs [without PERCENT: 1%]
+    /// disk, and make no point if anything differs; --guest-first gives no scratch back then
+    /// [without PERCENT: 1%]
     #[arg(long, value_name = "PERCENT", num_args = 0..=1, require_equals = true)]
     #[arg(default_missing_value = "1%", help_heading = "Snapshot")]
     pub(crate) verify_source: Option<String>,

@@ -18,8 +18,8 @@
 //! Layers inside: [`wire`] (numbers), `negotiate` (the handshake), `request` (rules of replies,
 //! no I/O), `connection` with `reader` and `writer` (one socket), `client` (the disk).
 //!
-//! Deliberately not here: TRIM in place of zeroes (its result is undefined, so nothing but an
-//! operator's own order sends it), formats.
+//! Deliberately not here: TRIM in place of zeroes (its result is undefined, so it is sent only where
+//! an operator orders it, or where a platform gives up what QEMU keeps for it), formats.
 
 mod client;
 mod commands;

@@ -1,5 +1,6 @@
 //! A QEMU of a test: two disks, two monitors (ours and the one under test), guest-like writes.
 
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -72,6 +73,13 @@ fn tool(program: &str, arguments: &[&str], dir: &Path) {
     assert!(status.expect("the tool runs").success(), "{program} {arguments:?}");
 }
 
+/// Makes a file of so many MiB that nothing compresses.
+pub(crate) fn noise(path: &Path, mib: u64) {
+    let random = std::fs::File::open("/dev/urandom").unwrap();
+    let mut file = std::fs::File::create_new(path).unwrap();
+    std::io::copy(&mut random.take(mib << 20), &mut file).unwrap();
+}
+
 fn start(dir: &Path, guest: Guest) -> Child {
     for socket in ["qmp.sock", "side.sock"] {
         let _ = std::fs::remove_file(dir.join(socket));
@@ -124,9 +132,26 @@ impl Machine {
     }
 
     pub(crate) async fn with(guest: Guest) -> Self {
+        let make = |dir: &Path| {
+            tool("qemu-img", &["create", "-q", "-f", "qcow2", "a.qcow2", "16M"], dir);
+        };
+        Self::made(guest, make).await
+    }
+
+    /// The same with a disk-a of so many MiB that nothing compresses, whose content is in `content`.
+    pub(crate) async fn filled(guest: Guest, mib: u64) -> Self {
+        let make = |dir: &Path| {
+            noise(&dir.join("content"), mib);
+            let convert = ["convert", "-f", "raw", "-O", "qcow2", "content", "a.qcow2"];
+            tool("qemu-img", &convert, dir);
+        };
+        Self::made(guest, make).await
+    }
+
+    async fn made(guest: Guest, make: impl FnOnce(&Path)) -> Self {
         let dir = tempfile::Builder::new().prefix("vmb-qemu-").tempdir().unwrap();
         std::fs::create_dir(dir.path().join("scratch")).unwrap();
-        tool("qemu-img", &["create", "-q", "-f", "qcow2", "a.qcow2", "16M"], dir.path());
+        make(dir.path());
         tool("qemu-img", &["create", "-q", "-f", "raw", "b.raw", "16M"], dir.path());
         if let Guest::Boots(code) | Guest::WillBoot(code) = guest {
             let mut sector = code.to_vec();

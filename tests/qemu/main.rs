@@ -24,6 +24,7 @@ mod killed;
 mod leftovers;
 mod moved;
 mod program;
+mod reclaim;
 mod refusals;
 mod scratch;
 mod traps;

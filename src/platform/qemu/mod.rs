@@ -43,11 +43,9 @@
 //! of every disk is read once more by `still_valid`, whichever way it was kept. One that is not
 //! below its device any more would serve live data: that is asked for, too.
 //!
-//! Not here yet: giving scratch back for what is stored. QEMU allows it (seen on 10.0 with jobs and
-//! with filters of our own: with `discard=unmap` on the snapshot-access and scratch nodes and a
-//! writable export, an NBD TRIM of 8 MiB shrank the scratch file by 8 MiB, and later writes there
-//! copied nothing); a trimmed range can never be read again, which an audit, a damaged base and
-//! `--verify-source` all may ask for, so that only disks read in full, without the latter, could.
+//! With `guest_first` scratch is given back for what is stored ([`reclaim`]), if whoever reads the
+//! instant says that it is done with it. Without it is not: QEMU would do it (seen on 10.0), but who
+//! has the default way has not asked for an instant that can be read once only.
 //!
 //! Deliberately not here: QEMU before 7.0 (no `snapshot-access`), VMs on other hosts (the export is
 //! a local socket). Bitmaps of lower layers of a backing chain are not merged: a disk that got an
@@ -67,6 +65,7 @@ mod open;
 mod pause;
 mod plan;
 mod quiesce;
+mod reclaim;
 mod reconcile;
 mod snapshot;
 mod teardown;

@@ -17,19 +17,22 @@ use crate::error::Result;
 
 /// Smallest cluster of a backup job and of `copy-before-write` (`BLOCK_COPY_CLUSTER_SIZE_DEFAULT`,
 /// block/block-copy.c); larger ones are multiples of it.
-const CLUSTER_BYTES: u64 = 64 << 10;
+pub(super) const CLUSTER_BYTES: u64 = 64 << 10;
 
 /// The first version that tells the two apart.
 const RIGHT_SINCE: (u64, u64) = (8, 0);
 
 /// The instant, as it can be read from this QEMU.
 pub(super) fn readable(monitor: &Monitor, instant: Arc<dyn BlockSource>) -> Arc<dyn BlockSource> {
-    let right = is_right(monitor.greeting().version.number);
-    if right { instant } else { Arc::new(Careful { instant }) }
+    if is_right(monitor) { instant } else { Arc::new(Careful { instant }) }
 }
 
-/// Whether a QEMU of this version is right about any range.
-fn is_right((major, minor, _): (u64, u64, u64)) -> bool {
+/// Whether this QEMU is right about any range.
+pub(super) fn is_right(monitor: &Monitor) -> bool {
+    is_right_in(monitor.greeting().version.number)
+}
+
+fn is_right_in((major, minor, _): (u64, u64, u64)) -> bool {
     (major, minor) >= RIGHT_SINCE
 }
 
@@ -109,7 +112,7 @@ mod tests {
     fn every_version_before_8_0_is_read_by_clusters() {
         let wrong = [(7, 0, 0), (7, 2, 22), (7, 2, 92)];
         let right = [(8, 0, 0), (8, 2, 1), (10, 0, 2)];
-        assert!(!wrong.into_iter().any(is_right) && right.into_iter().all(is_right));
+        assert!(!wrong.into_iter().any(is_right_in) && right.into_iter().all(is_right_in));
     }
 
     #[tokio::test]

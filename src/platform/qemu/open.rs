@@ -12,7 +12,7 @@
 
 use std::path::PathBuf;
 
-use qmp::export::NewExport;
+use qmp::export::{ExportAccess, NewExport};
 use serde_json::json;
 
 use super::error::failed;
@@ -130,8 +130,10 @@ impl Snapshot {
             let node = Temp::Scratch.name(self.point, index);
             self.things.scratch.push(node.clone());
             let what = format!("QEMU cannot open the scratch file {}", file.display());
-            let file = json!({ "driver": "file", "filename": file });
-            let options = json!({ "driver": "raw", "node-name": node, "file": file });
+            let file = json!({ "driver": "file", "filename": file, "discard": "unmap" });
+            let options = json!({
+                "driver": "raw", "node-name": node, "file": file, "discard": "unmap",
+            });
             let added = self.monitor.blockdev_add(options).await;
             added.map_err(|error| {
                 failed(what)(error).hint("give a directory QEMU may use (--scratch-dir)")
@@ -168,6 +170,7 @@ impl Snapshot {
             node: node.clone(),
             name: export_name(index),
             bitmap: base.as_ref().map(|_| checkpoint::changes_bitmap(disk, self.point, index)),
+            access: self.access,
         };
         let what = format!("cannot export the instant of disk {}", disk.name);
         self.things.snapshots.push(node.clone());
@@ -177,8 +180,18 @@ impl Snapshot {
             Keeper::Jobs => Temp::Filter.name(self.point, index),
             Keeper::Filters => Temp::Guard.name(self.point, index),
         };
-        let options = json!({ "driver": "snapshot-access", "node-name": node, "file": filter });
+        let options = json!({
+            "driver": "snapshot-access", "node-name": node, "file": filter, "discard": "unmap",
+        });
         self.monitor.blockdev_add(options).await.map_err(failed(what.clone()))?;
-        self.monitor.export_add(&export, &qemu.features).await.map_err(failed(what))
+        let added = match self.monitor.export_add(&export, &qemu.features).await {
+            Err(error) if export.access == ExportAccess::Writable && error.refusal().is_some() => {
+                tracing::debug!(%error, "scratch is not given back: only a read-only export");
+                let export = NewExport { access: ExportAccess::ReadOnly, ..export };
+                self.monitor.export_add(&export, &qemu.features).await
+            }
+            added => added,
+        };
+        added.map_err(failed(what))
     }
 }

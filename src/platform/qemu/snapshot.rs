@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use qmp::block::BitmapRef;
+use qmp::export::ExportAccess;
 use qmp::{Event, Monitor, Received, Subscription, jobs};
 use tokio::time::Instant;
 
@@ -23,7 +24,7 @@ use super::names::Temp;
 use super::teardown::{AGAIN, First, Things, remove_bitmap};
 use super::watch::Watch;
 use super::work_dir::WorkDir;
-use super::{Qemu, Survey, checkpoint, old_access, pause, work_dir};
+use super::{Qemu, Survey, checkpoint, old_access, pause, reclaim, work_dir};
 use crate::block::{BlockSource, Buffer};
 use crate::clock::Timestamp;
 use crate::error::{Error, Kind, Result};
@@ -67,6 +68,8 @@ pub(super) struct Snapshot {
     pub(super) journal: Journal,
     /// What keeps what the guest overwrites.
     pub(super) keeper: Keeper,
+    /// What clients of the exports may do.
+    pub(super) access: ExportAccess,
     /// Whether jobs give the instant up without a word where scratch fails.
     breaks: bool,
     /// Whether the guest is thawed for certain.
@@ -134,6 +137,7 @@ impl Snapshot {
             work_dir,
             journal,
             keeper: Keeper::of(qemu, request),
+            access: reclaim::access(qemu, request),
             breaks: qemu.features.backup_on_cbw_error,
             thaw: Thaw::Done,
             gone: false,
@@ -336,7 +340,8 @@ impl Snapshot {
         Ok(())
     }
 
-    /// Reads a little of a disk's instant: QEMU does not tell of one that broke.
+    /// Reads a little of a disk's instant, where it is never given up ([`reclaim`]): QEMU does not
+    /// tell of one that broke.
     async fn check_read(&self, index: usize) -> Result<()> {
         let name = &self.disks[index].disk.name;
         let uri = NbdUri::unix(self.work_dir.socket()?, export_name(index));
@@ -424,7 +429,7 @@ impl VmSnapshot for Snapshot {
             );
             return Err(Error::new(Kind::SnapshotLost, what));
         }
-        Ok(old_access::readable(&self.monitor, Arc::new(client)))
+        Ok(old_access::readable(&self.monitor, reclaim::releasing(client)))
     }
 
     async fn still_valid(&mut self) -> Result<()> {
