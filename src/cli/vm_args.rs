@@ -67,7 +67,7 @@ pub(crate) struct SnapshotArgs {
     pub(crate) scratch_dir: Option<PathBuf>,
     /// Let the backup break rather than a write of the guest fail or wait when scratch is full
     /// (with --qmp; otherwise the backup is given up while there is room); scratch is given back for
-    /// what is stored (QEMU 8.0 or newer)
+    /// what is stored (QEMU 9.1 or newer)
     #[arg(long)]
     pub(crate) guest_first: bool,
     /// Allow disks to cross the network unencrypted where nothing else reaches the host

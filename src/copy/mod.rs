@@ -17,6 +17,8 @@
 //!   written, least of all as zeroes.
 //! - *Bounded*: bytes in flight by [`Options::budget`], requests by [`Options::requests`], extents
 //!   by the walker's window.
+//! - *Once*: behind what the sink was given the source is neither read nor asked, so that it may be
+//!   given up there ([`Release`](crate::block::Release)).
 //! - Extents known to be zero are not read; Unchanged is handed to the sink as `keep` where a whole
 //!   chunk is unchanged, and read where it shares a chunk with a change.
 //!

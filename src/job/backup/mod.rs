@@ -8,6 +8,8 @@
 //!                   └ error ► abort run      abort snapshot ► abort run
 //! ```
 //!
+//! A guest that comes first pays for what is not stored yet only ([`release`]).
+//!
 //! Which disk is read how is the platform's decision; that unchanged chunks are not stored again
 //! is the repository's, also for a disk that had to be read in full.
 

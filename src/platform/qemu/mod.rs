@@ -43,9 +43,9 @@
 //! of every disk is read once more by `still_valid`, whichever way it was kept. One that is not
 //! below its device any more would serve live data: that is asked for, too.
 //!
-//! With `guest_first` scratch is given back for what is stored ([`reclaim`]), if whoever reads the
-//! instant says that it is done with it. Without it is not: QEMU would do it (seen on 10.0), but who
-//! has the default way has not asked for an instant that can be read once only.
+//! With `guest_first` scratch is given back for what is stored ([`reclaim`]), as far as whoever reads
+//! the instant says that it is done with it. Not without, although QEMU would (seen on 10.0 with jobs,
+//! too): an instant that is read once only is worse where a base turns out to be damaged.
 //!
 //! Deliberately not here: QEMU before 7.0 (no `snapshot-access`), VMs on other hosts (the export is
 //! a local socket). Bitmaps of lower layers of a backing chain are not merged: a disk that got an

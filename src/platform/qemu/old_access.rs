@@ -24,15 +24,12 @@ const RIGHT_SINCE: (u64, u64) = (8, 0);
 
 /// The instant, as it can be read from this QEMU.
 pub(super) fn readable(monitor: &Monitor, instant: Arc<dyn BlockSource>) -> Arc<dyn BlockSource> {
-    if is_right(monitor) { instant } else { Arc::new(Careful { instant }) }
+    let right = is_right(monitor.greeting().version.number);
+    if right { instant } else { Arc::new(Careful { instant }) }
 }
 
-/// Whether this QEMU is right about any range.
-pub(super) fn is_right(monitor: &Monitor) -> bool {
-    is_right_in(monitor.greeting().version.number)
-}
-
-fn is_right_in((major, minor, _): (u64, u64, u64)) -> bool {
+/// Whether a QEMU of this version is right about any range.
+fn is_right((major, minor, _): (u64, u64, u64)) -> bool {
     (major, minor) >= RIGHT_SINCE
 }
 
@@ -112,7 +109,7 @@ mod tests {
     fn every_version_before_8_0_is_read_by_clusters() {
         let wrong = [(7, 0, 0), (7, 2, 22), (7, 2, 92)];
         let right = [(8, 0, 0), (8, 2, 1), (10, 0, 2)];
-        assert!(!wrong.into_iter().any(is_right_in) && right.into_iter().all(is_right_in));
+        assert!(!wrong.into_iter().any(is_right) && right.into_iter().all(is_right));
     }
 
     #[tokio::test]

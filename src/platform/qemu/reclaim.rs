@@ -17,13 +17,15 @@
 //!   another reason, and what failed for that one would look like it.
 //! - The export is on a private socket, and a snapshot-access node takes no WRITE (ENOTSUP): who gets
 //!   hold of it all the same can make the backup fail, not lie, and nothing of the guest's disk changes.
-//! - QEMU rounds inward to whole clusters of the filter (`cbw_co_pdiscard_snapshot`,
-//!   block/copy-before-write.c): an odd end of a disk stays.
+//! - *Whole clusters of the filter*: QEMU before 9.1 dies of anything else (`cbw_co_pdiscard_snapshot`:
+//!   `bdrv_reset_dirty_bitmap` asserts; newer ones round inward), so what is asked for is rounded here,
+//!   too. An odd end of a disk stays.
 //! - A write of the guest that is just being copied may leave its cluster in scratch.
 //!
-//! Only with `guest_first`, and on a QEMU that is right about which clusters were copied
-//! ([`super::old_access`]; what a TRIM does before 8.0 nobody has looked at). One that refuses the
-//! writable export, or offers no TRIM in it, is read as before.
+//! Only with `guest_first`, and on a QEMU that uses the same itself: what `discard-source` of
+//! `blockdev-backup` needs was put right together with it (9.1), and its tests go that way. No guest
+//! is risked for a few GiB of scratch on an older one. One that refuses the writable export, or offers
+//! no TRIM in it, is read as before.
 
 use std::sync::Arc;
 
@@ -31,7 +33,7 @@ use async_trait::async_trait;
 use qmp::export::ExportAccess;
 
 use super::Qemu;
-use super::old_access::{self, CLUSTER_BYTES};
+use super::old_access::CLUSTER_BYTES;
 use crate::block::{BlockSource, Buffer, ByteRange, ExtentMap, Geometry, Release};
 use crate::error::Result;
 use crate::nbd::wire::export;
@@ -40,7 +42,7 @@ use crate::platform::SnapshotRequest;
 
 /// What clients of the instant's exports may do.
 pub(super) fn access(qemu: &Qemu, request: &SnapshotRequest) -> ExportAccess {
-    if request.guest_first && old_access::is_right(&qemu.monitor) {
+    if request.guest_first && qemu.features.backup_discard_source {
         ExportAccess::Writable
     } else {
         ExportAccess::ReadOnly
@@ -84,11 +86,37 @@ impl BlockSource for Releasing {
 #[async_trait]
 impl Release for Instant {
     async fn release(&self, range: ByteRange) -> Result<()> {
-        let stays = range.offset().max(CLUSTER_BYTES).min(range.end());
-        let range = ByteRange::between(stays, range.end());
-        if range.is_empty() {
-            return Ok(());
+        match given_up(range) {
+            Some(range) => self.0.order(Order::Trim(range), Durable::Later).await,
+            None => Ok(()),
         }
-        self.0.order(Order::Trim(range), Durable::Later).await
+    }
+}
+
+/// What of a range is given up: whole clusters, but for the first of the disk.
+fn given_up(range: ByteRange) -> Option<ByteRange> {
+    let start = range.offset().checked_next_multiple_of(CLUSTER_BYTES)?.max(CLUSTER_BYTES);
+    let end = range.end() - range.end() % CLUSTER_BYTES;
+    (start < end).then(|| ByteRange::between(start, end))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn only_whole_clusters_behind_the_first_are_given_up(
+            offset in 0..5 * CLUSTER_BYTES, len in 0..5 * CLUSTER_BYTES,
+        ) {
+            let range = ByteRange::new(offset, len);
+            let clusters = (1..10).map(|n| ByteRange::new(n * CLUSTER_BYTES, CLUSTER_BYTES));
+            let whole: Vec<_> = clusters.filter(|cluster| range.contains(*cluster)).collect();
+            let given_up = given_up(range);
+            prop_assert_eq!(given_up.map_or(0, ByteRange::len), whole.len() as u64 * CLUSTER_BYTES);
+            prop_assert!(whole.iter().all(|cluster| given_up.unwrap().contains(*cluster)));
+        }
     }
 }
