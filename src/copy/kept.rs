@@ -42,3 +42,22 @@ pub async fn kept(
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::block::memory::MemoryDisk;
+
+    #[tokio::test]
+    async fn only_chunks_without_any_change_are_kept() {
+        let content = vec![7; 10 * 65536 + 512];
+        let changed = [(65536, 1), (4 * 65536 - 512, 1024), (8 * 65536, 65536)];
+        let changed = changed.map(|(offset, len)| ByteRange::new(offset, len)).to_vec();
+        let disk: Arc<dyn BlockSource> = Arc::new(MemoryDisk::changed_since_base(content, changed));
+        let mut found = Vec::new();
+        let each = |range: ByteRange| found.push((range.offset() / 65536, range.end()));
+        kept(disk, 65536, "vda", &Control::new(), each).await.unwrap();
+        let size = 10 * 65536 + 512;
+        assert_eq!(found, [(0, 65536), (2, 3 * 65536), (5, 8 * 65536), (9, size)]);
+    }
+}

@@ -149,6 +149,22 @@ async fn a_chunk_counts_as_durable_when_its_pack_is_in_the_store() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_chunk_whose_pack_the_store_does_not_take_never_counts_as_durable() {
+    let store = store();
+    let repository = open(&store, CHUNK).await;
+    let run = repository.begin_run(RunOptions::default()).await.unwrap();
+    let durable = run.durable_packs();
+    let writer = run.disk_writer(300 * CHUNK, None);
+    store.set_fault_hook(|op| matches!(op, Operation::Finish(_)).then_some(Fault::Fail));
+    for n in 0..300 {
+        // Some fail, once the first pack did.
+        let _ = writer.store(n * CHUNK, noise(n)).await;
+    }
+    assert!(run.commit(point(1), draft()).await.is_err());
+    assert_eq!(*durable.borrow(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_second_disk_of_the_same_content_stores_nothing_but_is_complete() {
     let store = store();
     let content = conformance::pattern(8 << 20);
