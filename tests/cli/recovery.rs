@@ -210,7 +210,7 @@ fn a_vm_whose_scratch_hangs_keeps_no_other_from_being_recovered() {
     killed_backup(&env, (&second.monitor, step), &options);
     disk.freeze();
     let recovery = env.spawn_vmbackup(&["recover"]);
-    wait_until("the recovery of the second", 15, || second.nodes().is_empty());
+    wait_until("the recovery of the second", 7, || second.nodes().is_empty());
     assert!(!first.nodes().is_empty());
     disk.answer();
     recovery.wait();
