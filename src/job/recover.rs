@@ -14,7 +14,9 @@
 
 mod way;
 
+use std::collections::BTreeSet;
 use std::future::poll_fn;
+use std::path::Path;
 use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
@@ -29,7 +31,9 @@ use super::{Env, Repository, Surroundings};
 use crate::error::{Error, Kind, Result};
 use crate::image::sweep_sockets;
 use crate::journal::{Abandoned, Journal, Phase, Recovery};
-use crate::platform::{Asked, BackupMode, Platform, Quiesce, RecoverRequest, SnapshotRequest};
+use crate::platform::{
+    self, Asked, BackupMode, Platform, Quiesce, RecoverRequest, SnapshotRequest,
+};
 use crate::vm::{PointId, Uuid, VmIdentity};
 use way::{are_gone, is_gone, way_to};
 
@@ -151,16 +155,18 @@ struct Looked {
 
 /// What is left to do about a VM.
 enum Next {
-    /// Nothing, or nothing that can be done now.
+    /// Nothing, or nothing that can be done.
     Nothing,
     /// What needs the repository, by this way.
     Repository(SourceSpec),
-    /// All: another run was at work on it, and whatever that makes of it, it may be gone by then.
+    /// All: another run was at work on it, and whatever that makes of it, it may be gone by then; or
+    /// it is gone, and no guest waits.
     All,
 }
 
-/// VMs that are recovered at a time: more than are backed up at once.
-const AT_ONCE: usize = 32;
+/// VMs that are recovered at a time. Fewer than the connections that OpenSSH's server begins to refuse
+/// (`MaxStartups`, sshd_config(5)): they may be on one remote host.
+const AT_ONCE: usize = 8;
 
 /// How long a run may have the monitor of a VM before it holds the VM: it asks who it is in between,
 /// and a busy QEMU takes its time to answer.
@@ -251,7 +257,9 @@ impl Recover<'_> {
         let (_, control) = self.surroundings;
         control.check()?;
         let VmReport { uuid, name, .. } = looked.report;
-        Ok(self.by_journal(uuid, &name, Turn::Last).await)
+        let looked = self.by_journal(uuid, &name, Turn::Last).await;
+        control.check()?;
+        Ok(looked)
     }
 
     /// What needs no repository, of the VM of a journal; and of the one that has its monitor now.
@@ -271,23 +279,33 @@ impl Recover<'_> {
             Turn::Last => Patience::new(self.patience.left()),
         };
         let mut next = Next::Nothing;
+        let later = |name| {
+            let report = VmReport { name, uuid, items: Vec::new(), problem: None };
+            vec![Looked { report, next: Next::All }]
+        };
         let recovered = match self.reach(&way, &patience, (turn, uuid)).await {
-            Err(Stopped::Failed(error)) if is_gone(&run.place, &error) => {
-                self.gone(uuid, &run.name, &patience).await
-            }
-            Err(stopped) => Err(stopped),
-            Ok(_) if are_gone(&run.place) => self.gone(uuid, &run.name, &patience).await,
+            Err(Stopped::Failed(error)) if is_gone(&run.place, &error) => None,
+            Ok(_) if are_gone(&run.place) => None,
+            Err(stopped) => Some(Err(stopped)),
             Ok(platform) => {
                 next = Next::Repository(way);
-                self.first(platform.as_ref(), patience.left()).await
+                Some(self.first(platform.as_ref(), patience.left()).await)
             }
         };
+        let recovered = match recovered {
+            Some(recovered) => recovered,
+            // It has no guest that waits, and its files may be where nothing answers.
+            None if turn == Turn::First => return later(run.name),
+            None => self.gone(uuid, &run.name, &patience).await,
+        };
         match recovered {
-            Err(Stopped::AtWork(_)) if turn == Turn::First => {
-                let report = VmReport { name: run.name, uuid, items: Vec::new(), problem: None };
-                vec![Looked { report, next: Next::All }]
-            }
+            Err(Stopped::AtWork(_)) if turn == Turn::First => later(run.name),
             // Another VM has its monitor now.
+            Ok(report) if report.uuid != uuid && turn == Turn::First => {
+                let mut both = later(run.name);
+                both.insert(0, Looked { report, next });
+                both
+            }
             Ok(report) if report.uuid != uuid => {
                 let gone = self.gone(uuid, &run.name, &patience).await;
                 let gone = gone.unwrap_or_else(|stopped| failed(uuid, &run.name, &stopped));
@@ -452,6 +470,13 @@ impl Recover<'_> {
         let _lock = lock.await.map_err(taken)?;
         let mut journal = env.journals().open(uuid)?;
         let mut recovery = Recovery::new(self.mode);
+        if recovery.changes() {
+            let files = journal.earlier().flat_map(|run| run.objects(Phase::Scratch));
+            let directories: BTreeSet<&Path> = files.filter_map(Path::parent).collect();
+            for directory in directories {
+                control.run(platform::scratch_answers(directory)).await?;
+            }
+        }
         recovery.undo(format!("journal of VM '{name}', which is gone"));
         let files = [Phase::Scratch, Phase::Socket];
         let stay = journal.remove_files(&files, &mut recovery);

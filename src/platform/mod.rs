@@ -46,6 +46,8 @@ use crate::vm::{
     Artifact, DiskDescription, ExcludedDisk, NotCaptured, PointId, Quiescence, ReadMode, VmIdentity,
 };
 
+pub(crate) use space::answers as scratch_answers;
+
 /// One VM on one platform.
 #[async_trait]
 pub trait Platform: Send + Sync {

@@ -193,7 +193,7 @@ impl Question {
 }
 
 /// Fails with [`Kind::Timeout`] if `directory`, or what it is a link to, takes no writes.
-pub(super) async fn answers(directory: &Path) -> Result<()> {
+pub(crate) async fn answers(directory: &Path) -> Result<()> {
     let question = Question::behind(directory.to_owned());
     let until = Instant::now() + BEFORE;
     loop {

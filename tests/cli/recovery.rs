@@ -217,3 +217,29 @@ fn a_vm_whose_scratch_hangs_keeps_no_other_from_being_recovered() {
     env.vmbackup(&["recover"]).ok();
     assert_eq!(first.nodes(), Vec::<String>::new());
 }
+
+/// Found in review: what is left of a VM that is gone was removed without a question, on the thread
+/// that all the others are recovered on.
+#[test]
+fn a_vm_that_is_gone_and_whose_scratch_hangs_keeps_no_other_from_being_recovered() {
+    let env = TestEnv::new();
+    env.init_repo();
+    let mut disk = HangingDisk::mount(&env.path("."));
+    let mut machines = [Machine::start(&env, "foo"), Machine::start(&env, "bar")];
+    machines.sort_by(|one, other| one.uuid.cmp(&other.uuid));
+    let [first, second] = &machines;
+    let (step, options) = ("after:filter", ["--guest-first"]);
+    killed_backup_with(&disk.path, &env, (&first.monitor, step), &options);
+    killed_backup(&env, (&second.monitor, step), &options);
+    first.process.signal("KILL");
+    disk.stall();
+    let recovery = env.spawn_vmbackup(&["recover"]);
+    wait_until("the recovery of the second", 7, || second.nodes().is_empty());
+    std::thread::sleep(Duration::from_secs(2));
+    recovery.signal("INT");
+    assert_eq!(recovery.wait().code, Some(130));
+    disk.answer();
+    let said = env.vmbackup(&["recover"]).ok().stdout;
+    assert!(said.contains("which is gone"), "{said}");
+    assert_eq!(env.vmbackup(&["recover"]).ok().stdout, "nothing is left to undo\n");
+}
