@@ -28,6 +28,15 @@ if [ "$inner" = no ]; then
     DEBIAN_FRONTEND=noninteractive apt-get -q -y install --no-install-recommends guestfish \
       >/dev/null || exit 1
   fi
+  if [ "$soak" = yes ]; then
+    # Its appliance has the guest's kernel: a machine may have none of its own, nor the directory.
+    kernel=$PWD/target/testbed/kernel
+    SUPERMIN_KERNEL=$(find "$kernel/boot" -name 'vmlinuz-*' | sort -V | tail -n 1)
+    SUPERMIN_MODULES=$kernel/lib/modules/${SUPERMIN_KERNEL#*/vmlinuz-}
+    export SUPERMIN_KERNEL SUPERMIN_MODULES
+    mkdir -p /lib/modules
+    depmod -b "$kernel" "${SUPERMIN_MODULES##*/}" || exit 1
+  fi
   exec tests/support/libvirtd.sh with "$0" --inner "$@"
 fi
 
