@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use super::durable::Durability;
 use super::seal::{BlobId, BlobKind};
 use super::session::{Known, RunShared, SealedBlob, Sent};
-use super::tree::{Child, Node, Ready, Shape, TreeBuilder};
+use super::tree::{Child, Node, Ready, Seams, Shape, TreeBuilder};
 use crate::block::{BlockSink, Buffer, ByteRange, Geometry, ZeroMode};
 use crate::content::{ContentHash, ContentRoot};
 use crate::error::{Error, Kind, Result};
@@ -101,6 +101,22 @@ impl DiskWriter {
     pub async fn hash_of(&self, bytes: Buffer) -> Result<ContentHash> {
         let levels = self.run.chunk_levels;
         self.run.blobs.workers.run(move || ContentHash::of_chunk(&bytes, levels)).await
+    }
+
+    /// To be told which chunks will be kept, for [`Self::foresee`].
+    pub fn seams(&self) -> Seams {
+        Seams::new(self.tree.shape().clone())
+    }
+
+    /// Reads what of the base's tree is needed where such chunks are kept: if it is damaged, that is
+    /// met here and not in the middle of the disk. Cancel-safe.
+    pub async fn foresee(&self, seams: Seams) -> Result<()> {
+        let Some(base) = &self.base else { return Ok(()) };
+        let top_height = self.tree.shape().height();
+        for (height, index) in seams.into_nodes() {
+            self.run.blobs.node_at(top_height, &base.top, height, index).await?;
+        }
+        Ok(())
     }
 
     /// The stored disk, once every chunk was given. It exists for others when the run commits.

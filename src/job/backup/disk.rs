@@ -5,7 +5,7 @@
 //!    │                 │ damaged      │ the bitmap lied
 //!    └── no ───────────┴──────────────┴─► copy in full ─► second read ─► stored
 //!
-//!  with what is stored given up (`release`): base? ── yes ─► audit ─► copy onto it ─► stored
+//!  with what is stored given up (`release`): base? ── yes ─► its nodes ─► audit ─► copy onto it ─► stored
 //! ```
 
 use std::sync::{Arc, PoisonError};
@@ -21,7 +21,9 @@ use crate::error::{Error, Kind, Result};
 use crate::job::points;
 use crate::platform::VmSnapshot;
 use crate::repo::seal::random;
-use crate::repo::{DiskReader, DiskWriter, ManifestDisk, Repository, StoredDisk, WriteStats};
+use crate::repo::{
+    DiskReader, DiskWriter, ManifestDisk, Repository, StoredDisk, WriteStats, is_of_index,
+};
 use crate::units::ByteSize;
 use crate::vm::{Audit, FullReason, ReadMode};
 
@@ -121,7 +123,8 @@ impl Backup<'_> {
             return None;
         }
         let durable = self.run.durable_packs();
-        let releaser = Releaser::start(source.release()?, name.to_owned(), durable);
+        let named = (name.to_owned(), self.control.clone());
+        let releaser = Releaser::start(source.release()?, named, durable);
         let mut all = self.releasers.lock().unwrap_or_else(PoisonError::into_inner);
         all.push(Arc::clone(&releaser));
         Some(releaser)
@@ -150,13 +153,7 @@ impl Backup<'_> {
         if let Some(releaser) = releaser {
             releaser.end().await;
             if releaser.has_begun() {
-                let what = format!(
-                    "the point that {name} builds on is damaged, which was seen too late to read \
-                     all of {name} instead: with --guest-first what is stored is read once only"
-                );
-                return Err(error
-                    .context(what)
-                    .hint("run the backup again: what is damaged is known now, and read anew"));
+                return Err(too_late(error, name));
             }
         }
         self.tell_of_damaged_base(name, &error);
@@ -180,8 +177,8 @@ impl Backup<'_> {
     }
 
     /// Copies what a bitmap calls changed, and what the base has lost, onto `base`, and looks at a
-    /// sample of the rest: nothing is stored where the bitmap lied. It looks before the copy where what
-    /// was stored can be read no second time.
+    /// sample of the rest: nothing is stored where the bitmap lied. It looks before the copy, and at the
+    /// base, too, where what was stored can be read no second time.
     async fn copy_onto(
         &self,
         repository: &Repository,
@@ -208,13 +205,14 @@ impl Backup<'_> {
             Sample::Share(_) => Some(Arc::new(repository.open_disk(base).await?)),
         };
         let sampled = self.sampled(&writer, &source);
-        let (early, late) = if releaser.is_some() { (base, None) } else { (None, base) };
         let mut audit = None;
         let mut copied = copy::Report::default();
-        if let Some(base) = early {
-            let (whole, chunk_bytes) = (Arc::clone(&source), sampled.geometry().align_bytes);
-            copy::kept(whole, chunk_bytes, name, control, |range| sampled.kept(range)).await?;
-            audit = self.audit(&sampled, &base, name).await?;
+        let mut late = base;
+        if releaser.is_some() {
+            self.foresee((&writer, &sampled), &source, name).await?;
+            if let Some(base) = late.take() {
+                audit = self.audit(&sampled, &base, name).await?;
+            }
             control.set_phase(format!("copying {name}"));
         }
         if !audit.is_some_and(has_lied) {
@@ -230,6 +228,24 @@ impl Backup<'_> {
         }
         let source_check = self.recheck(name, &sampled).await?;
         Ok(Onto { copied, stored: Some(writer.finish().await?), audit, source_check })
+    }
+
+    /// Finds out what a copy onto the base will keep, and whether that can be done: of a base that is
+    /// damaged there, nothing is to be given up.
+    async fn foresee(
+        &self,
+        (writer, sampled): (&DiskWriter, &Sampled),
+        source: &Arc<dyn BlockSource>,
+        name: &str,
+    ) -> Result<()> {
+        let (whole, chunk_bytes) = (Arc::clone(source), writer.geometry().align_bytes);
+        let mut seams = writer.seams();
+        let kept = |range| {
+            sampled.kept(range);
+            seams.keep(range);
+        };
+        copy::kept(whole, chunk_bytes, name, self.control, kept).await?;
+        self.control.run(writer.foresee(seams)).await
     }
 
     async fn audit(
@@ -298,6 +314,42 @@ fn sink(
     }
 }
 
+/// The error where damage was met after parts of the disk were given up.
+fn too_late(error: Error, name: &str) -> Error {
+    let way_out = "run the backup again, without --guest-first or as 'full': all of the disk can be \
+                   read then";
+    let hint = match error.hint_text() {
+        // What it says mends the cause.
+        Some(own) if is_of_index(&error) => format!("{own}; or {way_out}"),
+        _ => way_out.to_owned(),
+    };
+    let what = format!(
+        "the repository is damaged where {name} builds on it, which was seen too late to read all of \
+         {name} instead: with --guest-first what is stored is read once only"
+    );
+    error.context(what).hint(hint)
+}
+
 fn has_lied(audit: Audit) -> bool {
     audit.differs_at.is_some()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::repo::index::missing;
+    use crate::repo::seal::BlobId;
+
+    #[test]
+    fn damage_that_is_met_too_late_has_a_way_out_and_that_of_the_index_its_own_mend() {
+        let error = too_late(missing(&BlobId([7; 32])), "vda");
+        let hint = error.hint_text().unwrap();
+        assert!(
+            hint.contains("--rebuild-index") && hint.contains("without --guest-first"),
+            "{hint}"
+        );
+        let error = too_late(Error::new(Kind::Corrupt, "torn").hint("buy a disk"), "vda");
+        let hint = error.hint_text().unwrap();
+        assert!(hint.starts_with("run the backup again") && hint.contains("'full'"), "{hint}");
+    }
 }

@@ -11,9 +11,9 @@
 //! - a bitmap is audited *before* the copy (`Backup::copy_onto`): a disk whose bitmap lied is read in
 //!   full then, and what the bitmap calls clean is needed no more when the audit has passed;
 //! - with `--verify-source` nothing is given up;
-//! - a base that turns out to be damaged in the middle of the copy fails the backup where otherwise the
-//!   disk would be read in full, unless nothing was given up yet. The damage is recorded when it is
-//!   met, so that the next backup reads what is lost ([`super::heal`]).
+//! - the nodes that the copy will need of its base are read before it: of a base that is damaged there the
+//!   disk is read in full. What is damaged only afterwards fails the backup, unless nothing was given up
+//!   yet.
 //!
 //! A chunk is ready when its *content* is durable: its pack is finished and synced. Its tree node, the
 //! index and the manifest follow later; what fails in between fails the backup as a whole.
@@ -32,6 +32,7 @@ use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
 
 use crate::block::{BlockSink, Buffer, ByteRange, Geometry, Release, ZeroMode};
+use crate::control::{Control, NoticeLevel};
 use crate::error::Result;
 use crate::repo::{DiskWriter, Durability};
 use crate::units::MIB;
@@ -167,17 +168,19 @@ impl Drop for Releaser {
 }
 
 impl Releaser {
-    /// Begins to give up parts of `disk`, which errors call `name`; `durable` counts packs.
+    /// Begins to give up parts of `disk`, which is called `name`; `durable` counts packs.
     pub(super) fn start(
         disk: Arc<dyn Release>,
-        name: String,
+        (name, control): (String, Control),
         mut durable: watch::Receiver<u64>,
     ) -> Arc<Self> {
         let shared = Arc::new(Shared::default());
         let working = Arc::clone(&shared);
         let task = tokio::spawn(async move {
             if let Err(error) = working.work(&*disk, &mut durable).await {
-                tracing::warn!(%error, "nothing more of {name} is given up");
+                let error = error.in_one_line();
+                let text = format!("no more scratch is given back for {name}: {error}");
+                control.notice(NoticeLevel::Info, text);
             }
         });
         Arc::new(Self { shared, task: Mutex::new(Some(task)) })
@@ -268,6 +271,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::error::{Error, Kind};
 
     proptest! {
         #[test]
@@ -329,12 +333,37 @@ mod tests {
         }
     }
 
+    /// Gives nothing up.
+    struct Refusing;
+
+    #[async_trait]
+    impl Release for Refusing {
+        async fn release(&self, _range: ByteRange) -> Result<()> {
+            Err(Error::new(Kind::Io, "no room for a hole"))
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn it_is_told_once_that_nothing_more_is_given_up() {
+        let (_packs, durable) = watch::channel(0);
+        let control = Control::new();
+        let named = ("vda".to_owned(), control.clone());
+        let releaser = Releaser::start(Arc::new(Refusing), named, durable);
+        releaser.no_more();
+        for at in 0..3 {
+            releaser.add(range(2 * at), Durability::Now);
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+        let told: Vec<_> = control.notices_from(0).into_iter().map(|notice| notice.text).collect();
+        assert_eq!(told, ["no more scratch is given back for vda: no room for a hole"]);
+    }
+
     #[tokio::test(start_paused = true)]
     async fn what_is_small_waits_for_more_and_all_goes_in_the_end() {
         let (packs, durable) = watch::channel(0);
         let disk = Arc::new(Noting(Mutex::default()));
         let (target, settle) = (Arc::clone(&disk) as Arc<dyn Release>, Duration::from_secs(1));
-        let releaser = Releaser::start(target, "vda".into(), durable);
+        let releaser = Releaser::start(target, ("vda".into(), Control::new()), durable);
         let given_up = || std::mem::take(&mut *disk.0.lock().unwrap());
         releaser.add(range(0), Durability::Now);
         releaser.add(range(5), Durability::Packs(1));

@@ -83,6 +83,7 @@ pub(super) async fn open(
     };
     journal.after(Phase::Scratch);
     let mut snapshot = Snapshot::new(qemu, request, (survey, migration), (work_dir, journal));
+    snapshot.wants_scratch_back = request.guest_first.then(|| control.clone());
     snapshot.things.filters = filters;
     snapshot.things.directories.push(Question::new(snapshot.work_dir.scratch_dir().to_owned()));
     let set_up = snapshot.set_up(qemu, request, control).await;

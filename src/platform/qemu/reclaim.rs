@@ -25,7 +25,7 @@
 //! Only with `guest_first`, and on a QEMU that uses the same itself: what `discard-source` of
 //! `blockdev-backup` needs was put right together with it (9.1), and its tests go that way. No guest
 //! is risked for a few GiB of scratch on an older one. One that refuses the writable export, or offers
-//! no TRIM in it, is read as before.
+//! no TRIM in it, is read as before, and that is told.
 
 use std::sync::Arc;
 
@@ -46,6 +46,14 @@ pub(super) fn access(qemu: &Qemu, request: &SnapshotRequest) -> ExportAccess {
         ExportAccess::Writable
     } else {
         ExportAccess::ReadOnly
+    }
+}
+
+/// Why parts of an instant with such an export cannot be given up.
+pub(super) fn unavailable(access: ExportAccess) -> &'static str {
+    match access {
+        ExportAccess::ReadOnly => "that takes QEMU 9.1 or newer",
+        ExportAccess::Writable => "its QEMU refuses a writable export or TRIM",
     }
 }
 

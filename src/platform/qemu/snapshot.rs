@@ -27,6 +27,7 @@ use super::work_dir::WorkDir;
 use super::{Qemu, Survey, checkpoint, old_access, pause, reclaim, work_dir};
 use crate::block::{BlockSource, Buffer};
 use crate::clock::Timestamp;
+use crate::control::{Control, NoticeLevel};
 use crate::error::{Error, Kind, Result};
 use crate::freeze::Thaw;
 use crate::image::bitmap::BitmapNames;
@@ -70,6 +71,8 @@ pub(super) struct Snapshot {
     pub(super) keeper: Keeper,
     /// What clients of the exports may do.
     pub(super) access: ExportAccess,
+    /// Who is told that scratch is not given back, if that was asked for.
+    pub(super) wants_scratch_back: Option<Control>,
     /// Whether jobs give the instant up without a word where scratch fails.
     breaks: bool,
     /// Whether the guest is thawed for certain.
@@ -138,6 +141,7 @@ impl Snapshot {
             journal,
             keeper: Keeper::of(qemu, request),
             access: reclaim::access(qemu, request),
+            wants_scratch_back: None,
             breaks: qemu.features.backup_on_cbw_error,
             thaw: Thaw::Done,
             gone: false,
@@ -429,7 +433,13 @@ impl VmSnapshot for Snapshot {
             );
             return Err(Error::new(Kind::SnapshotLost, what));
         }
-        Ok(old_access::readable(&self.monitor, reclaim::releasing(client)))
+        let source = reclaim::releasing(client);
+        if let (Some(control), None) = (&self.wants_scratch_back, source.release()) {
+            let (disk, why) = (&description.name, reclaim::unavailable(self.access));
+            let text = format!("no scratch is given back for {disk} of {}: {why}", self.vm);
+            control.notice(NoticeLevel::Info, text);
+        }
+        Ok(old_access::readable(&self.monitor, source))
     }
 
     async fn still_valid(&mut self) -> Result<()> {

@@ -13,8 +13,10 @@
 //! has height 1.
 
 pub mod builder;
+pub mod seams;
 
 pub use builder::{Child, Ready, TreeBuilder};
+pub use seams::Seams;
 
 use crate::content::{self, ContentHash, ContentRoot, LEAF_BYTES};
 
