@@ -30,6 +30,7 @@ const LATE_PACKS: u64 = 3;
 const SMALL_MIB: u64 = 16;
 
 /// Whether the QEMU here is asked to give scratch back; says so if it is not.
+#[allow(clippy::print_stderr, reason = "says why nothing was tested")]
 fn gives_scratch_back() -> bool {
     let said = std::process::Command::new("qemu-system-x86_64").arg("--version").output().unwrap();
     let said = String::from_utf8(said.stdout).unwrap();
