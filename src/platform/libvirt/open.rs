@@ -85,7 +85,7 @@ pub(super) async fn open(
         Ok(opened) => Ok(Box::new(opening.into_snapshot(opened))),
         Err(error) => {
             // It may be why.
-            let lost = opening.watch.as_ref().and_then(Watch::take_lost);
+            let lost = opening.watch.as_ref().and_then(Watch::lost);
             let error = lost.unwrap_or(error);
             match opening.undo(control).await {
                 Undone::All => Err(job::instead(&opening.domain, error).await),

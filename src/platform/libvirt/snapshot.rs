@@ -165,6 +165,16 @@ impl RunningSnapshot {
         self.lock.journal.undone(self.point, &Phase::all_but(Phase::Freeze))
     }
 
+    /// The same, over a new connection if the old one has ended.
+    async fn check_anew(&mut self) -> Result<()> {
+        self.domain = self.domain.revived().await?;
+        let active = self.check_whole().await;
+        if active.is_err() && self.reconnect().await? {
+            return self.check_whole().await;
+        }
+        active
+    }
+
     /// After a failed call: a new connection if the old one has ended. False when it stands, so
     /// that the failure is the domain's.
     async fn reconnect(&mut self) -> Result<bool> {
@@ -255,13 +265,9 @@ impl VmSnapshot for RunningSnapshot {
     }
 
     async fn still_valid(&mut self) -> Result<()> {
-        self.domain = self.domain.revived().await?;
-        let mut active = self.check_whole().await;
-        if active.is_err() && self.reconnect().await? {
-            active = self.check_whole().await;
-        }
+        let active = self.check_anew().await;
         // The watch says why before it ends a job: what it says is there when the job is not.
-        match self.watch.as_ref().and_then(Watch::take_lost) {
+        match self.watch.as_ref().and_then(Watch::lost) {
             Some(lost) => Err(lost),
             None => active,
         }

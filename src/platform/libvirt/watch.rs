@@ -25,6 +25,7 @@
 //! A file system that does not answer for a while costs nothing but the writes of the guest that wait
 //! for it. To end the job meanwhile would stop the whole guest ([`super::teardown`]).
 
+use std::error::Error as _;
 use std::future::pending;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
@@ -39,7 +40,7 @@ use super::connection::DomainHandle;
 use super::ffi::{DomainEvent, Events};
 use super::job::{self, JobDisk};
 use super::teardown::{STALL, Scratch};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, with_causes};
 use crate::platform::space::{self, ANSWER, POLL, Space};
 use crate::vm::PointId;
 
@@ -78,14 +79,27 @@ impl Watch {
         Self { told, task }
     }
 
-    /// Why the job was lost, if it was; said once.
-    pub(super) fn take_lost(&self) -> Option<Error> {
-        self.told.lost.lock().unwrap_or_else(PoisonError::into_inner).take()
+    /// Why the job was lost, if it was. Said whenever it is asked for: without it, a job that the
+    /// watch has ended looks like one that somebody else has.
+    pub(super) fn lost(&self) -> Option<Error> {
+        self.told.lost.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(once_more)
     }
 
     /// How long scratch is to be waited for now, where the job is to end.
     pub(super) fn patience(&self) -> Duration {
         if self.told.hangs.load(Ordering::Acquire) { Duration::ZERO } else { STALL }
+    }
+}
+
+/// The same error, its causes as text.
+fn once_more(error: &Error) -> Error {
+    let mut again = Error::new(error.kind(), error.to_string());
+    if let Some(hint) = error.hint_text() {
+        again = again.hint(hint);
+    }
+    match error.source() {
+        Some(cause) => again.source(with_causes(cause)),
+        None => again,
     }
 }
 
@@ -300,4 +314,23 @@ pub(super) fn ended(domain: &DomainHandle, reason: Option<String>) -> Error {
     let why = reason.unwrap_or_else(|| "the domain stopped, or somebody ended the job".into());
     Error::new(Kind::SnapshotLost, format!("the backup job of domain '{name}' ended early: {why}"))
         .hint("nothing of it is kept; start the backup again")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The second to ask was told that somebody had ended the job, and that became the error of a
+    /// backup whose scratch had run full.
+    #[tokio::test]
+    async fn why_a_job_was_lost_is_told_as_often_as_it_is_asked() {
+        let full = space::no_room(Path::new("/scratch")).source("a cause".to_owned());
+        let all = full.in_one_line();
+        let told = Told { lost: Mutex::new(Some(full)), hangs: AtomicBool::new(false) };
+        let watch = Watch { told: Arc::new(told), task: tokio::spawn(pending()) };
+        for _ in 0..3 {
+            let lost = watch.lost().expect("it is lost");
+            assert_eq!((lost.kind(), lost.in_one_line()), (Kind::NoSpace, all.clone()));
+        }
+    }
 }
