@@ -8,7 +8,7 @@
 //!
 //! Whoever asks a file system that hangs, hangs. So all that touches one is done on threads of their
 //! own and waited for no longer than some time ([`aside`]), and whether it takes writes is asked by a
-//! process of its own ([`Question`]).
+//! process of its own ([`Question`]), or by a thread where no process can be started.
 
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
@@ -16,8 +16,10 @@ use std::process::Stdio;
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::fs::{AtFlags, CWD, Timespec, Timestamps, UTIME_NOW, utimensat};
 use tokio::process::{Child, Command};
 use tokio::sync::Mutex;
+use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use crate::error::{Error, Kind, Result};
@@ -135,14 +137,14 @@ pub(super) async fn aside<T: Send + 'static>(
 
 /// Whether the file system of a scratch directory takes writes now.
 ///
-/// Clones ask through one process at a time: one that hangs cannot be ended, and is waited for
-/// instead of a further one.
+/// Clones ask through one process or thread at a time: one that hangs cannot be ended, and is waited
+/// for instead of a further one.
 #[derive(Clone, Debug)]
 pub(super) struct Question {
     directory: PathBuf,
     /// What is touched.
     touched: PathBuf,
-    asking: Arc<Mutex<Option<Child>>>,
+    asking: Arc<Mutex<Option<Asking>>>,
 }
 
 impl Question {
@@ -156,39 +158,105 @@ impl Question {
         Self { touched: directory.join("."), directory, asking: Arc::default() }
     }
 
-    /// Fails with [`Kind::Timeout`] if it takes none. Whatever else it says is an answer.
-    /// Cancel-safe.
+    /// Fails with [`Kind::Timeout`] if it takes none, or if nobody could ask it. Whatever else it says
+    /// is an answer. Cancel-safe.
     ///
     /// Not noticed is a device that hangs below a cache which still takes them.
     pub(super) async fn answers(&self) -> Result<()> {
         match tokio::time::timeout(ANSWER, self.ask()).await {
             Ok(Ok(())) => Ok(()),
+            // Nobody knows: as if it did not answer, which takes as long for those who ask again.
             Ok(Err(error)) => {
-                tracing::warn!(%error, "cannot start 'touch': scratch is taken to answer");
-                Ok(())
+                tokio::time::sleep(ANSWER).await;
+                Err(self.silent().source(error))
             }
-            Err(_) => Err(silent(&self.directory).hint(
-                "QEMU is left alone until it does; then run 'vmbackup recover' or the next backup",
-            )),
+            Err(_) => Err(self.silent()),
         }
+    }
+
+    fn silent(&self) -> Error {
+        silent(&self.directory).hint(
+            "QEMU is left alone until it does; then run 'vmbackup recover' or the next backup",
+        )
     }
 
     async fn ask(&self) -> io::Result<()> {
         let mut asking = self.asking.lock().await;
         // One that has ended since says nothing about now.
-        if asking.as_mut().is_some_and(|child| !matches!(child.try_wait(), Ok(None))) {
+        if asking.as_mut().is_some_and(Asking::is_over) {
             *asking = None;
         }
-        if asking.is_none() {
-            // Changes nothing but a time, makes nothing, follows no link.
-            let mut touch = Command::new("touch");
-            touch.args(["-c", "-h", "--"]).arg(&self.touched).kill_on_drop(true);
-            touch.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-            *asking = Some(touch.spawn()?);
+        let asks = asking.get_or_insert_with(|| Asking::begin(TOUCH, &self.touched));
+        let mut answered = asks.end().await;
+        if let (Err(error), Asking::Process(_)) = (&answered, &*asks) {
+            tracing::warn!(%error, "'touch' did not ask scratch: a thread does");
+            *asks = Asking::on_thread(self.touched.clone());
+            answered = asks.end().await;
         }
-        asking.as_mut().expect("somebody asks").wait().await?;
         *asking = None;
-        Ok(())
+        answered
+    }
+}
+
+/// What asks: it sets the times of a file or directory, makes nothing, and follows no link.
+const TOUCH: &str = "touch";
+
+/// Who asks.
+#[derive(Debug)]
+enum Asking {
+    /// It can hang without a thread of ours.
+    Process(Child),
+    /// Where no process can be started: no `touch`, or no more descriptors or processes.
+    Thread(JoinHandle<()>),
+}
+
+impl Asking {
+    fn begin(touch: &str, touched: &Path) -> Self {
+        let mut command = Command::new(touch);
+        command.args(["-c", "-h", "--"]).arg(touched).kill_on_drop(true);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        match command.spawn() {
+            Ok(child) => Self::Process(child),
+            Err(error) => {
+                tracing::warn!(%error, "cannot start '{touch}': a thread asks scratch");
+                Self::on_thread(touched.to_owned())
+            }
+        }
+    }
+
+    fn on_thread(touched: PathBuf) -> Self {
+        Self::Thread(tokio::task::spawn_blocking(move || {
+            let now = Timespec { tv_sec: 0, tv_nsec: UTIME_NOW };
+            let times = Timestamps { last_access: now, last_modification: now };
+            // Whatever it says.
+            if let Err(error) = utimensat(CWD, &touched, &times, AtFlags::SYMLINK_NOFOLLOW) {
+                tracing::debug!(%error, "scratch answers");
+            }
+        }))
+    }
+
+    /// Whether it has ended by now.
+    fn is_over(&mut self) -> bool {
+        match self {
+            Self::Process(child) => !matches!(child.try_wait(), Ok(None)),
+            Self::Thread(thread) => thread.is_finished(),
+        }
+    }
+
+    /// Waits for its end; an error if it did not ask. Cancel-safe, and not called again after it
+    /// returned.
+    async fn end(&mut self) -> io::Result<()> {
+        match self {
+            Self::Process(child) => {
+                let status = child.wait().await?;
+                match status.code() {
+                    Some(0 | 1) => Ok(()),
+                    // Killed, or not even loaded.
+                    _ => Err(io::Error::other(format!("'{TOUCH}' ended with {status}"))),
+                }
+            }
+            Self::Thread(thread) => thread.await.map_err(io::Error::other),
+        }
     }
 }
 
@@ -226,4 +294,83 @@ pub(super) fn no_room(directory: &Path) -> Error {
         format!("scratch directory {} is almost full; the guest comes first", directory.display()),
     )
     .hint("free space there, or name a larger local directory with --scratch-dir")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::time::SystemTime;
+
+    use super::*;
+
+    /// A directory that was last written to long ago.
+    fn old() -> tempfile::TempDir {
+        let directory = tempfile::tempdir().expect("a place for temporary files");
+        let file = File::open(directory.path()).expect("own directory");
+        file.set_modified(SystemTime::UNIX_EPOCH).expect("own directory");
+        directory
+    }
+
+    fn is_touched(directory: &Path) -> bool {
+        let modified = directory.metadata().and_then(|data| data.modified());
+        modified.expect("own directory") > SystemTime::UNIX_EPOCH
+    }
+
+    async fn answer_of(question: &Question, asking: Asking) -> Result<()> {
+        *question.asking.lock().await = Some(asking);
+        question.answers().await
+    }
+
+    #[tokio::test]
+    async fn a_directory_that_takes_writes_answers() {
+        let directory = old();
+        Question::new(directory.path().to_owned()).answers().await.expect("it answers");
+        assert!(is_touched(directory.path()));
+    }
+
+    /// Scratch was taken to answer where nobody had asked it, and a job could be ended while it hung.
+    #[tokio::test]
+    async fn scratch_is_asked_where_no_process_can_be_started() {
+        let directory = old();
+        let mut asking = Asking::begin("no-such-touch", directory.path());
+        assert!(matches!(asking, Asking::Thread(_)), "{asking:?}");
+        asking.end().await.expect("it asks");
+        assert!(is_touched(directory.path()));
+    }
+
+    #[tokio::test]
+    async fn scratch_is_asked_where_the_process_did_not_get_to_it() {
+        let directory = old();
+        let question = Question::new(directory.path().to_owned());
+        // As the loader does where it can open nothing more.
+        let failing = Command::new("sh").args(["-c", "sleep 0.3; exit 127"]).spawn();
+        let failing = Asking::Process(failing.expect("sh runs"));
+        answer_of(&question, failing).await.expect("a thread asked");
+        assert!(is_touched(directory.path()));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn scratch_that_nobody_could_ask_does_not_answer() {
+        let directory = old();
+        let question = Question::new(directory.path().to_owned());
+        let broken = tokio::spawn(std::future::pending());
+        broken.abort();
+        let error = answer_of(&question, Asking::Thread(broken)).await.expect_err("unknown");
+        assert_eq!(error.kind(), Kind::Timeout);
+        // The one that hangs is waited for, and no other begun.
+        let hanging = tokio::spawn(std::future::pending());
+        let error = answer_of(&question, Asking::Thread(hanging)).await.expect_err("it hangs");
+        assert_eq!(error.kind(), Kind::Timeout);
+        question.answers().await.expect_err("it still hangs");
+        assert!(!is_touched(directory.path()));
+    }
+
+    #[tokio::test]
+    async fn an_error_is_an_answer() {
+        let directory = old();
+        let gone = directory.path().join("gone");
+        Question::new(gone.clone()).answers().await.expect("it answers");
+        let question = Question::new(gone.clone());
+        answer_of(&question, Asking::on_thread(gone)).await.expect("it answers");
+    }
 }
