@@ -7,7 +7,9 @@
 //! where the guest's writes go and what ends it.
 //!
 //! Not asked is a scratch that has just told that it is almost full ([`super::watch`]): the guest's next
-//! write may fail. Scratch on another host cannot be asked.
+//! write may fail. Scratch on another host cannot be asked. Nor is it asked when a job that was waited for
+//! too long begins after all and is ended in the same call ([`super::open`]): QEMU has just made the
+//! scratch files and begun to write to them, so it has answered.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
