@@ -136,7 +136,7 @@ impl From<StoreError> for Error {
             }
             Kind::NoSpace => {
                 "make room on the file system of the repository; 'forget' and 'gc' free more, and need \
-                 a little themselves: 256 MiB for each TiB that is stored"
+                 a little themselves: 256 MiB for each TiB that is stored, before compression"
             }
             _ if is_read_only(&error) => READ_ONLY,
             Kind::Permission => "run as a user who may write to the repository",
