@@ -259,11 +259,13 @@ impl Root {
     }
 
     /// Removes unfinished objects older than `before`, also those that somebody else removed while
-    /// they were open: NFS and file systems in user space give them names with a dot.
+    /// they were open: NFS and file systems in user space give them names with a dot. One that cannot
+    /// be removed keeps none of the others, and is the error in the end.
     pub(super) fn sweep(&self, before: Timestamp) -> StoreResult<u64> {
         let mut names = Vec::new();
         self.visit_all("tmp/", |name| names.push(name.to_owned()))?;
         let mut swept = 0;
+        let mut failed = None;
         for name in names {
             let path = format!("{TEMPORARY}/{name}");
             let result = rustix::fs::statat(&self.dir, path.as_str(), AtFlags::SYMLINK_NOFOLLOW)
@@ -280,10 +282,12 @@ impl Root {
                 // Its writer finished, or another sweep was faster. Or a process of this host has it
                 // open, and it goes with that (EBUSY of nfs_sillyrename).
                 Err(Errno::NOENT | Errno::BUSY) => {}
-                Err(error) => return Err(self.error("removing", &path, error.into())),
+                Err(error) => {
+                    failed.get_or_insert_with(|| self.error("removing", &path, error.into()));
+                }
             }
         }
-        Ok(swept)
+        failed.map_or(Ok(swept), Err)
     }
 }
 

@@ -124,6 +124,47 @@ async fn what_was_removed_while_it_was_open_is_swept_once_it_is_old() {
     assert_eq!(left, ["directory"]);
 }
 
+/// A file that nobody may remove: a foreign one, or one of a damaged file system.
+struct Immutable(File);
+
+impl Immutable {
+    /// Nothing where the user or the file system does not have it.
+    fn create(path: &Path) -> Option<Self> {
+        let file = File::create(path).unwrap();
+        rustix::fs::ioctl_setflags(&file, rustix::fs::IFlags::IMMUTABLE).ok()?;
+        Some(Self(file))
+    }
+}
+
+impl Drop for Immutable {
+    fn drop(&mut self) {
+        let _ = rustix::fs::ioctl_setflags(&self.0, rustix::fs::IFlags::empty());
+    }
+}
+
+/// The first of them ended the sweep, and all that came after it stayed for ever.
+#[tokio::test]
+#[allow(clippy::print_stderr)]
+async fn what_cannot_be_removed_keeps_nothing_else_from_being_swept() {
+    let (store, dir) = open(Way::Rename);
+    store.put(&ObjectName::config(), vec![1]).await.unwrap();
+    let tmp = dir.path().join("repo/tmp");
+    // Whatever the order of the directory, some of what is ours comes later.
+    for index in 0..20 {
+        std::fs::write(tmp.join(format!("new-{index}")), "torn").unwrap();
+    }
+    let Some(_foreign) = Immutable::create(&tmp.join("foreign")) else {
+        eprintln!("skipped: no file can be made immutable here");
+        return;
+    };
+    let late = store.now().await.unwrap() + std::time::Duration::from_secs(1);
+    let error = store.sweep(late).await.unwrap_err();
+    assert!(matches!(error, StoreError::Permission { .. }), "{error:?}");
+    assert!(error.to_string().contains("tmp/foreign"), "{error}");
+    let left: Vec<_> = std::fs::read_dir(&tmp).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert_eq!(left, ["foreign"]);
+}
+
 #[tokio::test]
 async fn stray_files_are_not_objects() {
     let (store, dir) = open(Way::Rename);
