@@ -329,7 +329,7 @@ async fn scratch_is_watched_although_libvirt_is_slow_to_answer() {
             let (holds, theirs) = (Arc::clone(&slow.holds), theirs.clone());
             std::thread::spawn(move || {
                 std::fs::write(&theirs, vec![1; 15 << 20 | 1]).expect("there is room");
-                std::thread::sleep(Duration::from_secs(3));
+                std::thread::sleep(Duration::from_secs(8));
                 std::fs::remove_file(&theirs).expect("own file");
                 holds.store(false, Ordering::SeqCst);
             });
