@@ -236,7 +236,7 @@ def slow_directory(work):
             run("umount", "-l", mount)
     finally:
         time.sleep(1)
-        subprocess.run(["fusermount", "-u", "-z", str(fuse)], check=False)
+        subprocess.run(["umount", "-l", str(fuse)], check=False)
         server.terminate()
         server.wait()
         image.unlink()
@@ -369,7 +369,6 @@ class Bench:
             for tool in self.tools:
                 say(f"slow target, round {number + 1}: {tool.name}")
                 self.slow(tool)
-        print(self.measured.table([tool.name for tool in self.tools]))
 
 
 def main():
@@ -378,7 +377,11 @@ def main():
     parser.add_argument("--dir", default="/var/tmp/vmbackup-bench")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--slow-rounds", type=int, default=2)
-    Bench(parser.parse_args()).run()
+    measuring = Bench(parser.parse_args())
+    try:
+        measuring.run()
+    finally:
+        print(measuring.measured.table([tool.name for tool in measuring.tools]))
 
 
 if __name__ == "__main__":
