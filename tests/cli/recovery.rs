@@ -195,19 +195,24 @@ fn a_client_of_the_monitor_that_leaves_in_time_is_in_nobodys_way() {
     assert_eq!(machine.nodes(), Vec::<String>::new());
 }
 
+/// Two machines with what killed backups left on them, in the order of their journals; scratch of the
+/// first is on a disk that may hang.
+fn two_left(env: &TestEnv) -> (HangingDisk, [Machine; 2]) {
+    env.init_repo();
+    let disk = HangingDisk::mount(&env.path("."));
+    let mut machines = [Machine::start(env, "foo"), Machine::start(env, "bar")];
+    machines.sort_by(|one, other| one.uuid.cmp(&other.uuid));
+    let (step, options) = ("after:filter", ["--guest-first"]);
+    killed_backup_with(&disk.path, env, (&machines[0].monitor, step), &options);
+    killed_backup(env, (&machines[1].monitor, step), &options);
+    (disk, machines)
+}
+
 /// Found in review: one was recovered after the other, and the guest of the second may stand still.
 #[test]
 fn a_vm_whose_scratch_hangs_keeps_no_other_from_being_recovered() {
     let env = TestEnv::new();
-    env.init_repo();
-    let mut disk = HangingDisk::mount(&env.path("."));
-    let mut machines = [Machine::start(&env, "foo"), Machine::start(&env, "bar")];
-    // In the order of the journals.
-    machines.sort_by(|one, other| one.uuid.cmp(&other.uuid));
-    let [first, second] = &machines;
-    let (step, options) = ("after:filter", ["--guest-first"]);
-    killed_backup_with(&disk.path, &env, (&first.monitor, step), &options);
-    killed_backup(&env, (&second.monitor, step), &options);
+    let (mut disk, [first, second]) = two_left(&env);
     disk.freeze();
     let recovery = env.spawn_vmbackup(&["recover"]);
     wait_until("the recovery of the second", 7, || second.nodes().is_empty());
@@ -223,14 +228,7 @@ fn a_vm_whose_scratch_hangs_keeps_no_other_from_being_recovered() {
 #[test]
 fn a_vm_that_is_gone_and_whose_scratch_hangs_keeps_no_other_from_being_recovered() {
     let env = TestEnv::new();
-    env.init_repo();
-    let mut disk = HangingDisk::mount(&env.path("."));
-    let mut machines = [Machine::start(&env, "foo"), Machine::start(&env, "bar")];
-    machines.sort_by(|one, other| one.uuid.cmp(&other.uuid));
-    let [first, second] = &machines;
-    let (step, options) = ("after:filter", ["--guest-first"]);
-    killed_backup_with(&disk.path, &env, (&first.monitor, step), &options);
-    killed_backup(&env, (&second.monitor, step), &options);
+    let (mut disk, [first, second]) = two_left(&env);
     first.process.signal("KILL");
     disk.stall();
     let recovery = env.spawn_vmbackup(&["recover"]);
