@@ -4,6 +4,7 @@
 #![allow(clippy::cast_possible_truncation)]
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use proptest::prelude::*;
 
@@ -162,6 +163,46 @@ async fn a_chunk_whose_pack_the_store_does_not_take_never_counts_as_durable() {
     }
     assert!(run.commit(point(1), draft()).await.is_err());
     assert_eq!(*durable.borrow(), 0);
+}
+
+/// They were read one after the other: minutes in which an incremental of a large disk did not begin.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn what_is_kept_of_a_base_is_foreseen_with_several_reads_at_once() {
+    const NODES: u64 = 40;
+    let (store, node_bytes) = (store(), 256 * CHUNK);
+    let repository = open(&store, CHUNK).await;
+    let run = repository.begin_run(RunOptions::default()).await.unwrap();
+    let writer = run.disk_writer(NODES * node_bytes, None);
+    for node in 0..NODES {
+        writer.store(node * node_bytes, noise(node)).await.unwrap();
+        let rest = ByteRange::between(node * node_bytes + CHUNK, (node + 1) * node_bytes);
+        writer.zero(rest, ZeroMode::Sparse).await.unwrap();
+    }
+    let (base, _) = writer.finish().await.unwrap();
+    run.commit(point(1), draft()).await.unwrap();
+    let repository = open(&store, CHUNK).await;
+    let run = repository.begin_run(RunOptions::default()).await.unwrap();
+    let writer = run.disk_writer(NODES * node_bytes, Some(&base));
+    let mut seams = writer.seams();
+    (0..NODES).for_each(|node| seams.keep(ByteRange::new(node * node_bytes, CHUNK)));
+    let reads: Arc<[AtomicUsize; 3]> = Arc::default();
+    let seen = Arc::clone(&reads);
+    store.set_fault_hook(move |op| {
+        if matches!(op, Operation::Read(name) if name.as_str().starts_with("packs/")) {
+            let [all, now, most] = &*seen;
+            all.fetch_add(1, Ordering::Relaxed);
+            most.fetch_max(now.fetch_add(1, Ordering::Relaxed) + 1, Ordering::Relaxed);
+            std::thread::sleep(std::time::Duration::from_millis(10));
+            now.fetch_sub(1, Ordering::Relaxed);
+        }
+        None
+    });
+    writer.foresee(seams).await.unwrap();
+    let [all, _, most] = &*reads;
+    assert!(all.load(Ordering::Relaxed) > NODES as usize, "each node is read");
+    assert!(most.load(Ordering::Relaxed) > 1, "one at a time");
+    store.clear_fault_hook();
+    run.abort().await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -15,6 +15,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
+use tokio::task::JoinSet;
 
 use super::durable::Durability;
 use super::seal::{BlobId, BlobKind};
@@ -24,7 +25,8 @@ use crate::block::{BlockSink, Buffer, ByteRange, Geometry, ZeroMode};
 use crate::content::{ContentHash, ContentRoot};
 use crate::error::{Error, Kind, Result};
 
-/// Writes worth having in flight: enough to keep every core busy while packs are written.
+/// Writes worth having in flight: enough to keep every core busy while packs are written. As many
+/// nodes of a base are read at once: a slow store answers each of them late.
 const IN_FLIGHT: usize = 16;
 
 /// What a manifest needs to find a disk's content again.
@@ -112,9 +114,22 @@ impl DiskWriter {
     /// met here and not in the middle of the disk. Cancel-safe.
     pub async fn foresee(&self, seams: Seams) -> Result<()> {
         let Some(base) = &self.base else { return Ok(()) };
-        let top_height = self.tree.shape().height();
+        let (top_height, top) = (self.tree.shape().height(), base.top);
+        let mut reads = JoinSet::new();
+        let died = |e| Error::new(Kind::Internal, "reading a tree node died").source(e);
         for (height, index) in seams.into_nodes() {
-            self.run.blobs.node_at(top_height, &base.top, height, index).await?;
+            if reads.len() >= IN_FLIGHT
+                && let Some(read) = reads.join_next().await
+            {
+                read.map_err(died)??;
+            }
+            let blobs = Arc::clone(&self.run.blobs);
+            reads.spawn(
+                async move { blobs.node_at(top_height, &top, height, index).await.map(drop) },
+            );
+        }
+        while let Some(read) = reads.join_next().await {
+            read.map_err(died)??;
         }
         Ok(())
     }

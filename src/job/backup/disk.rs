@@ -238,6 +238,7 @@ impl Backup<'_> {
         source: &Arc<dyn BlockSource>,
         name: &str,
     ) -> Result<()> {
+        self.control.set_phase(format!("reading what {name} builds on"));
         let (whole, chunk_bytes) = (Arc::clone(source), writer.geometry().align_bytes);
         let mut seams = writer.seams();
         let kept = |range| {
