@@ -2,6 +2,7 @@
 //! works.
 
 use std::fs;
+use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
 use vmbackup::repo::store::ObjectStore as _;
@@ -52,6 +53,37 @@ fn a_full_repository_is_emptied_by_forget_and_gc_once_there_is_a_little_room() {
     assert_eq!(again["repacked_bytes"], 0, "{again}");
     run(&["verify", &third]).ok();
     run(&["check", "--read-data"]).ok();
+}
+
+/// A file that nobody may remove.
+struct Immutable<'a>(&'a TestEnv, PathBuf);
+
+impl Drop for Immutable<'_> {
+    fn drop(&mut self) {
+        self.0.run("chattr", &["-i", self.1.to_str().unwrap()]);
+    }
+}
+
+/// It made every gc an error.
+#[test]
+#[allow(clippy::print_stderr, reason = "says why nothing was tested")]
+fn a_foreign_file_that_cannot_be_removed_is_named_by_gc_and_costs_nothing_else() {
+    let env = TestEnv::new();
+    env.init_repo();
+    let foreign = env.repo().join("tmp/foreign");
+    fs::create_dir_all(foreign.parent().unwrap()).unwrap();
+    let file = fs::File::create(&foreign).unwrap();
+    file.set_modified(SystemTime::now() - Duration::from_hours(1)).unwrap();
+    drop(file);
+    let foreign = Immutable(&env, foreign);
+    if env.run("chattr", &["+i", foreign.1.to_str().unwrap()]).code != Some(0) {
+        eprintln!("not tested: no file can be made immutable here");
+        return;
+    }
+    let outcome = env.vmbackup(&["gc"]).ok();
+    for word in ["warning", "tmp/foreign", "remove it by hand"] {
+        assert!(outcome.stderr.contains(word), "{outcome:?}");
+    }
 }
 
 /// What a killed run left in `tmp/` was removed only at the end of a collection, which did not get

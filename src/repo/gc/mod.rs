@@ -55,10 +55,10 @@ use super::catalog;
 use super::condemned::{self, CondemnedList, LIST_PACKS_MAX, PackId};
 use super::pack::PACK_BYTES;
 use super::points::{self, PointName};
-use super::run::{LEASE, LEASE_OF_WRITER, Lease, RunKind, Survey};
+use super::run::{LEASE_OF_WRITER, Lease, RunKind, RunRecord, Survey};
 use super::store::{Folder, ObjectName, for_each, for_each_name, from_hex};
 use crate::clock::Timestamp;
-use crate::control::Control;
+use crate::control::{Control, NoticeLevel};
 use crate::error::{Error, Kind, Result};
 use crate::vm::PointId;
 use mark::{Marker, Standing};
@@ -130,8 +130,13 @@ pub async fn collect(
     control: &Control,
 ) -> Result<CollectReport> {
     let lease = lease_with_room(blobs).await?;
+    // Before any room is needed; what cannot be removed is told of at the end.
+    let swept = sweep::sweep_leftovers(blobs).await;
     let collector = Collector { blobs, chunk_levels, options, control, lease: &lease };
     let result = collector.run_until_settled().await;
+    if let Err(error) = swept {
+        control.notice(NoticeLevel::Warning, sweep::stays(&error));
+    }
     if let Err(error) = lease.end().await {
         tracing::warn!(%error, "cannot end the collector's lease");
     }
@@ -142,8 +147,9 @@ pub async fn collect(
 async fn lease_with_room(blobs: &Blobs) -> Result<Lease> {
     match exclusive_lease(blobs).await {
         Err(error) if error.kind() == Kind::NoSpace => match sweep::sweep_leftovers(blobs).await {
-            Ok(swept) if swept > 0 => exclusive_lease(blobs).await,
-            _ => Err(error),
+            Ok(0) => Err(error),
+            // One that stays keeps none of the others from being removed.
+            _ => exclusive_lease(blobs).await,
         },
         lease => lease,
     }
@@ -221,10 +227,6 @@ impl Collector<'_> {
         let survey = Survey::take(&**store).await?;
         let oldest = survey.live().map(|run| run.started).min();
         let cutoff = oldest.map_or(self.lease.started(), |o| o.min(self.lease.started()));
-        // Before any room is needed; what cannot be removed is told of at the end.
-        if let Err(error) = store.sweep(cutoff - LEASE).await {
-            tracing::debug!(%error, "what killed runs left is not all removed");
-        }
         let looked = Looked { survey, cutoff, repacking };
         match self.collect(lists, &looked, report).await {
             Err(error) if error.kind() == Kind::NoSpace => {
@@ -272,7 +274,7 @@ impl Collector<'_> {
         self.check_lease().await?;
         self.check_damage(&state).await?;
         self.carry_out(&mut state, &lists, &ripe).await?;
-        self.clean_up(&survey, *cutoff).await?;
+        self.clean_up(&survey).await?;
         match catalog::tidy(self.blobs, &names, (*cutoff, self.control)).await {
             Err(error) if error.kind() != Kind::Cancelled => {
                 tracing::warn!(%error, "cannot put the catalog right: listing may be slow");
@@ -296,11 +298,14 @@ impl Collector<'_> {
     /// stamp and the moment it is visible.
     fn ripe(&self, lists: &[CondemnedList], survey: &Survey) -> HashSet<ObjectName> {
         let missed = |list: &CondemnedList| {
-            survey.live().any(|run| {
-                run.run != self.lease.run() && run.started <= list.stored + LEASE_OF_WRITER
-            })
+            self.others(survey).any(|run| run.started <= list.stored + LEASE_OF_WRITER)
         };
         lists.iter().filter(|list| !missed(list)).map(|list| list.name.clone()).collect()
+    }
+
+    /// The live runs of others.
+    fn others<'s>(&self, survey: &'s Survey) -> impl Iterator<Item = &'s RunRecord> {
+        survey.live().filter(|run| run.run != self.lease.run())
     }
 
     fn waited_for(
@@ -312,8 +317,7 @@ impl Collector<'_> {
         if lists.iter().all(|list| ripe.contains(&list.name)) {
             return Vec::new();
         }
-        let others = survey.live().filter(|run| run.run != self.lease.run());
-        others.map(|run| format!("{} (since {})", run.run, run.started)).collect()
+        self.others(survey).map(|run| format!("{} (since {})", run.run, run.started)).collect()
     }
 
     /// The index, then the packs: an entry whose pack is not among them is void.
@@ -382,9 +386,7 @@ impl Collector<'_> {
         readers: &Survey,
     ) -> Result<()> {
         let relied_on = |point: &&Forgotten| {
-            readers.live().any(|run| {
-                run.run != self.lease.run() && run.started <= point.since + LEASE_OF_WRITER
-            })
+            self.others(readers).any(|run| run.started <= point.since + LEASE_OF_WRITER)
         };
         let names = forgotten.iter().filter(relied_on).filter_map(|point| point.name);
         let names: Vec<PointName> = names.collect();

@@ -8,8 +8,7 @@ use std::sync::Arc;
 
 use super::mark::{Marker, Standing};
 use super::{Collector, Forgotten, Looked, MERGE_ENTRIES_MAX, SEGMENTS_MAX, State};
-use crate::clock::Timestamp;
-use crate::error::{Kind, Result};
+use crate::error::{Error, Kind, Result, with_causes};
 use crate::repo::blobs::Blobs;
 use crate::repo::condemned::{CondemnedList, PackId};
 use crate::repo::damaged;
@@ -39,6 +38,15 @@ pub(super) async fn sweep_leftovers(blobs: &Blobs) -> Result<u64> {
     let survey = Survey::take(&*blobs.store).await?;
     let oldest = survey.live().map(|run| run.started).min();
     Ok(blobs.store.sweep(oldest.map_or(survey.now, |run| run.min(survey.now)) - LEASE).await?)
+}
+
+/// What to do where they could not all be removed: that is no reason to free nothing else.
+pub(super) fn stays(error: &Error) -> String {
+    format!(
+        "what killed runs left is not all removed: {}; see what protects it and remove it by hand \
+         (no run needs it)",
+        with_causes(error)
+    )
 }
 
 impl Collector<'_> {
@@ -163,14 +171,13 @@ impl Collector<'_> {
         self.blobs.index.merge(&inputs, &self.blobs.index.superseded(), &judge).await
     }
 
-    /// Removes what runs that are over left behind.
-    pub(super) async fn clean_up(&self, survey: &Survey, cutoff: Timestamp) -> Result<()> {
+    /// Removes the leases of runs that are over.
+    pub(super) async fn clean_up(&self, survey: &Survey) -> Result<()> {
         for run in survey.over() {
             for object in &run.objects {
                 self.delete(object).await?;
             }
         }
-        self.blobs.store.sweep(cutoff - LEASE).await?;
         Ok(())
     }
 
@@ -180,8 +187,8 @@ impl Collector<'_> {
         if let Err(error) = self.drop_superseded().await {
             tracing::debug!(%error, "segments that were replaced are not all removed");
         }
-        if let Err(error) = self.clean_up(&looked.survey, looked.cutoff).await {
-            tracing::debug!(%error, "what killed runs left is not all removed");
+        if let Err(error) = self.clean_up(&looked.survey).await {
+            tracing::debug!(%error, "leases of runs that are over are not all removed");
         }
     }
 

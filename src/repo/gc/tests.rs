@@ -1,6 +1,7 @@
 //! The collector beside writers and readers, over a store in memory with a clock of its own.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use proptest::prelude::*;
@@ -13,7 +14,7 @@ use crate::repo::config::ChunkSize;
 use crate::repo::keys::{Credentials, InitOptions, Kdf};
 use crate::repo::run::LEASE;
 use crate::repo::store::ObjectStore;
-use crate::repo::store::memory::MemoryStore;
+use crate::repo::store::memory::{Fault, MemoryStore, Operation};
 use crate::repo::{ManifestDraft, Repository, Run, RunOptions, StoredDisk};
 use crate::workers::Workers;
 
@@ -186,6 +187,54 @@ async fn what_only_a_forgotten_point_needs_goes_and_the_rest_stays() {
     bed.pass(MINUTE);
     let again = collect(&repository).await;
     assert_eq!((again.packs_deleted, again.bytes_repacked), (0, 0), "{again:?}");
+}
+
+/// Collects what a forgotten point had; how many objects of each folder are left, and what was warned of.
+async fn collect_beside(
+    faults: impl Fn(&Operation) -> Option<Fault> + Send + Sync + 'static,
+) -> (Vec<usize>, Vec<String>) {
+    let bed = Bed::new().await;
+    let repository = bed.open().await;
+    add_point(&repository, 1, &[1, 2, 3, 4, 5, 6]).await;
+    bed.pass(MINUTE);
+    add_point(&repository, 2, &[1, 2, 3, 7, 8, 9]).await;
+    repository.forget(point(1)).await.unwrap();
+    bed.pass(MINUTE);
+    bed.store.set_fault_hook(faults);
+    let control = Control::new();
+    let report = repository.collect(CollectOptions::default(), &control).await.unwrap();
+    assert!(report.forgotten == 1 && report.packs_deleted > 0, "{report:?}");
+    let notices = control.notices_from(0).into_iter();
+    let warnings = notices.filter(|notice| notice.level == NoticeLevel::Warning);
+    let left = Folder::ALL.iter().map(|folder| bed.count(*folder)).collect();
+    (left, warnings.map(|notice| notice.text).collect())
+}
+
+/// A foreign file among what killed runs left made every collection an error, and kept the catalog
+/// from being put right.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_cannot_be_swept_is_told_of_and_everything_else_is_done() {
+    let (left, warnings) = collect_beside(|_| None).await;
+    assert!(warnings.is_empty(), "{warnings:?}");
+    let stays = |operation: &Operation| (*operation == Operation::Sweep).then_some(Fault::Fail);
+    let (left_beside, warnings) = collect_beside(stays).await;
+    assert_eq!(left_beside, left);
+    assert_eq!(warnings.len(), 1, "{warnings:?}");
+    assert!(warnings[0].contains("Sweep in memory") && warnings[0].contains("remove it by hand"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_cannot_be_swept_keeps_the_room_of_the_rest_from_no_collection() {
+    let runs = AtomicUsize::new(0);
+    let full_at_first = move |operation: &Operation| match operation {
+        Operation::Sweep => Some(Fault::Fail),
+        Operation::Create(name) if name.as_str().starts_with(Folder::Runs.prefix()) => {
+            (runs.fetch_add(1, Ordering::Relaxed) == 0).then_some(Fault::Full)
+        }
+        _ => None,
+    };
+    let (_, warnings) = collect_beside(full_at_first).await;
+    assert_eq!(warnings.len(), 1, "{warnings:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

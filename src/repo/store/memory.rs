@@ -34,6 +34,8 @@ pub enum Operation {
     Delete(ObjectName),
     /// The clock is asked.
     Now,
+    /// Leftovers, of which there are none, are removed.
+    Sweep,
 }
 
 /// What a fault hook makes of a call.
@@ -224,6 +226,10 @@ impl ObjectStore for MemoryStore {
 
     async fn now(&self) -> StoreResult<Timestamp> {
         self.call(&Operation::Now, |_| Ok(self.clock.now()))
+    }
+
+    async fn sweep(&self, _before: Timestamp) -> StoreResult<u64> {
+        self.call(&Operation::Sweep, |_| Ok(0))
     }
 
     async fn reserve(&self, bytes: u64) -> StoreResult<Box<dyn Reservation>> {
