@@ -31,11 +31,15 @@ use crate::repo::condemned::PackId;
 use crate::repo::failure::Failure;
 use crate::repo::index::IndexEntry;
 use crate::repo::packer::{DurableSink, Packer, Target};
+use crate::repo::run::Survey;
 use crate::repo::seal::ObjectType;
 use crate::repo::store::ObjectName;
 
 /// Entries that become a segment on their own: about 24 MiB.
 const SPILL_ENTRIES: usize = 250_000;
+
+/// After so many packs' worth has moved, it is asked whether others are at work by now.
+const LOOK_PACKS: u64 = 4;
 
 /// What repacking concerns.
 type Candidates = Vec<(ObjectType, Vec<PackId>)>;
@@ -93,7 +97,7 @@ impl Collector<'_> {
         let room_bytes = room_to_rewrite(state, &candidates);
         let packs = candidates.iter().flat_map(|(_, packs)| packs);
         let left_bytes = packs.map(|id| live_bytes(state, id)).sum();
-        let others = looked.survey.live().any(|run| run.run != self.lease.run());
+        let others = self.others(&looked.survey).next().is_some();
         let batch = if others { first.min(Batch::BESIDE_OTHERS) } else { first };
         let mut repacker = Repacker {
             collector: self,
@@ -244,6 +248,16 @@ impl Repacker<'_> {
         Ok(free >= needed)
     }
 
+    /// Whether others came to be at work: from now on they are heeded.
+    async fn others_came(&mut self) -> Result<bool> {
+        let survey = Survey::take(&*self.collector.blobs.store).await?;
+        self.others = self.collector.others(&survey).next().is_some();
+        if self.others {
+            self.batch = self.batch.map(|batch| batch.min(Batch::BESIDE_OTHERS));
+        }
+        Ok(self.others)
+    }
+
     /// Moves as many of `packs`, from the first on, as a batch holds: all of them, or none.
     async fn attempt(
         &mut self,
@@ -298,14 +312,17 @@ impl Repacker<'_> {
         Attempt { packer: Arc::new(packer), gathered, failure }
     }
 
+    /// Copies as many of `packs` as a batch holds; fewer where others come to be at work.
     async fn copy(
-        &self,
+        &mut self,
         attempt: &Attempt,
         marker: &Marker,
         packs: &[PackId],
         batch: Batch,
     ) -> Result<Copied> {
         let Collector { blobs, control, .. } = self.collector;
+        let look_bytes = LOOK_PACKS * self.collector.options.pack_bytes;
+        let mut look_at = if self.others { u64::MAX } else { look_bytes };
         let mut copied = Copied { packs: 0, bytes: 0 };
         let mut damage: Option<Error> = None;
         for id in packs {
@@ -316,6 +333,12 @@ impl Repacker<'_> {
                 || attempt.gathered.lock().len() >= SPILL_ENTRIES;
             if copied.packs > 0 && full && damage.is_none() {
                 break;
+            }
+            if copied.bytes >= look_at && damage.is_none() {
+                look_at = copied.bytes + look_bytes;
+                if self.others_came().await? {
+                    break;
+                }
             }
             let to = if damage.is_none() { To::Packs(&attempt.packer) } else { To::Nowhere };
             match copy_live(blobs, marker, to, id).await {

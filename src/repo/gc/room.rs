@@ -11,8 +11,8 @@
 //! for a moment (ext4 allocates until there is no more, and gives it back when the file is closed),
 //! and that may be the moment in which the backup writes.
 //!
-//! Who is at work is seen at the beginning of each round ([`super::rounds`]), and not again before
-//! each batch: from a run that begins later in the round room is taken as if there were no other.
+//! Who is at work is seen at the beginning of each round ([`super::rounds`]), and again and again while
+//! something moves: a batch may take hours, and whoever began meanwhile found little room otherwise.
 
 use crate::error::{Error, Kind, Result};
 use crate::repo::pack::PACK_BYTES;

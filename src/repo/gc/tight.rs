@@ -251,6 +251,39 @@ async fn write_sparse(run: &Run, numbers: std::ops::Range<u32>) -> StoredDisk {
     writer.finish().await.unwrap().0
 }
 
+/// A backup that began while hours' worth of packs moved was not heeded, and found the store full.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_begins_while_something_moves_keeps_the_room_that_is_left() {
+    let bed = Bed::new().await;
+    let (repository, kept) = mostly_garbage(&bed).await;
+    let capacity = bed.store.used_bytes() + 64 * MIB;
+    bed.store.set_capacity(capacity);
+    let (store, begun) = (Arc::clone(&bed.store), AtomicUsize::new(0));
+    bed.store.set_fault_hook(move |operation| {
+        let is_pack = matches!(operation, Operation::Create(name) if is_in(name, Folder::Packs));
+        if is_pack && begun.fetch_add(1, Ordering::Relaxed) == 1 {
+            let run = format!("backup-{}/00000000", "5".repeat(32));
+            store.overwrite(&ObjectName::new(Folder::Runs, &run), Vec::new());
+        }
+        None
+    });
+    let control = Control::new();
+    let report = collect_small(&repository, &control).await;
+    // What moves before it is asked again, and a pack more.
+    let moved = 4 * 2 * MIB..ALL_THAT_MOVES;
+    assert!(moved.contains(&report.bytes_repacked), "{report:?}");
+    let said = said(&control, NoticeLevel::Warning);
+    assert!(said.contains("once the runs that are at work are over"), "{said}");
+    for (stored, contents) in &kept {
+        assert_holds(&repository, stored, contents).await;
+    }
+    // It is over.
+    bed.store.clear_fault_hook();
+    bed.pass(crate::repo::run::LEASE + MINUTE);
+    let report = collect_small(&repository, &Control::new()).await;
+    assert!(report.bytes_repacked > 0 && report.packs_waiting == 0, "{report:?}");
+}
+
 /// The trees that have to move are larger than the room; what is left of a data pack is not, and
 /// makes room for them.
 #[tokio::test(flavor = "multi_thread")]
