@@ -286,16 +286,23 @@ impl Index {
     pub async fn add_if_room(&self, entries: Vec<IndexEntry>) -> Result<Option<Arc<Segment>>> {
         let id = random::<16>();
         match self.add_as(id, entries, &[]).await {
-            // An answer that got lost is no refusal; but a segment may have got its name, or be
-            // durable, before there was no room for something else.
             Err(error) if error.kind() == Kind::NoSpace => {
-                match self.store.stat(&segment_name(&id)).await {
-                    Err(absent) if absent.is_not_found() => Ok(None),
-                    _ => Err(error),
+                if self.is_certainly_absent(&id).await {
+                    Ok(None)
+                } else {
+                    Err(error)
                 }
             }
             added => added.map(Some),
         }
+    }
+
+    /// Whether no such segment is there, asked after there was no room for it. An answer that got lost
+    /// is no refusal; but a segment may have got its name, or be durable, before there was no room for
+    /// something else.
+    async fn is_certainly_absent(&self, id: &SegmentId) -> bool {
+        let asked = self.store.stat(&segment_name(id)).await;
+        matches!(asked, Err(absent) if absent.is_not_found())
     }
 
     /// The same, in the place of other segments, which nobody asks once they have refreshed.

@@ -137,7 +137,7 @@ impl Cursor {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::collections::BTreeMap;
     use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -150,7 +150,7 @@ mod tests {
     use crate::repo::seal::{HEADER_BYTES, Keys, MasterKey};
     use crate::repo::store::memory::{MemoryStore, Operation};
 
-    fn entry(id: u32, pack: u8, counter: u32) -> IndexEntry {
+    pub(in crate::repo::index) fn entry(id: u32, pack: u8, counter: u32) -> IndexEntry {
         let pack = Arc::new(PackRef { id: [pack; 16], header: [pack; HEADER_BYTES] });
         let location = Location {
             pack,
