@@ -24,7 +24,8 @@ impl Kept {
         Self { store, finished: Arc::default() }
     }
 
-    /// The store breaks its promise: the newest object that is more than a lease is torn, or gone.
+    /// The store breaks its promise: the newest object that is more than a lease is torn, or gone, or
+    /// the index is torn.
     pub(super) fn meet(&self, happening: Happening) {
         let finished = self.finished.lock().unwrap_or_else(PoisonError::into_inner);
         let lease = Folder::Runs.prefix();
@@ -32,6 +33,11 @@ impl Kept {
         match (happening, newest) {
             (Happening::TornWrite, Some(name)) => self.store.tear(name),
             (Happening::LostObject, Some(name)) => self.store.lose(name),
+            (Happening::TornIndex, _) => {
+                let is_segment =
+                    |name: &&ObjectName| folder_of(name.as_str()) == Some(Folder::Index);
+                finished.iter().filter(is_segment).for_each(|name| self.store.tear(name));
+            }
             _ => {}
         }
     }

@@ -340,7 +340,8 @@ impl<'a> World<'a> {
             self.tally.note(&format!("{:?}", life.calls));
         }
         for (place, fault) in &life.met {
-            if let Fault::Elsewhere(Happening::TornWrite | Happening::LostObject) = fault {
+            use Happening::{LostObject, TornIndex, TornWrite};
+            if let Fault::Elsewhere(TornWrite | LostObject | TornIndex) = fault {
                 self.depots[depot].is_damaged = true;
                 self.tally.count("store: broke its promise");
             }

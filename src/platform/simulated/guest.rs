@@ -350,7 +350,7 @@ impl Guest {
             Happening::QemuDies => return self.restart(Ending::Killed),
             Happening::JobEndsUnseen => JobState::Live,
             Happening::JobEnds | Happening::ScratchFills => JobState::Gone,
-            Happening::TornWrite | Happening::LostObject => return,
+            Happening::TornWrite | Happening::LostObject | Happening::TornIndex => return,
         };
         self.open.jobs.values_mut().for_each(|job| job.state = state);
     }

@@ -105,7 +105,7 @@ pub(crate) struct Image {
 }
 
 impl Image {
-    pub(super) fn write(&mut self, block: usize, value: u32) {
+    pub(crate) fn write(&mut self, block: usize, value: u32) {
         self.content.set(block, value);
         for bitmap in self.bitmaps.values_mut() {
             if bitmap.state == BitmapState::Recording {

@@ -49,6 +49,8 @@ pub(crate) enum Happening {
     TornWrite,
     /// The store loses what it called durable lately.
     LostObject,
+    /// Every segment of the store's index is torn.
+    TornIndex,
 }
 
 impl Fault {
@@ -67,6 +69,7 @@ impl Fault {
             Self::Elsewhere(Happening::ScratchFills) => "scratch-fills",
             Self::Elsewhere(Happening::TornWrite) => "torn-write",
             Self::Elsewhere(Happening::LostObject) => "lost-object",
+            Self::Elsewhere(Happening::TornIndex) => "torn-index",
         }
     }
 }
