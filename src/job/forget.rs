@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use super::list::Line;
+use super::list::{self, Line};
 use super::{Repository, Surroundings, points};
 use crate::clock::Timestamp;
 use crate::error::{Error, Kind, Result};
@@ -113,16 +113,27 @@ async fn by_rules(
         return Err(Error::new(Kind::Usage, "every keep rule is zero")
             .hint("give one such as --keep-daily 7; to forget all, name each point"));
     }
-    let lines = points::lines(repository, vm).await?;
-    let mut verdicts = Vec::with_capacity(lines.len());
-    for points in lines.chunk_by(|a, b| a.vm.uuid == b.vm.uuid) {
+    let mut list = list::run(repository, vm).await?;
+    // Of one VM, whose points come one after the other: all that is held of those of others is what
+    // was decided.
+    let (mut points, mut verdicts) = (Vec::<Line>::new(), Vec::new());
+    let mut judge = |points: Vec<Line>| {
         let times: Vec<_> = points.iter().map(|point| point.time).collect();
         let kept = retention::verdicts(&times, rules, &env.zone);
         verdicts.extend(points.iter().zip(kept).map(|(point, kept)| {
             let reasons = kept.iter().map(ToString::to_string).collect();
             verdict(point, reasons, "no rule keeps it")
         }));
+    };
+    while let Some(page) = list.next().await? {
+        for point in page {
+            if points.last().is_some_and(|last| last.vm.uuid != point.vm.uuid) {
+                judge(std::mem::take(&mut points));
+            }
+            points.push(point);
+        }
     }
+    judge(points);
     Ok(verdicts)
 }
 

@@ -3,7 +3,6 @@
 use std::collections::HashSet;
 
 use super::backup::{DiskReport, Report};
-use super::list::Line;
 use super::select::{self, PointRef};
 use super::{Env, Repository, show};
 use crate::error::{Error, Kind, Result};
@@ -115,18 +114,6 @@ async fn checkpoint_xml(repository: &Repository, manifest: &Manifest) -> Result<
         let message = format!("the checkpoint XML of point {point} is no text");
         Error::new(Kind::Corrupt, message).source(e)
     })
-}
-
-/// Points as a list shows them: by VM, each VM's in the repository's order, whatever its clock did.
-/// Those of one VM if `vm` names it.
-pub(super) async fn lines(repository: &Repository, vm: Option<&str>) -> Result<Vec<Line>> {
-    let Some(vm) = vm else {
-        let all = repository.summaries(PointsOf::All).await?;
-        return Ok(all.into_iter().map(Line::from).collect());
-    };
-    let choose = |points: &[PointRef]| select::vm(points, vm).map(|(uuid, _)| uuid);
-    let (points, uuid) = choose_among(repository, vm, choose).await?;
-    Ok(points.into_iter().filter(|point| point.vm.uuid == uuid).map(Line::from).collect())
 }
 
 /// The VM that `name` names. However many points there are, few are held.

@@ -83,6 +83,8 @@ fn two_vms_of_one_name_are_told_apart_and_the_name_alone_is_ambiguous() {
         let called = format!(" foo ({}) ", &uuid[..8]);
         assert_eq!(forget.matches(&called).count(), 1, "{forget}");
     }
+    // The rule keeps one of each.
+    assert!(forget.contains("0 points would be forgotten"), "{forget}");
     let restore = ["restore", "foo@latest", "--to", "to"];
     for args in [&["list", "--domain", "foo"][..], &["show", "foo@latest"], &restore] {
         let outcome = env.vmbackup(args).fails_with(&[&first, &second, "hint: "]);
