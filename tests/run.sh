@@ -29,7 +29,8 @@ if [ "$inner" = no ]; then
       >/dev/null || exit 1
   fi
   if [ "$soak" = yes ]; then
-    # Its appliance has the guest's kernel: a machine may have none of its own, nor the directory.
+    # Its appliance has the kernel of the tests' guest, the same on every machine: one may have none of its
+    # own, nor the directory. The test keeps the appliance to itself (LIBGUESTFS_CACHEDIR).
     kernel=$PWD/target/testbed/kernel
     SUPERMIN_KERNEL=$(find "$kernel/boot" -name 'vmlinuz-*' | sort -V | tail -n 1)
     SUPERMIN_MODULES=$kernel/lib/modules/${SUPERMIN_KERNEL#*/vmlinuz-}

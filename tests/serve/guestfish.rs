@@ -25,7 +25,7 @@ fn guestfish_reads_files_out_of_a_served_point() {
         .env("LIBGUESTFS_BACKEND", "direct")
         .env("LIBGUESTFS_BACKEND_SETTINGS", "force_tcg")
         .env("LIBGUESTFS_CACHEDIR", env.dir());
-    // The kernel of its appliance, where the machine has none of its own (tests/run.sh --soak).
+    // The kernel of its appliance, if one is given (tests/run.sh --soak does), else the machine's own.
     let given = |name| Some((name, std::env::var_os(name)?));
     guestfish.envs(["SUPERMIN_KERNEL", "SUPERMIN_MODULES"].into_iter().filter_map(given));
     let output = guestfish.output().expect("guestfish is installed (tests/run.sh --soak does)");
