@@ -21,8 +21,6 @@ use super::tool::failed;
 use crate::error::{Error, Kind, Result};
 use crate::nbd::{Client, ClientOptions, Connector, Stream};
 
-/// Longest wait for the end of a server that was asked to end.
-const END: Duration = Duration::from_secs(60);
 /// Longest wait for a server that broke its connection to end as well.
 const BROKEN: Duration = Duration::from_millis(500);
 
@@ -65,16 +63,16 @@ impl CommandServer {
         }
     }
 
-    /// Asks it to end (SIGTERM) and waits until it has: what it was given is then as safe as it
-    /// makes it. An exit status other than success is an error, with what it said.
-    pub async fn stop(&self) -> Result<()> {
+    /// Asks it to end (SIGTERM) and waits until it has, at most for `limit`: what it was given is then
+    /// as safe as it makes it. An exit status other than success is an error, with what it said.
+    pub async fn stop(&self, limit: Duration) -> Result<()> {
         let mut child = self.child.lock().await;
         let pid = child.child.id().and_then(|id| i32::try_from(id).ok());
         if let Some(pid) = pid.and_then(rustix::process::Pid::from_raw) {
             // Not there any more: its status tells.
             let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
         }
-        let ended = tokio::time::timeout(END, child.child.wait()).await;
+        let ended = tokio::time::timeout(limit, child.child.wait()).await;
         let status = ended
             .map_err(|_| Error::new(Kind::Timeout, format!("{} does not end", self.name)))?
             .map_err(|e| Error::io(format!("cannot wait for {}", self.name), e))?;

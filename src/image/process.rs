@@ -22,8 +22,9 @@ use crate::error::{Error, Kind, Result};
 const START: Duration = Duration::from_secs(30);
 /// How often the socket is looked for.
 const POLL: Duration = Duration::from_millis(5);
-/// Longest wait for the process to end once its last client is gone: it may have much to write.
-const END: Duration = Duration::from_secs(120);
+/// Longest wait for the process to end once its last client is gone: it writes and syncs what is left,
+/// as slowly as a flush may be ([`crate::nbd::Timeouts::slow`]).
+const END: Duration = Duration::from_secs(30 * 60);
 /// Longest wait for a process that broke a connection to end as well.
 const BROKEN: Duration = Duration::from_millis(500);
 /// Connections served at once: more than a client of ours opens.

@@ -16,6 +16,7 @@ use super::export::ExportInfo;
 use super::extents::Contexts;
 use super::initial_state::InitialState;
 use super::negotiate::{Greeted, Listed, Negotiated, greet, without_tls};
+use super::patience::{Patience, Timeouts};
 use super::stream::{Connector, within};
 use super::tls::{Mode, TlsSession};
 use super::uri::NbdUri;
@@ -83,23 +84,6 @@ pub enum InitialContent {
     Zero,
 }
 
-/// Deadlines.
-#[derive(Clone, Copy, Debug)]
-pub struct Timeouts {
-    /// Connecting and negotiating, together.
-    pub handshake: Duration,
-    /// Longest time without an answer, and with less than 64 KiB moving, while requests are in
-    /// flight.
-    pub stall: Duration,
-}
-
-impl Default for Timeouts {
-    /// 30 s; 120 s, which is what a guest's own disk time-outs come to.
-    fn default() -> Self {
-        Self { handshake: Duration::from_secs(30), stall: Duration::from_secs(120) }
-    }
-}
-
 /// An open export.
 pub struct Client {
     peer: Arc<str>,
@@ -138,8 +122,9 @@ impl Client {
         }
         let info = first.export.clone();
         let (tls, initial_state) = (first.tls.clone(), first.initial_state);
+        let patience = Patience::new(options.timeouts);
         let start = |negotiated| {
-            Connection::start(negotiated, options.in_flight.max(1), options.timeouts.stall)
+            Connection::start(negotiated, options.in_flight.max(1), Arc::clone(&patience))
         };
         let mut connections = vec![start(first)];
         if info.has(export::CAN_MULTI_CONN) {

@@ -26,6 +26,7 @@ use tokio::sync::{Notify, Semaphore, oneshot};
 
 use super::error::NbdError;
 use super::negotiate::{Context, Negotiated};
+use super::patience::{Patience, Wait};
 use super::request::{ContextStatus, Coverage, Expected, Extents, InFlight, Outcome};
 use super::wire::{HeaderStyle, Request, command, command_flag};
 use super::{reader, writer};
@@ -36,8 +37,6 @@ const GOODBYE: Duration = Duration::from_secs(2);
 /// What has to move within the stall time-out while no request is answered to its end: at 120 s
 /// half a KiB a second.
 const PROGRESS_BYTES_MIN: u64 = 64 << 10;
-/// Parts of the stall time-out in which the watchdog looks.
-const WATCH_TICKS: u32 = 8;
 
 /// A connection in transmission.
 pub(super) struct Connection {
@@ -71,6 +70,7 @@ pub(super) struct Shared {
     /// Requests that were answered to their end: the same.
     answered: AtomicU64,
     places: Arc<Semaphore>,
+    patience: Arc<Patience>,
 }
 
 struct State {
@@ -104,8 +104,8 @@ pub(super) enum Next {
 }
 
 impl Connection {
-    /// Starts the connection's task.
-    pub(super) fn start(negotiated: Negotiated, in_flight: u16, stall: Duration) -> Self {
+    /// Starts the connection's task. All connections of a client share its patience.
+    pub(super) fn start(negotiated: Negotiated, in_flight: u16, patience: Arc<Patience>) -> Self {
         let Negotiated { stream, peer, style, contexts, export, .. } = negotiated;
         let can_choose = style == HeaderStyle::Extended
             && export.has(super::wire::export::BLOCK_STATUS_PAYLOAD)
@@ -126,6 +126,7 @@ impl Connection {
             moved_bytes: AtomicU64::new(0),
             answered: AtomicU64::new(0),
             places: Arc::clone(&places),
+            patience,
         });
         let (read_half, write_half) = stream.halves();
         let task = Arc::clone(&shared);
@@ -136,7 +137,7 @@ impl Connection {
                 biased;
                 () = reader::run(&task, read_half) => {}
                 () = writer::run(&task, write_half) => {}
-                () = watch(&task, stall) => {}
+                () = watch(&task) => {}
             }
         });
         Self { shared, places, contexts, can_choose }
@@ -245,6 +246,7 @@ impl Connection {
             chunks: 0,
             done,
             _place: place,
+            _slow: self.shared.patience.count(command, header.flags),
         };
         self.shared.enqueue(request, Outgoing { header, payload })?;
         outcome.await.map_err(|_| self.shared.reason())?
@@ -381,25 +383,23 @@ fn slot_of(cookie: u64) -> (usize, u64) {
     (usize::try_from(cookie & 0xffff).expect("16 bits"), cookie >> 16)
 }
 
-/// Ends the connection when requests wait and for `stall` none was answered and less than
-/// [`PROGRESS_BYTES_MIN`] moved: a server that drips bytes is no better than one that is silent. And,
-/// when it was closed, ends the task even if the server never answers what was abandoned.
-async fn watch(shared: &Shared, stall: Duration) {
+/// Ends the connection when requests wait and for too long ([`Patience`]) none was answered and less
+/// than [`PROGRESS_BYTES_MIN`] moved: a server that drips bytes is no better than one that is silent.
+/// And, when it was closed, ends the task even if the server never answers what was abandoned.
+async fn watch(shared: &Shared) {
     let mut mark = (0, 0);
-    let mut quiet_ticks = 0;
+    let mut wait = Wait::new(&shared.patience);
     loop {
-        tokio::time::sleep(stall / WATCH_TICKS).await;
+        wait.tick().await;
         let answered = shared.answered.load(Ordering::Relaxed);
         let moved_bytes = shared.moved_bytes.load(Ordering::Relaxed);
         let progress = answered != mark.0 || moved_bytes - mark.1 >= PROGRESS_BYTES_MIN;
         if progress || !shared.is_busy() {
-            (mark, quiet_ticks) = ((answered, moved_bytes), 0);
-            continue;
-        }
-        quiet_ticks += 1;
-        if quiet_ticks >= WATCH_TICKS {
+            mark = (answered, moved_bytes);
+            wait.progress();
+        } else if let Some(after) = wait.silence() {
             let peer = Arc::clone(&shared.peer);
-            return shared.kill(NbdError::Stalled { peer, after: stall });
+            return shared.kill(NbdError::Stalled { peer, after });
         }
     }
 }

@@ -4,10 +4,11 @@
 
 use std::sync::Arc;
 
-use super::client::{Asked, Timeouts, meet, negotiate};
+use super::client::{Asked, meet, negotiate};
 use super::connection::{Connection, Query};
 use super::export::ExportInfo;
-use super::negotiate::{Context, Greeted, Handshake};
+use super::negotiate::{Context, Greeted, Handshake, Listed};
+use super::patience::{Patience, Timeouts};
 use super::request::Extents;
 use super::stream::{Connector, within};
 use super::tls::TlsSession;
@@ -150,7 +151,11 @@ impl Inspector {
                 .hint("'vmbackup nbd info' shows the contexts of an export"));
         }
         let info = negotiated.export.clone();
-        Ok(Self { connection: Connection::start(negotiated, 1, timeouts.stall), info, peer })
+        Ok(Self {
+            connection: Connection::start(negotiated, 1, Patience::new(timeouts)),
+            info,
+            peer,
+        })
     }
 
     /// What the server says about the export.

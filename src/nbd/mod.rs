@@ -16,7 +16,7 @@
 //! TLS ([`tls`]) is asked for first of all; what was said before it is forgotten.
 //!
 //! Layers inside: [`wire`] (numbers), `negotiate` (the handshake), `request` (rules of replies,
-//! no I/O), `connection` with `reader` and `writer` (one socket), `client` (the disk).
+//! no I/O), `connection` with `reader`, `writer` and `patience` (one socket), `client` (the disk).
 //!
 //! Deliberately not here: TRIM in place of zeroes (its result is undefined, so it is sent only where
 //! an operator orders it, or where a platform gives up what QEMU keeps for it), formats.
@@ -30,6 +30,7 @@ mod extents;
 mod initial_state;
 mod inspect;
 mod negotiate;
+mod patience;
 mod reader;
 mod reconnect;
 mod request;
@@ -41,13 +42,14 @@ mod vsock;
 pub mod wire;
 mod writer;
 
-pub use client::{Access, BASE_ALLOCATION, Client, ClientOptions, InitialContent, Timeouts, list};
+pub use client::{Access, BASE_ALLOCATION, Client, ClientOptions, InitialContent, list};
 pub use commands::{Durable, Order};
 pub use error::NbdError;
 pub use export::{BlockSizes, ExportInfo};
 pub use initial_state::InitialState;
 pub use inspect::{Described, Description, Greeting, Inspector, Runs, Which, describe};
 pub use negotiate::{Context, Greeted, Handshake, Listed, Negotiated, greet};
+pub use patience::Timeouts;
 pub use reconnect::{OnLost, ReconnectingClient, ReconnectingTarget, Retries};
 pub use stream::{Connector, ReadHalf, Stream, WriteHalf};
 pub use uri::{Address, NbdUri, Origin, PORT_DEFAULT};

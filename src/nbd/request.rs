@@ -10,6 +10,7 @@ use std::sync::Arc;
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
 use super::error::{NbdError, violation};
+use super::patience::Slow;
 use super::wire::{self, HeaderStyle, be32, be64, command};
 use crate::block::Buffer;
 
@@ -76,6 +77,8 @@ pub(super) struct InFlight {
     pub(super) done: oneshot::Sender<Result<Outcome, NbdError>>,
     /// The place among the requests in flight; given back with the request.
     pub(super) _place: OwnedSemaphorePermit,
+    /// Counted among those that may take long, if it is one.
+    pub(super) _slow: Option<Slow>,
 }
 
 impl InFlight {

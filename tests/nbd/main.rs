@@ -12,5 +12,6 @@ mod real;
 mod said;
 mod script;
 mod support;
+mod slow;
 mod uris;
 mod vsock;

@@ -27,7 +27,7 @@ impl Scripted {
 
     pub async fn open(&self) -> Result<Client> {
         let second = std::time::Duration::from_secs(1);
-        let timeouts = Timeouts { handshake: 5 * second, stall: 5 * second };
+        let timeouts = Timeouts { handshake: 5 * second, stall: 5 * second, slow: 5 * second };
         Client::open(self, "", ClientOptions { timeouts, ..ClientOptions::default() }).await
     }
 }

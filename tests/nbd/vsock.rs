@@ -17,7 +17,7 @@ use vmbackup::nbd::{Client, ClientOptions, NbdUri, Timeouts};
 const CID_LOCAL: u32 = 1;
 fn options() -> ClientOptions {
     let second = Duration::from_secs(1);
-    let timeouts = Timeouts { handshake: 5 * second, stall: 20 * second };
+    let timeouts = Timeouts { handshake: 5 * second, stall: 20 * second, slow: 20 * second };
     ClientOptions { connections: 1, timeouts, ..ClientOptions::default() }
 }
 

@@ -417,9 +417,10 @@ impl Copying<'_> {
         })
     }
 
-    /// What is flushed by the engine; new files are made durable when they get their names.
+    /// What is flushed by the engine: what may take long, and where the user may stop it. New files are
+    /// made durable once more when they get their names.
     fn flush(&self, target: &Opened) -> Result<engine::Flush> {
-        if target.is_made() || self.options.flush == Flush::Never {
+        if self.options.flush == Flush::Never {
             return Ok(engine::Flush::Never);
         }
         if target.can_flush() {

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 
@@ -13,6 +14,9 @@ use crate::image::{CommandServer, open_image_with};
 use crate::job::points;
 use crate::job::source::DiskSpec;
 use crate::nbd::{Client, ClientOptions, ReconnectingClient, Retries};
+
+/// Longest wait for the end of a server that was only read.
+const END: Duration = Duration::from_secs(60);
 
 /// A source that can be read.
 pub(super) struct OpenedSource {
@@ -27,7 +31,7 @@ impl OpenedSource {
     pub(super) async fn close(self) -> Result<()> {
         drop(self.disk);
         match self.server {
-            Some(server) => server.stop().await,
+            Some(server) => server.stop(END).await,
             None => Ok(()),
         }
     }

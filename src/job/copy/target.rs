@@ -13,7 +13,9 @@ use crate::image::{
     open_to_overwrite,
 };
 use crate::job::source::ImageSpec;
-use crate::nbd::{Access, Client, ClientOptions, InitialContent, ReconnectingTarget, wire};
+use crate::nbd::{
+    Access, Client, ClientOptions, InitialContent, ReconnectingTarget, Timeouts, wire,
+};
 
 /// Size of a sink for a source that does not tell its own.
 const UNKNOWN_BYTES: u64 = i64::MAX.cast_unsigned();
@@ -197,7 +199,8 @@ impl Opened {
             Self::Nbd(client, server) => {
                 drop(client);
                 if let Some(server) = server {
-                    server.stop().await?;
+                    // It may have as much left to write as a flush.
+                    server.stop(Timeouts::default().slow).await?;
                 }
             }
             Self::Null(_) | Self::Pipe(_) => return Ok(false),
