@@ -23,7 +23,7 @@ const EXPORTS_MAX: usize = 1000;
 const STATUS_BYTES_MAX: u64 = 2 << 30;
 
 /// What a server says.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Description {
     /// How sessions begin.
     pub greeting: Greeting,
@@ -47,10 +47,17 @@ pub enum Greeting {
 }
 
 /// What a server says of an export.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Described {
-    /// The name it was asked for.
-    pub name: String,
+    /// The name it was asked for, and what the list of exports says of it.
+    pub listed: Listed,
+    /// The rest, or why it does not tell.
+    pub told: Result<Told>,
+}
+
+/// What a server says of an export it was asked about.
+#[derive(Clone, Debug)]
+pub struct Told {
     /// Size, abilities, limits, description.
     pub info: ExportInfo,
     /// The names of its meta contexts.
@@ -64,63 +71,104 @@ pub enum Which<'a> {
     One(&'a str),
     /// All that are listed.
     All,
+    /// The same, without their meta contexts.
+    AllWithoutContexts,
 }
 
-/// Asks a server all it tells before data flows. Cancel-safe.
+/// Asks a server all it tells before data flows. Each export has its own time (that of the handshake)
+/// and its own failure, but for the only one. Cancel-safe.
 pub async fn describe(
     connector: &dyn Connector,
     which: Which<'_>,
     timeouts: Timeouts,
 ) -> Result<Description> {
     let peer = connector.peer();
+    let limit = timeouts.handshake;
     let asking = || format!("asking NBD server {peer}");
-    within(timeouts.handshake, asking, async {
-        let mut handshake = match meet(connector).await? {
-            Greeted::Oldstyle(negotiated) => {
-                let info = negotiated.export;
-                let only = Described { name: String::new(), info, contexts: Vec::new() };
-                let (greeting, style) = (Greeting::Oldstyle, HeaderStyle::Simple);
-                return Ok(Description { greeting, style, tls: None, exports: vec![only] });
+    let mut handshake = match within(limit, asking, begin(connector)).await? {
+        Greeted::Oldstyle(negotiated) => return Ok(of_oldstyle(negotiated.export)),
+        Greeted::Newstyle(handshake) => handshake,
+    };
+    let greeting = if handshake.is_fixed() { Greeting::FixedNewstyle } else { Greeting::Newstyle };
+    let (style, tls) = (handshake.style(), handshake.tls().cloned());
+    let all = match which {
+        Which::One(name) => vec![Listed { name: name.to_owned(), description: String::new() }],
+        Which::All | Which::AllWithoutContexts => within(limit, asking, handshake.list()).await?,
+    };
+    if all.len() > EXPORTS_MAX {
+        let message = format!("NBD server {peer} has {} exports", all.len());
+        return Err(Error::new(Kind::Unsupported, message).hint("name the one to look at"));
+    }
+    let mut heard_bytes = handshake.heard_bytes;
+    let mut session = Some(handshake);
+    let mut exports = Vec::new();
+    for listed in all {
+        let export = || format!("asking NBD server {peer} about export '{}'", listed.name);
+        let work = told(session.take(), connector, (&listed.name, which), timeouts, heard_bytes);
+        let told = match within(limit, export, work).await {
+            Ok((handshake, told)) => {
+                heard_bytes = handshake.heard_bytes;
+                session = Some(handshake);
+                Ok(told)
             }
-            Greeted::Newstyle(handshake) => handshake,
+            Err(error) if matches!(which, Which::One(_)) => return Err(error),
+            Err(error) => Err(error),
         };
-        let style = handshake.agree_on_headers().await?;
-        let greeting =
-            if handshake.is_fixed() { Greeting::FixedNewstyle } else { Greeting::Newstyle };
-        let tls = handshake.tls().cloned();
-        let names = match which {
-            Which::One(name) => vec![name.to_owned()],
-            Which::All => handshake.list().await?.into_iter().map(|listed| listed.name).collect(),
-        };
-        if names.len() > EXPORTS_MAX {
-            let message = format!("NBD server {peer} has {} exports", names.len());
-            return Err(Error::new(Kind::Unsupported, message).hint("name the one to look at"));
-        }
-        let mut exports = Vec::new();
-        for name in names {
-            exports.push(described(&mut handshake, connector, name, timeouts).await?);
-        }
+        exports.push(Described { listed, told });
+    }
+    if let Some(handshake) = session {
         handshake.abort().await;
-        Ok(Description { greeting, style, tls, exports })
-    })
-    .await
+    }
+    Ok(Description { greeting, style, tls, exports })
 }
 
-async fn described(
-    handshake: &mut Handshake,
+/// A session up to the first question.
+async fn begin(connector: &dyn Connector) -> Result<Greeted> {
+    let mut greeted = meet(connector).await?;
+    if let Greeted::Newstyle(handshake) = &mut greeted {
+        handshake.agree_on_headers().await?;
+    }
+    Ok(greeted)
+}
+
+fn of_oldstyle(info: ExportInfo) -> Description {
+    let listed = Listed { name: String::new(), description: String::new() };
+    let told = Ok(Told { info, contexts: Vec::new() });
+    let (greeting, style) = (Greeting::Oldstyle, HeaderStyle::Simple);
+    Description { greeting, style, tls: None, exports: vec![Described { listed, told }] }
+}
+
+/// Asks about an export, in a new session where there is none: one that failed is not in step.
+async fn told(
+    session: Option<Handshake>,
     connector: &dyn Connector,
-    name: String,
+    (name, which): (&str, Which<'_>),
     timeouts: Timeouts,
-) -> Result<Described> {
-    let info = match handshake.info(&name).await? {
+    heard_bytes: usize,
+) -> Result<(Handshake, Told)> {
+    let mut handshake = match session {
+        Some(handshake) => handshake,
+        None => match begin(connector).await? {
+            Greeted::Newstyle(mut handshake) => {
+                handshake.heard_bytes = heard_bytes;
+                handshake
+            }
+            Greeted::Oldstyle(_) => {
+                let message = format!("NBD server {} has become another", connector.peer());
+                return Err(Error::new(Kind::Protocol, message));
+            }
+        },
+    };
+    let info = match handshake.info(name).await? {
         Some(info) => info,
         // Old servers tell only those who enter transmission.
-        None => {
-            negotiate(connector, &name, (&[], Asked::Nothing), timeouts.handshake).await?.export
-        }
+        None => negotiate(connector, name, (&[], Asked::Nothing), timeouts.handshake).await?.export,
     };
-    let contexts = handshake.list_contexts(&name, &[]).await?;
-    Ok(Described { name, info, contexts })
+    let contexts = match which {
+        Which::AllWithoutContexts => Vec::new(),
+        Which::One(_) | Which::All => handshake.list_contexts(name, &[]).await?,
+    };
+    Ok((handshake, Told { info, contexts }))
 }
 
 /// A connection that asks for the status of ranges and nothing else.

@@ -47,7 +47,7 @@ pub use commands::{Durable, Order};
 pub use error::NbdError;
 pub use export::{BlockSizes, ExportInfo};
 pub use initial_state::InitialState;
-pub use inspect::{Described, Description, Greeting, Inspector, Runs, Which, describe};
+pub use inspect::{Described, Description, Greeting, Inspector, Runs, Told, Which, describe};
 pub use negotiate::{Context, Greeted, Handshake, Listed, Negotiated, greet};
 pub use patience::Timeouts;
 pub use reconnect::{OnLost, ReconnectingClient, ReconnectingTarget, Retries};

@@ -31,6 +31,9 @@ use crate::error::{Error, Kind, Result};
 const REPLY_BYTES_MAX: usize = 4 + 2 * wire::STRING_BYTES_MAX;
 /// Most replies to one option; LIST is the only one that can be long.
 const REPLIES_MAX: usize = 10_000;
+/// Most bytes of all option replies of a session, and of those that look at the exports of a server
+/// one after the other: a thousand exports with descriptions and dozens of contexts each are less.
+const REPLIES_BYTES_MAX: usize = 16 << 20;
 
 /// A session in which options can be sent, or already an export where the server has none.
 pub enum Greeted {
@@ -52,6 +55,8 @@ pub struct Handshake {
     contexts: Vec<Context>,
     initial_state: Option<InitialState>,
     tls: Option<TlsSession>,
+    /// Bytes of the option replies so far: what they make us keep is bounded by it.
+    pub(super) heard_bytes: usize,
 }
 
 /// A meta context the server agreed to.
@@ -121,6 +126,7 @@ pub async fn greet(mut stream: Box<dyn Stream>, peer: Arc<str>) -> Result<Greete
                 contexts: Vec::new(),
                 initial_state: None,
                 tls: None,
+                heard_bytes: 0,
             }))
         }
         magic => Err(violation(&peer, format!("magic {magic:#018x} is of no NBD style")).into()),
@@ -184,6 +190,11 @@ impl Handshake {
     /// Whether options have replies.
     pub(super) fn is_fixed(&self) -> bool {
         self.fixed
+    }
+
+    /// What was agreed on for requests.
+    pub(super) fn style(&self) -> HeaderStyle {
+        self.style
     }
 
     /// TLS, if the session is inside it.
@@ -272,7 +283,7 @@ impl Handshake {
                     let Some((_, name)) = answer.payload.split_at_checked(4) else {
                         return Err(self.violation("a meta context reply without an id"));
                     };
-                    names.push(wire::peer_text(name));
+                    names.push(wire::peer_text(self.string(name, "meta context")?));
                 }
                 reply::UNSUP | reply::POLICY | reply::INVALID => return Ok(Vec::new()),
                 _ if answer.is_error() => return Err(self.refused(option, export, &answer)),
@@ -367,8 +378,17 @@ impl Handshake {
         let Some((name, description)) = parts else {
             return Err(self.violation("an export's name passes the end of the reply"));
         };
-        let name = String::from_utf8_lossy(name).into_owned();
-        Ok(Listed { name, description: wire::peer_text(description) })
+        let name = String::from_utf8_lossy(self.string(name, "export")?).into_owned();
+        let description = wire::peer_text(self.string(description, "description")?);
+        Ok(Listed { name, description })
+    }
+
+    /// Refuses what is longer than any string of the protocol (proto.md, "Values").
+    fn string<'a>(&self, bytes: &'a [u8], what: &str) -> Result<&'a [u8]> {
+        if bytes.len() <= wire::STRING_BYTES_MAX {
+            return Ok(bytes);
+        }
+        Err(self.violation(format!("a {what} of {} bytes, above 4096", bytes.len())))
     }
 
     /// Ends the session politely; the server's answer does not matter.
@@ -397,7 +417,7 @@ impl Handshake {
                     let Some((item, data)) = answer.payload.split_at_checked(2) else {
                         return Err(self.violation("an INFO reply without a type"));
                     };
-                    let text = || Some(wire::peer_text(data));
+                    let text = |what| self.string(data, what).map(|d| Some(wire::peer_text(d)));
                     match be16(item) {
                         info::EXPORT if data.len() == 10 => {
                             let (size, flags) = (be64(&data[..8]), be16(&data[8..]));
@@ -409,8 +429,8 @@ impl Handshake {
                         info::EXPORT | info::BLOCK_SIZE => {
                             return Err(self.violation("an INFO reply of the wrong length"));
                         }
-                        info::NAME => name = text(),
-                        info::DESCRIPTION => description = text(),
+                        info::NAME => name = text("name")?,
+                        info::DESCRIPTION => description = text("description")?,
                         // Servers may tell more than we know (proto.md, NBD_REP_INFO).
                         _ => {}
                     }
@@ -458,6 +478,10 @@ impl Handshake {
         let len = usize::try_from(be32(&header[16..20])).unwrap_or(usize::MAX);
         if len > REPLY_BYTES_MAX {
             return Err(self.violation(format!("option reply of {len} bytes")));
+        }
+        self.heard_bytes += header.len() + len;
+        if self.heard_bytes > REPLIES_BYTES_MAX {
+            return Err(self.violation(format!("more than {REPLIES_BYTES_MAX} bytes of replies")));
         }
         let mut payload = vec![0; len];
         let read = self.stream.read_exact(&mut payload).await;

@@ -8,10 +8,11 @@ mod fuzz;
 mod hostile;
 #[path = "../support/listening.rs"]
 mod listening;
+mod looking;
 mod real;
 mod said;
 mod script;
-mod support;
 mod slow;
+mod support;
 mod uris;
 mod vsock;

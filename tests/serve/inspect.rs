@@ -1,7 +1,7 @@
 //! `vmbackup nbd …` against our own server and qemu-nbd.
 
 use crate::rig::{DISK_BYTES, Serve, content, env_with_point};
-use crate::support::{NbdServer, TestEnv};
+use crate::support::{NbdServer, Process, TestEnv, wait_until};
 
 #[test]
 fn info_and_list_tell_what_a_server_of_ours_offers() {
@@ -62,6 +62,54 @@ fn info_tells_how_sessions_begin_and_what_is_in_an_export_only_if_asked() {
         let text = env.vmbackup(&["nbd", "info", &server.uri(""), "--content"]).ok().stdout;
         assert!(text.contains(&format!("content      {content}")), "{text}");
     }
+}
+
+/// nbdkit with three exports, described in its list, one of which cannot be opened.
+fn three_exports(env: &TestEnv) -> NbdServer {
+    let list = "printf 'INTERLEAVED\\none\\nthe first\\ntwo\\nthe second\\nthree\\nthe third\\n'";
+    let list = format!("list_exports={list}");
+    let open = "open=if [ \"$3\" = two ]; then echo 'EIO its disk is gone' >&2; exit 1; fi";
+    NbdServer::nbdkit(env, &["eval", "get_size=echo 1M", "pread=head -c $3 /dev/zero", &list, open])
+}
+
+#[test]
+fn the_list_shows_descriptions_and_an_export_that_fails_among_the_others() {
+    let env = TestEnv::new();
+    let server = three_exports(&env);
+    let uri = server.uri("");
+    for command in [&["list"][..], &["info", "--all"]] {
+        let args = [&["nbd"], command, &[&uri]].concat();
+        let outcome = env.vmbackup(&args).fails_with(&["1 of 3 exports cannot be looked at"]);
+        for text in ["'one'", "the first", "'two'", "the second", "'three'", "the third"] {
+            assert!(outcome.stdout.contains(text), "{command:?} without {text}: {outcome:?}");
+        }
+        let outcome = env.vmbackup(&[&args[..], &["--json"]].concat()).fails();
+        let report: serde_json::Value = serde_json::from_str(&outcome.stdout).unwrap();
+        let exports = report["exports"].as_array().unwrap();
+        assert_eq!(exports.len(), 2, "{report}");
+        assert_eq!(exports[1]["description"], "the third", "{report}");
+        assert_eq!(report["failed"][0]["name"], "two");
+        assert_eq!(report["failed"][0]["description"], "the second");
+        assert!(report["failed"][0]["error"].as_str().unwrap().contains("'two'"), "{report}");
+    }
+}
+
+#[test]
+fn a_map_of_all_contexts_needs_one_connection() {
+    let env = TestEnv::new();
+    env.run("qemu-img", &["create", "-f", "qcow2", "d.qcow2", "64M"]).ok();
+    env.run("qemu-img", &["bitmap", "--add", "d.qcow2", "b0"]).ok();
+    let socket = env.path("one");
+    // Without -t it ends with its first client.
+    let mut command = env.command("qemu-nbd");
+    command.args(["-r", "-f", "qcow2", "-B", "b0", "-A", "-k"]).arg(&socket).arg("d.qcow2");
+    let _server = Process::spawn(&mut command);
+    wait_until("the socket", 20, || socket.exists());
+    let uri = format!("nbd+unix:///?socket={}", socket.display());
+    let report = env.vmbackup(&["nbd", "map", &uri, "--json"]).ok().json();
+    let names = report["contexts"].as_array().unwrap().iter().map(|context| &context["name"]);
+    let expected = ["base:allocation", "qemu:allocation-depth", "qemu:dirty-bitmap:b0"];
+    assert!(names.eq(expected.iter()), "{report}");
 }
 
 #[test]
@@ -131,4 +179,19 @@ fn read_shows_the_bytes_that_are_there() {
     assert_eq!(lines.len(), 3, "repeated lines are left out: {text}");
     assert!(lines[0].starts_with("0000100000  00 00 ") && lines[1] == "*", "{text}");
     assert_eq!(lines[2], "0000100200");
+}
+
+#[test]
+fn nothing_is_read_and_trimmed_at_the_end_of_a_disk_of_odd_size() {
+    let env = TestEnv::new();
+    std::fs::write(env.path("odd.raw"), vec![7; 1_000_000]).unwrap();
+    // Blocks in which the disk does not end.
+    let blocks = ["blocksize-minimum=512", "blocksize-preferred=4096", "blocksize-maximum=1M"];
+    let args = [&["--filter=blocksize-policy", "file", "odd.raw"], &blocks[..]].concat();
+    let server = NbdServer::nbdkit(&env, &args);
+    let (uri, end) = (server.uri(""), ["--offset", "1000000"]);
+    let args = [&["nbd", "read", &uri, "--json"], &end[..]].concat();
+    assert_eq!(env.vmbackup(&args).ok().json()["data"], "");
+    let args = [&["nbd", "trim", &uri, "--length", "0"], &end[..]].concat();
+    env.vmbackup(&args).ok();
 }

@@ -5,9 +5,9 @@ use serde::Serialize;
 use super::content;
 use crate::block::{BlockSource, Buffer};
 use crate::control::Control;
-use crate::error::Result;
+use crate::error::{Error, Kind, Result};
 use crate::nbd::wire::{HeaderStyle, export};
-use crate::nbd::{Client, ClientOptions, Described, Greeting, NbdUri, Which, describe};
+use crate::nbd::{Client, ClientOptions, Greeting, Listed, NbdUri, Told, Which, describe};
 
 /// What a server says.
 #[derive(Clone, Debug, Serialize)]
@@ -22,6 +22,39 @@ pub struct Report {
     pub tls: Option<Tls>,
     /// The exports.
     pub exports: Vec<Export>,
+    /// Exports that are listed and of which the server does not tell.
+    pub failed: Vec<Failed>,
+}
+
+/// An export that cannot be looked at.
+#[derive(Clone, Debug, Serialize)]
+pub struct Failed {
+    /// Its name.
+    pub name: String,
+    /// What the server says it is.
+    pub description: Option<String>,
+    /// Why not.
+    pub error: String,
+    /// What sort of failure that is.
+    #[serde(skip)]
+    pub kind: Kind,
+}
+
+impl Failed {
+    fn of(Listed { name, description }: Listed, error: &Error) -> Self {
+        let description = Some(description).filter(|text| !text.is_empty());
+        Self { name, description, error: error.in_one_line(), kind: error.kind() }
+    }
+}
+
+impl Report {
+    /// Fails if an export could not be looked at.
+    pub fn check(&self) -> Result<()> {
+        let Some(first) = self.failed.first() else { return Ok(()) };
+        let (failed, all) = (self.failed.len(), self.failed.len() + self.exports.len());
+        let message = format!("{failed} of {all} exports cannot be looked at");
+        Err(Error::new(first.kind, message).hint("the report says why, for each of them"))
+    }
 }
 
 /// TLS of a session.
@@ -76,6 +109,8 @@ pub enum Scope {
     One,
     /// All the server lists.
     All,
+    /// The same, without their meta contexts.
+    AllWithoutContexts,
 }
 
 /// Transmission flags and their names in the protocol, in its order.
@@ -103,6 +138,7 @@ pub async fn run(
     let which = match scope {
         Scope::One => Which::One(&uri.export),
         Scope::All => Which::All,
+        Scope::AllWithoutContexts => Which::AllWithoutContexts,
     };
     let timeouts = ClientOptions::default().timeouts;
     let told = control.run(Box::pin(describe(uri, which, timeouts))).await?;
@@ -117,13 +153,27 @@ pub async fn run(
         Greeting::FixedNewstyle => "fixed-newstyle",
     };
     let tls = told.tls.map(|tls| Tls { version: tls.version, cipher: tls.suite, peer: tls.peer });
-    let mut exports: Vec<_> = told.exports.into_iter().map(export).collect();
-    if content == Content::Head {
-        for export in &mut exports {
-            export.content = Some(control.run(Box::pin(look_into(uri, &export.name))).await?);
+    let (mut exports, mut failed) = (Vec::new(), Vec::new());
+    for described in told.exports {
+        let listed = described.listed;
+        let looked = async {
+            let told = described.told?;
+            let content = match content {
+                Content::Unread => None,
+                Content::Head => Some(Box::pin(look_into(uri, &listed.name)).await?),
+            };
+            Ok(Export { content, ..export(listed.clone(), told) })
+        };
+        match control.run(looked).await {
+            Ok(export) => exports.push(export),
+            // Of the only one there is nothing else to say.
+            Err(error) if scope == Scope::One || error.kind() == Kind::Cancelled => {
+                return Err(error);
+            }
+            Err(error) => failed.push(Failed::of(listed, &error)),
         }
     }
-    Ok(Report { uri: uri.to_string(), handshake, headers, tls, exports })
+    Ok(Report { uri: uri.to_string(), handshake, headers, tls, exports, failed })
 }
 
 /// What the first bytes of an export look like.
@@ -139,13 +189,13 @@ async fn look_into(uri: &NbdUri, export: &str) -> Result<&'static str> {
     Ok(content::of_head(&head))
 }
 
-fn export(described: Described) -> Export {
-    let Described { name, info, contexts } = described;
+fn export(Listed { name, description }: Listed, Told { info, contexts }: Told) -> Export {
+    let listed = Some(description).filter(|text| !text.is_empty());
     let flags = FLAGS.iter().filter(|(flag, _)| info.has(*flag)).map(|(_, name)| *name).collect();
     Export {
         canonical_name: info.name.filter(|canonical| *canonical != name),
         name,
-        description: info.description,
+        description: info.description.or(listed),
         size_bytes: info.size_bytes,
         flags,
         block_bytes_min: info.block_sizes.min_bytes,

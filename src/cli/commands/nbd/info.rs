@@ -28,7 +28,8 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<()> {
     let look = if args.content { Content::Head } else { Content::Unread };
     let uri = settings::nbd_uri(&args.uri)?;
     let report = info::run(&uri, scope, look, &context.control).await?;
-    context.output.document("nbd-info", &report, describe)
+    context.output.document("nbd-info", &report, describe)?;
+    report.check()
 }
 
 fn describe(report: &Report) -> String {
@@ -65,6 +66,13 @@ fn describe(report: &Report) -> String {
             let head = if index == 0 { "contexts   " } else { "           " };
             let _ = writeln!(out, "{head}  {name}");
         }
+    }
+    for failed in &report.failed {
+        let _ = writeln!(out, "\nexport       '{}'", failed.name);
+        if let Some(description) = &failed.description {
+            let _ = writeln!(out, "description  {description}");
+        }
+        let _ = writeln!(out, "error        {}", failed.error);
     }
     out
 }

@@ -1,5 +1,7 @@
 //! `vmbackup nbd list URI`: the exports of a server.
 
+use std::fmt::Write;
+
 use crate::cli::context::Context;
 use crate::cli::settings;
 use crate::cli::table::Table;
@@ -17,8 +19,10 @@ pub(crate) struct Args {
 
 pub(crate) async fn run(args: Args, context: &Context) -> Result<()> {
     let uri = settings::nbd_uri(&args.uri)?;
-    let report = info::run(&uri, Scope::All, Content::Unread, &context.control).await?;
-    context.output.document("nbd-list", &report, describe)
+    let scope = Scope::AllWithoutContexts;
+    let report = info::run(&uri, scope, Content::Unread, &context.control).await?;
+    context.output.document("nbd-list", &report, describe)?;
+    report.check()
 }
 
 fn describe(report: &Report) -> String {
@@ -32,5 +36,13 @@ fn describe(report: &Report) -> String {
             export.description.clone().unwrap_or_default(),
         ]);
     }
-    table.render()
+    for failed in &report.failed {
+        let (none, description) = ("-".to_owned(), failed.description.clone().unwrap_or_default());
+        table.row([format!("'{}'", failed.name), none.clone(), none, description]);
+    }
+    let mut out = table.render();
+    for failed in &report.failed {
+        let _ = writeln!(out, "'{}' cannot be looked at: {}", failed.name, failed.error);
+    }
+    out
 }
