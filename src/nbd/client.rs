@@ -211,7 +211,10 @@ impl Client {
         let end = offset.checked_add(len).filter(|end| *end <= size_bytes);
         let aligned = |n: u64| n.is_multiple_of(align_bytes);
         match end {
-            Some(end) if aligned(offset) && (aligned(end) || end == size_bytes) => Ok(()),
+            // What is empty makes no request.
+            Some(end) if len == 0 || aligned(offset) && (aligned(end) || end == size_bytes) => {
+                Ok(())
+            }
             _ => Err(Error::new(
                 Kind::Internal,
                 format!(

@@ -9,13 +9,17 @@ use crate::block::ByteRange;
 use crate::control::Control;
 use crate::error::{Error, Kind, Result};
 use crate::nbd::wire::{DIRTY_BITMAP_PREFIX, STATE_DIRTY, STATE_HOLE, STATE_ZERO};
-use crate::nbd::{ClientOptions, Inspector, NbdUri};
+use crate::nbd::{self, ClientOptions, Inspector, NbdUri, Runs};
 
 /// Most extents that are listed: a list of more is for nobody to read.
 const EXTENTS_MAX: usize = 1_000_000;
 
 /// Most different states that are counted; a server invents no more than these.
 const STATES_MAX: usize = 10_000;
+
+/// Most bytes of the names of contexts that one connection is asked for: a server of ours takes 64 KiB
+/// in an option, others more.
+const NAMES_BYTES_MAX: usize = 48 << 10;
 
 /// What to map.
 #[derive(Clone, Debug)]
@@ -100,73 +104,125 @@ pub async fn run(request: &Request, control: &Control) -> Result<Report> {
     let timeouts = ClientOptions::default().timeouts;
     let mut contexts = Vec::new();
     let mut size_bytes = 0;
-    for name in names {
-        // One at a time: a context that is slow to walk is asked for no longer than it takes.
-        let opening = Inspector::open(uri, &uri.export, std::slice::from_ref(&name), timeouts);
+    for names in fitting(&names) {
+        let opening = Inspector::open(uri, &uri.export, names, timeouts);
         let inspector = control.run(Box::pin(opening)).await?;
         size_bytes = inspector.info().size_bytes;
-        contexts.push(match request.detail {
-            Detail::At(offset) => place(&inspector, name, offset, control).await?,
-            detail => map(&inspector, name, detail, control).await?,
+        contexts.extend(match request.detail {
+            Detail::At(offset) => place(&inspector, offset, control).await?,
+            detail => map(&inspector, detail, control).await?,
         });
     }
     Ok(Report { uri: uri.to_string(), size_bytes, contexts })
 }
 
-/// The extent that begins at `offset`.
-async fn place(
-    inspector: &Inspector,
-    name: String,
-    offset: u64,
-    control: &Control,
-) -> Result<Context> {
+/// The names in as few parts as connections may have: a server may serve but one.
+fn fitting(names: &[String]) -> impl Iterator<Item = &[String]> {
+    let mut rest = names;
+    std::iter::from_fn(move || {
+        let mut bytes = 0;
+        let fits = |name: &&String| {
+            bytes += name.len() + 4;
+            bytes <= NAMES_BYTES_MAX
+        };
+        let count = rest.iter().take_while(fits).count().max(1);
+        let part;
+        (part, rest) = rest.split_at_checked(count)?;
+        Some(part)
+    })
+}
+
+/// The extent of each context that begins at `offset`.
+async fn place(inspector: &Inspector, offset: u64, control: &Control) -> Result<Vec<Context>> {
     let size_bytes = inspector.info().size_bytes;
     if offset >= size_bytes {
         let message = format!("there is no byte {offset}: the export has {size_bytes}");
         return Err(Error::new(Kind::Usage, message));
     }
     let first = inspector.first(ByteRange::between(offset, size_bytes));
-    let told = control.run(first).await?.swap_remove(0);
-    let (bytes, flags) = told.first().copied().expect("each context tells at least one run");
-    let state = state(&name, flags);
-    let totals = vec![Total { flags, state: state.clone(), bytes }];
-    Ok(Context { name, extents: vec![Extent { offset, bytes, flags, state }], totals })
+    let told = control.run(first).await?;
+    let context = |(context, runs): (&nbd::Context, Runs)| {
+        let name = context.name.clone();
+        let (bytes, flags) = runs.first().copied().expect("each context tells at least one run");
+        let state = state(&name, flags);
+        let totals = vec![Total { flags, state: state.clone(), bytes }];
+        Context { name, extents: vec![Extent { offset, bytes, flags, state }], totals }
+    };
+    Ok(inspector.contexts().iter().zip(told).map(context).collect())
 }
 
-async fn map(
-    inspector: &Inspector,
-    name: String,
-    detail: Detail,
-    control: &Control,
-) -> Result<Context> {
+/// All contexts in one walk: each answer tells of prefixes of different lengths, and the next question
+/// begins where the shortest ends.
+async fn map(inspector: &Inspector, detail: Detail, control: &Control) -> Result<Vec<Context>> {
     let size_bytes = inspector.info().size_bytes;
-    let mut extents: Vec<Extent> = Vec::new();
-    let mut totals: BTreeMap<u64, u64> = BTreeMap::new();
-    let mut at = 0;
-    while at < size_bytes {
-        let status = inspector.status(ByteRange::between(at, size_bytes));
-        let told = control.run(status).await?.swap_remove(0);
-        for (bytes, flags) in told {
-            *totals.entry(flags).or_default() += bytes;
-            if totals.len() > STATES_MAX {
-                let message = format!("context {name} has more than {STATES_MAX} states");
-                return Err(Error::new(Kind::Protocol, message));
-            }
-            let full = extents.len() == EXTENTS_MAX;
-            match extents.last_mut() {
-                _ if detail == Detail::Totals => {}
-                Some(last) if last.flags == flags => last.bytes += bytes,
-                _ if full => {
-                    let message = format!("context {name} has more than {EXTENTS_MAX} extents");
-                    return Err(Error::new(Kind::Unsupported, message).hint("ask for --totals"));
-                }
-                _ => extents.push(Extent { offset: at, bytes, flags, state: state(&name, flags) }),
-            }
-            at += bytes;
+    let of = |context: &nbd::Context| Walk::new(context.name.clone(), detail);
+    let mut walks: Vec<_> = inspector.contexts().iter().map(of).collect();
+    while let Some(from) = walks.iter().map(|walk| walk.at).min().filter(|at| *at < size_bytes) {
+        let status = inspector.status(ByteRange::between(from, size_bytes));
+        let told = control.run(status).await?;
+        for (walk, runs) in walks.iter_mut().zip(told) {
+            walk.told(from, runs)?;
         }
     }
-    let total = |(flags, bytes)| Total { flags, state: state(&name, flags), bytes };
-    Ok(Context { totals: totals.into_iter().map(total).collect(), extents, name })
+    Ok(walks.into_iter().map(Walk::ended).collect())
+}
+
+/// What one context has told so far.
+struct Walk {
+    name: String,
+    detail: Detail,
+    /// Up to here.
+    at: u64,
+    extents: Vec<Extent>,
+    totals: BTreeMap<u64, u64>,
+}
+
+impl Walk {
+    fn new(name: String, detail: Detail) -> Self {
+        Self { name, detail, at: 0, extents: Vec::new(), totals: BTreeMap::new() }
+    }
+
+    /// Takes what is new of the runs from `start` on, which it has been told up to at least.
+    fn told(&mut self, start: u64, runs: Runs) -> Result<()> {
+        let mut end = start;
+        for (bytes, flags) in runs {
+            end += bytes;
+            if end > self.at {
+                self.push(end - self.at, flags)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn push(&mut self, bytes: u64, flags: u64) -> Result<()> {
+        let name = &self.name;
+        *self.totals.entry(flags).or_default() += bytes;
+        if self.totals.len() > STATES_MAX {
+            let message = format!("context {name} has more than {STATES_MAX} states");
+            return Err(Error::new(Kind::Protocol, message));
+        }
+        let full = self.extents.len() == EXTENTS_MAX;
+        match self.extents.last_mut() {
+            _ if self.detail == Detail::Totals => {}
+            Some(last) if last.flags == flags => last.bytes += bytes,
+            _ if full => {
+                let message = format!("context {name} has more than {EXTENTS_MAX} extents");
+                return Err(Error::new(Kind::Unsupported, message).hint("ask for --totals"));
+            }
+            _ => {
+                let state = state(name, flags);
+                self.extents.push(Extent { offset: self.at, bytes, flags, state });
+            }
+        }
+        self.at += bytes;
+        Ok(())
+    }
+
+    fn ended(self) -> Context {
+        let Self { name, extents, totals, .. } = self;
+        let total = |(flags, bytes)| Total { flags, state: state(&name, flags), bytes };
+        Context { totals: totals.into_iter().map(total).collect(), extents, name }
+    }
 }
 
 /// What the flags of a context mean (proto.md, "base:allocation"; QEMU `docs/interop/nbd.rst`).
