@@ -5,10 +5,12 @@
 //! transport is one more implementation of [`Stream`] and, if it has an address of its own, of
 //! [`Connector`].
 
+use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use rustix::net::sockopt;
 use tokio::io::{AsyncRead, AsyncWrite, DuplexStream, Join};
 use tokio::net::{TcpStream, UnixStream};
 
@@ -16,6 +18,14 @@ use super::tls::ClientTls;
 use super::uri::{Address, NbdUri};
 use super::vsock;
 use crate::error::{Error, Kind, Result};
+
+/// When a connection on which nothing moves is probed, how often, and how many answers may be missing:
+/// a host that is gone is known to be after two minutes, and a connection between requests, or a long
+/// flush, survives a minute without a network. TCP_USER_TIMEOUT is not set: it would end a connection
+/// to a server that is there and for so long reads nothing (tcp(7)).
+const KEEPALIVE_IDLE: Duration = Duration::from_secs(60);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
+const KEEPALIVE_PROBES: u32 = 4;
 
 /// The reading half of a [`Stream`].
 pub type ReadHalf = Box<dyn AsyncRead + Send + Unpin>;
@@ -97,8 +107,7 @@ impl Connector for NbdUri {
             }
             Address::Tcp { host, port } => {
                 let stream = TcpStream::connect((host.as_str(), *port)).await.map_err(failed)?;
-                // Requests are small and wanted at once (proto.md asks for it of both sides).
-                stream.set_nodelay(true).map_err(failed)?;
+                prepare(&stream).map_err(failed)?;
                 Ok(Box::new(stream))
             }
         }
@@ -116,11 +125,21 @@ impl Connector for NbdUri {
     }
 }
 
+/// Makes a new connection fit for NBD, at either end of it.
+pub(super) fn prepare(stream: &TcpStream) -> io::Result<()> {
+    // Requests and replies are small and wanted at once (proto.md asks for it of both sides).
+    stream.set_nodelay(true)?;
+    sockopt::set_socket_keepalive(stream, true)?;
+    sockopt::set_tcp_keepidle(stream, KEEPALIVE_IDLE)?;
+    sockopt::set_tcp_keepintvl(stream, KEEPALIVE_INTERVAL)?;
+    Ok(sockopt::set_tcp_keepcnt(stream, KEEPALIVE_PROBES)?)
+}
+
 /// Whatever the reason is, also a socket that is not there or a name that is unknown: nobody serves
 /// there, and somebody may later.
-fn not_reached(uri: &NbdUri, error: std::io::Error) -> Error {
+fn not_reached(uri: &NbdUri, error: io::Error) -> Error {
     let message = format!("cannot connect to NBD server {uri}");
-    match Error::io("", std::io::Error::from(error.kind())).kind() {
+    match Error::io("", io::Error::from(error.kind())).kind() {
         Kind::Permission => Error::new(Kind::Permission, message)
             .hint("run as a user who may use the server's socket")
             .source(error),

@@ -11,9 +11,9 @@ use vmbackup::block::{
     conformance,
 };
 use vmbackup::error::{Error, Kind, Result};
-use vmbackup::nbd::server::{Export, Limits, Listener};
+use vmbackup::nbd::server::{Export, Exports, Limits, Listener, Server};
 use vmbackup::nbd::wire::HeaderStyle;
-use vmbackup::nbd::{Access, Client, ClientOptions, InitialContent, list};
+use vmbackup::nbd::{Access, Client, ClientOptions, InitialContent, NbdUri, list};
 
 use crate::rig::{Rig, changed, limits, pattern};
 
@@ -220,4 +220,58 @@ async fn our_client_is_told_what_an_export_holds_and_others_are_not() {
     assert!(!open(&rig, "zero", writing()).await.starts_zero(), "it was then, not now");
     let listed = rig.run("nbdinfo", &[&rig.text("sparse")]);
     assert!(listed.contains("base:allocation") && !listed.contains("vmbackup:"), "{listed}");
+}
+
+/// Whether a timer of the kernel watches both ends of the connections to `port` (proc(5),
+/// /proc/net/tcp: the timer 2 is the keepalive's).
+fn both_ends_are_kept_alive(port: u16) -> bool {
+    let table = std::fs::read_to_string("/proc/self/net/tcp").unwrap();
+    let ends: Vec<Vec<&str>> = table.lines().map(|l| l.split_whitespace().collect()).collect();
+    let port = format!(":{port:04X}");
+    // Established, from or to this port.
+    let of_port =
+        |end: &&Vec<&str>| end[3] == "01" && (end[1].ends_with(&port) || end[2].ends_with(&port));
+    let ends: Vec<_> = ends.iter().filter(of_port).collect();
+    assert!(ends.len() >= 2, "{table}");
+    ends.iter().all(|end| end[5].starts_with("02:"))
+}
+
+/// A host that vanishes says nothing: without this its connection keeps its place for ever.
+#[tokio::test(flavor = "multi_thread")]
+async fn tcp_connections_are_probed_from_both_ends_while_nothing_is_said() {
+    let (disk, _) = pattern(65536);
+    let server = Server::new(Exports::new([Export::read_only("", disk)]).unwrap(), limits());
+    let listener = Listener::tcp("127.0.0.1:0".parse().unwrap()).await.unwrap();
+    let port = listener.tcp_address().unwrap().port();
+    let listening = server.clone();
+    tokio::spawn(async move { listening.listen(listener).await });
+    let uri: NbdUri = format!("nbd://127.0.0.1:{port}").parse().unwrap();
+    let client = Client::open_uri(&uri, ClientOptions::default()).await.unwrap();
+    client.read(0, Buffer::unbudgeted(vec![0; 512])).await.unwrap();
+    // Until all that was said is acknowledged another timer may run.
+    let watched = async {
+        while !both_ends_are_kept_alive(port) {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), watched).await.expect("both ends are probed");
+    server.stop();
+}
+
+/// The kernel's NBD client took sockets of any type from whoever may give it one. We have no part in it
+/// (nothing of ours uses nbd.ko); what is handed to our server is looked at for the same reason.
+#[tokio::test(flavor = "multi_thread")]
+async fn cve_2025_40080_what_is_handed_over_and_does_not_listen_for_streams_is_refused() {
+    let (connected, _other) = std::os::unix::net::UnixStream::pair().unwrap();
+    let datagrams = std::os::unix::net::UnixDatagram::unbound().unwrap();
+    let udp = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    for socket in [connected.into(), datagrams.into(), udp.into()] {
+        let error = Listener::inherited(socket).unwrap_err();
+        assert_eq!(error.kind(), Kind::Unsupported, "{error:?}");
+        assert!(error.to_string().contains("not one that listens for streams"), "{error}");
+    }
+    let file = tempfile::tempfile().unwrap();
+    Listener::inherited(file.into()).unwrap_err();
+    let listening = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    Listener::inherited(listening.into()).unwrap();
 }

@@ -12,7 +12,7 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use tokio::net::{TcpListener, UnixListener};
 
 use crate::error::{Error, Kind, Result};
-use crate::nbd::stream::Stream;
+use crate::nbd::stream::{Stream, prepare};
 use crate::nbd::vsock::VsockListener;
 
 /// Connections that wait in the kernel.
@@ -125,8 +125,7 @@ impl Listener {
             }
             Socket::Tcp(listener) => {
                 let (stream, peer) = listener.accept().await?;
-                // proto.md asks both sides for it: replies are small and wanted at once.
-                stream.set_nodelay(true)?;
+                prepare(&stream)?;
                 Ok((Box::new(stream), peer.to_string()))
             }
             Socket::Vsock(listener) => {
