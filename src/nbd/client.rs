@@ -18,7 +18,7 @@ use super::initial_state::InitialState;
 use super::negotiate::{Greeted, Listed, Negotiated, greet, without_tls};
 use super::patience::{Patience, Timeouts};
 use super::stream::{Connector, within};
-use super::tls::{Mode, TlsSession};
+use super::tls::{Mode, TlsSession, goes_without};
 use super::uri::NbdUri;
 use super::wire::{DIRTY_BITMAP_PREFIX, HeaderStyle, command, command_flag, errno, export};
 use crate::block::{BlockSink, BlockSource, Buffer, ByteRange, ExtentMap, Geometry, ZeroMode};
@@ -398,7 +398,7 @@ pub(super) async fn meet(connector: &dyn Connector) -> Result<Greeted> {
         }
         Greeted::Oldstyle(_) if tls.mode == Mode::Required => Err(without_tls(&peer)),
         Greeted::Oldstyle(_) => {
-            tracing::warn!(peer = &*peer, "the server has no TLS: going on without");
+            goes_without(&peer, None);
             Ok(greeted)
         }
     }

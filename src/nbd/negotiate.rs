@@ -23,7 +23,7 @@ use super::error::{NbdError, lost, violation};
 use super::export::{BlockSizes, ExportInfo};
 use super::initial_state::{self, InitialState};
 use super::stream::Stream;
-use super::tls::{ClientTls, Mode, TlsSession};
+use super::tls::{ClientTls, Mode, TlsSession, goes_without};
 use super::wire::{self, HeaderStyle, be16, be32, be64, handshake, info, option, reply};
 use crate::error::{Error, Kind, Result};
 
@@ -180,7 +180,7 @@ impl Handshake {
             None
         };
         if tls.mode == Mode::Allowed {
-            tracing::warn!(peer = &*self.peer, ?refusal, "the server has no TLS: going on without");
+            goes_without(&self.peer, refusal.as_ref());
             return Ok(self);
         }
         let error = without_tls(&self.peer);

@@ -5,16 +5,21 @@
 //! first slash, percent-decoded: `nbd://h//disk` names `/disk`. An unknown parameter is an error,
 //! never ignored, because it may be one that was meant to make the connection safer.
 //!
+//! The schemes with an s require TLS. `tls=on`, a parameter of our own with the server's word for it,
+//! lets `nbd` use it where the server has it and go on without where not.
+//!
 //! The parameters of TLS (`tls-certificates=DIR`, `tls-psk-file=FILE`, `tls-username=USER` or a user
-//! before the host, `tls-hostname=NAME`, `tls-verify-peer=BOOL`) name files of this machine or make
-//! checks weaker: they are taken from the command line only, see [`Origin`]. ssh is recognised and
-//! refused.
+//! before the host, `tls-hostname=NAME`, `tls-verify-peer=BOOL`, `tls-type=x509` or `psk`) name files of
+//! this machine or make checks weaker: they are taken from the command line only, see [`Origin`]. ssh
+//! is recognised and refused.
+//!
+//! A socket whose name begins with `%00` has no file (unix(7), "abstract").
 
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use super::tls::{ClientTls, Credentials, PeerCheck};
+use super::tls::{ClientTls, Credentials, Mode, PeerCheck};
 use super::wire::STRING_BYTES_MAX;
 use crate::error::{Error, Kind, Result};
 
@@ -136,13 +141,8 @@ impl NbdUri {
                 ),
             ));
         }
-        let tls = if tls {
-            Some(parameters.tls().map_err(bad)?)
-        } else if parameters == Parameters::default() {
-            None
-        } else {
-            return Err(bad("a user or parameters of TLS need a scheme with TLS, nbds"));
-        };
+        let mode = parameters.mode(tls).map_err(bad)?;
+        let tls = mode.map(|mode| parameters.tls(mode).map_err(bad)).transpose()?;
         Ok(Self { address, export, tls })
     }
 }
@@ -172,6 +172,9 @@ struct Parameters {
     username: Option<String>,
     hostname: Option<String>,
     verify_peer: Option<String>,
+    /// What the credentials are, which is checked and adds nothing.
+    kind: Option<String>,
+    tls: Option<String>,
 }
 
 impl Parameters {
@@ -192,9 +195,16 @@ impl Parameters {
             "tls-username" => &mut self.username,
             "tls-hostname" => &mut self.hostname,
             "tls-verify-peer" => &mut self.verify_peer,
+            "tls-type" => &mut self.kind,
+            "tls" => &mut self.tls,
             _ => return Err(format!("the parameter '{name}' is not supported")),
         };
-        let value = decode(value).filter(|v| !v.is_empty() && !v.contains('\0'));
+        let valid = |value: &String| {
+            // A zero byte first: a socket with a name and no file (unix(7), "abstract").
+            let text = value.strip_prefix('\0').filter(|_| name == "socket").unwrap_or(value);
+            !text.is_empty() && !text.contains('\0')
+        };
+        let value = decode(value).filter(valid);
         let value = value.ok_or_else(|| format!("the value of {name} is not valid"))?;
         match place.replace(value) {
             None => Ok(()),
@@ -202,7 +212,24 @@ impl Parameters {
         }
     }
 
-    fn tls(self) -> std::result::Result<ClientTls, &'static str> {
+    /// Whether there is to be TLS, by the scheme (`secure`) and the parameter that is taken out here.
+    fn mode(&mut self, secure: bool) -> std::result::Result<Option<Mode>, &'static str> {
+        match (secure, self.tls.take().as_deref()) {
+            (true, None | Some("require")) => Ok(Some(Mode::Required)),
+            (false, Some("on")) => Ok(Some(Mode::Allowed)),
+            (false, None | Some("off")) if *self == Self::default() => Ok(None),
+            (false, None | Some("off")) => {
+                Err("a user or parameters of TLS need a scheme with TLS, nbds")
+            }
+            (true, Some("on" | "off")) => {
+                Err("the scheme nbds requires TLS; tls=on and tls=off are for nbd")
+            }
+            (false, Some("require")) => Err("the scheme that requires TLS is nbds"),
+            (_, Some(_)) => Err("tls is neither off, on nor require"),
+        }
+    }
+
+    fn tls(self, mode: Mode) -> std::result::Result<ClientTls, &'static str> {
         let credentials = match (self.certificates, self.psk_file) {
             (Some(_), Some(_)) => return Err("it has both certificates and keys"),
             (Some(dir), None) => Credentials::Certificates(dir.into()),
@@ -210,6 +237,17 @@ impl Parameters {
             (None, None) => Credentials::SystemAuthorities,
         };
         let psk = matches!(credentials, Credentials::Psk(_));
+        match self.kind.as_deref() {
+            None => {}
+            Some("psk") if psk => {}
+            Some("x509") if !psk => {}
+            Some("psk") => return Err("tls-type=psk needs tls-psk-file"),
+            Some("x509") => return Err("tls-type=x509 needs certificates, not tls-psk-file"),
+            Some("anon") => {
+                return Err("tls-type=anon is not supported: it proves nobody's identity");
+            }
+            Some(_) => return Err("tls-type is neither x509 nor psk"),
+        }
         if !psk && self.username.is_some() {
             return Err("a user needs tls-psk-file");
         }
@@ -222,7 +260,7 @@ impl Parameters {
             Some(_) => return Err("tls-verify-peer is neither true nor false"),
         };
         let (username, hostname) = (self.username, self.hostname);
-        Ok(ClientTls { username, hostname, peer_check, ..ClientTls::required(credentials) })
+        Ok(ClientTls { mode, credentials, username, hostname, peer_check })
     }
 }
 
@@ -281,7 +319,8 @@ fn encode(text: &str, f: &mut fmt::Formatter<'_>) -> fmt::Result {
 impl fmt::Display for NbdUri {
     /// The URI in full: what it has of TLS are places and names, no secrets.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let s = if self.tls.is_some() { "s" } else { "" };
+        let required = self.tls.as_ref().is_some_and(|tls| tls.mode == Mode::Required);
+        let s = if required { "s" } else { "" };
         let mut parameters = Vec::new();
         match &self.address {
             Address::Tcp { host, port } => {
@@ -316,6 +355,9 @@ impl fmt::Display for NbdUri {
 
 fn tls_parameters(tls: &ClientTls) -> Vec<(&'static str, String)> {
     let mut parameters = Vec::new();
+    if tls.mode == Mode::Allowed {
+        parameters.push(("tls", "on".to_owned()));
+    }
     match &tls.credentials {
         Credentials::Certificates(dir) => parameters.push(("tls-certificates", display(dir))),
         Credentials::Psk(file) => parameters.push(("tls-psk-file", display(file))),
@@ -353,6 +395,8 @@ mod tests {
             ("nbd:///x", tcp("localhost", 10809, "x")),
             ("nbd+unix:///?socket=/a%3Fb", NbdUri::unix("/a?b", "")),
             ("nbd+unix:///vda?socket=/s", NbdUri::unix("/s", "vda")),
+            ("nbd+unix:///?socket=%00name", NbdUri::unix("\0name", "")),
+            ("nbd+unix:///?socket=%00/run/a", NbdUri::unix("\0/run/a", "")),
         ] {
             assert_eq!(text.parse::<NbdUri>().unwrap(), expected, "{text}");
         }
@@ -376,6 +420,9 @@ mod tests {
             ("nbd+unix:///", Kind::Usage),
             ("nbd+unix://host/?socket=/s", Kind::Usage),
             ("nbd+unix:///?socket=", Kind::Usage),
+            ("nbd+unix:///?socket=%00", Kind::Usage),
+            ("nbd+unix:///?socket=/a%00b", Kind::Usage),
+            ("nbd+unix:///?socket=%00a%00", Kind::Usage),
             ("nbd+unix:///?socket=/s&socket=/t", Kind::Usage),
             ("nbd://host?socket=/s", Kind::Usage),
             ("nbd://host?tls-verify-peer=false", Kind::Usage),
@@ -428,6 +475,51 @@ mod tests {
         assert_eq!(at("NBDS+vsock://2/"), NbdUri { tls: Some(system), ..NbdUri::at(address, "") });
         let address = Address::Vsock { cid: 3, port: 1 << 31 };
         assert_eq!(at("nbd+vsock://3:2147483648/a"), NbdUri::at(address, "a"));
+    }
+
+    #[test]
+    fn a_type_of_tls_must_be_that_of_the_credentials() {
+        let parse = |text: &str| NbdUri::parse(text, Origin::CommandLine);
+        for (typed, same) in [
+            ("nbds://h?tls-type=x509", "nbds://h"),
+            ("nbds://h?tls-type=x509&tls-certificates=/c", "nbds://h?tls-certificates=/c"),
+            ("nbds://h?tls-type=psk&tls-psk-file=/k", "nbds://h?tls-psk-file=/k"),
+        ] {
+            assert_eq!(parse(typed).unwrap(), parse(same).unwrap());
+        }
+        for (text, why) in [
+            ("nbds://h?tls-type=psk", "needs tls-psk-file"),
+            ("nbds://h?tls-type=x509&tls-psk-file=/k", "needs certificates"),
+            ("nbds://h?tls-type=anon", "proves nobody's identity"),
+            ("nbds://h?tls-type=x", "neither x509 nor psk"),
+            ("nbd://h?tls-type=x509", "need a scheme with TLS"),
+        ] {
+            let error = parse(text).unwrap_err();
+            assert_eq!(error.kind(), Kind::Usage, "{text}");
+            assert!(error.to_string().contains(why), "{error}");
+        }
+    }
+
+    #[test]
+    fn tls_where_the_server_has_it_is_asked_for_in_the_scheme_without() {
+        let parse = |text: &str| NbdUri::parse(text, Origin::CommandLine);
+        let text = "nbd://h/x?tls=on&tls-certificates=/c";
+        let uri = parse(text).unwrap();
+        let tls = ClientTls::required(Credentials::Certificates("/c".into()));
+        assert_eq!(uri.tls, Some(ClientTls { mode: Mode::Allowed, ..tls }));
+        assert_eq!(uri.to_string(), text);
+        assert_eq!(parse("nbd://h?tls=off").unwrap(), parse("nbd://h").unwrap());
+        assert_eq!(parse("nbds://h?tls=require").unwrap(), parse("nbds://h").unwrap());
+        for text in [
+            "nbds://h?tls=on",
+            "nbds://h?tls=off",
+            "nbd://h?tls=require",
+            "nbd://h?tls=maybe",
+            "nbd://h?tls=off&tls-certificates=/c",
+        ] {
+            assert_eq!(parse(text).unwrap_err().kind(), Kind::Usage, "{text}");
+        }
+        assert_eq!("nbd://h?tls=on".parse::<NbdUri>().unwrap_err().kind(), Kind::Permission);
     }
 
     #[test]

@@ -119,6 +119,26 @@ fn info_tells_the_tls_of_the_session_and_who_is_at_its_other_end() {
 }
 
 #[test]
+fn tls_that_is_welcome_is_used_where_the_server_has_it_and_its_authority_is_known() {
+    let rig = Rig::with_certificates(&["--tls", "on"]);
+    let info = |pki: &Pki| {
+        let certificates = pki.client();
+        let uri = format!("{}?tls=on&tls-certificates={}", rig.plain(), certificates.display());
+        rig.env.vmbackup(&["nbd", "info", &uri, "--json"])
+    };
+    assert_eq!(info(&rig.pki).json()["tls"]["version"], "TLSv1.3");
+    // Not in plain text either: somebody in between could bring that about.
+    info(&Pki::new()).fails_with(&["the certificate of NBD server", "is refused"]);
+    let (env, pki) = (TestEnv::new(), &rig.pki);
+    std::fs::write(env.path("disk.raw"), content(1)).unwrap();
+    let serve = Serve::start(&env, &["disk.raw"]);
+    let uri = format!("{}&tls=on&tls-certificates={}", serve.uri(0), pki.client().display());
+    let outcome = env.vmbackup(&["nbd", "info", &uri]).ok();
+    assert!(outcome.stdout.contains("TLS          none"), "{outcome:?}");
+    assert!(outcome.stderr.contains("going on without"), "{outcome:?}");
+}
+
+#[test]
 fn keys_that_everybody_can_read_are_warned_of_once() {
     let mode = |file: &std::path::Path, mode| {
         let mode = std::os::unix::fs::PermissionsExt::from_mode(mode);

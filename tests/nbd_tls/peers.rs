@@ -36,6 +36,13 @@ pub enum Version {
     Tls13,
 }
 
+/// What clients of a server may do.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum May {
+    Read,
+    Write,
+}
+
 /// TLS of a server.
 pub enum Tls {
     None,
@@ -57,6 +64,16 @@ pub struct Peer {
 
 impl Peer {
     pub fn start(program: Program, transport: Transport, tls: &Tls, version: Version) -> Self {
+        Self::start_as(program, (transport, May::Read), tls, version)
+    }
+
+    /// The same for who writes, too.
+    pub fn start_as(
+        program: Program,
+        (transport, may): (Transport, May),
+        tls: &Tls,
+        version: Version,
+    ) -> Self {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("raw"), content()).unwrap();
         let (listener, place): (OwnedFd, _) = match transport {
@@ -77,8 +94,8 @@ impl Peer {
         let mut command = Command::new("sh");
         command.args(["-c", activate, "sh"]);
         match program {
-            Program::QemuNbd => qemu_nbd(&mut command, tls, version),
-            Program::Nbdkit => nbdkit(&mut command, tls),
+            Program::QemuNbd => qemu_nbd(&mut command, may, tls, version),
+            Program::Nbdkit => nbdkit(&mut command, may, tls),
         }
         limit_version(&mut command, dir.path(), version);
         let child = command.current_dir(dir.path()).stdin(Stdio::from(listener)).spawn().unwrap();
@@ -114,9 +131,12 @@ pub fn content() -> Vec<u8> {
     conformance::pattern(LEN)
 }
 
-fn qemu_nbd(command: &mut Command, tls: &Tls, version: Version) {
+fn qemu_nbd(command: &mut Command, may: May, tls: &Tls, version: Version) {
     // Several clients, because the connection cap of one would queue our second connection.
-    command.args(["qemu-nbd", "-t", "-r", "-e", "8", "-f", "raw"]);
+    command.args(["qemu-nbd", "-t", "-e", "8", "-f", "raw"]);
+    if may == May::Read {
+        command.arg("-r");
+    }
     let only_12 = if version == Version::Tls12 { ",priority=NORMAL:-VERS-TLS1.3" } else { "" };
     let object = match tls {
         Tls::None => None,
@@ -131,8 +151,11 @@ fn qemu_nbd(command: &mut Command, tls: &Tls, version: Version) {
     command.arg("raw");
 }
 
-fn nbdkit(command: &mut Command, tls: &Tls) {
-    command.args(["nbdkit", "-f", "--exit-with-parent", "-r"]);
+fn nbdkit(command: &mut Command, may: May, tls: &Tls) {
+    command.args(["nbdkit", "-f", "--exit-with-parent"]);
+    if may == May::Read {
+        command.arg("-r");
+    }
     match tls {
         Tls::None => command.arg("--tls=off"),
         Tls::Certificates(dir) => {

@@ -29,7 +29,7 @@ mod session;
 use std::path::{Path, PathBuf};
 
 use super::stream::Stream;
-use crate::error::Result;
+use crate::error::{Error, Result, with_causes};
 
 /// Certificates of the authorities a peer's certificate must come from.
 pub const CA_CERTIFICATES: &str = "ca-cert.pem";
@@ -172,6 +172,13 @@ impl std::fmt::Debug for ServerTls {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("ServerTls").field("mode", &self.mode).finish_non_exhaustive()
     }
+}
+
+/// Says, where a user sees it, that a session goes on without the TLS that is allowed and not required;
+/// `refusal` is what the server said of it.
+pub(super) fn goes_without(peer: &str, refusal: Option<&Error>) {
+    let refusal = refusal.map(|error| with_causes(error));
+    tracing::warn!(peer, refusal, "the server has no TLS: going on without");
 }
 
 /// A stream inside TLS.
