@@ -47,7 +47,9 @@ impl Unsound {
         command.args(["get_size=echo 1M", "can_write=exit 0", "can_flush=exit 0"]);
         command.arg(format!("pread=dd if={content} iflag=skip_bytes,count_bytes skip=$4 count=$3"));
         command.arg(format!("pwrite=dd of={content} oflag=seek_bytes conv=notrunc seek=$4"));
-        command.arg(format!("flush=if [ -e {failing} ]; then echo EIO >&2; exit 1; fi"));
+        let syncs = env.path("syncs");
+        let count = format!("echo sync >>{}", syncs.display());
+        command.arg(format!("flush={count}; if [ -e {failing} ]; then echo EIO >&2; exit 1; fi"));
         let server = Process::spawn(&mut command);
         wait_until("the mount", 60, || directory.join("nbd").exists());
         Self { directory, _server: server }
@@ -75,6 +77,79 @@ fn after_a_flush_that_failed_none_is_answered_with_success() {
     let said = serve.stop_with(20);
     assert!(said.contains("a sync of it failed"), "{said}");
     drop(unsound);
+}
+
+/// How often the file system of [`Unsound`] was told to sync while libnbd did this to a served file of
+/// it, with a connection `h`, and `h2` beside it. They stay open: nothing is flushed at an end.
+fn syncs_of(commands: &str) -> usize {
+    let env = TestEnv::new();
+    let _unsound = Unsound::mount(&env);
+    let serve = Serve::start(&env, &["unsound/nbd,format=raw", "--writable"]);
+    let (uri, log) = (serve.uri(0), env.path("syncs"));
+    let script = format!(
+        "import os, nbd\nh, h2 = nbd.NBD(), nbd.NBD()\n\
+         h.connect_uri('{uri}')\nh2.connect_uri('{uri}')\nassert h.can_multi_conn()\n\
+         count = lambda: open('{log}').read().count('sync') if os.path.exists('{log}') else 0\n\
+         before = count()\n{commands}\nprint(count() - before)\n",
+        log = log.display()
+    );
+    let outcome = env.run("/usr/bin/python3", &["-c", &script]).ok();
+    outcome.stdout.trim().parse().unwrap()
+}
+
+#[test]
+fn a_write_is_synced_before_it_is_answered_if_it_is_to_be_durable_and_only_then() {
+    assert_eq!(syncs_of("h.pwrite(b'x' * 4096, 0)"), 0);
+    assert!(syncs_of("h.pwrite(b'x' * 4096, 0, nbd.CMD_FLAG_FUA)") > 0);
+}
+
+#[test]
+fn a_flush_syncs_what_was_written_over_another_connection() {
+    assert!(syncs_of("h.pwrite(b'x' * 4096, 0)\nh2.flush()") > 0);
+}
+
+#[test]
+fn zeroes_become_holes_unless_they_are_to_stay_allocated() {
+    use std::os::unix::fs::MetadataExt;
+    let env = TestEnv::new();
+    std::fs::write(env.path("disk.raw"), vec![7; 4 << 20]).unwrap();
+    let serve = Serve::start(&env, &["disk.raw", "--writable"]);
+    let allocated = || std::fs::metadata(env.path("disk.raw")).unwrap().blocks() * 512;
+    let full = allocated();
+    assert!(full >= 4 << 20);
+    // NO_HOLE without -u.
+    qemu_io(&env, &serve.uri(0), &["write -z 1M 1M", "flush"]).ok();
+    assert_eq!(allocated(), full);
+    env.run("qemu-io", &["-f", "raw", "-d", "unmap", "-c", "write -z -u 2M 1M", &serve.uri(0)])
+        .ok();
+    assert!(allocated() <= full - (1 << 20), "{} of {full}", allocated());
+    serve.stop();
+    let content = std::fs::read(env.path("disk.raw")).unwrap();
+    assert!(content[1 << 20..3 << 20].iter().all(|byte| *byte == 0));
+    assert!(content[..1 << 20].iter().chain(&content[3 << 20..]).all(|byte| *byte == 7));
+}
+
+#[test]
+fn an_export_that_was_lost_is_served_again_when_it_is_back() {
+    let env = env();
+    let socket = env.path("upstream");
+    let start = || {
+        let _ = std::fs::remove_file(&socket);
+        let mut command = env.command("nbdkit");
+        command.args(["-f", "-r", "-U"]).arg(&socket).args(["file", "disk.raw"]);
+        let server = Process::spawn(&mut command);
+        wait_until("the socket", 20, || std::os::unix::net::UnixStream::connect(&socket).is_ok());
+        server
+    };
+    let first = start();
+    let uri = format!("nbd+unix:///?socket={}", socket.display());
+    let serve = Serve::start(&env, &[&uri]);
+    assert!(read(&env, &serve.uri(0)) == content(1));
+    drop(first);
+    let _second = start();
+    assert!(read(&env, &serve.uri(0)) == content(1));
+    let said = serve.stop();
+    assert!(said.contains("was lost") && said.contains("trying again"), "{said}");
 }
 
 #[test]

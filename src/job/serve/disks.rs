@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 
@@ -16,7 +17,12 @@ use crate::job::source::{DiskSpec, ImageSpec, open_disk};
 use crate::job::{Env, Repository, points};
 use crate::nbd::server::{Export, Grown, Growth};
 use crate::nbd::wire::DIRTY_BITMAP_PREFIX;
+use crate::nbd::{ClientOptions, NbdUri, ReconnectingClient, Retries};
 use crate::repo::{ChangedDisk, Manifest, ManifestDisk};
+
+/// How an export that was lost is opened again: a request waits 31 s at most, which is less than clients
+/// of ours wait (120 s), then fails; the next one tries anew.
+const RETRIES: Retries = Retries { attempts: 5, delay: Duration::from_secs(1) };
 
 /// A disk to be served.
 pub(super) struct Disk {
@@ -272,7 +278,10 @@ async fn open_image(spec: &DiskSpec, access: &Access) -> Result<Disk> {
         DiskSpec::Nbd(uri) => uri.export.clone(),
     };
     if *access == Access::ReadOnly {
-        let source = open_disk(spec).await?;
+        let source = match spec {
+            DiskSpec::Nbd(uri) => open_export(uri).await?,
+            DiskSpec::Image(_) => open_disk(spec).await?,
+        };
         return Ok(Disk::new((name, description), source));
     }
     let DiskSpec::Image(ImageSpec { path, format }) = spec else {
@@ -287,6 +296,13 @@ async fn open_image(spec: &DiskSpec, access: &Access) -> Result<Disk> {
     let image = Arc::new(WritableImage::open(path)?);
     let growing = Arc::new(GrowingImage(Arc::clone(&image)));
     Ok(Disk::growing((name, description), GrowingImage::of(image), growing))
+}
+
+/// An export of another server, opened again for whoever reads it after it was lost.
+async fn open_export(uri: &NbdUri) -> Result<Arc<dyn BlockSource>> {
+    let on_lost = Box::new(|text: String| tracing::warn!("{text}"));
+    let opening = ReconnectingClient::open(uri.clone(), ClientOptions::default(), RETRIES, on_lost);
+    Ok(Arc::new(Box::pin(opening).await?))
 }
 
 fn file_name(path: &Path) -> String {
