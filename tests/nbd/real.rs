@@ -132,47 +132,47 @@ async fn a_bitmap_that_is_not_exported_is_an_error() {
     assert!(error.to_string().contains("qemu:dirty-bitmap:b0"), "{error}");
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn nbdkit_reads_the_same_however_much_it_is_made_to_unlearn() {
-    let cases: [&[&str]; 7] = [
-        &[],
-        &["--no-sr"],
-        &["--mask-handshake=0"],
-        &["--mask-handshake=1"],
-        &["--mask-handshake=2"],
-        &["--mask-handshake=3"],
-        &["-o"],
-    ];
-    for case in cases {
-        let (dir, content) = pattern_dir((1 << 20) + 512);
-        let file = dir.path().join("raw");
-        let mut args = case.to_vec();
-        args.extend(["-r", "file", file.to_str().unwrap()]);
-        let server = Server::nbdkit(&args);
-        let client = server.reader().await;
-        let simple = case
-            .first()
-            .is_some_and(|c| !matches!(*c, "--mask-handshake=1" | "--mask-handshake=3"));
-        let style = if simple { HeaderStyle::Simple } else { HeaderStyle::Structured };
-        assert_eq!(client.header_style(), style, "{case:?}");
-        conformance::source(&client, &content).await;
-    }
+/// Reads from nbdkit that was made to unlearn something.
+async fn reads_nbdkit(unlearn: &[&str], style: HeaderStyle) {
+    let (dir, content) = pattern_dir((1 << 20) + 512);
+    let file = dir.path().join("raw");
+    let args = [unlearn, &["-r", "file", file.to_str().unwrap()]].concat();
+    let server = Server::nbdkit(&args);
+    let client = server.reader().await;
+    assert_eq!(client.header_style(), style);
+    conformance::source(&client, &content).await;
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn nbdkit_memory_takes_writes_in_every_style() {
+async fn writes_nbdkit(unlearn: &[&str], style: HeaderStyle) {
+    let server = Server::nbdkit(&[unlearn, &["memory", "6M"]].concat());
+    let client = server.writer().await;
+    assert_eq!(client.header_style(), style);
+    let content = || async { vmbackup::block::read_all(&client, 6 << 20).await.unwrap() };
+    conformance::sink(&client, content).await;
+}
+
+/// One test per cell, named after its claim.
+macro_rules! cells {
+    ($($name:ident: $does:ident $style:ident [$($unlearn:literal)*];)*) => {$(
+        #[tokio::test(flavor = "multi_thread")]
+        async fn $name() {
+            $does(&[$($unlearn),*], HeaderStyle::$style).await;
+        }
+    )*};
+}
+
+cells! {
+    nbdkit_is_read_with_all_it_can: reads_nbdkit Structured [];
+    nbdkit_without_structured_replies_is_read: reads_nbdkit Simple ["--no-sr"];
+    nbdkit_that_is_newstyle_and_not_fixed_is_read: reads_nbdkit Simple ["--mask-handshake=0"];
+    nbdkit_that_pads_the_handshake_is_read: reads_nbdkit Structured ["--mask-handshake=1"];
+    nbdkit_that_is_not_fixed_and_does_not_pad_is_read: reads_nbdkit Simple ["--mask-handshake=2"];
+    nbdkit_that_is_fixed_and_does_not_pad_is_read: reads_nbdkit Structured ["--mask-handshake=3"];
+    nbdkit_that_is_oldstyle_is_read: reads_nbdkit Simple ["-o"];
     // Not oldstyle: nbdkit 1.32 advertises WRITE_ZEROES and FLUSH there and then refuses them.
-    let cases: [&[&str]; 3] = [&[], &["--no-sr"], &["--mask-handshake=0"]];
-    for case in cases {
-        let mut args = case.to_vec();
-        args.extend(["memory", "6M"]);
-        let server = Server::nbdkit(&args);
-        let client = server.writer().await;
-        conformance::sink(&client, || async {
-            vmbackup::block::read_all(&client, 6 << 20).await.unwrap()
-        })
-        .await;
-    }
+    nbdkit_takes_writes_with_all_it_can: writes_nbdkit Structured [];
+    nbdkit_without_structured_replies_takes_writes: writes_nbdkit Simple ["--no-sr"];
+    nbdkit_that_is_newstyle_and_not_fixed_takes_writes: writes_nbdkit Simple ["--mask-handshake=0"];
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -12,3 +12,4 @@ mod own;
 mod raw;
 mod real;
 mod rig;
+mod seen;

@@ -53,9 +53,13 @@ struct Rig {
 
 impl Rig {
     fn new(transport: Transport, tls: &ServerTlsOptions) -> Self {
+        Self::of(exports(), transport, tls)
+    }
+
+    fn of(exports: Exports, transport: Transport, tls: &ServerTlsOptions) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let tls = ServerTls::load(tls).unwrap();
-        let server = Server::with_tls(exports(), Limits::default(), Some(tls));
+        let server = Server::with_tls(exports, Limits::default(), Some(tls));
         let (listener, port) = match transport {
             Transport::Unix => (Listener::unix(&dir.path().join("s")).unwrap(), None),
             Transport::Tcp => {
@@ -214,6 +218,51 @@ cells! {
     nbdkit_reads_over_tcp_with_certificates_in_tls_13: NbdkitPlugin Tcp Certificates Tls13;
     nbdkit_reads_over_tcp_with_keys_in_tls_12: NbdkitPlugin Tcp Psk Tls12;
     nbdkit_reads_over_tcp_with_keys_in_tls_13: NbdkitPlugin Tcp Psk Tls13;
+}
+
+/// The command that reads, turned round: it writes `in`.
+fn turned(mut command: Vec<String>) -> Vec<String> {
+    if command[0] == "nbdcopy" {
+        return vec!["nbdcopy".to_owned(), "in".to_owned(), command.swap_remove(1)];
+    }
+    let [_, _, object, value, _, disk, ..] = &command[..] else { panic!("{command:?}") };
+    ["qemu-img", "convert", object, value, "-n", "-f", "raw", "in", "--target-image-opts", disk]
+        .map(str::to_owned)
+        .to_vec()
+}
+
+fn takes_writes(tool: Tool, transport: Transport, kind: Kind) {
+    let pki = Pki::new();
+    let credentials = match kind {
+        Kind::Certificates => Credentials::Certificates(pki.server()),
+        Kind::Psk => Credentials::Psk(pki.psk()),
+    };
+    let disk = Arc::new(MemoryDisk::with_content(vec![0x5a; content().len()]));
+    let export = Export::writable(EXPORT, Arc::clone(&disk) as _, Arc::clone(&disk) as _);
+    let tls = options(Mode::Required, credentials, ClientCertificates::Required);
+    let rig = Rig::of(Exports::new([export]).unwrap(), transport, &tls);
+    std::fs::write(rig.dir.path().join("in"), content()).unwrap();
+    let command = turned(copy(&rig, &pki, tool, kind));
+    let command: Vec<&str> = command.iter().map(String::as_str).collect();
+    let (success, said) = rig.run(&command, Version::Tls13);
+    assert!(success, "{command:?}: {said}");
+    assert!(disk.content() == content(), "what was written differs");
+}
+
+macro_rules! written {
+    ($($name:ident: $tool:ident $transport:ident $kind:ident;)*) => {$(
+        #[tokio::test(flavor = "multi_thread")]
+        async fn $name() {
+            takes_writes(Tool::$tool, Transport::$transport, Kind::$kind);
+        }
+    )*};
+}
+
+written! {
+    libnbd_writes_over_unix_with_keys: Nbdcopy Unix Psk;
+    libnbd_writes_over_tcp_with_certificates: Nbdcopy Tcp Certificates;
+    qemu_writes_over_unix_with_certificates: QemuImg Unix Certificates;
+    qemu_writes_over_tcp_with_keys: QemuImg Tcp Psk;
 }
 
 #[tokio::test(flavor = "multi_thread")]
