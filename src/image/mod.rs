@@ -77,19 +77,25 @@ impl LockedImage {
         &self.layers
     }
 
-    /// The disk inside. With `changes`, ranges the bitmap of that name calls clean are Unchanged.
+    /// The disk inside, as a guest sees it. With `changes`, ranges the bitmap of that name calls
+    /// clean are Unchanged.
     pub async fn source(&mut self, changes: Option<&str>) -> Result<Arc<dyn BlockSource>> {
         let changes = changes.map(str::to_owned);
-        self.source_with(ClientOptions { changes, ..ClientOptions::default() }).await
+        let options = ClientOptions { changes, ..ClientOptions::default() };
+        self.source_with(OddEnd::Padded, options).await
     }
 
     /// The same, read as `options` say where a server is needed.
-    async fn source_with(&mut self, options: ClientOptions) -> Result<Arc<dyn BlockSource>> {
+    async fn source_with(
+        &mut self,
+        odd_end: OddEnd,
+        options: ClientOptions,
+    ) -> Result<Arc<dyn BlockSource>> {
         let top = &self.layers[0];
         if top.format == "raw" && options.changes.is_none() {
             let file = self.locks[0].file()?;
             let file = FileSource::from_file(file, &top.path, Access::Once)?;
-            if PaddedFile::is_needed(&file) {
+            if odd_end == OddEnd::Padded && PaddedFile::is_needed(&file) {
                 return Ok(Arc::new(PaddedFile::new(file)));
             }
             return Ok(Arc::new(file));
@@ -119,20 +125,26 @@ impl LockedImage {
     }
 }
 
-/// Opens an image to hash, copy or compare it: locked, read-only, released when dropped.
-pub async fn open_image(path: &Path, format: &str) -> Result<Arc<dyn BlockSource>> {
-    open_image_with(path, format, ClientOptions::default()).await
+/// What a raw file is whose length is no whole number of sectors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OddEnd {
+    /// As long as it is: a file among files.
+    Kept,
+    /// Zeroes follow up to the end of its last sector: the disk a guest sees.
+    Padded,
 }
 
-/// The same, read as `options` say where a server is needed.
-pub async fn open_image_with(
+/// Opens an image to hash, copy, serve or compare it: locked, read-only, released when dropped. It is
+/// read as `options` say where a server is needed.
+pub async fn open_image(
     path: &Path,
     format: &str,
+    odd_end: OddEnd,
     options: ClientOptions,
-) -> Result<Arc<dyn BlockSource>> {
+) -> Result<OpenImage> {
     let mut image = LockedImage::acquire(path, format).await?;
-    let source = image.source_with(options).await?;
-    Ok(Arc::new(OpenImage { source, _lock: image }))
+    let source = image.source_with(odd_end, options).await?;
+    Ok(OpenImage { source, image })
 }
 
 /// Opens an existing image to be overwritten in place, through a server that takes QEMU's own locks
@@ -150,9 +162,16 @@ pub async fn open_to_overwrite(
 }
 
 /// A source with its lock.
-struct OpenImage {
+pub struct OpenImage {
     source: Arc<dyn BlockSource>,
-    _lock: LockedImage,
+    image: LockedImage,
+}
+
+impl OpenImage {
+    /// [`Kind::SnapshotLost`] unless what was read is what was opened: not everybody heeds locks.
+    pub async fn still_valid(&self) -> Result<()> {
+        self.image.still_valid().await
+    }
 }
 
 #[async_trait]

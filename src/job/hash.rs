@@ -7,6 +7,7 @@ use super::source::{self, DiskSpec};
 use crate::content::ContentRoot;
 use crate::copy;
 use crate::error::Result;
+use crate::image::OddEnd;
 
 /// What a disk holds.
 #[derive(Clone, Debug, Serialize)]
@@ -22,7 +23,7 @@ pub struct Report {
 /// Reads all of a disk and computes its root.
 pub async fn run(disk: &DiskSpec, (env, control): Surroundings<'_>) -> Result<Report> {
     let name = disk.to_string();
-    let source = source::open_disk(disk).await?;
+    let source = source::open_disk(disk, OddEnd::Padded).await?;
     let size_bytes = source.geometry().size_bytes;
     control.set_phase(format!("reading {name}"));
     let progress = control.add_disk(&name, size_bytes);

@@ -8,7 +8,7 @@ use std::time::Duration;
 use super::Env;
 use crate::block::BlockSource;
 use crate::error::{Error, Result};
-use crate::image::open_image;
+use crate::image::{OddEnd, open_image};
 use crate::nbd::{Client, ClientOptions, NbdUri};
 use crate::platform::image::{ImageSource, Images};
 use crate::platform::qemu::{Qemu, QemuOptions};
@@ -132,9 +132,12 @@ fn absolute(path: &Path) -> Result<PathBuf> {
 }
 
 /// Opens a single disk for reading.
-pub(super) async fn open_disk(spec: &DiskSpec) -> Result<Arc<dyn BlockSource>> {
+pub(super) async fn open_disk(spec: &DiskSpec, odd_end: OddEnd) -> Result<Arc<dyn BlockSource>> {
+    let options = ClientOptions::default();
     match spec {
-        DiskSpec::Nbd(uri) => Ok(Arc::new(Client::open_uri(uri, ClientOptions::default()).await?)),
-        DiskSpec::Image(image) => open_image(&image.path, &image.format).await,
+        DiskSpec::Nbd(uri) => Ok(Arc::new(Client::open_uri(uri, options).await?)),
+        DiskSpec::Image(ImageSpec { path, format }) => {
+            Ok(Arc::new(open_image(path, format, odd_end, options).await?))
+        }
     }
 }

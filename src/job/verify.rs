@@ -14,6 +14,7 @@ use crate::content::ContentRoot;
 use crate::control::Control;
 use crate::copy;
 use crate::error::{Error, Kind, Result};
+use crate::image::OddEnd;
 use crate::repo::{Manifest, ManifestDisk};
 use crate::vm::{PointId, VmIdentity};
 
@@ -139,7 +140,7 @@ async fn compare(
 ) -> Result<DiskReport> {
     let (name, size_bytes) = (&disk.description.name, disk.description.size_bytes);
     let reader = Arc::new(repository.open_disk(&disk.stored).await?);
-    let other_source = source::open_disk(other).await?;
+    let other_source = source::open_disk(other, OddEnd::Padded).await?;
     let (expected_root, other_bytes) = (disk.stored.root, other_source.geometry().size_bytes);
     let different = DiskReport {
         name: name.clone(),

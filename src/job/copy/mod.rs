@@ -1,8 +1,9 @@
 //! Any disk to any place, through the engine that backups use: `vmbackup copy`.
 //!
 //! ```text
-//!  open source ► open target (refuse what does not fit) ► copy ► [read back, compare] ► commit
-//!                                                           └── any failure ──────────► abort
+//!  open source ► open target (refuse what does not fit) ► copy ► [read back, compare]
+//!                 ► source still as it was opened? ► commit
+//!                     any failure ─────────────────► abort
 //! ```
 //!
 //! A new file has a temporary name until it is complete; an existing one is replaced or written in
@@ -271,6 +272,7 @@ struct Done {
 impl Copying<'_> {
     async fn copy_from_disk(&self, source: Source, target: Target) -> Result<(Done, bool)> {
         let control = self.surroundings.1;
+        let source = (source, source::odd_end(&target));
         let opened =
             source::open(source, (self.client(), self.options.retries), self.surroundings).await?;
         source::refuse_itself(&opened, &target)?;
@@ -280,8 +282,12 @@ impl Copying<'_> {
         let target = Opened::open(target, Some(target_bytes), self).await?;
         control.set_phase("copying");
         let progress = control.add_disk(&self.names.1, size_bytes);
-        let copied = self.copy_disk(disk, &target, &progress).await;
-        let (report, content_root) = match copied {
+        let copied = async {
+            let copied = self.copy_disk(disk, &target, &progress).await?;
+            opened.still_valid().await?;
+            Ok(copied)
+        };
+        let (report, content_root) = match copied.await {
             Ok(copied) => copied,
             Err(error) => {
                 return Err(reached(target.abort(error, control), &progress));

@@ -6,13 +6,13 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 
-use super::{Source, Surroundings, Target};
+use super::{OnExisting, Source, Surroundings, Target};
 use crate::block::{BlockSource, Buffer, ByteRange, ExtentMap, Geometry};
 use crate::control::NoticeLevel;
 use crate::error::{Error, Kind, Result};
-use crate::image::{CommandServer, open_image_with};
+use crate::image::{CommandServer, OddEnd, OpenImage, is_device, open_image};
 use crate::job::points;
-use crate::job::source::DiskSpec;
+use crate::job::source::{DiskSpec, ImageSpec};
 use crate::nbd::{Client, ClientOptions, ReconnectingClient, Retries};
 
 /// Longest wait for the end of a server that was only read.
@@ -22,14 +22,23 @@ const END: Duration = Duration::from_secs(60);
 pub(super) struct OpenedSource {
     pub(super) disk: Arc<dyn BlockSource>,
     /// The file it is in, if it is one.
-    path: Option<PathBuf>,
+    image: Option<(PathBuf, Arc<OpenImage>)>,
     server: Option<Arc<CommandServer>>,
 }
 
 impl OpenedSource {
+    /// Fails when a file was written, resized or replaced since it was opened: what was read of it is
+    /// no state that it ever had.
+    pub(super) async fn still_valid(&self) -> Result<()> {
+        match &self.image {
+            Some((_, image)) => image.still_valid().await,
+            None => Ok(()),
+        }
+    }
+
     /// Ends what was started for it.
     pub(super) async fn close(self) -> Result<()> {
-        drop(self.disk);
+        drop((self.disk, self.image));
         match self.server {
             Some(server) => server.stop(END).await,
             None => Ok(()),
@@ -37,13 +46,27 @@ impl OpenedSource {
     }
 }
 
+/// What a raw file of an odd size is to be for `target`: existing images of other formats, whose
+/// sizes are whole sectors, are written in whole sectors. A new one is made as large as it has to be.
+pub(super) fn odd_end(target: &Target) -> OddEnd {
+    match target {
+        Target::Image { image, existing, .. }
+            if image.format != "raw"
+                && (*existing == OnExisting::WriteInPlace || is_device(&image.path)) =>
+        {
+            OddEnd::Padded
+        }
+        _ => OddEnd::Kept,
+    }
+}
+
 /// Opens a source; a pipe has no disk.
 pub(super) async fn open(
-    source: Source,
+    (source, odd_end): (Source, OddEnd),
     (client, retries): (ClientOptions, Retries),
     (env, control): Surroundings<'_>,
 ) -> Result<OpenedSource> {
-    let only = |disk| OpenedSource { disk, path: None, server: None };
+    let only = |disk| OpenedSource { disk, image: None, server: None };
     match source {
         Source::Disk(DiskSpec::Nbd(uri)) if retries.attempts > 0 => {
             let control = control.clone();
@@ -55,8 +78,10 @@ pub(super) async fn open(
             Ok(only(Arc::new(Box::pin(Client::open_uri(&uri, client)).await?)))
         }
         Source::Disk(DiskSpec::Image(image)) => {
-            let disk = Box::pin(open_image_with(&image.path, &image.format, client)).await?;
-            Ok(OpenedSource { path: Some(image.path), ..only(disk) })
+            let ImageSpec { path, format } = image;
+            let image = Arc::new(Box::pin(open_image(&path, &format, odd_end, client)).await?);
+            let disk = Arc::clone(&image) as Arc<dyn BlockSource>;
+            Ok(OpenedSource { image: Some((path, image)), ..only(disk) })
         }
         Source::Command(line) => {
             let server = CommandServer::start(&line).await?;
@@ -80,7 +105,9 @@ pub(super) async fn open(
 
 /// Fails when the target is the file the source is read from: it would be overwritten unread.
 pub(super) fn refuse_itself(source: &OpenedSource, target: &Target) -> Result<()> {
-    let (Some(from), Target::Image { image, .. }) = (&source.path, target) else { return Ok(()) };
+    let (Some((from, _)), Target::Image { image, .. }) = (&source.image, target) else {
+        return Ok(());
+    };
     let id = |path: &Path| {
         use std::os::unix::fs::MetadataExt;
         path.metadata().ok().map(|data| (data.dev(), data.ino(), data.rdev()))

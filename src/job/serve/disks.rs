@@ -12,7 +12,7 @@ use crate::block::layer::grown::GrownSource;
 use crate::block::overlay::{Overlay, Written};
 use crate::block::{BlockSink, BlockSource};
 use crate::error::{Error, Kind, Result};
-use crate::image::WritableImage;
+use crate::image::{OddEnd, WritableImage};
 use crate::job::source::{DiskSpec, ImageSpec, open_disk};
 use crate::job::{Env, Repository, points};
 use crate::nbd::server::{Export, Grown, Growth};
@@ -280,7 +280,8 @@ async fn open_image(spec: &DiskSpec, access: &Access) -> Result<Disk> {
     if *access == Access::ReadOnly {
         let source = match spec {
             DiskSpec::Nbd(uri) => open_export(uri).await?,
-            DiskSpec::Image(_) => open_disk(spec).await?,
+            // As writable: an NBD export has any size.
+            DiskSpec::Image(_) => open_disk(spec, OddEnd::Kept).await?,
         };
         return Ok(Disk::new((name, description), source));
     }
