@@ -190,14 +190,19 @@ async fn make(
     };
     let what = format!("create {} as {format}", path.display());
     let size = size_bytes.to_string();
-    let args = ["create", "-q", "-f", format, STDIN_FILE, &size].map(OsStr::new);
-    qemu_img_on(open()?.into(), args.into(), &what).await?;
+    let mut args = ["create", "-q", "-f", format].map(OsStr::new).to_vec();
+    if format == "vpc" {
+        // Whole cylinders otherwise, which is more (QEMU, block/vpc.c).
+        args.extend(["-o", "force_size=on"].map(OsStr::new));
+    }
+    args.extend([STDIN_FILE, &size].map(OsStr::new));
+    qemu_img_on(open()?.into(), args, &what).await?;
     let client =
         ClientOptions { access: Access::Write(InitialContent::Zero), changes: None, ..client };
     let export = ImageExport::write((path, format, Some(open()?)), compression, client).await?;
     let made_bytes = BlockSink::geometry(&export).size_bytes;
     if made_bytes != size_bytes {
-        // Some formats round up (vpc to cylinders): the guest would see another disk.
+        // The guest would see another disk.
         let message = format!("cannot {what}: {size_bytes} bytes become {made_bytes}");
         return Err(Error::new(Kind::Unsupported, message).hint("choose qcow2 or raw"));
     }

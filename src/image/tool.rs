@@ -90,6 +90,8 @@ pub(super) fn failed(what: &str, said: &str) -> Error {
         (Kind::NoSpace, "free space there, or choose another place")
     } else if has("Unknown driver") || has("Image is not in") {
         (Kind::Usage, "say the format it has: PATH,format=qcow2 or PATH,format=raw")
+    } else if has("does not support image creation") {
+        (Kind::Unsupported, "choose qcow2 or raw")
     } else {
         return Error::new(Kind::Io, message);
     };
