@@ -11,7 +11,8 @@
 //! Invariants:
 //! - Zeroes are made by calls whose result the kernel defines as zero (hole, zero range, written
 //!   zeroes). Nothing is ever discarded: what a discarded block reads as is the device's whim.
-//! - Nothing existing is replaced before the new is complete and durable.
+//! - Nothing existing is replaced before the new is complete and durable; what replaces a file has its
+//!   owner and its rights.
 //! - The reactor never waits for a disk: what is not in the page cache is read on blocking threads,
 //!   writing happens on the sink's own threads.
 //!
@@ -23,6 +24,7 @@ mod disk;
 mod new;
 mod pipe;
 mod placed;
+mod replaced;
 mod sink;
 mod source;
 mod stamp;
@@ -34,6 +36,7 @@ pub use disk::FileDisk;
 pub use new::{Durability, Existing, NewFile, refuse_special};
 pub use pipe::{PipeReader, PipeSink};
 pub use placed::Placed;
+pub use replaced::{followed, take_over};
 pub use sink::FileSink;
 pub use source::{Access, FileSource, read_cached};
 pub use stamp::FileStamp;

@@ -5,6 +5,9 @@
 //!                        │                                  └────► abort: removed
 //!                        └── dropped: removed as well
 //! ```
+//!
+//! One that replaces another has its owner and rights, and where that is reached by a link takes the
+//! place of what it leads to.
 
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
@@ -13,7 +16,7 @@ use std::sync::Arc;
 
 use tempfile::TempPath;
 
-use super::{FileSink, Placed, blocking, parent, sync_directory_of};
+use super::{FileSink, Placed, blocking, followed, parent, sync_directory_of, take_over};
 use crate::block::BlockSink;
 use crate::error::{Error, Kind, Result};
 
@@ -25,7 +28,7 @@ const BESIDE_MAX: u32 = 99;
 pub enum Existing {
     /// Fail, both when the new file is begun and, race-free, when it is committed.
     Refuse,
-    /// Replace it, at the moment the new one is complete.
+    /// Replace it, at the moment the new one is complete. Links are followed; owner and rights stay.
     Replace,
 }
 
@@ -53,8 +56,8 @@ impl NewFile {
         Self::begin(path, Some(size_bytes), existing, None)
     }
 
-    /// The same with a temporary name that is known before: in the same directory, and of nothing
-    /// else; one that is free if not given.
+    /// The same with a temporary name that is known before: in the same directory (of what `path`
+    /// leads to: [`followed`]), and of nothing else; one that is free if not given.
     pub fn create_as(
         path: &Path,
         size_bytes: u64,
@@ -76,14 +79,16 @@ impl NewFile {
         existing: Existing,
         given: Option<&Path>,
     ) -> Result<Self> {
+        refuse_special(path)?;
+        let path = &match existing {
+            Existing::Refuse if path.symlink_metadata().is_ok() => return Err(exists(path)),
+            Existing::Refuse => path.to_owned(),
+            Existing::Replace => followed(path)?,
+        };
         let Some(name) = path.file_name() else {
             let message = format!("'{}' does not name a file", path.display());
             return Err(Error::new(Kind::Usage, message));
         };
-        refuse_special(path)?;
-        if existing == Existing::Refuse && path.symlink_metadata().is_ok() {
-            return Err(exists(path));
-        }
         let mut prefix = std::ffi::OsString::from(".");
         prefix.push(name);
         prefix.push(".");
@@ -97,8 +102,11 @@ impl NewFile {
             .tempfile_in(parent(path))
             .map_err(|e| Error::io(format!("cannot create {}", path.display()), e))?
             .into_parts();
+        if existing == Existing::Replace {
+            take_over(path, &file)?;
+        }
         let sink = Arc::new(FileSink::on_new(file, path, size_bytes)?);
-        Ok(Self { path: path.to_owned(), temporary, existing, sink })
+        Ok(Self { path: path.clone(), temporary, existing, sink })
     }
 
     /// Where the bytes go.

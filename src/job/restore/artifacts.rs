@@ -11,7 +11,7 @@ use super::outcome::Outcome;
 use super::problems::Problems;
 use super::salvage::{self, DamagedArtifact};
 use crate::block;
-use crate::block::file::{Existing, Placed};
+use crate::block::file::{Existing, Placed, followed, take_over};
 use crate::error::{Error, Kind, Result};
 use crate::job::points;
 use crate::journal::{Phase, RestoreJournal};
@@ -84,7 +84,8 @@ pub(super) fn check_free(manifest: &Manifest, request: &Request, problems: &mut 
     }
 }
 
-/// Writes a file whole and durable, readable by its owner only; its name is not synced yet.
+/// Writes a file whole and durable, readable by its owner only, or as the one it replaces; its name is
+/// not synced yet.
 pub(super) fn write_file(
     path: &Path,
     bytes: &[u8],
@@ -92,6 +93,10 @@ pub(super) fn write_file(
     journal: &mut RestoreJournal,
 ) -> Result<Placed> {
     let fail = |e| no_room(Error::io(format!("cannot write {}", path.display()), e));
+    let path = &match existing {
+        Existing::Refuse => path.to_owned(),
+        Existing::Replace => followed(path)?,
+    };
     let temporary = journal.temporary(path)?;
     let directory = temporary.parent().expect("a file is in a directory");
     journal.before(Phase::Temporary);
@@ -101,6 +106,9 @@ pub(super) fn write_file(
         .permissions(std::fs::Permissions::from_mode(0o600))
         .tempfile_in(directory)
         .map_err(fail)?;
+    if existing == Existing::Replace {
+        take_over(path, file.as_file())?;
+    }
     file.write_all(bytes).and_then(|()| file.as_file().sync_all()).map_err(fail)?;
     journal.after(Phase::Temporary);
     journal.place(&temporary, path)?;

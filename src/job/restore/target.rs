@@ -9,7 +9,7 @@ use super::artifacts::no_room;
 use super::outcome::Outcome;
 use super::place::{Place, nearest_directory};
 use super::problems::Problems;
-use crate::block::file::{Existing, FileSink, NewFile};
+use crate::block::file::{Existing, FileSink, NewFile, followed};
 use crate::block::{BlockSink, BlockSource, ByteRange, ExtentKind};
 use crate::control::{Control, NoticeLevel};
 use crate::error::{Error, Kind, Result};
@@ -81,6 +81,7 @@ pub(super) fn check_space(disks: &[(&Place, u64)], problems: &mut Problems) {
     let mut needed: BTreeMap<u64, (PathBuf, u64)> = BTreeMap::new();
     for (place, bytes) in disks {
         let Place::Image { path, .. } = place else { continue };
+        let Some(path) = problems.note(followed(path)) else { continue };
         let file_system = path.parent().map_or_else(|| Ok(PathBuf::from("/")), nearest_directory);
         let file_system = file_system.and_then(|directory| {
             let data = directory.metadata();
@@ -151,6 +152,10 @@ impl Target {
                 })
             }
             Place::Image { path, format } => {
+                let path = &match existing {
+                    Existing::Refuse => path.clone(),
+                    Existing::Replace => followed(path)?,
+                };
                 let lock = match existing {
                     Existing::Replace if path.exists() => Some(ImageLock::acquire_to_write(path)?),
                     _ => None,
