@@ -85,8 +85,9 @@ async fn read_all(
                 done.map_err(|e| Error::new(Kind::Internal, "a step of the copy died").source(e))??;
             report.written_bytes += done.written_bytes;
             report.zero_bytes += done.zero_bytes;
+            let covered = done.written_bytes + done.zero_bytes;
+            progress.add(covered, covered);
         }
-        progress.add(range.len(), range.len());
         at = range.end();
         if end {
             report.read_bytes = at;
