@@ -132,6 +132,16 @@ pub(crate) fn options(args: &Args) -> Result<Options> {
         let message = format!("--sparse: {bytes} is not a power of two");
         return Err(Error::new(Kind::Usage, message).hint("4k is the block of most file systems"));
     }
+    let request_max = request_bytes.unwrap_or(REQUEST_BYTES_MAX);
+    if let Some(bytes) = detect_bytes.filter(|bytes| *bytes > request_max) {
+        // Zeroes are looked for in what one request brings.
+        let message = format!("--sparse: {bytes} bytes are more than those of a request");
+        return Err(Error::new(Kind::Usage, message).hint(if request_bytes.is_some() {
+            "look for shorter runs, or make requests larger with --request-size"
+        } else {
+            "32M is the most"
+        }));
+    }
     let (connections, requests) = match speed {
         SpeedArgs { synchronous: true, .. } => (Some(1), Some(1)),
         SpeedArgs { connections, requests, .. } => (connections.map(usize::from), *requests),

@@ -86,7 +86,8 @@ pub struct Options {
     pub sink_name: String,
     /// Requests in flight; as many as both ends find useful if not given.
     pub requests: Option<usize>,
-    /// Size of one read and write, made to fit both ends; what suits them if not given.
+    /// Size of one read and write, made to fit both ends; what suits them, and the search for zeroes,
+    /// if not given.
     pub request_bytes: Option<u64>,
     /// Bound on bytes in flight, perhaps shared with the other disks of a job.
     pub budget: Budget,
@@ -108,11 +109,22 @@ pub enum Zeroes {
     /// Holes where the sink can have them. Data is searched for runs of zeroes of at least
     /// `detect_bytes` (a power of two) too; sinks of chunks that large do that by themselves.
     Sparse {
-        /// Shortest run made a hole; none is searched for if not given.
+        /// Shortest run made a hole, as far as the ends take requests that large; none is searched
+        /// for if not given.
         detect_bytes: Option<u64>,
     },
     /// Space is allocated for them; nothing is left out.
     Allocated,
+}
+
+impl Zeroes {
+    /// Shortest run of zeroes that is looked for in data.
+    fn detect_bytes(self) -> Option<u64> {
+        match self {
+            Self::Sparse { detect_bytes } => detect_bytes,
+            Self::Allocated => None,
+        }
+    }
 }
 
 /// What the sink holds before the copy.
@@ -287,6 +299,8 @@ impl Shape {
             return Err(Error::new(Kind::Unsupported, message));
         }
         let largest = source.request_bytes_max.min(sink.request_bytes_max).min(REQUEST_BYTES_MAX);
+        // A run of zeroes is found within one request.
+        let usual_bytes = usual_bytes.max(options.zeroes.detect_bytes().unwrap_or(0));
         let wanted = options.request_bytes.unwrap_or(usual_bytes);
         let wanted = wanted.min(largest).max(cell_bytes);
         let both = source.in_flight.saturating_add(sink.in_flight);

@@ -7,7 +7,7 @@ use super::clear::ZeroPolicy;
 use super::hash::HashSink;
 use super::plan::Step;
 use super::sparse::{Run, runs};
-use super::{Options, Report, Shape, Tail, Unchanged, Zeroes};
+use super::{Options, Report, Shape, Tail, Unchanged};
 use crate::block::{BlockSink, BlockSource, Buffer, ByteRange};
 use crate::error::{Error, Result};
 
@@ -37,19 +37,14 @@ impl Copying {
         (shape, zeroes): (Shape, ZeroPolicy),
         hash: Option<Arc<HashSink>>,
     ) -> Self {
-        let detect_bytes = match options.zeroes {
-            Zeroes::Allocated => None,
-            Zeroes::Sparse { detect_bytes } => {
-                detect_bytes.filter(|_| sink.can_zero() || zeroes == ZeroPolicy::LeaveOut)
-            }
-        };
+        let detect_bytes = options.zeroes.detect_bytes();
+        let detect_bytes =
+            detect_bytes.filter(|_| sink.can_zero() || zeroes == ZeroPolicy::LeaveOut);
         let geometry = source.geometry();
         let read_max = geometry.request_bytes_max.max(geometry.align_bytes);
         Self {
-            // A block no smaller than a request is the sink's own chunk: it looks for itself.
             detect_bytes: detect_bytes
-                .map(|bytes| bytes.max(sink.geometry().align_bytes))
-                .filter(|bytes| *bytes < shape.request_bytes),
+                .map(|bytes| bytes.max(sink.geometry().align_bytes).min(shape.request_bytes)),
             read_bytes_max: read_max - read_max % geometry.align_bytes,
             source_align_bytes: geometry.align_bytes,
             source,
