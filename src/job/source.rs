@@ -8,7 +8,7 @@ use std::time::Duration;
 use super::Env;
 use crate::block::BlockSource;
 use crate::error::{Error, Result};
-use crate::image::{OddEnd, open_image};
+use crate::image::{OddEnd, open_image_as};
 use crate::nbd::{Client, ClientOptions, NbdUri};
 use crate::platform::image::{ImageSource, Images};
 use crate::platform::qemu::{Qemu, QemuOptions};
@@ -137,7 +137,7 @@ pub(super) async fn open_disk(spec: &DiskSpec, odd_end: OddEnd) -> Result<Arc<dy
     match spec {
         DiskSpec::Nbd(uri) => Ok(Arc::new(Client::open_uri(uri, options).await?)),
         DiskSpec::Image(ImageSpec { path, format }) => {
-            Ok(Arc::new(open_image(path, format, odd_end, options).await?))
+            Ok(Arc::new(open_image_as((path, format), odd_end, options).await?))
         }
     }
 }

@@ -220,6 +220,30 @@ fn a_raw_image_that_ends_inside_a_sector_is_the_disk_that_qemu_makes_of_it() {
 }
 
 #[test]
+fn a_restored_image_keeps_owner_mode_and_link_of_the_one_it_replaces() {
+    use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
+    let fixture = Fixture::new();
+    let (env, point) = (&fixture.env, fixture.point());
+    let to = env.path("restored");
+    let args = ["restore", &point, "--to", to.to_str().unwrap(), "--json"];
+    let restored = env.vmbackup(&args).json();
+    let link = to.join(restored["disks"][0]["path"].as_str().unwrap());
+    fs::create_dir(env.path("pool")).unwrap();
+    let image = env.path("pool/image");
+    fs::remove_file(&link).unwrap();
+    fs::write(&image, "old").unwrap();
+    fs::set_permissions(&image, fs::Permissions::from_mode(0o664)).unwrap();
+    chown(&image, Some(65534), Some(12)).unwrap();
+    symlink(&image, &link).unwrap();
+    env.vmbackup(&[&args[..], &["--force"]].concat()).ok();
+    assert_eq!(fs::read_link(&link).unwrap(), image, "the link stays");
+    assert!(fs::read(&image).unwrap() == fs::read(&fixture.image).unwrap());
+    let now = image.metadata().unwrap();
+    assert_eq!((now.uid(), now.gid(), now.mode() & 0o7777), (65534, 12, 0o664));
+    assert_eq!(fs::read_dir(env.path("pool")).unwrap().count(), 1, "nothing else is left");
+}
+
+#[test]
 fn a_disk_of_a_point_is_copied_without_a_restore() {
     let fixture = Fixture::new();
     let env = &fixture.env;

@@ -99,7 +99,7 @@ fn a_compressed_image_of_any_size_is_rounded_to_sectors_only() {
         };
         fs::write(env.path("disk"), &bytes[..len]).unwrap();
         let size = (len as u64).next_multiple_of(512);
-        // nbdkit tells the size as it is, a file of ours in whole sectors.
+        // A server of ours, and one of somebody else.
         for (index, from) in ["raw:disk", "[ nbdkit file disk ]"].iter().enumerate() {
             for compressed in [true, false] {
                 let name = format!("{len}-{index}-{compressed}.qcow2");
@@ -206,6 +206,38 @@ fn servers_are_started_from_a_command_line_and_ended() {
         fs::read(&source).unwrap()[..]
             == bytes[..usize::try_from(source.metadata().unwrap().len()).unwrap()]
     );
+}
+
+#[test]
+fn a_compressed_file_is_unpacked_by_nbdkit() {
+    let env = TestEnv::new();
+    let source = source(&env);
+    env.run("gzip", &["-k", text(&source)]).ok();
+    env.vmbackup(&["copy", "[ nbdkit --filter=gzip file source.raw.gz ]", "new.raw"]).ok();
+    assert!(fs::read(&source).unwrap() == fs::read(env.path("new.raw")).unwrap());
+}
+
+#[test]
+fn a_single_partition_is_cut_out_by_nbdkit() {
+    let env = TestEnv::new();
+    let content = fs::read(source(&env)).unwrap();
+    // One of Linux from sector 2048 on, and a second behind it.
+    let mut disk = vec![0xaa; 1 << 20];
+    disk[446..510].fill(0);
+    let sectors = u32::try_from(content.len() / 512).unwrap();
+    for (index, start, sectors) in [(0, 2048, sectors), (1, 2048 + sectors, 8)] {
+        let entry = &mut disk[446 + 16 * index..][..16];
+        entry[4] = 0x83;
+        entry[8..12].copy_from_slice(&u32::to_le_bytes(start));
+        entry[12..16].copy_from_slice(&u32::to_le_bytes(sectors));
+    }
+    disk[510..512].copy_from_slice(&[0x55, 0xaa]);
+    disk.extend(&content);
+    disk.extend([0xaa; 4096]);
+    fs::write(env.path("disk"), &disk).unwrap();
+    let from = "[ nbdkit --filter=partition file disk partition=1 ]";
+    env.vmbackup(&["copy", from, "new.raw", "--verify"]).ok();
+    assert!(content == fs::read(env.path("new.raw")).unwrap());
 }
 
 /// Whether the process whose id is in the file is there.

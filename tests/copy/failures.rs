@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use crate::ends::is_running;
-use crate::support::{NbdServer, Process, SmallDisk, TestEnv, wait_until};
+use crate::support::{NbdServer, Outcome, Process, SmallDisk, TestEnv, wait_until};
 
 fn source(env: &TestEnv, len: usize) -> PathBuf {
     let path = env.path("source.raw");
@@ -72,6 +72,21 @@ fn a_full_target_ends_the_copy_with_its_name_and_the_offset() {
     let outcome = env.vmbackup(&["copy", text(&source), &uri]);
     assert_eq!(outcome.code, Some(9), "{outcome:?}");
     outcome.fails_with(&["cannot write bytes", &uri, "no space left", "after 0 bytes"]);
+}
+
+/// What had only begun to be written was told as written.
+#[test]
+fn a_full_target_of_a_pipe_is_told_with_what_was_written() {
+    let env = TestEnv::new();
+    let source = source(&env, 16 << 20);
+    let small = SmallDisk::mount(&env.path("."), "4M");
+    let target = small.path.join("new.raw");
+    let mut command = env.vmbackup_command(&["copy", "-", text(&target)]);
+    let outcome = Outcome::of(command.stdin(File::open(source).unwrap()));
+    assert_eq!(outcome.code, Some(9), "{outcome:?}");
+    let told = outcome.stderr.split_once("failed after ").expect("it says so").1;
+    let told: usize = told.split_whitespace().next().unwrap().parse().unwrap();
+    assert!(told <= 4 << 20 && told > 0, "{outcome:?}");
 }
 
 /// A write of part of a grain that vmdk could not copy up came back as an invalid argument.

@@ -9,5 +9,9 @@ mod support;
 
 mod ends;
 mod failures;
+mod formats;
 mod lost_target;
+mod replaced;
+mod sizes;
+mod sparse;
 mod zeroes;

@@ -29,6 +29,23 @@ fn a_raw_image_is_written_in_place_by_one_server_at_a_time() {
     assert!(std::fs::read(env.path("disk.raw")).unwrap() == expected);
 }
 
+/// As nbdkit serves it; who needs whole sectors reads zeroes behind the end, as QEMU does.
+#[test]
+fn a_raw_image_is_served_as_long_as_it_is() {
+    let env = env();
+    let odd = content(1)[..1_000_001].to_vec();
+    std::fs::write(env.path("odd.raw"), &odd).unwrap();
+    for how in [&["odd.raw"][..], &["odd.raw", "--writable"]] {
+        let serve = Serve::start(&env, how);
+        let uri = serve.uri(0);
+        assert_eq!(env.run("nbdinfo", &["--size", &uri]).text(), "1000001", "{how:?}");
+        assert!(read(&env, &uri) == odd, "{how:?}");
+        qemu_io(&env, &uri, &["read -v 999936 512"]).ok();
+        serve.stop();
+    }
+    assert!(std::fs::read(env.path("odd.raw")).unwrap() == odd);
+}
+
 /// A file system with a file `nbd` of a MiB, whose syncs fail while `env`'s file `failing` is there.
 struct Unsound {
     directory: PathBuf,

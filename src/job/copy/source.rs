@@ -10,7 +10,7 @@ use super::{OnExisting, Source, Surroundings, Target};
 use crate::block::{BlockSource, Buffer, ByteRange, ExtentMap, Geometry};
 use crate::control::NoticeLevel;
 use crate::error::{Error, Kind, Result};
-use crate::image::{CommandServer, OddEnd, OpenImage, is_device, open_image};
+use crate::image::{CommandServer, OddEnd, OpenImage, is_device, open_image_as};
 use crate::job::points;
 use crate::job::source::{DiskSpec, ImageSpec};
 use crate::nbd::{Client, ClientOptions, ReconnectingClient, Retries};
@@ -79,7 +79,8 @@ pub(super) async fn open(
         }
         Source::Disk(DiskSpec::Image(image)) => {
             let ImageSpec { path, format } = image;
-            let image = Arc::new(Box::pin(open_image(&path, &format, odd_end, client)).await?);
+            let opening = open_image_as((&path, &format), odd_end, client);
+            let image = Arc::new(Box::pin(opening).await?);
             let disk = Arc::clone(&image) as Arc<dyn BlockSource>;
             Ok(OpenedSource { image: Some((path, image)), ..only(disk) })
         }
