@@ -5,7 +5,9 @@
 #   ./examples/boot-from-point.sh
 #
 # Needs QEMU, what tests/setup.sh fetches for the guest, and a built vmbackup (VMBACKUP names another
-# than target/debug/vmbackup; ACCEL=kvm is faster where there is KVM). The guest is a small Linux that finds a message on its disk.
+# than target/debug/vmbackup; ACCEL=kvm is faster where there is KVM). The guest is a small Linux that
+# finds a message on its disk. Its kernel comes from the set-up of the tests: a disk with a boot loader
+# needs neither -kernel nor -initrd.
 set -euo pipefail
 root=$(realpath "$(dirname "$0")/..")
 vmbackup=$(realpath "${VMBACKUP:-$root/target/debug/vmbackup}")

@@ -3,7 +3,7 @@
 #
 #   ./examples/dirty-bitmap-map.sh
 #
-# Needs qemu-utils and a built vmbackup (VMBACKUP names another than target/debug/vmbackup).
+# Needs qemu-utils, jq and a built vmbackup (VMBACKUP names another than target/debug/vmbackup).
 set -euo pipefail
 vmbackup=$(realpath "${VMBACKUP:-$(dirname "$0")/../target/debug/vmbackup}")
 dir=$(mktemp -d "${TMPDIR:-/tmp}/vmbackup-example.XXXXXX")
@@ -23,4 +23,14 @@ until [ -S sock ]; do
   kill -0 "$server"
   sleep 0.05
 done
-"$vmbackup" nbd map --context qemu:dirty-bitmap:since-monday "nbd+unix:///?socket=$dir/sock"
+uri=nbd+unix:///?socket=$dir/sock
+"$vmbackup" nbd map --context qemu:dirty-bitmap:since-monday "$uri"
+
+# What a program makes of it: offset and length of each range that was written, and of no other.
+"$vmbackup" nbd map --context qemu:dirty-bitmap:since-monday --json "$uri" |
+  jq -r '.contexts[].extents[] | select(.state == "dirty") | "\(.offset) \(.bytes)"' >written
+diff - written <<'RANGES'
+1048576 196608
+4194304 1048576
+734003200 65536
+RANGES
