@@ -6,6 +6,9 @@ what fills the page cache with memory that is really there; a row has the median
 median of the rounds' ratios to the better of the two (that over which this median is higher: the
 faster of two in each round by itself would be a chance of its own, and an equal have more than 1), and
 the median of the ratios of processor time (user and system, of the copying process alone) to nbdcopy's. All sides end durable where the target can be (nbdcopy --flush and sync of a file).
+With latency a second table has what our requests in flight allow: the time of the disk at (in flight x
+request size / latency), or at the rate without latency where that is lower, and ours as a multiple of it
+(1.10 is the target). The start of the program, and the ramp of the first requests, are in ours.
 Serving: both servers run side by side with warm caches and are read in turn, to the end by nbdcopy and
 for a few seconds in random 4 KiB by `vmbackup nbd bench`; a row has the rates, and the median of ours
 as a share of qemu-nbd's.
@@ -24,6 +27,11 @@ import sys
 import time
 
 MIB = 1 << 20
+
+# What `vmbackup copy` has in flight by default from a server that lets it have two connections:
+# CONNECTIONS_DEFAULT and IN_FLIGHT_DEFAULT (src/nbd/client.rs), REQUEST_BYTES (src/copy/mod.rs).
+IN_FLIGHT = 2 * 16
+REQUEST_MIB = 1
 
 # Touches and gives back memory: see `settle`.
 TOUCH = "import mmap; n = 5 << 30; m = mmap.mmap(-1, n); m[0:n:4096] = bytes(n >> 12)"
@@ -81,6 +89,7 @@ class Bench:
         self.tool = pathlib.Path(options.vmbackup).resolve()
         self.lines = ["| case | ours s | nbdcopy s | qemu-img s | ratio | ours CPU s | nbdcopy CPU s | CPU ratio |",
                       "|---|---:|---:|---:|---:|---:|---:|---:|"]
+        self.latencies = []
         self.served = []
         for kind in ("STATE", "RUNTIME", "CACHE"):
             os.environ[f"VMBACKUP_{kind}_DIR"] = str(self.work / kind.lower())
@@ -143,6 +152,7 @@ class Bench:
                           f"{median(wall['qemu-img']):.2f} | {ratio:.2f} | {median(cpu['ours']):.2f} | "
                           f"{median(cpu['nbdcopy']):.2f} | {busy:.2f} |")
         say(self.lines[-1])
+        return median(wall["ours"])
 
     def settle(self, source):
         """A virtual machine's host takes free pages back, and the first touch of each then costs
@@ -204,10 +214,18 @@ class Bench:
 
     def latency(self):
         """1, 5 and 20 ms per read, and none to compare with, to nowhere."""
+        # Large enough for the start of the programs not to count.
+        mib, without = self.options.mib, 0
         for delay in (0, 1, 5, 20):
-            size = f"{max(64, self.options.mib // 4)}M"
-            with self.nbdkit("--filter=delay", "pattern", size, f"rdelay={delay}ms") as source:
-                self.case(f"{delay} ms per read ({size}) to null", source, None)
+            with self.nbdkit("--filter=delay", "pattern", f"{mib}M", f"rdelay={delay}ms") as source:
+                ours = self.case(f"{delay} ms per read ({mib}M) to null", source, None)
+            if delay == 0:
+                without = ours
+                continue
+            latency = mib / (IN_FLIGHT * REQUEST_MIB) * delay / 1000
+            ideal = max(latency, without)
+            self.latencies.append(f"| {delay} ms | {ours:.2f} | {latency:.2f} | {ideal:.2f} | {ours / ideal:.2f} |")
+            say(self.latencies[-1])
 
     def serve(self):
         """A point served from the repository, and its raw file by qemu-nbd."""
@@ -273,6 +291,9 @@ def main():
     print(f"{datetime.date.today()}, {machine}, Linux {os.uname().release}, {options.pairs} rounds\n")
     if len(bench.lines) > 2:
         print("\n".join(bench.lines))
+    if bench.latencies:
+        print("\n| latency | ours s | in flight allow s | ideal s | ratio |\n|---|---:|---:|---:|---:|")
+        print("\n".join(bench.latencies))
     if bench.served:
         print("\n| serve | ours | qemu-nbd | share | target |\n|---|---:|---:|---:|---:|")
         print("\n".join(bench.served))
