@@ -1,4 +1,5 @@
-//! `vmbackup serve`: points and images for real NBD clients, and a guest that boots from a point.
+//! `vmbackup serve`: points and images for real NBD clients, guests with a point as their disk, and
+//! one that starts from it.
 
 #![allow(clippy::unwrap_used)]
 
@@ -7,6 +8,7 @@ mod support;
 
 mod changed_by_hand;
 mod changes;
+mod firmware;
 mod guest;
 mod guestfish;
 mod images;
