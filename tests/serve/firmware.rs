@@ -72,7 +72,7 @@ fn disk() -> Vec<u8> {
     let text = TEXT_SECTOR * 512;
     disk[text..text + 512].fill(0);
     disk[text..text + TEXT.len()].copy_from_slice(TEXT);
-    assert!((COPY_SECTOR + 1) * 512 <= DISK_BYTES);
+    const { assert!((COPY_SECTOR + 1) * 512 <= DISK_BYTES) };
     disk
 }
 

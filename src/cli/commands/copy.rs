@@ -25,6 +25,8 @@ use crate::units::ByteSize;
 /// A format is never guessed from content. A new file has a temporary name until it is complete and
 /// durable; an existing one stays unless --force or --in-place is given. A device, an export and a
 /// file written in place may be longer than the source: what is behind its end stays as it was.
+/// A raw file of any size keeps it; other formats have whole sectors of 512 bytes, the last filled
+/// with zeroes. The copy of an image that is changed meanwhile fails.
 /// An option that would change nothing for this SRC and DST is refused.
 #[derive(clap::Args, Debug)]
 #[command(verbatim_doc_comment)]
@@ -49,7 +51,8 @@ pub(crate) struct Args {
 #[derive(clap::Args, Debug)]
 #[command(next_help_heading = "Target")]
 pub(crate) struct PlaceArgs {
-    /// Replace an existing file, once the new one is complete
+    /// Replace an existing file, once the new one is complete; links are followed, owner and rights
+    /// stay
     #[arg(long, conflicts_with = "in_place")]
     pub(crate) force: bool,
     /// Write over an existing file where it lies. What else shows the same bytes changes with it:
@@ -84,8 +87,8 @@ pub(crate) struct EndArgs {
 #[derive(clap::Args, Debug)]
 #[command(next_help_heading = "Zeroes")]
 pub(crate) struct ZeroArgs {
-    /// Shortest run of zeroes in data that is not written as data; 0: none is looked for [default:
-    /// 4k]
+    /// Shortest run of zeroes in data that is not written as data, up to the size of a request; 0:
+    /// none is looked for [default: 4k]
     #[arg(long, value_name = "SIZE", conflicts_with = "allocated")]
     pub(crate) sparse: Option<String>,
     /// Allocate space for zeroes, too
@@ -106,7 +109,8 @@ pub(crate) struct SpeedArgs {
     /// Requests in flight on each connection [default: what the ends make use of]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub(crate) requests: Option<u16>,
-    /// Bytes of one request, a power of two up to 32M [default: 1M, 256k between files]
+    /// Bytes of one request, a power of two up to 32M [default: 1M, 256k between files, or what
+    /// --sparse takes]
     #[arg(long, value_name = "SIZE")]
     pub(crate) request_size: Option<String>,
     /// Bytes in flight [default: 64M]

@@ -8,7 +8,8 @@ use crate::job::hash;
 /// Print the content root of the disk inside an image, or of an NBD export
 ///
 /// Two disks with the same root have the same size and content, whatever their formats; `show`
-/// prints the roots of a point's disks.
+/// prints the roots of a point's disks. A raw file is hashed as the disk a guest sees, in whole sectors
+/// of 512 bytes.
 #[derive(clap::Args, Debug)]
 pub(crate) struct Args {
     /// The image (a format is never guessed from content), or an NBD URI

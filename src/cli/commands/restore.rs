@@ -55,7 +55,8 @@ pub(crate) struct Args {
     /// Without --to its images go beside the original's, as NAME-DISK.FORMAT.
     #[arg(long = "as", value_name = "NAME")]
     pub(crate) as_name: Option<String>,
-    /// Replace images and domain definitions that exist, once the new are complete
+    /// Replace images and domain definitions that exist, once the new are complete; links are
+    /// followed, owner and rights of files stay
     #[arg(long)]
     pub(crate) force: bool,
     /// Show what would be written and replaced, and everything that is in the way; change nothing

@@ -20,7 +20,8 @@ use crate::units::ByteSize;
 /// changed, and stays readable while it is served, also when it is forgotten.
 #[derive(clap::Args, Debug)]
 pub(crate) struct Args {
-    /// Points (digits of an id, VM@latest, VM@TIME), images (a format is never guessed), NBD URIs
+    /// Points (digits of an id, VM@latest, VM@TIME), images (a format is never guessed; raw ones are as
+    /// long as the file, to the byte), NBD URIs
     #[arg(value_name = "POINT|FILE[,format=F]|NBD-URI", required = true)]
     what: Vec<String>,
     /// Only this disk of a point (vda); may be given more than once
