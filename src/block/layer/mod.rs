@@ -3,4 +3,5 @@
 pub mod cache;
 pub mod faulty;
 pub mod grown;
+pub mod pace;
 pub mod throttle;

@@ -22,6 +22,7 @@ use super::reconcile::drop_stale;
 use super::teardown::{STALL, Scratch, remove_left};
 use super::watch::{Watch, ended};
 use crate::block::BlockSource;
+use crate::block::layer::pace::PacedSource;
 use crate::clock::Timestamp;
 use crate::error::{Error, Kind, Result};
 use crate::image::bitmap::BitmapNames;
@@ -261,7 +262,7 @@ impl VmSnapshot for RunningSnapshot {
             )
             .hint("it was resized while the snapshot was taken; start the backup again"));
         }
-        Ok(Arc::new(client))
+        Ok(Arc::new(PacedSource::new(Arc::new(client))))
     }
 
     async fn still_valid(&mut self) -> Result<()> {

@@ -25,6 +25,7 @@ use super::teardown::{AGAIN, First, Things, remove_bitmap};
 use super::watch::Watch;
 use super::work_dir::WorkDir;
 use super::{Qemu, Survey, checkpoint, old_access, pause, reclaim, work_dir};
+use crate::block::layer::pace::PacedSource;
 use crate::block::{BlockSource, Buffer};
 use crate::clock::Timestamp;
 use crate::control::{Control, NoticeLevel};
@@ -439,7 +440,7 @@ impl VmSnapshot for Snapshot {
             let text = format!("no scratch is given back for {disk} of {}: {why}", self.vm);
             control.notice(NoticeLevel::Info, text);
         }
-        Ok(old_access::readable(&self.monitor, source))
+        Ok(Arc::new(PacedSource::new(old_access::readable(&self.monitor, source))))
     }
 
     async fn still_valid(&mut self) -> Result<()> {
