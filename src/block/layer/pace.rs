@@ -11,9 +11,9 @@
 //! paid:
 //!
 //! ```text
-//!  measure at n ──► try 2 n: at least GAIN times the bytes? ── yes ─► n = 2 n
-//!      ▲            try n/2: less than LOSS times fewer?    ── yes ─► n = n/2
-//!      └──────────── no: measure on, try ever more seldom (PATIENCE_MAX)
+//!  measure at n ─► at 2 n ─► at n again: GAIN times the bytes of both?   ─ yes ─► n = 2 n
+//!      ▲         ─► at n/2 ─► at n again: less than LOSS times fewer?    ─ yes ─► n = n/2
+//!      └───────────────────────── no: try ever more seldom (PATIENCE)
 //! ```
 //!
 //! More is tried only if somebody waited for a place all the time: where the sink is slower than the
@@ -41,7 +41,9 @@ const LOSS: f64 = 1.4;
 const WINDOW: Duration = Duration::from_millis(20);
 const WINDOW_READS: usize = 8;
 
-/// Most measurements between two tries: a try is felt, and a disk seldom becomes another.
+/// Measurements between two tries, at first and at most: a try is felt by the guest, and a disk seldom
+/// becomes another.
+const PATIENCE: u32 = 8;
 const PATIENCE_MAX: u32 = 64;
 
 /// A source whose reads take turns.
@@ -128,13 +130,21 @@ struct Pace {
     idle: bool,
     /// Requests of before the depth changed, which are not part of the measurement.
     stale: usize,
-    /// What is tried: the depth and the rate to compare with.
-    tried_from: Option<(usize, f64)>,
+    tried: Option<Try>,
     /// Whether the next try is of more.
     up: bool,
     /// Measurements until the next try, and how many it will be after one that failed.
     wait: u32,
     patience: u32,
+}
+
+/// Another depth for one measurement, and the rates of the three around it.
+#[derive(Debug)]
+struct Try {
+    from: usize,
+    to: usize,
+    before: f64,
+    during: Option<f64>,
 }
 
 impl Pace {
@@ -148,10 +158,10 @@ impl Pace {
             reads: 0,
             idle: false,
             stale: 0,
-            tried_from: None,
+            tried: None,
             up: true,
             wait: 0,
-            patience: 1,
+            patience: PATIENCE,
         }
     }
 
@@ -173,6 +183,7 @@ impl Pace {
             #[expect(clippy::cast_precision_loss, reason = "a rate to compare with another")]
             let rate = self.read_bytes as f64 / took.as_secs_f64();
             let depth = self.decide(rate);
+            tracing::trace!(rate, from = self.depth, to = depth, idle = self.idle, "pace");
             self.stale = if depth == self.depth { 0 } else { self.depth };
             self.depth = depth;
             (self.begun, self.read_bytes, self.reads) = (None, 0, 0);
@@ -181,15 +192,21 @@ impl Pace {
 
     /// The depth that is best or worth a try, after a measurement of `rate`.
     fn decide(&mut self, rate: f64) -> usize {
-        let Some((from, rate_before)) = self.tried_from.take() else {
+        let Some(Try { from, to, before, during }) = self.tried.take() else {
             return self.look_around(rate);
         };
-        let more = self.depth > from;
-        let paid = if more { rate >= rate_before * GAIN } else { rate * LOSS >= rate_before };
+        let Some(during) = during else {
+            self.tried = Some(Try { from, to, before, during: Some(rate) });
+            return from;
+        };
+        // Whatever else changed meanwhile is no merit of the try.
+        let without = before.max(rate);
+        let more = to > from;
+        let paid = if more { during >= without * GAIN } else { during * LOSS >= without };
         if paid {
             // And on in the same direction.
-            (self.up, self.wait, self.patience) = (more, 0, 1);
-            return self.look_around(rate);
+            (self.up, self.wait, self.patience) = (more, 0, PATIENCE);
+            return to;
         }
         (self.up, self.wait) = (!more, self.patience);
         self.patience = (self.patience * 2).min(PATIENCE_MAX);
@@ -206,7 +223,7 @@ impl Pace {
         } else if self.up && self.idle {
             self.up = false;
         } else {
-            self.tried_from = Some((self.depth, rate));
+            self.tried = Some(Try { from: self.depth, to: next, before: rate, during: None });
             return next;
         }
         self.depth
