@@ -110,6 +110,18 @@ impl Error {
         Self(Box::new(Inner { kind, message: message.into(), hint, source: Some(Box::new(self)) }))
     }
 
+    /// The same error once more, its causes as text: for a reason that is kept and told whenever
+    /// somebody asks for it.
+    #[must_use]
+    pub fn again(&self) -> Self {
+        let mut again = Self::new(self.kind(), self.to_string());
+        again.0.hint.clone_from(&self.0.hint);
+        match &self.0.source {
+            Some(cause) => again.source(with_causes(&**cause)),
+            None => again,
+        }
+    }
+
     /// An I/O error on a named object; kind and, where there is one for all, hint follow the error
     /// number.
     pub fn io(message: impl Into<String>, error: std::io::Error) -> Self {
@@ -215,6 +227,15 @@ mod tests {
         assert_eq!(error.to_string(), "cannot back up domain foo");
         let cause = StdError::source(&error).expect("the cause is kept");
         assert_eq!(cause.to_string(), "image a.qcow2 is in use");
+    }
+
+    #[test]
+    fn told_again_it_says_the_same() {
+        let error = Error::new(Kind::Busy, "image a.qcow2 is in use").hint("stop the VM");
+        let error = error.source("a lock".to_owned()).context("cannot back up domain foo");
+        for told in [error.again(), error.again().again()] {
+            assert_eq!((told.kind(), told.in_one_line()), (Kind::Busy, error.in_one_line()));
+        }
     }
 
     #[test]

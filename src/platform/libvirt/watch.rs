@@ -25,7 +25,6 @@
 //! A file system that does not answer for a while costs nothing but the writes of the guest that wait
 //! for it. To end the job meanwhile would stop the whole guest ([`super::teardown`]).
 
-use std::error::Error as _;
 use std::future::pending;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
@@ -40,7 +39,7 @@ use super::connection::DomainHandle;
 use super::ffi::{DomainEvent, Events};
 use super::job::{self, JobDisk};
 use super::teardown::{STALL, Scratch};
-use crate::error::{Error, Kind, Result, with_causes};
+use crate::error::{Error, Kind, Result};
 use crate::platform::space::{self, ANSWER, POLL, Space};
 use crate::vm::PointId;
 
@@ -82,24 +81,12 @@ impl Watch {
     /// Why the job was lost, if it was. Said whenever it is asked for: without it, a job that the
     /// watch has ended looks like one that somebody else has.
     pub(super) fn lost(&self) -> Option<Error> {
-        self.told.lost.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(once_more)
+        self.told.lost.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(Error::again)
     }
 
     /// How long scratch is to be waited for now, where the job is to end.
     pub(super) fn patience(&self) -> Duration {
         if self.told.hangs.load(Ordering::Acquire) { Duration::ZERO } else { STALL }
-    }
-}
-
-/// The same error, its causes as text.
-fn once_more(error: &Error) -> Error {
-    let mut again = Error::new(error.kind(), error.to_string());
-    if let Some(hint) = error.hint_text() {
-        again = again.hint(hint);
-    }
-    match error.source() {
-        Some(cause) => again.source(with_causes(cause)),
-        None => again,
     }
 }
 

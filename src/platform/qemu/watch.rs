@@ -25,11 +25,12 @@ use tokio::sync::watch;
 
 use super::teardown::{AGAIN, Scratch, Things};
 use crate::error::{Error, Kind, Result, with_causes};
-use crate::platform::space::{self, ANSWER, POLL, no_room};
+use crate::platform::space::{self, ANSWER, POLL};
 
 /// Looks after the scratch of a run until dropped.
 pub(super) struct Watch {
-    given_up: Arc<Mutex<Option<Why>>>,
+    /// Why the backup was given up.
+    given_up: Arc<Mutex<Option<Error>>>,
     things: watch::Sender<Things>,
     task: tokio::task::JoinHandle<()>,
 }
@@ -40,15 +41,6 @@ impl Drop for Watch {
     }
 }
 
-/// Why a backup was given up.
-#[derive(Clone, Debug)]
-enum Why {
-    /// No room in this directory.
-    NoRoom(PathBuf),
-    /// Nobody can tell the room any more, and what helps.
-    Unknown(String, String),
-}
-
 impl Watch {
     /// Watches the room in `directory`, where the scratch of `things` is.
     pub(super) fn start(directory: PathBuf, things: &Things, monitor: Monitor) -> Self {
@@ -57,9 +49,9 @@ impl Watch {
         let told = Arc::clone(&given_up);
         let task = tokio::spawn(async move {
             let why = until_short(directory).await;
-            let scratch = match &why {
-                Why::NoRoom(_) => Scratch::Answers,
-                Why::Unknown(..) => Scratch::Unknown,
+            let scratch = match why.kind() {
+                Kind::NoSpace => Scratch::Answers,
+                _ => Scratch::Unknown,
             };
             // Before the end: whoever reads sees errors at once then, and asks why.
             *told.lock().unwrap_or_else(PoisonError::into_inner) = Some(why);
@@ -83,28 +75,23 @@ impl Watch {
 
     /// An error if the backup was given up.
     pub(super) fn check(&self) -> Result<()> {
-        let why = self.given_up.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        match why {
-            None => Ok(()),
-            Some(Why::NoRoom(directory)) => Err(no_room(&directory)),
-            Some(Why::Unknown(reason, hint)) => {
-                Err(Error::new(Kind::SnapshotLost, reason).hint(hint))
-            }
-        }
+        let given_up = self.given_up.lock().unwrap_or_else(PoisonError::into_inner);
+        given_up.as_ref().map_or(Ok(()), |why| Err(why.again()))
     }
 }
 
-async fn until_short(directory: PathBuf) -> Why {
+/// Why a backup is to be given up.
+async fn until_short(directory: PathBuf) -> Error {
     let mut tick = tokio::time::interval(POLL);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         tick.tick().await;
         match space::check_aside(&directory, ANSWER).await {
             Ok(()) => {}
-            Err(error) if error.kind() == Kind::NoSpace => return Why::NoRoom(directory),
+            Err(error) if error.kind() == Kind::NoSpace => return error,
             Err(error) => {
                 let hint = error.hint_text().unwrap_or("look at that directory").to_owned();
-                return Why::Unknown(with_causes(&error), hint);
+                return Error::new(Kind::SnapshotLost, with_causes(&error)).hint(hint);
             }
         }
     }
