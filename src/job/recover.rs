@@ -4,7 +4,8 @@
 //!  one VM that is named, or every VM with a journal ─► lock ─► platform.recover without a repository
 //!  restores that were killed ─► lock ─► restore::reconcile
 //!  the repository is opened ─► the same VMs again: bitmaps and checkpoints
-//!                          ─► VMs another run was at work on: waited for, and all of the above
+//!                          ─► images; VMs another run was at work on, waited for: all of the above
+//!                          ─► VMs that are gone: their files
 //! ```
 //!
 //! A guest that stands still waits for no repository: it may be locked, damaged, or behind a mount
@@ -12,11 +13,10 @@
 //! whoever does not want to wait for it. A VM that cannot be reached keeps its journal, one that is
 //! gone for good loses it.
 
+mod gone;
 mod way;
 
-use std::collections::BTreeSet;
 use std::future::poll_fn;
-use std::path::Path;
 use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
@@ -30,12 +30,11 @@ use super::source::{self, SourceSpec};
 use super::{Env, Repository, Surroundings};
 use crate::error::{Error, Kind, Result};
 use crate::image::sweep_sockets;
-use crate::journal::{Abandoned, Journal, Phase, Recovery};
-use crate::platform::{
-    self, Asked, BackupMode, Platform, Quiesce, RecoverRequest, SnapshotRequest,
-};
+use crate::journal::{Abandoned, Journal, Place, Recovery};
+use crate::platform::{Asked, BackupMode, Platform, Quiesce, RecoverRequest, SnapshotRequest};
 use crate::vm::{PointId, Uuid, VmIdentity};
-use way::{are_gone, is_gone, way_to};
+use gone::Directories;
+use way::{Hosts, are_gone, is_gone, way_to};
 
 pub use crate::journal::{Action, Item, Mode};
 
@@ -90,7 +89,7 @@ pub struct Begun {
 /// Fails for a VM that was named and cannot be recovered; of all VMs the report says which.
 pub async fn begin(request: &Request, surroundings: Surroundings<'_>) -> Result<Begun> {
     let patience = Patience::new(request.wait);
-    let job = Recover { mode: request.mode, patience: &patience, surroundings };
+    let job = Recover::new(request.mode, &patience, surroundings);
     if request.mode == Mode::Undo {
         sweep_sockets();
     }
@@ -108,27 +107,28 @@ pub async fn begin(request: &Request, surroundings: Surroundings<'_>) -> Result<
 }
 
 impl Begun {
-    /// Recovers the rest: bitmaps and checkpoints, which stay without a repository; then VMs that
-    /// were busy. Not cancel-safe.
+    /// Recovers the rest: bitmaps and checkpoints, which stay without a repository; then images and
+    /// VMs that were busy; then what is left of VMs that are gone. Not cancel-safe.
     pub async fn finish(
         self,
         repository: Option<&Repository>,
         surroundings: Surroundings<'_>,
     ) -> Result<Report> {
-        let job = Recover { mode: self.mode, patience: &self.patience, surroundings };
-        let (busy, mut found): (Vec<_>, Vec<_>) =
-            self.found.into_iter().partition(|looked| matches!(looked.next, Next::All));
-        for looked in &mut found {
-            job.again(looked, repository).await?;
-        }
+        let job = Recover::new(self.mode, &self.patience, surroundings);
+        let mut vms = Vec::new();
+        let rest = job.settle(self.found, repository, &mut vms).await?;
+        let (mut gone, busy): (Vec<_>, Vec<_>) =
+            rest.into_iter().partition(|looked| matches!(looked.next, Next::Gone(_)));
         for looked in busy {
-            let mut waited_for = job.once_free(looked).await?;
-            for looked in &mut waited_for {
-                job.again(looked, repository).await?;
-            }
-            found.extend(waited_for);
+            let found = job.once_free(looked).await?;
+            gone.extend(job.settle(found, repository, &mut vms).await?);
         }
-        let vms = found.into_iter().map(|looked| looked.report).chain(self.restores).collect();
+        for Looked { report, next } in gone {
+            if let Next::Gone(last) = next {
+                vms.push(job.gone(report, last).await?);
+            }
+        }
+        vms.extend(self.restores);
         Ok(Report { dry_run: self.mode == Mode::Look, repository_asked: repository.is_some(), vms })
     }
 }
@@ -141,7 +141,7 @@ pub(super) async fn run_on(
     surroundings: Surroundings<'_>,
 ) -> Result<VmReport> {
     let patience = Patience::new(Wait::No);
-    let job = Recover { mode: Mode::Undo, patience: &patience, surroundings };
+    let job = Recover::new(Mode::Undo, &patience, surroundings);
     let mut report = job.first(platform, Wait::No).await?;
     report.items.extend(job.one(platform, Some(repository)).await?.items);
     Ok(report)
@@ -159,14 +159,17 @@ enum Next {
     Nothing,
     /// What needs the repository, by this way.
     Repository(SourceSpec),
-    /// All: another run was at work on it, and whatever that makes of it, it may be gone by then; or
-    /// it is gone, and no guest waits.
+    /// All, where no guest waits for us: another run was at work on it, or it is images, whose file
+    /// system may not answer.
     All,
+    /// Only its files, after all others: it was gone when its journal had this newest run.
+    Gone(PointId),
 }
 
-/// VMs that are recovered at a time. Fewer than the connections that OpenSSH's server begins to refuse
-/// (`MaxStartups`, sshd_config(5)): they may be on one remote host.
-const AT_ONCE: usize = 8;
+/// VMs that are recovered at a time: nearly all of most hosts, for each that hangs keeps back those
+/// that are not among the first. Each takes up to half a dozen descriptors, of which a process has
+/// 1024 (`DefaultLimitNOFILE`, systemd-system.conf(5)), and a thread or two of the runtime's 512.
+const AT_ONCE: usize = 128;
 
 /// How long a run may have the monitor of a VM before it holds the VM: it asks who it is in between,
 /// and a busy QEMU takes its time to answer.
@@ -219,6 +222,8 @@ struct Recover<'a> {
     /// For all VMs together.
     patience: &'a Patience,
     surroundings: Surroundings<'a>,
+    hosts: Hosts,
+    directories: Directories,
 }
 
 /// Does all of it at the same time, on this task. The results are in order.
@@ -237,7 +242,12 @@ async fn at_once<T>(work: impl Iterator<Item = impl Future<Output = T>>) -> Vec<
     work.into_iter().filter_map(|(_, done)| done).collect()
 }
 
-impl Recover<'_> {
+impl<'a> Recover<'a> {
+    fn new(mode: Mode, patience: &'a Patience, surroundings: Surroundings<'a>) -> Self {
+        let (hosts, directories) = (Hosts::default(), Directories::default());
+        Self { mode, patience, surroundings, hosts, directories }
+    }
+
     /// What needs no repository, of every VM with a journal. Many at a time: a guest that stands
     /// still does not wait for another VM, whose scratch may hang.
     async fn all(&self) -> Result<Vec<Looked>> {
@@ -270,49 +280,54 @@ impl Recover<'_> {
             Ok(journal) => journal,
             Err(error) => return only(failed(uuid, name, &error.into())),
         };
-        let Some(run) = journal.earlier().last().cloned() else {
+        let Some(run) = journal.earlier().last() else {
             return only(no_run(uuid, name, &journal));
         };
+        let later = |next| {
+            let name = run.name.clone();
+            Looked { report: VmReport { name, uuid, items: Vec::new(), problem: None }, next }
+        };
+        if turn == Turn::First && matches!(run.place, Place::Images { .. }) {
+            return vec![later(Next::All)];
+        }
         let way = way_to(&run.place, &run.name, uuid);
-        let patience = match turn {
-            Turn::First => Patience::new(Wait::No),
-            Turn::Last => Patience::new(self.patience.left()),
-        };
-        let mut next = Next::Nothing;
-        let later = |name| {
-            let report = VmReport { name, uuid, items: Vec::new(), problem: None };
-            vec![Looked { report, next: Next::All }]
-        };
-        let recovered = match self.reach(&way, &patience, (turn, uuid)).await {
-            Err(Stopped::Failed(error)) if is_gone(&run.place, &error) => None,
-            Ok(_) if are_gone(&run.place) => None,
-            Err(stopped) => Some(Err(stopped)),
-            Ok(platform) => {
-                next = Next::Repository(way);
-                Some(self.first(platform.as_ref(), patience.left()).await)
-            }
-        };
-        let recovered = match recovered {
-            Some(recovered) => recovered,
-            // It has no guest that waits, and its files may be where nothing answers.
-            None if turn == Turn::First => return later(run.name),
-            None => self.gone(uuid, &run.name, &patience).await,
+        let recovered = match self.there(&way, &run.place, (turn, uuid)).await {
+            Ok(None) => return vec![later(Next::Gone(run.point))],
+            Ok(Some((platform, wait))) => self.first(platform.as_ref(), wait).await,
+            Err(stopped) => Err(stopped),
         };
         match recovered {
-            Err(Stopped::AtWork(_)) if turn == Turn::First => later(run.name),
-            // Another VM has its monitor now.
-            Ok(report) if report.uuid != uuid && turn == Turn::First => {
-                let mut both = later(run.name);
-                both.insert(0, Looked { report, next });
-                both
+            Ok(report) => {
+                let is_other = report.uuid != uuid;
+                let looked = Looked { report, next: Next::Repository(way) };
+                // Another VM has its monitor now.
+                let gone = is_other.then(|| later(Next::Gone(run.point)));
+                [looked].into_iter().chain(gone).collect()
             }
-            Ok(report) if report.uuid != uuid => {
-                let gone = self.gone(uuid, &run.name, &patience).await;
-                let gone = gone.unwrap_or_else(|stopped| failed(uuid, &run.name, &stopped));
-                vec![Looked { report, next }, Looked { report: gone, next: Next::Nothing }]
-            }
-            Ok(report) => vec![Looked { report, next }],
+            Err(Stopped::AtWork(_)) if turn == Turn::First => vec![later(Next::All)],
             Err(stopped) => only(failed(uuid, &run.name, &stopped)),
+        }
+    }
+
+    /// The VM of a journal, and how long it may be waited for yet; none if it is gone.
+    async fn there(
+        &self,
+        way: &SourceSpec,
+        place: &Place,
+        (turn, uuid): (Turn, Uuid),
+    ) -> Result<Option<(Box<dyn Platform>, Wait)>, Stopped> {
+        let (_, control) = self.surroundings;
+        let patience = Patience::new(match turn {
+            Turn::First => Wait::No,
+            Turn::Last => self.patience.left(),
+        });
+        if control.run(are_gone(place, &self.directories)).await? {
+            return Ok(None);
+        }
+        match self.reach(way, &patience, (turn, uuid)).await {
+            Ok(platform) => Ok(Some((platform, patience.left()))),
+            Err(Stopped::Failed(error)) if is_gone(place, &error) => Ok(None),
+            Err(stopped) => Err(stopped),
         }
     }
 
@@ -323,6 +338,7 @@ impl Recover<'_> {
         patience: &Patience,
     ) -> Result<Box<dyn Platform>, Stopped> {
         let (env, control) = self.surroundings;
+        let _permit = self.hosts.permit(source).await;
         patience.until_free(control, || source::platform(source, env)).await.map_err(taken)
     }
 
@@ -361,6 +377,25 @@ impl Recover<'_> {
         }
         let VmIdentity { name, uuid, .. } = platform.identify().await?;
         Ok(VmReport { name, uuid, items: Vec::new(), problem: None })
+    }
+
+    /// Brings those to their end that need nothing but the repository; the others.
+    async fn settle(
+        &self,
+        found: Vec<Looked>,
+        repository: Option<&Repository>,
+        vms: &mut Vec<VmReport>,
+    ) -> Result<Vec<Looked>> {
+        let mut others = Vec::new();
+        for mut looked in found {
+            if matches!(looked.next, Next::All | Next::Gone(_)) {
+                others.push(looked);
+            } else {
+                self.again(&mut looked, repository).await?;
+                vms.push(looked.report);
+            }
+        }
+        Ok(others)
     }
 
     /// The same VM again, now with the repository, if there is one.
@@ -459,37 +494,6 @@ impl Recover<'_> {
             reports.push(VmReport { name, uuid, items: recovery.into_items(), problem });
         }
         Ok(reports)
-    }
-
-    /// What is left of a VM that is gone: files of this machine.
-    async fn gone(&self, uuid: Uuid, name: &str, patience: &Patience) -> Result<VmReport, Stopped> {
-        let (env, control) = self.surroundings;
-        let (host, platform) = (String::new(), String::new());
-        let vm = VmIdentity { uuid, name: name.to_owned(), host, platform };
-        let lock = VmLock::acquire_after(patience.left(), &env.state_dir, &vm, "recovery", control);
-        let _lock = lock.await.map_err(taken)?;
-        let mut journal = env.journals().open(uuid)?;
-        let mut recovery = Recovery::new(self.mode);
-        if recovery.changes() {
-            let files = journal.earlier().flat_map(|run| run.objects(Phase::Scratch));
-            let directories: BTreeSet<&Path> = files.filter_map(Path::parent).collect();
-            for directory in directories {
-                control.run(platform::scratch_answers(directory)).await?;
-            }
-        }
-        recovery.undo(format!("journal of VM '{name}', which is gone"));
-        let files = [Phase::Scratch, Phase::Socket];
-        let stay = journal.remove_files(&files, &mut recovery);
-        if recovery.changes() {
-            let runs: Vec<PointId> = journal.earlier().map(|run| run.point).collect();
-            for point in runs {
-                let stays = |phase: &Phase| files.contains(phase) && stay.contains(&point);
-                let over: Vec<Phase> = Phase::ALL.into_iter().filter(|p| !stays(p)).collect();
-                journal.undone(point, &over)?;
-            }
-        }
-        let items = recovery.into_items();
-        Ok(VmReport { name: name.to_owned(), uuid, items, problem: None })
     }
 }
 

@@ -126,6 +126,15 @@ pub(super) async fn platform(spec: &SourceSpec, env: &Env) -> Result<Box<dyn Pla
     }
 }
 
+/// The host that is connected to for `spec`, if that is not this one.
+pub(super) fn remote_host(spec: &SourceSpec) -> Option<&str> {
+    match spec {
+        #[cfg(feature = "libvirt")]
+        SourceSpec::Libvirt { uri, .. } => crate::platform::libvirt::remote_host(uri),
+        _ => None,
+    }
+}
+
 fn absolute(path: &Path) -> Result<PathBuf> {
     std::path::absolute(path)
         .map_err(|error| Error::io(format!("cannot find {}", path.display()), error))

@@ -62,6 +62,7 @@ mod file;
 mod recovery;
 pub mod restore;
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
@@ -338,6 +339,31 @@ fn call(probe: Option<&Probe>, phase: Phase, moment: Moment) {
     }
 }
 
+/// A file or directory that a run noted, and that is called after its point.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NotedFile {
+    path: PathBuf,
+    /// Of which point it is.
+    pub point: PointId,
+}
+
+impl NotedFile {
+    /// Removes it, if it is there; whether it stays, or cannot be looked for. For files of this
+    /// machine.
+    pub fn remove(&self, recovery: &mut Recovery) -> bool {
+        let result = match self.path.symlink_metadata() {
+            Err(error) if error.kind() == ErrorKind::NotFound => return false,
+            _ if !recovery.undo(format!("{}", self.path.display())) => return false,
+            Err(error) => Err(error),
+            Ok(data) => file::remove(&self.path, &data),
+        };
+        if let Err(error) = &result {
+            recovery.stays(error);
+        }
+        result.is_err()
+    }
+}
+
 /// The journal of one VM. All writes block as long as a sync takes.
 pub struct Journal {
     path: PathBuf,
@@ -430,27 +456,25 @@ impl Journal {
         call(self.probe.as_ref(), phase, Moment::After);
     }
 
-    /// Removes the files and directories that earlier runs noted for `phases`, as far as they carry
-    /// the run's point in their names. For files of this machine. The points of those that could not
-    /// be removed, or looked for: their entries stay.
-    pub fn remove_files(&self, phases: &[Phase], recovery: &mut Recovery) -> Vec<PointId> {
-        let mut stay = Vec::new();
+    /// The directories in which earlier runs noted scratch, of those `of` names.
+    pub fn scratch_directories(&self, of: impl Fn(&Run) -> bool) -> BTreeSet<&Path> {
+        let runs = self.earlier().filter(|run| of(run));
+        runs.flat_map(|run| run.objects(Phase::Scratch)).filter_map(Path::parent).collect()
+    }
+
+    /// The files and directories that earlier runs noted for `phases`, by the directory they are in,
+    /// as far as they carry the run's point in their names.
+    pub fn noted_files(&self, phases: &[Phase]) -> BTreeMap<PathBuf, Vec<NotedFile>> {
+        let mut noted = BTreeMap::<_, Vec<_>>::new();
         for run in self.earlier() {
             let paths = phases.iter().flat_map(|phase| run.objects(*phase));
             for path in paths.filter(|path| file::is_of(path, run.point)) {
-                let result = match path.symlink_metadata() {
-                    Err(error) if error.kind() == ErrorKind::NotFound => continue,
-                    _ if !recovery.undo(format!("{}", path.display())) => continue,
-                    Err(error) => Err(error),
-                    Ok(data) => file::remove(path, &data),
-                };
-                if let Err(error) = result {
-                    recovery.stays(error);
-                    stay.push(run.point);
-                }
+                let directory = path.parent().unwrap_or(path).to_owned();
+                let file = NotedFile { path: path.to_owned(), point: run.point };
+                noted.entry(directory).or_default().push(file);
             }
         }
-        stay
+        noted
     }
 
     /// Says that these steps of a run are undone, or handed over.

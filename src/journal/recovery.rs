@@ -5,7 +5,7 @@ use std::fmt;
 use serde::Serialize;
 
 /// Whether things are undone.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Mode {
     /// They are.
     Undo,
@@ -63,6 +63,16 @@ impl Recovery {
     /// Notes something.
     pub fn note(&mut self, action: Action, what: impl Into<String>) {
         self.items.push(Item { action, what: what.into() });
+    }
+
+    /// Adds what another one found.
+    pub fn add(&mut self, other: Self) {
+        self.items.extend(other.items);
+    }
+
+    /// Whether things are undone.
+    pub fn mode(&self) -> Mode {
+        self.mode
     }
 
     /// Whether things are changed at all.

@@ -128,7 +128,12 @@ fn a_file_that_cannot_be_removed_is_said_to_stay() {
     journal.note([Entry::files(Phase::Scratch, [&there, &not])]).unwrap();
     let next = journals.open(VM).unwrap();
     let mut recovery = Recovery::new(Mode::Undo);
-    assert_eq!(next.remove_files(&[Phase::Scratch], &mut recovery), [point]);
+    let noted = next.noted_files(&[Phase::Scratch]);
+    let stays = |directory: &Path, recovery: &mut Recovery| {
+        noted[directory].iter().map(|file| file.remove(recovery)).collect::<Vec<_>>()
+    };
+    assert_eq!(stays(dir.path(), &mut recovery), [false]);
+    assert_eq!(stays(&plain, &mut recovery), [true]);
     let items = recovery.into_items();
     assert_eq!(items[0].action, Action::Undone);
     assert_eq!((items[1].action, items[1].what.contains("plain")), (Action::Kept, true));

@@ -25,6 +25,7 @@ mod base;
 pub mod image;
 #[cfg(feature = "libvirt")]
 pub mod libvirt;
+mod noted;
 pub mod qemu;
 #[cfg(test)]
 pub(crate) mod simulated;
@@ -46,7 +47,8 @@ use crate::vm::{
     Artifact, DiskDescription, ExcludedDisk, NotCaptured, PointId, Quiescence, ReadMode, VmIdentity,
 };
 
-pub(crate) use space::answers as scratch_answers;
+pub(crate) use noted::remove_noted;
+pub(crate) use space::{answers as scratch_answers, look};
 
 /// One VM on one platform.
 #[async_trait]

@@ -10,10 +10,11 @@
 //! own and waited for no longer than some time ([`aside`]), and whether it takes writes is asked by a
 //! process of its own ([`Question`]), or by a thread where no process can be started.
 
+use std::collections::BTreeMap;
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use rustix::fs::{AtFlags, CWD, Timespec, Timestamps, UTIME_NOW, utimensat};
@@ -33,6 +34,10 @@ pub(super) const ANSWER: Duration = Duration::from_secs(10);
 /// Longest wait for a scratch directory before there is an instant, when nothing of the guest waits:
 /// write-back holds up the journal of a file system, and an idle disk spins up.
 pub(super) const BEFORE: Duration = Duration::from_secs(30);
+
+/// Longest wait for the removal of scratch files that hold what a guest overwrote, where the file
+/// system has answered.
+pub(super) const REMOVE: Duration = Duration::from_secs(300);
 
 /// What helps where a scratch directory does not answer.
 const ELSEWHERE: &str = "name another local directory with --scratch-dir, or run it again when this \
@@ -135,27 +140,74 @@ pub(super) async fn aside<T: Send + 'static>(
     }
 }
 
+/// Looks at what is in `directory`, whatever that is for; fails with [`Kind::Timeout`] if its file
+/// system does not answer.
+pub(crate) async fn look<T: Send + 'static>(
+    directory: &Path,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T> {
+    aside(directory, ANSWER, work).await.map_err(|error| match error.kind() {
+        Kind::Timeout => {
+            let what = format!("directory {} does not answer", directory.display());
+            Error::new(Kind::Timeout, what).hint("run it again when it does")
+        }
+        _ => error,
+    })
+}
+
+/// Who asks, if anybody does.
+type Asker = Arc<Mutex<Option<Asking>>>;
+
+/// Those who ask now, by what they touch, for all of this process.
+static ASKERS: std::sync::Mutex<BTreeMap<PathBuf, Asker>> = std::sync::Mutex::new(BTreeMap::new());
+
+/// Who asks `touched`.
+fn asker(touched: &Path) -> Asker {
+    let mut askers = ASKERS.lock().unwrap_or_else(PoisonError::into_inner);
+    let hangs = |asker: &Asker| {
+        let asking = asker.try_lock();
+        asking.is_ok_and(|mut asking| asking.as_mut().is_some_and(|asking| !asking.is_over()))
+    };
+    askers.retain(|_, asker| Arc::strong_count(asker) > 1 || hangs(asker));
+    Arc::clone(askers.entry(touched.to_owned()).or_default())
+}
+
 /// Whether the file system of a scratch directory takes writes now.
 ///
-/// Clones ask through one process or thread at a time: one that hangs cannot be ended, and is waited
-/// for instead of a further one.
+/// All of a process ask a directory through one process or thread at a time: one that hangs cannot be
+/// ended, and is waited for instead of a further one, also by a run that begins long after.
 #[derive(Clone, Debug)]
 pub(super) struct Question {
     directory: PathBuf,
     /// What is touched.
     touched: PathBuf,
-    asking: Arc<Mutex<Option<Asking>>>,
+    asking: Asker,
+}
+
+impl Drop for Question {
+    /// Nobody waits any more. One that cannot be killed stays with the askers.
+    fn drop(&mut self) {
+        // Theirs and ours.
+        if Arc::strong_count(&self.asking) <= 2
+            && let Ok(mut asking) = self.asking.try_lock()
+            && let Some(Asking::Process(child)) = &mut *asking
+            && let Err(error) = child.start_kill()
+        {
+            tracing::debug!(%error, "who asks scratch has ended");
+        }
+    }
 }
 
 impl Question {
     /// The question; nobody asks yet. A link is asked itself.
     pub(super) fn new(directory: PathBuf) -> Self {
-        Self { touched: directory.clone(), directory, asking: Arc::default() }
+        Self { touched: directory.clone(), asking: asker(&directory), directory }
     }
 
     /// The same, of what a link leads to.
     pub(super) fn behind(directory: PathBuf) -> Self {
-        Self { touched: directory.join("."), directory, asking: Arc::default() }
+        let touched = directory.join(".");
+        Self { asking: asker(&touched), touched, directory }
     }
 
     /// Fails with [`Kind::Timeout`] if it takes none, or if nobody could ask it. Whatever else it says
@@ -363,6 +415,25 @@ mod tests {
         assert_eq!(error.kind(), Kind::Timeout);
         question.answers().await.expect_err("it still hangs");
         assert!(!is_touched(directory.path()));
+    }
+
+    /// Found in review: each attempt of a daemon left another process or thread that hung.
+    #[tokio::test(start_paused = true)]
+    async fn one_that_hangs_is_waited_for_by_whoever_asks_later() {
+        let directory = old();
+        let question = Question::new(directory.path().to_owned());
+        let (answer, hanging) = tokio::sync::oneshot::channel();
+        let hanging = tokio::spawn(async { hanging.await.expect("it is answered") });
+        answer_of(&question, Asking::Thread(hanging)).await.expect_err("it hangs");
+        drop(question);
+        let later = Question::new(directory.path().to_owned());
+        later.answers().await.expect_err("it still hangs");
+        assert!(!is_touched(directory.path()));
+        answer.send(()).expect("somebody waits");
+        later.answers().await.expect("it answers");
+        drop(later);
+        drop(Question::new(directory.path().join("other")));
+        assert!(!ASKERS.lock().expect("whole").contains_key(directory.path()), "it is forgotten");
     }
 
     #[tokio::test]

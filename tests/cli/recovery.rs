@@ -3,7 +3,7 @@
 
 use std::io::Read;
 use std::os::unix::fs::symlink;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -167,6 +167,26 @@ fn another_vm_at_the_monitor_that_was_waited_for_is_not_taken_for_the_one_of_the
     assert_eq!((&gone["problem"], &there["problem"]), (&Value::Null, &Value::Null), "{report}");
     assert!(gone["items"].to_string().contains("which is gone"), "{report}");
     assert_eq!(there["name"], "bar", "{report}");
+    assert_eq!(report["vms"].as_array().unwrap().len(), 2, "{report}");
+    assert_eq!(env.vmbackup(&["recover"]).ok().stdout, "nothing is left to undo\n");
+}
+
+/// Found in review: the one that was there was told of twice.
+#[test]
+fn a_vm_that_is_gone_and_the_one_at_its_monitor_are_told_of_once() {
+    let env = TestEnv::new();
+    env.init_repo();
+    let (first, second) = (Machine::start(&env, "foo"), Machine::start(&env, "bar"));
+    let (monitor, next) = (env.path("run/monitor"), env.path("run/next"));
+    symlink(&first.monitor, &monitor).unwrap();
+    symlink(&second.monitor, &next).unwrap();
+    killed_backup(&env, (&monitor, "after:bitmap"), &[]);
+    std::fs::rename(&next, &monitor).unwrap();
+    let report = env.vmbackup(&["recover", "--json"]).ok().json();
+    let vms = report["vms"].as_array().unwrap();
+    let found: Vec<_> = vms.iter().map(|vm| vm["uuid"].as_str().unwrap()).collect();
+    assert_eq!(found, [&second.uuid, &first.uuid], "{report}");
+    assert!(vms[1]["items"].to_string().contains("which is gone"), "{report}");
     assert_eq!(env.vmbackup(&["recover"]).ok().stdout, "nothing is left to undo\n");
 }
 
@@ -239,5 +259,92 @@ fn a_vm_that_is_gone_and_whose_scratch_hangs_keeps_no_other_from_being_recovered
     disk.answer();
     let said = env.vmbackup(&["recover"]).ok().stdout;
     assert!(said.contains("which is gone"), "{said}");
+    assert_eq!(env.vmbackup(&["recover"]).ok().stdout, "nothing is left to undo\n");
+}
+
+fn journal(env: &TestEnv, uuid: &str) -> PathBuf {
+    env.path("state/journal").join(format!("{uuid}.json"))
+}
+
+/// Found in review: those that hang were waited for by all that are not among the first eight.
+#[test]
+fn many_vms_that_hang_keep_no_other_from_being_recovered() {
+    let env = TestEnv::new();
+    env.init_repo();
+    let machine = Machine::start(&env, "foo");
+    killed_backup(&env, (&machine.monitor, "after:filter"), &["--guest-first"]);
+    // Nobody answers there.
+    let silent = env.path("run/silent.sock");
+    let _listener = UnixListener::bind(&silent).unwrap();
+    let text = std::fs::read_to_string(journal(&env, &machine.uuid)).unwrap();
+    let text = text.replace(machine.monitor.to_str().unwrap(), silent.to_str().unwrap());
+    for n in 0..40 {
+        let other = format!("00000000-0000-4000-8000-{n:012}");
+        std::fs::write(journal(&env, &other), &text).unwrap();
+    }
+    assert!(!machine.nodes().is_empty());
+    let recovery = env.spawn_vmbackup(&["recover"]);
+    // A monitor that says nothing is waited for for five seconds.
+    wait_until("the recovery of the last", 10, || machine.nodes().is_empty());
+    recovery.signal("INT");
+    recovery.wait();
+}
+
+/// A machine that is gone with its scratch on a disk that may hang, and so many journals of it.
+fn gone(env: &TestEnv, journals: usize) -> HangingDisk {
+    env.init_repo();
+    let disk = HangingDisk::mount(&env.path("."));
+    let machine = Machine::start(env, "foo");
+    killed_backup_with(&disk.path, env, (&machine.monitor, "after:bitmap"), &[]);
+    machine.process.signal("KILL");
+    for n in 1..journals {
+        let other = format!("00000000-0000-4000-8000-{n:012}");
+        std::fs::copy(journal(env, &machine.uuid), journal(env, &other)).unwrap();
+    }
+    disk
+}
+
+/// Found in review: to tell what is there, it was looked at on the thread that does everything, for as
+/// long as it hung; and where VMs are undone each asked anew whether it answers.
+#[test]
+fn scratch_of_vms_that_are_gone_is_looked_at_once_and_for_some_seconds_only() {
+    let env = TestEnv::new();
+    let mut disk = gone(&env, 5);
+    disk.stall();
+    let mut look = env.spawn_vmbackup(&["recover", "--dry-run"]);
+    // It has looked and said so; until the look returns the kernel does not let the process end.
+    look.wait_until_said("not recovered: foo, foo, foo, foo, foo", 25);
+    disk.answer();
+    look.wait().fails_with(&["does not answer"]);
+    let found = env.vmbackup(&["recover", "--dry-run"]).ok().stdout;
+    assert_eq!(found.matches("would undo: journal of VM 'foo', which is gone").count(), 5);
+    assert_eq!(found.matches("/hanging/scratch/vmb-").count(), 5, "{found}");
+    env.vmbackup(&["recover"]).ok();
+    assert_eq!(disk.files(), Vec::<PathBuf>::new());
+    assert_eq!(env.vmbackup(&["recover"]).ok().stdout, "nothing is left to undo\n");
+}
+
+/// Found in review: whether they are there was asked on the thread that recovers all.
+#[test]
+fn images_whose_file_system_hangs_keep_no_vm_from_being_recovered() {
+    let env = TestEnv::new();
+    env.init_repo();
+    let mut disk = HangingDisk::mount(&env.path("."));
+    let image = disk.path.join("a.qcow2").display().to_string();
+    env.run("qemu-img", &["create", "-q", "-f", "qcow2", &image, "1M"]).ok();
+    let spec = format!("{image},format=qcow2");
+    let run = env.stopped_at("after:bitmap", &["full", "--image", &spec, "--name", "still"]);
+    run.signal("KILL");
+    run.wait();
+    let machine = Machine::start(&env, "foo");
+    killed_backup(&env, (&machine.monitor, "after:filter"), &["--guest-first"]);
+    disk.stall();
+    let mut recovery = env.spawn_vmbackup(&["recover"]);
+    wait_until("the recovery of the guest", 7, || machine.nodes().is_empty());
+    recovery.wait_until_said("not recovered: still", 25);
+    disk.answer();
+    recovery.wait().fails_with(&["does not answer"]);
+    let said = env.vmbackup(&["recover"]).ok().stdout;
+    assert!(said.contains("undone: bitmap in"), "{said}");
     assert_eq!(env.vmbackup(&["recover"]).ok().stdout, "nothing is left to undo\n");
 }

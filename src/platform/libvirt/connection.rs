@@ -312,7 +312,7 @@ async fn blocking<T: Send + 'static>(
 }
 
 /// The host part of a URI (`qemu+ssh://root@host:22/system` gives `root@host:22`), if it has one.
-pub(super) fn remote_host(uri: &str) -> Option<&str> {
+pub(crate) fn remote_host(uri: &str) -> Option<&str> {
     let rest = uri.split_once("://")?.1;
     let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
     (!authority.is_empty()).then_some(authority)

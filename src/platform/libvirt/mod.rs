@@ -51,6 +51,7 @@ use std::path::PathBuf;
 use async_trait::async_trait;
 
 pub use self::agent::DomainAgent;
+pub(crate) use self::connection::remote_host;
 use self::connection::{DomainHandle, Host};
 use super::{Platform, RecoverRequest, SnapshotPlan, SnapshotRequest, VmSnapshot};
 use crate::control::Control;

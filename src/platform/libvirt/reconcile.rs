@@ -10,7 +10,6 @@
 //! are told by name, so those of runs on other machines are found as well; those of other repositories
 //! are theirs to judge.
 
-use std::collections::BTreeSet;
 use std::path::Path;
 
 use virt::domain::Domain;
@@ -26,7 +25,7 @@ use crate::control::Control;
 use crate::error::{Kind, Result, with_causes};
 use crate::image::bitmap::{self, BitmapNames};
 use crate::journal::{Action, Item, Journal, Phase, Recovery, Run};
-use crate::platform::{Asked, KnownPoint, RecoverRequest, SnapshotRequest};
+use crate::platform::{Asked, KnownPoint, RecoverRequest, SnapshotRequest, remove_noted};
 use crate::vm::PointId;
 
 /// Marks a job that libvirt has answered for: when it is gone, it is gone for good.
@@ -170,15 +169,15 @@ impl Leftovers<'_> {
         if !self.domain.host.is_local() {
             return Ok(());
         }
-        if self.recovery.changes()
-            && let Err(hangs) = self.scratch_answers(|_| true).await
-        {
-            let text = format!("scratch of an earlier backup: {}", hangs.in_one_line());
-            self.recovery.note(Action::Kept, text);
-            return Ok(());
-        }
         let phases = [Phase::Scratch, Phase::Socket];
-        let stay = self.journal.remove_files(&phases, self.recovery);
+        let stay = match self.remove(&phases).await {
+            Ok(stay) => stay,
+            Err(hangs) => {
+                let text = format!("scratch of an earlier backup: {}", hangs.in_one_line());
+                self.recovery.note(Action::Kept, text);
+                return Ok(());
+            }
+        };
         if !self.recovery.changes() {
             return Ok(());
         }
@@ -187,12 +186,16 @@ impl Leftovers<'_> {
         over.into_iter().try_for_each(|point| self.journal.undone(point, &phases))
     }
 
+    async fn remove(&mut self, phases: &[Phase]) -> Result<Vec<PointId>> {
+        if self.recovery.changes() {
+            self.scratch_answers(|_| true).await?;
+        }
+        remove_noted(self.journal, phases, self.recovery).await
+    }
+
     /// [`Kind::Timeout`] if a directory in which earlier runs noted scratch takes no writes.
     async fn scratch_answers(&self, of: impl Fn(&Run) -> bool) -> Result<()> {
-        let runs = self.journal.earlier().filter(|run| of(run));
-        let files = runs.flat_map(|run| run.objects(Phase::Scratch));
-        let directories: BTreeSet<_> = files.filter_map(Path::parent).collect();
-        for directory in directories {
+        for directory in self.journal.scratch_directories(of) {
             Scratch::new(&self.domain.host, directory.to_owned()).answers().await?;
         }
         Ok(())

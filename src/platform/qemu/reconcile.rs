@@ -14,7 +14,6 @@
 //! has an NBD export. Bitmaps of other repositories are theirs to judge; ours are removed only if
 //! it is known which points exist. Called by `open::open` and `Qemu::recover`.
 
-use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -30,7 +29,7 @@ use super::{Qemu, pause, quiesce, scratch_base, work_dir};
 use crate::error::{Error, Kind, Result};
 use crate::image::bitmap::BitmapNames;
 use crate::journal::{Action, Journal, Phase, Recovery};
-use crate::platform::{Asked, RecoverRequest};
+use crate::platform::{Asked, RecoverRequest, remove_noted};
 use crate::vm::PointId;
 
 /// Undoes, or looks for, what dead runs left.
@@ -63,7 +62,7 @@ pub(super) async fn reconcile(
     let base = scratch_base(&request.snapshot);
     work_dir::check_writes(&base).await?;
     work_dir::sweep(&base, qemu.identity.uuid, recovery).await?;
-    let stay = remove_noted(journal, &base, recovery).await;
+    let stay = scratch(journal, &base, recovery).await;
     if request.repository == Asked::Yes {
         bitmaps(qemu, request, recovery).await?;
     }
@@ -108,19 +107,24 @@ async fn go_on(
     goes_on
 }
 
-/// Removes the scratch that earlier runs noted elsewhere than below `base`; the points of which it
-/// stays.
-async fn remove_noted(journal: &Journal, base: &Path, recovery: &mut Recovery) -> Vec<PointId> {
-    let noted = journal.earlier().flat_map(|run| run.objects(Phase::Scratch));
-    let others: BTreeSet<_> =
-        noted.filter_map(Path::parent).filter(|other| *other != base).collect();
-    for other in others {
-        if let Err(hangs) = work_dir::answers(other).await {
+/// Removes the scratch that earlier runs noted, also elsewhere than below `base`, which has answered;
+/// the points of which it stays.
+async fn scratch(journal: &Journal, base: &Path, recovery: &mut Recovery) -> Vec<PointId> {
+    let removed = async {
+        for other in journal.scratch_directories(|_| true) {
+            if other != base {
+                work_dir::answers(other).await?;
+            }
+        }
+        remove_noted(journal, &[Phase::Scratch], recovery).await
+    };
+    match removed.await {
+        Ok(stay) => stay,
+        Err(hangs) => {
             recovery.note(Action::Kept, format!("scratch of an earlier backup: {hangs}"));
-            return journal.earlier().map(|run| run.point).collect();
+            journal.earlier().map(|run| run.point).collect()
         }
     }
-    journal.remove_files(&[Phase::Scratch], recovery)
 }
 
 /// Fails while there is a journal that cannot be read: the guest may be frozen, and what a backup

@@ -12,20 +12,15 @@ use std::io::{self, ErrorKind};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, fchown};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
 use rustix::fs::{CWD, Mode, OFlags, mkdirat, openat};
 
 use super::names;
 use crate::error::{Error, Result};
 use crate::journal::Recovery;
-use crate::platform::space::{BEFORE, aside};
+use crate::platform::space::{BEFORE, REMOVE, aside};
 pub(super) use crate::platform::space::{Question, answers, check_writes, space_of};
 use crate::vm::{PointId, Uuid};
-
-/// Longest wait for the removal of scratch files that hold what a guest overwrote, where the file
-/// system has answered.
-const REMOVE: Duration = Duration::from_secs(300);
 
 /// A run's directory.
 #[derive(Clone, Debug)]

@@ -1,0 +1,34 @@
+//! Files of this machine that killed runs noted: removed, or only found, without waiting for a file
+//! system that hangs. For the recovery of every platform, and of VMs that are gone.
+
+use super::space::{ANSWER, REMOVE, aside};
+use crate::error::Result;
+use crate::journal::{Journal, Mode, Phase, Recovery};
+use crate::vm::PointId;
+
+/// Removes what earlier runs noted for `phases`; the points of which something stays. Fails with
+/// [`Kind::Timeout`](crate::error::Kind::Timeout) where a file system does not answer, and leaves the
+/// rest for later; what it finds when it answers yet is not told.
+pub(crate) async fn remove_noted(
+    journal: &Journal,
+    phases: &[Phase],
+    recovery: &mut Recovery,
+) -> Result<Vec<PointId>> {
+    let mode = recovery.mode();
+    let limit = match mode {
+        Mode::Undo => REMOVE,
+        Mode::Look => ANSWER,
+    };
+    let mut stay = Vec::new();
+    for (directory, mut files) in journal.noted_files(phases) {
+        let work = move || {
+            let mut found = Recovery::new(mode);
+            files.retain(|file| file.remove(&mut found));
+            (files, found)
+        };
+        let (stays, found) = aside(&directory, limit, work).await?;
+        recovery.add(found);
+        stay.extend(stays.iter().map(|file| file.point));
+    }
+    Ok(stay)
+}
