@@ -1,11 +1,16 @@
 //! What somebody else does at the worst moment of a `--guest-first` backup: between the steps of
 //! its instant, and below its filters.
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::FileExt;
-use std::process::{Command, Stdio};
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
-use serde_json::json;
+use serde_json::{Value, json};
 use vmbackup::control::Control;
 use vmbackup::journal::{Entry, Phase, Place, Run};
 use vmbackup::platform::qemu::QemuOptions;
@@ -152,37 +157,102 @@ async fn a_guest_that_does_not_go_on_at_once_is_let_go_on_once_more() {
     assert_eq!(machine.tops().await, ["a", "b"]);
 }
 
-/// QEMU cannot activate an image that somebody else has open.
-#[tokio::test]
-async fn a_guest_that_does_not_go_on_for_some_seconds_is_let_go_on_before_anything_else() {
-    let machine = Machine::with(Guest::Idle).await;
+/// Gives QEMU an image that somebody else has open for so many seconds: until then it cannot activate
+/// it, and lets no guest go on.
+async fn held_image(machine: &Machine, seconds: u32) -> Child {
     let image = machine.path("theirs.qcow2");
     let mut make = Command::new("qemu-img");
     make.args(["create", "-q", "-f", "qcow2"]).arg(&image).arg("1M");
     assert!(make.status().unwrap().success());
+    let file = json!({ "driver": "file", "filename": image, "active": false });
+    let theirs = json!({ "driver": "qcow2", "node-name": "theirs", "active": false, "file": file });
+    machine.side.blockdev_add(theirs).await.unwrap();
+    let mut holder = Command::new("stdbuf")
+        .args(["-o0", "qemu-io", "-f", "qcow2", "-c", "read 0 512", "-c"])
+        .arg(format!("sleep {}", seconds * 1000))
+        .arg(&image)
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut line = String::new();
+    BufReader::new(holder.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
+    assert!(line.contains("512/512"), "{line}");
+    assert!(machine.side.cont().await.is_err());
+    holder
+}
+
+#[tokio::test]
+async fn a_guest_that_does_not_go_on_for_some_seconds_is_let_go_on_before_anything_else() {
+    let machine = Machine::with(Guest::Idle).await;
     let mut holder = None;
     let (outcome, points) = disturbed(&machine, "before:filter", async || {
-        let file = json!({ "driver": "file", "filename": image, "active": false });
-        let theirs =
-            json!({ "driver": "qcow2", "node-name": "theirs", "active": false, "file": file });
-        machine.side.blockdev_add(theirs).await.unwrap();
-        let mut child = Command::new("stdbuf")
-            .args(["-o0", "qemu-io", "-f", "qcow2", "-c", "read 0 512", "-c", "sleep 3000"])
-            .arg(&image)
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut line = String::new();
-        BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
-        assert!(line.contains("512/512"), "{line}");
-        assert!(machine.side.cont().await.is_err());
-        holder = Some(child);
+        holder = Some(held_image(&machine, 3).await);
     })
     .await;
     assert!(holder.unwrap().wait().unwrap().success());
     assert_eq!((outcome.code, points), (Some(0), 1), "{outcome:?}");
     assert!(machine.runs().await);
     assert_eq!(machine.tops().await, ["a", "b"]);
+}
+
+/// An agent, which answers no thaw as long as its guest is paused.
+fn agent(socket: &Path, runs: Arc<AtomicBool>) {
+    let listener = UnixListener::bind(socket).unwrap();
+    std::thread::spawn(move || {
+        for stream in listener.incoming().map_while(Result::ok) {
+            let mut answers = stream.try_clone().unwrap();
+            for line in BufReader::new(stream).split(b'\n').map_while(Result::ok) {
+                let command = line.strip_prefix(&[0xff]).unwrap_or(&line);
+                let command: Value = serde_json::from_slice(command).unwrap();
+                let (mut delimiter, mut answer) = (&[][..], json!(2));
+                match command["execute"].as_str().unwrap() {
+                    "guest-sync-delimited" => {
+                        (delimiter, answer) = (&[0xff], command["arguments"]["id"].clone());
+                    }
+                    "guest-get-fsinfo" => answer = json!([]),
+                    "guest-fsfreeze-thaw" => {
+                        while !runs.load(Ordering::SeqCst) {
+                            std::thread::sleep(Duration::from_millis(50));
+                        }
+                    }
+                    _ => {}
+                }
+                let text = format!("{}\n", json!({ "return": answer }));
+                // Whoever asked may have gone.
+                let _ = answers.write_all(&[delimiter, text.as_bytes()].concat());
+            }
+        }
+    });
+}
+
+/// Found in review: its agent, which does not answer as long as it is paused, was waited for first.
+#[tokio::test]
+async fn a_frozen_guest_that_does_not_go_on_is_let_go_on_while_its_thaw_is_waited_for() {
+    let env = TestEnv::new();
+    env.init_repo();
+    let machine = Machine::with(Guest::Idle).await;
+    let (runs, socket) = (Arc::<AtomicBool>::default(), machine.path("agent.sock"));
+    agent(&socket, Arc::clone(&runs));
+    let (monitor, scratch) = (machine.path("qmp.sock"), machine.path("scratch"));
+    let [monitor, scratch, socket] = [&monitor, &scratch, &socket].map(|p| p.to_str().unwrap());
+    let args = ["full", "--qmp", monitor, "--agent", socket, "--scratch-dir", scratch];
+    let args = [&args[..], &["--guest-first", "--freeze-budget=60s"]].concat();
+    let backup = env.stopped_at("before:filter", &args);
+    // Longer than it is tried before the thaw.
+    let mut holder = held_image(&machine, 9).await;
+    backup.signal("CONT");
+    let begun = Instant::now();
+    while !machine.runs().await {
+        assert!(begun.elapsed() < Duration::from_secs(25), "it is still paused");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    runs.store(true, Ordering::SeqCst);
+    let outcome = backup.wait();
+    assert!(holder.wait().unwrap().success());
+    assert!(outcome.code.is_some_and(|code| code > 0), "{outcome:?}");
+    assert!(outcome.stderr.contains("cannot let the guest go on"), "{outcome:?}");
+    assert_eq!(machine.tops().await, ["a", "b"]);
+    machine.holds_only(&[]).await;
 }
 
 /// Moved to the node it had, the device would write below what it wrote meanwhile; QEMU does not

@@ -21,12 +21,13 @@ use super::filter::Filter;
 use super::names::Temp;
 use super::pause::Pause;
 use super::snapshot::{Keeper, OpenDisk, Snapshot};
-use super::{Qemu, checkpoint, quiesce};
+use super::{Qemu, checkpoint, pause, quiesce};
 use crate::control::Control;
 use crate::error::{Error, Kind, Result};
 use crate::freeze::Thaw;
 use crate::journal::{Entry, Phase};
 use crate::platform::{Quiesce, SnapshotRequest};
+use crate::vm::Quiescence;
 
 impl Snapshot {
     /// Freeze, the instant, thaw.
@@ -58,7 +59,7 @@ impl Snapshot {
             Keeper::Filters => self.move_devices(request, pause).await,
         };
         // Before anything else, whatever became of it.
-        (self.quiescence, self.thaw) = frozen.thaw().await;
+        (self.quiescence, self.thaw) = self.thaw(frozen).await;
         if matches!(self.thaw, Thaw::Done) {
             self.journal.undone(self.point, &[Phase::Freeze])?;
         }
@@ -74,6 +75,19 @@ impl Snapshot {
             self.merge_changes().await?;
         }
         Ok(())
+    }
+
+    /// Thaws. A guest that is still paused is let go on meanwhile: its agent does not answer before,
+    /// which would be waited for instead.
+    async fn thaw(&self, frozen: quiesce::Frozen) -> (Quiescence, Thaw) {
+        let thaw = frozen.thaw();
+        let Some(marker) = &self.things.pause else { return thaw.await };
+        tokio::pin!(thaw);
+        tokio::select! {
+            thawed = &mut thaw => return thawed,
+            () = pause::until_it_goes_on(&self.monitor, marker) => {}
+        }
+        thaw.await
     }
 
     /// Writes down what the instant takes.

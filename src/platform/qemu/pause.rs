@@ -122,6 +122,17 @@ pub(super) async fn go_on_after_all(monitor: &Monitor, marker: &str) -> Result<b
     }
 }
 
+/// The same, tried until it goes on or QEMU has ended, however long that takes. Cancel-safe.
+pub(super) async fn until_it_goes_on(monitor: &Monitor, marker: &str) {
+    while let Err(error) = go_on(monitor, marker).await {
+        if error.kind() == Kind::Connection {
+            return;
+        }
+        tracing::warn!(%error, "the guest does not go on; tried again");
+        tokio::time::sleep(AGAIN).await;
+    }
+}
+
 async fn is_marked(monitor: &Monitor, marker: &str) -> Result<bool> {
     let failed = match monitor.query_named_block_nodes().await {
         Ok(nodes) => return Ok(nodes.iter().any(|node| node.name() == marker)),
