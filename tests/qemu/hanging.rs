@@ -4,10 +4,14 @@
 
 use std::io::Write;
 use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use vmbackup::control::Control;
 use vmbackup::error::Kind;
-use vmbackup::platform::SnapshotRequest;
+use vmbackup::journal::{Journals, Moment, Phase};
+use vmbackup::platform::qemu::{Qemu, QemuOptions};
+use vmbackup::platform::{Platform, SnapshotRequest};
 
 use crate::machine::{Guest, Machine};
 use crate::reading::{Points, open};
@@ -85,6 +89,37 @@ async fn scratch_that_does_not_answer_for_a_while_is_waited_for_at_the_end_of_a_
     assert_eq!(asked, 1, "those that hang do not pile up");
     assert_eq!((disk.asked(), runs(&disk)), (0, 0));
     machine.holds_only(&[request.point]).await;
+}
+
+/// Found in review: the end was tried for more than a minute, of what had not begun.
+#[tokio::test]
+async fn an_open_that_fails_before_its_instant_does_not_wait_for_scratch_that_hangs() {
+    let mut machine = Machine::with(Guest::Idle).await;
+    let (disk, request) = scratch_that_hangs(&mut machine);
+    let disk = Arc::new(Mutex::new(disk));
+    let (control, hangs) = (Control::new(), Arc::clone(&disk));
+    let stops = control.clone();
+    let probe = move |phase, moment| {
+        if (phase, moment) == (Phase::Socket, Moment::After) {
+            hangs.lock().unwrap().freeze();
+            stops.cancel();
+        }
+    };
+    let journals = Journals::new(machine.path("journal"), Some(Arc::new(probe)));
+    let options = QemuOptions { journals, ..machine.options("qmp.sock") };
+    let platform = Qemu::connect(options).await.unwrap();
+    let begun = Instant::now();
+    let error = platform.open_snapshot(&request, &control).await.err().unwrap();
+    assert_eq!(error.kind(), Kind::Cancelled, "{error:?}");
+    assert!(begun.elapsed() < Duration::from_secs(40), "{:?}", begun.elapsed());
+    let told = control.notices_from(0);
+    assert!(told.iter().any(|told| told.text.contains("does not answer")), "{told:?}");
+    disk.lock().unwrap().answer();
+    drop(platform);
+    let platform = machine.platform().await;
+    open(&platform, &request).await.abort().await.unwrap();
+    assert_eq!(runs(&disk.lock().unwrap()), 0);
+    machine.holds_only(&[]).await;
 }
 
 /// The guest's next write fails where its old content finds no room.
