@@ -20,8 +20,9 @@ pub(crate) struct HangingDisk {
     guard: Child,
 }
 
-/// Seconds, longer than the runner allows the tests that use it: those with libvirt have five times 60,
-/// and 15 to end (`.config/nextest.toml`).
+/// Seconds, longer than a test that uses it takes: at most the five times 60 and 15 to end that the
+/// runner allows those with libvirt (`.config/nextest.toml`). The soak tier allows an hour, but has no
+/// other tests that use it. Whoever is ended by the runner has it answer at once.
 const GUARD: &str = "n=0; while [ $n -lt 330 ] && kill -0 $1 2>/dev/null; do sleep 1; n=$((n+1)); \
                      done; fsfreeze -u \"$2\"; umount -l \"$2\"";
 
