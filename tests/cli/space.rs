@@ -9,7 +9,7 @@ use vmbackup::repo::store::ObjectStore as _;
 use vmbackup::repo::store::directory::{DirectoryStore, Parents};
 
 use crate::fixture::Fixture;
-use crate::support::{SmallDisk, TestEnv};
+use crate::support::{Outcome, SmallDisk, TestEnv};
 
 /// Fills a file system up to so many free bytes.
 fn fill(small: &SmallDisk, name: &str, free: u64) {
@@ -18,41 +18,62 @@ fn fill(small: &SmallDisk, name: &str, free: u64) {
     fs::write(small.path.join(name), vec![1; usize::try_from(bytes).unwrap()]).unwrap();
 }
 
+/// A repository on a file system of 10 MiB.
+struct Small {
+    // Before what it is mounted in.
+    disk: SmallDisk,
+    repo: String,
+    fixture: Fixture,
+}
+
+impl Small {
+    fn new() -> Self {
+        let fixture = Fixture::new();
+        let disk = SmallDisk::mount(fixture.env.dir(), "10M");
+        let repo = disk.path.join("repo").display().to_string();
+        let small = Self { disk, repo, fixture };
+        small.run(&["repo", "init", "--no-key"]).ok();
+        small
+    }
+
+    fn run(&self, args: &[&str]) -> Outcome {
+        self.fixture.env.vmbackup(&[args, &["--repo", &self.repo]].concat())
+    }
+
+    /// A point with so many bytes of noise.
+    fn point(&self, seed: &[u8], len: usize) -> String {
+        self.fixture.write(0, seed, len);
+        let report = self.fixture.back_up(&["full", "--json", "--repo", &self.repo]).json();
+        report["point"].as_str().unwrap().to_owned()
+    }
+}
+
 #[test]
 fn a_full_repository_is_emptied_by_forget_and_gc_once_there_is_a_little_room() {
-    let fixture = Fixture::new();
-    let env = &fixture.env;
-    let small = SmallDisk::mount(env.dir(), "10M");
-    let repo = small.path.join("repo").display().to_string();
-    env.vmbackup(&["repo", "init", "--no-key", "--repo", &repo]).ok();
-    let run = |args: &[&str]| env.vmbackup(&[args, &["--repo", &repo]].concat());
+    let small = Small::new();
     // The first point's data is its own; a third of the second's is the third's, too.
-    let point = |seed: &[u8], len| {
-        fixture.write(0, seed, len);
-        let report = fixture.back_up(&["full", "--json", "--repo", &repo]).json();
-        report["point"].as_str().unwrap().to_owned()
-    };
-    let first = point(b"first", 2_500_000);
-    let second = point(b"second", 2_500_000);
-    let third = point(b"third", 1_700_000);
-    fill(&small, "some", 256 << 10);
-    fill(&small, "rest", 0);
+    let first = small.point(b"first", 2_500_000);
+    let second = small.point(b"second", 2_500_000);
+    let third = small.point(b"third", 1_700_000);
+    fill(&small.disk, "some", 256 << 10);
+    fill(&small.disk, "rest", 0);
     for args in [&["forget", &first][..], &["gc"]] {
-        let outcome = run(args).fails_with(&[&repo, "make room", "'forget' and 'gc' free more"]);
+        let outcome =
+            small.run(args).fails_with(&[&small.repo, "make room", "'forget' and 'gc' free more"]);
         assert_eq!(outcome.code, Some(9), "{outcome:?}");
     }
-    run(&["verify", &first]).ok();
-    fs::remove_file(small.path.join("rest")).unwrap();
-    run(&["forget", &first, &second]).ok();
+    small.run(&["verify", &first]).ok();
+    fs::remove_file(small.disk.path.join("rest")).unwrap();
+    small.run(&["forget", &first, &second]).ok();
     // What is left of the second fits nowhere until the first is gone.
-    let report = run(&["gc", "--json"]).json();
+    let report = small.run(&["gc", "--json"]).json();
     assert_eq!(report["forgotten"], 2, "{report}");
     assert!(report["freed_bytes"].as_u64().unwrap() > 4_800_000, "{report}");
     assert!(report["repacked_bytes"].as_u64().unwrap() > 500_000, "{report}");
-    let again = run(&["gc", "--json"]).json();
+    let again = small.run(&["gc", "--json"]).json();
     assert_eq!(again["repacked_bytes"], 0, "{again}");
-    run(&["verify", &third]).ok();
-    run(&["check", "--read-data"]).ok();
+    small.run(&["verify", &third]).ok();
+    small.run(&["check", "--read-data"]).ok();
 }
 
 /// A file that nobody may remove.
@@ -90,30 +111,20 @@ fn a_foreign_file_that_cannot_be_removed_is_named_by_gc_and_costs_nothing_else()
 /// there for want of just that room, night after night.
 #[test]
 fn what_a_killed_run_left_is_out_of_the_way_before_gc_needs_room() {
-    let fixture = Fixture::new();
-    let env = &fixture.env;
-    let small = SmallDisk::mount(env.dir(), "10M");
-    let repo = small.path.join("repo").display().to_string();
-    env.vmbackup(&["repo", "init", "--no-key", "--repo", &repo]).ok();
-    let run = |args: &[&str]| env.vmbackup(&[args, &["--repo", &repo]].concat());
-    let point = |seed: &[u8]| {
-        fixture.write(0, seed, 1_000_000);
-        let report = fixture.back_up(&["full", "--json", "--repo", &repo]).json();
-        report["point"].as_str().unwrap().to_owned()
-    };
-    let kept = point(b"kept");
+    let small = Small::new();
+    let kept = small.point(b"kept", 1_000_000);
     // Not a byte is left, and as much as a lease takes and no more.
     for free in [0, 4 << 10] {
-        run(&["forget", &point(b"goes")]).ok();
-        let left = small.path.join("repo/tmp/new-left");
-        fill(&small, "repo/tmp/new-left", free);
+        small.run(&["forget", &small.point(b"goes", 1_000_000)]).ok();
+        let left = small.disk.path.join("repo/tmp/new-left");
+        fill(&small.disk, "repo/tmp/new-left", free);
         let old = SystemTime::now() - Duration::from_secs(3600);
         fs::File::options().write(true).open(&left).unwrap().set_modified(old).unwrap();
-        let report = run(&["gc", "--json"]).json();
+        let report = small.run(&["gc", "--json"]).json();
         assert!(report["freed_bytes"].as_u64().unwrap() > 900_000, "{free}: {report}");
         assert!(!left.exists(), "{free}");
     }
-    run(&["verify", &kept]).ok();
+    small.run(&["verify", &kept]).ok();
 }
 
 /// Takes room in a repository on `small`.

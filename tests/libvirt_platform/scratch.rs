@@ -178,6 +178,23 @@ impl Proxy {
         format!("qemu+unix:///system?socket={}", self.path.display())
     }
 
+    /// The domain through here, with something done as soon as its job has begun.
+    async fn once_begun(
+        &self,
+        bare: &Bare<'_>,
+        begun: impl Fn() + Send + Sync + 'static,
+    ) -> Libvirt {
+        let probe = move |phase, moment| {
+            if (phase, moment) == (Phase::Job, Moment::After) {
+                begun();
+            }
+        };
+        let mut options = bare.options();
+        options.uri = Some(self.uri());
+        options.journals = Journals::new(bare.env.path("state/journal"), Some(Arc::new(probe)));
+        Libvirt::open(options).await.expect("connects")
+    }
+
     /// A snapshot of the domain that is taken through here.
     async fn snapshot(&self, bare: &Bare<'_>) -> Box<dyn VmSnapshot> {
         let mut options = bare.options();
@@ -240,26 +257,19 @@ async fn a_job_that_was_begun_when_the_connection_ended_is_not_forgotten() {
     let env = TestEnv::new();
     let bare = Bare::start(&env, &qcow2(&env, 'a', "8M"));
     let proxy = Proxy::start(&env);
-    let mut options = bare.options();
-    options.uri = Some(proxy.uri());
     let cut = proxy.clone();
-    let probe = move |phase, moment| {
-        if (phase, moment) == (Phase::Job, Moment::After) {
-            cut.stop_for(Duration::from_secs(4));
-        }
-    };
-    options.journals = Journals::new(env.path("journal"), Some(Arc::new(probe)));
-    let platform = Libvirt::open(options.clone()).await.expect("connects");
+    let platform = proxy.once_begun(&bare, move || cut.stop_for(Duration::from_secs(4))).await;
     let opened = platform.open_snapshot(&request(1), &Control::new()).await;
     opened.err().expect("the connection is gone");
 
-    options.journals = Journals::new(env.path("journal"), None);
+    let mut options = bare.options();
+    options.uri = Some(proxy.uri());
     let platform = Libvirt::open(options).await.expect("connects");
     let next = platform.open_snapshot(&request(2), &Control::new()).await;
     next.expect("the job of the first is not in the way").abort().await.expect("aborts");
     assert!(!has_backup_job(&bare));
     assert_eq!(bare.bitmaps(), Vec::<String>::new());
-    assert_eq!(std::fs::read_dir(env.path("journal")).expect("there").count(), 0);
+    assert_eq!(std::fs::read_dir(env.path("state/journal")).expect("there").count(), 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -288,16 +298,8 @@ async fn a_job_that_a_failed_open_could_not_end_is_told_of_with_its_scratch_and_
     let env = TestEnv::new();
     let bare = Bare::start(&env, &qcow2(&env, 'a', "8M"));
     let proxy = Proxy::start(&env);
-    let mut options = bare.options();
-    options.uri = Some(proxy.uri());
     let cut = proxy.clone();
-    let probe = move |phase, moment| {
-        if (phase, moment) == (Phase::Job, Moment::After) {
-            cut.stop();
-        }
-    };
-    options.journals = Journals::new(env.path("state/journal"), Some(Arc::new(probe)));
-    let platform = Libvirt::open(options).await.expect("connects");
+    let platform = proxy.once_begun(&bare, move || cut.stop()).await;
     let control = Control::new();
     let opened = platform.open_snapshot(&request(1), &control).await;
     opened.err().expect("the connection is gone");
@@ -319,24 +321,19 @@ async fn scratch_is_watched_although_libvirt_is_slow_to_answer() {
     let small = SmallDisk::mount(&env.path("."), "16M");
     let bare = Bare::start(&env, &qcow2(&env, 'a', "8M"));
     let proxy = Proxy::start(&env);
-    let mut options = bare.options();
-    options.uri = Some(proxy.uri());
     let (slow, theirs) = (proxy.clone(), small.path.join("theirs"));
     // From the moment the job runs the daemon is slow, and scratch is full for a while.
-    let probe = move |phase, moment| {
-        if (phase, moment) == (Phase::Job, Moment::After) {
-            slow.holds.store(true, Ordering::SeqCst);
-            let (holds, theirs) = (Arc::clone(&slow.holds), theirs.clone());
-            std::thread::spawn(move || {
-                std::fs::write(&theirs, vec![1; 15 << 20 | 1]).expect("there is room");
-                std::thread::sleep(Duration::from_secs(8));
-                std::fs::remove_file(&theirs).expect("own file");
-                holds.store(false, Ordering::SeqCst);
-            });
-        }
+    let begun = move || {
+        slow.holds.store(true, Ordering::SeqCst);
+        let (holds, theirs) = (Arc::clone(&slow.holds), theirs.clone());
+        std::thread::spawn(move || {
+            std::fs::write(&theirs, vec![1; 15 << 20 | 1]).expect("there is room");
+            std::thread::sleep(Duration::from_secs(8));
+            std::fs::remove_file(&theirs).expect("own file");
+            holds.store(false, Ordering::SeqCst);
+        });
     };
-    options.journals = Journals::new(env.path("state/journal"), Some(Arc::new(probe)));
-    let platform = Libvirt::open(options).await.expect("connects");
+    let platform = proxy.once_begun(&bare, begun).await;
     let mut wanted = request(1);
     wanted.scratch_dir = Some(small.path.clone());
     let error = match platform.open_snapshot(&wanted, &Control::new()).await {
