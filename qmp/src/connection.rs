@@ -109,12 +109,10 @@ impl Monitor {
         let peer = address.to_string();
         let stream = address.connect(options.greeting).await?;
         let mut lines = LineReader::new(stream.reader, LINE_BYTES_MAX);
-        let first = tokio::time::timeout(options.greeting, next_message(&mut lines, &peer)).await;
-        let greeting = match first {
+        let greeted = tokio::time::timeout(options.greeting, greeting(&mut lines, &peer)).await;
+        let greeting = match greeted {
             Err(_) => return Err(Error::Occupied { peer, waited: options.greeting }),
-            Ok(Ok(Incoming::Greeting(greeting))) => greeting,
-            Ok(Ok(_)) => return Err(protocol(&peer, "a monitor greets first")),
-            Ok(Err(error)) => return Err(error),
+            Ok(greeting) => greeting?,
         };
         let oob = greeting.capabilities.iter().any(|name| name == "oob");
         let closing = Arc::new(Closing { peer: peer.clone(), reason: Mutex::new(None) });
@@ -229,6 +227,19 @@ impl Monitor {
 
 fn protocol(peer: &str, rule: &'static str) -> Error {
     Error::Protocol { peer: peer.to_owned(), rule, source: None }
+}
+
+/// The greeting. Events come before it where a client left just now: to QEMU its session goes on until
+/// the next one is greeted (seen with 10.0, where a job ended meanwhile).
+async fn greeting(lines: &mut LineReader, peer: &str) -> Result<Greeting> {
+    for _ in 0..EVENTS_KEPT {
+        match next_message(lines, peer).await? {
+            Incoming::Greeting(greeting) => return Ok(greeting),
+            Incoming::Event(_) => {}
+            _ => break,
+        }
+    }
+    Err(protocol(peer, "a monitor greets first"))
 }
 
 /// The next message that is not an empty line. Cancel-safe.

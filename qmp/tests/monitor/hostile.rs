@@ -3,6 +3,7 @@
 use proptest::prelude::*;
 use qmp::{Error, Kind, Monitor, Options, Received};
 use serde_json::json;
+use tokio::io::AsyncWriteExt;
 
 use crate::peer::{GREETING, Listener, SHORT, scripted};
 use crate::talk::ends_in_time;
@@ -78,6 +79,31 @@ async fn no_greeting_means_another_client() {
     let listener = Listener::new();
     let connect = Monitor::connect(&listener.address(), SHORT).await;
     assert!(matches!(connect, Err(Error::Occupied { .. })));
+}
+
+/// The greeting of a connection that was made while the one before it ended.
+#[tokio::test]
+async fn events_of_the_session_before_do_not_count_as_a_greeting() {
+    const EVENT: &str = "{\"event\": \"JOB_STATUS_CHANGE\", \"data\": {}}\n";
+    for (events, is_greeted) in [(3, true), (5000, false)] {
+        let listener = Listener::new();
+        let address = listener.address();
+        let serve = async {
+            let mut peer = listener.accept().await;
+            // Who is refused has hung up before the last one.
+            let _ = peer.writer.write_all(EVENT.repeat(events).as_bytes()).await;
+            if is_greeted {
+                peer.open().await;
+            }
+        };
+        let (connect, ()) = tokio::join!(Monitor::connect(&address, SHORT), serve);
+        match connect {
+            Ok(_) => assert!(is_greeted),
+            Err(error) => {
+                assert!(!is_greeted && error.to_string().contains("greets first"), "{error}")
+            }
+        }
+    }
 }
 
 #[tokio::test]
