@@ -100,7 +100,7 @@ async fn events_of_the_session_before_do_not_count_as_a_greeting() {
         match connect {
             Ok(_) => assert!(is_greeted),
             Err(error) => {
-                assert!(!is_greeted && error.to_string().contains("greets first"), "{error}")
+                assert!(!is_greeted && error.to_string().contains("greets first"), "{error}");
             }
         }
     }
