@@ -156,7 +156,14 @@ pub(crate) async fn look<T: Send + 'static>(
 }
 
 /// Who asks, if anybody does.
-type Asker = Arc<Mutex<Option<Asking>>>;
+type Asker = Arc<Mutex<Asked>>;
+
+#[derive(Debug, Default)]
+struct Asked {
+    now: Option<Asking>,
+    /// When the last question began that was answered: also for who came before that.
+    answered: Option<Instant>,
+}
 
 /// Those who ask now, by what they touch, for all of this process.
 static ASKERS: std::sync::Mutex<BTreeMap<PathBuf, Asker>> = std::sync::Mutex::new(BTreeMap::new());
@@ -166,7 +173,7 @@ fn asker(touched: &Path) -> Asker {
     let mut askers = ASKERS.lock().unwrap_or_else(PoisonError::into_inner);
     let hangs = |asker: &Asker| {
         let asking = asker.try_lock();
-        asking.is_ok_and(|mut asking| asking.as_mut().is_some_and(|asking| !asking.is_over()))
+        asking.is_ok_and(|mut asked| asked.now.as_mut().is_some_and(|asking| !asking.is_over()))
     };
     askers.retain(|_, asker| Arc::strong_count(asker) > 1 || hangs(asker));
     Arc::clone(askers.entry(touched.to_owned()).or_default())
@@ -189,8 +196,8 @@ impl Drop for Question {
     fn drop(&mut self) {
         // Theirs and ours.
         if Arc::strong_count(&self.asking) <= 2
-            && let Ok(mut asking) = self.asking.try_lock()
-            && let Some(Asking::Process(child)) = &mut *asking
+            && let Ok(mut asked) = self.asking.try_lock()
+            && let Some(Asking::Process(child)) = &mut asked.now
             && let Err(error) = child.start_kill()
         {
             tracing::debug!(%error, "who asks scratch has ended");
@@ -233,19 +240,29 @@ impl Question {
     }
 
     async fn ask(&self) -> io::Result<()> {
-        let mut asking = self.asking.lock().await;
-        // One that has ended since says nothing about now.
-        if asking.as_mut().is_some_and(Asking::is_over) {
-            *asking = None;
+        let came = Instant::now();
+        let mut asked = self.asking.lock().await;
+        // Of many who wait the next one asks for all.
+        if asked.answered.is_some_and(|begun| begun >= came) {
+            return Ok(());
         }
-        let asks = asking.get_or_insert_with(|| Asking::begin(TOUCH, &self.touched));
+        // One that has ended since says nothing about now.
+        if asked.now.as_mut().is_some_and(Asking::is_over) {
+            asked.now = None;
+        }
+        // One that goes on was begun before any of us came.
+        let begun = asked.now.is_none().then(Instant::now);
+        let asks = asked.now.get_or_insert_with(|| Asking::begin(TOUCH, &self.touched));
         let mut answered = asks.end().await;
         if let (Err(error), Asking::Process(_)) = (&answered, &*asks) {
             tracing::warn!(%error, "'touch' did not ask scratch: a thread does");
             *asks = Asking::on_thread(self.touched.clone());
             answered = asks.end().await;
         }
-        *asking = None;
+        asked.now = None;
+        if answered.is_ok() {
+            asked.answered = begun;
+        }
         answered
     }
 }
@@ -369,7 +386,7 @@ mod tests {
     }
 
     async fn answer_of(question: &Question, asking: Asking) -> Result<()> {
-        *question.asking.lock().await = Some(asking);
+        question.asking.lock().await.now = Some(asking);
         question.answers().await
     }
 
@@ -428,12 +445,25 @@ mod tests {
         drop(question);
         let later = Question::new(directory.path().to_owned());
         later.answers().await.expect_err("it still hangs");
-        assert!(matches!(*later.asking.lock().await, Some(Asking::Thread(_))), "another began");
+        assert!(matches!(later.asking.lock().await.now, Some(Asking::Thread(_))), "another began");
         answer.send(()).expect("somebody waits");
         later.answers().await.expect("it answers");
         drop(later);
         drop(Question::new(directory.path().join("other")));
         assert!(!ASKERS.lock().expect("whole").contains_key(directory.path()), "it is forgotten");
+    }
+
+    /// Found in review: each of many that waited for a slow one asked it once more, one after the other.
+    #[tokio::test(start_paused = true)]
+    async fn one_answer_is_for_all_who_came_before_the_question() {
+        let directory = old();
+        let question = Question::new(directory.path().to_owned());
+        question.asking.lock().await.answered = Some(Instant::now() + Duration::from_secs(1));
+        question.answers().await.expect("it has answered");
+        assert!(!is_touched(directory.path()));
+        tokio::time::advance(Duration::from_secs(2)).await;
+        question.answers().await.expect("it answers");
+        assert!(is_touched(directory.path()), "an answer of before says nothing about now");
     }
 
     #[tokio::test]

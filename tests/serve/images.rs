@@ -150,29 +150,6 @@ fn zeroes_become_holes_unless_they_are_to_stay_allocated() {
 }
 
 #[test]
-fn an_export_that_was_lost_is_served_again_when_it_is_back() {
-    let env = env();
-    let socket = env.path("upstream");
-    let start = || {
-        let _ = std::fs::remove_file(&socket);
-        let mut command = env.command("nbdkit");
-        command.args(["-f", "-r", "-U"]).arg(&socket).args(["file", "disk.raw"]);
-        let server = Process::spawn(&mut command);
-        wait_until("the socket", 20, || std::os::unix::net::UnixStream::connect(&socket).is_ok());
-        server
-    };
-    let first = start();
-    let uri = format!("nbd+unix:///?socket={}", socket.display());
-    let serve = Serve::start(&env, &[&uri]);
-    assert!(read(&env, &serve.uri(0)) == content(1));
-    drop(first);
-    let _second = start();
-    assert!(read(&env, &serve.uri(0)) == content(1));
-    let said = serve.stop();
-    assert!(said.contains("was lost") && said.contains("trying again"), "{said}");
-}
-
-#[test]
 fn other_formats_are_read_and_not_written() {
     let env = env();
     env.run("qemu-img", &["convert", "-f", "raw", "-O", "qcow2", "disk.raw", "d.qcow2"]).ok();

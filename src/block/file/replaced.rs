@@ -25,8 +25,8 @@ const LABEL: &str = "security.selinux";
 const ATTRIBUTE_BYTES_MAX: usize = 64 << 10;
 
 /// Where `path` leads to: what replaces a file takes the place of that, and links stay. A link is
-/// followed if it is of root, of who runs this, or of the owner of what it leads to: anybody else
-/// could have files replaced that are not theirs.
+/// followed if it is of root or of who runs this: anybody else could have files replaced that are not
+/// theirs, or have the new one put among their own.
 pub fn followed(path: &Path) -> Result<PathBuf> {
     let mut path = path.to_owned();
     for _ in 0..LINKS_MAX {
@@ -40,13 +40,9 @@ pub fn followed(path: &Path) -> Result<PathBuf> {
         };
         let link = path.symlink_metadata().map_err(|e| Error::open(&path, e))?.uid();
         let us = rustix::process::geteuid();
-        let owner = to.symlink_metadata().map(|data| data.uid()).ok();
-        if link != 0 && link != us.as_raw() && Some(link) != owner {
-            let message = format!(
-                "{} leads to {}, and is of neither its owner nor yours",
-                path.display(),
-                to.display()
-            );
+        if link != 0 && link != us.as_raw() {
+            let message =
+                format!("{} leads to {} and is somebody else's", path.display(), to.display());
             return Err(Error::new(Kind::Permission, message).hint("name the file itself"));
         }
         path = to;
@@ -54,7 +50,8 @@ pub fn followed(path: &Path) -> Result<PathBuf> {
     Err(Error::new(Kind::Usage, format!("{} leads nowhere: too many links", path.display())))
 }
 
-/// Gives `new` what `old` has, if there is one.
+/// Gives `new` what `old` has, if there is one: a file, in a directory in which not everybody makes
+/// files. There somebody could have made it to be given what is written.
 pub fn take_over(old: &Path, new: &File) -> Result<()> {
     let fail = |e| {
         let message = format!("cannot keep owner and mode of {}", old.display());
@@ -65,6 +62,10 @@ pub fn take_over(old: &Path, new: &File) -> Result<()> {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(Error::open(old, error)),
     };
+    let directory = fs::metadata(parent(old)).map_err(|e| Error::open(parent(old), e))?;
+    if !was.is_file() || directory.mode() & 0o002 != 0 {
+        return Ok(());
+    }
     let now = new.metadata().map_err(fail)?;
     if (was.uid(), was.gid()) != (now.uid(), now.gid()) {
         fchown(new, Some(was.uid()), Some(was.gid())).map_err(fail)?;
@@ -123,7 +124,7 @@ mod tests {
     }
 
     #[test]
-    fn a_link_of_somebody_else_leads_to_their_files_only() {
+    fn a_link_of_somebody_else_is_not_followed() {
         if !rustix::process::geteuid().is_root() {
             return;
         }
@@ -134,7 +135,19 @@ mod tests {
         std::os::unix::fs::lchown(&link, Some(65534), None).unwrap();
         assert_eq!(followed(&link).unwrap_err().kind(), Kind::Permission);
         std::os::unix::fs::lchown(&file, Some(65534), None).unwrap();
-        assert_eq!(followed(&link).unwrap(), file);
+        assert_eq!(followed(&link).unwrap_err().kind(), Kind::Permission);
+    }
+
+    #[test]
+    fn a_file_where_everybody_makes_files_gives_no_rights_away() {
+        let base = tempfile::tempdir().unwrap();
+        fs::set_permissions(base.path(), fs::Permissions::from_mode(0o1777)).unwrap();
+        let (old, new) = (base.path().join("old"), tempfile::tempfile().unwrap());
+        fs::write(&old, "").unwrap();
+        fs::set_permissions(&old, fs::Permissions::from_mode(0o666)).unwrap();
+        let mode = new.metadata().unwrap().mode();
+        take_over(&old, &new).unwrap();
+        assert_eq!(new.metadata().unwrap().mode(), mode);
     }
 
     #[test]

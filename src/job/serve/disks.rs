@@ -2,7 +2,6 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
 use async_trait::async_trait;
 
@@ -17,12 +16,7 @@ use crate::job::source::{DiskSpec, ImageSpec, open_disk};
 use crate::job::{Env, Repository, points};
 use crate::nbd::server::{Export, Grown, Growth};
 use crate::nbd::wire::DIRTY_BITMAP_PREFIX;
-use crate::nbd::{ClientOptions, NbdUri, ReconnectingClient, Retries};
 use crate::repo::{ChangedDisk, Manifest, ManifestDisk};
-
-/// How an export that was lost is opened again: a request waits 31 s at most, which is less than clients
-/// of ours wait (120 s), then fails; the next one tries anew.
-const RETRIES: Retries = Retries { attempts: 5, delay: Duration::from_secs(1) };
 
 /// A disk to be served.
 pub(super) struct Disk {
@@ -278,11 +272,9 @@ async fn open_image(spec: &DiskSpec, access: &Access) -> Result<Disk> {
         DiskSpec::Nbd(uri) => uri.export.clone(),
     };
     if *access == Access::ReadOnly {
-        let source = match spec {
-            DiskSpec::Nbd(uri) => open_export(uri).await?,
-            // As writable: an NBD export has any size.
-            DiskSpec::Image(_) => open_disk(spec, OddEnd::Kept).await?,
-        };
+        // As writable: an NBD export has any size. One of another server is not opened again when it is
+        // lost: what is behind it by then may be another disk, and whoever reads would have half of each.
+        let source = open_disk(spec, OddEnd::Kept).await?;
         return Ok(Disk::new((name, description), source));
     }
     let DiskSpec::Image(ImageSpec { path, format }) = spec else {
@@ -297,13 +289,6 @@ async fn open_image(spec: &DiskSpec, access: &Access) -> Result<Disk> {
     let image = Arc::new(WritableImage::open(path)?);
     let growing = Arc::new(GrowingImage(Arc::clone(&image)));
     Ok(Disk::growing((name, description), GrowingImage::of(image), growing))
-}
-
-/// An export of another server, opened again for whoever reads it after it was lost.
-async fn open_export(uri: &NbdUri) -> Result<Arc<dyn BlockSource>> {
-    let on_lost = Box::new(|text: String| tracing::warn!("{text}"));
-    let opening = ReconnectingClient::open(uri.clone(), ClientOptions::default(), RETRIES, on_lost);
-    Ok(Arc::new(Box::pin(opening).await?))
 }
 
 fn file_name(path: &Path) -> String {
