@@ -101,10 +101,25 @@ pub async fn describe(
     }
     let mut heard_bytes = handshake.heard_bytes;
     let mut session = Some(handshake);
-    let mut exports = Vec::new();
+    let (mut exports, mut lost) = (Vec::new(), None::<Error>);
     for listed in all {
         let export = || format!("asking NBD server {peer} about export '{}'", listed.name);
-        let work = told(session.take(), connector, (&listed.name, which), timeouts, heard_bytes);
+        // One that failed is not in step. That there is no new one has one reason for all that follow.
+        if session.is_none() && lost.is_none() {
+            match within(limit, asking, begin_again(connector, heard_bytes)).await {
+                Ok(handshake) => session = Some(handshake),
+                Err(error) => lost = Some(error),
+            }
+        }
+        let work = async {
+            match (session.take(), &lost) {
+                (Some(handshake), _) => {
+                    told(handshake, connector, (&listed.name, which), timeouts).await
+                }
+                (None, Some(error)) => Err(error.again()),
+                (None, None) => unreachable!("there is a session or a reason why not"),
+            }
+        };
         let told = match within(limit, export, work).await {
             Ok((handshake, told)) => {
                 heard_bytes = handshake.heard_bytes;
@@ -138,27 +153,27 @@ fn of_oldstyle(info: ExportInfo) -> Description {
     Description { greeting, style, tls: None, exports: vec![Described { listed, told }] }
 }
 
-/// Asks about an export, in a new session where there is none: one that failed is not in step.
+/// Another session, in which what was heard before counts.
+async fn begin_again(connector: &dyn Connector, heard_bytes: usize) -> Result<Handshake> {
+    match begin(connector).await? {
+        Greeted::Newstyle(mut handshake) => {
+            handshake.heard_bytes = heard_bytes;
+            Ok(handshake)
+        }
+        Greeted::Oldstyle(_) => {
+            let message = format!("NBD server {} has become another", connector.peer());
+            Err(Error::new(Kind::Protocol, message))
+        }
+    }
+}
+
+/// Asks about an export.
 async fn told(
-    session: Option<Handshake>,
+    mut handshake: Handshake,
     connector: &dyn Connector,
     (name, which): (&str, Which<'_>),
     timeouts: Timeouts,
-    heard_bytes: usize,
 ) -> Result<(Handshake, Told)> {
-    let mut handshake = match session {
-        Some(handshake) => handshake,
-        None => match begin(connector).await? {
-            Greeted::Newstyle(mut handshake) => {
-                handshake.heard_bytes = heard_bytes;
-                handshake
-            }
-            Greeted::Oldstyle(_) => {
-                let message = format!("NBD server {} has become another", connector.peer());
-                return Err(Error::new(Kind::Protocol, message));
-            }
-        },
-    };
     let info = match handshake.info(name).await? {
         Some(info) => info,
         // Old servers tell only those who enter transmission.

@@ -145,15 +145,31 @@ fn a_vm_that_ends_while_it_is_waited_for_is_gone() {
     assert_eq!(env.vmbackup(&["recover"]).ok().stdout, "nothing is left to undo\n");
 }
 
+/// Two machines: the first, on which a killed backup left something, is at the monitor `monitor`, the
+/// second at `next`, which is to take its name.
+struct Swapped {
+    first: Machine,
+    second: Machine,
+    monitor: PathBuf,
+    next: PathBuf,
+}
+
+impl Swapped {
+    fn new(env: &TestEnv) -> Self {
+        env.init_repo();
+        let (first, second) = (Machine::start(env, "foo"), Machine::start(env, "bar"));
+        let (monitor, next) = (env.path("run/monitor"), env.path("run/next"));
+        symlink(&first.monitor, &monitor).unwrap();
+        symlink(&second.monitor, &next).unwrap();
+        killed_backup(env, (&monitor, "after:bitmap"), &[]);
+        Self { first, second, monitor, next }
+    }
+}
+
 #[test]
 fn another_vm_at_the_monitor_that_was_waited_for_is_not_taken_for_the_one_of_the_journal() {
     let env = TestEnv::new();
-    env.init_repo();
-    let (first, second) = (Machine::start(&env, "foo"), Machine::start(&env, "bar"));
-    let (monitor, next) = (env.path("run/monitor"), env.path("run/next"));
-    symlink(&first.monitor, &monitor).unwrap();
-    symlink(&second.monitor, &next).unwrap();
-    killed_backup(&env, (&monitor, "after:bitmap"), &[]);
+    let Swapped { first, second, monitor, next } = Swapped::new(&env);
     let _held = hold(&first.monitor);
     let mut recovery = env.spawn_vmbackup(&["recover", "--wait=10m", "--json"]);
     recovery.wait_until_said("waiting up to", 60);
@@ -175,12 +191,7 @@ fn another_vm_at_the_monitor_that_was_waited_for_is_not_taken_for_the_one_of_the
 #[test]
 fn a_vm_that_is_gone_and_the_one_at_its_monitor_are_told_of_once() {
     let env = TestEnv::new();
-    env.init_repo();
-    let (first, second) = (Machine::start(&env, "foo"), Machine::start(&env, "bar"));
-    let (monitor, next) = (env.path("run/monitor"), env.path("run/next"));
-    symlink(&first.monitor, &monitor).unwrap();
-    symlink(&second.monitor, &next).unwrap();
-    killed_backup(&env, (&monitor, "after:bitmap"), &[]);
+    let Swapped { first, second, monitor, next } = Swapped::new(&env);
     std::fs::rename(&next, &monitor).unwrap();
     let report = env.vmbackup(&["recover", "--json"]).ok().json();
     let vms = report["vms"].as_array().unwrap();

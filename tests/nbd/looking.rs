@@ -2,7 +2,7 @@
 //! anybody needs.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use vmbackup::error::Kind;
@@ -104,6 +104,23 @@ async fn an_export_that_hangs_has_its_own_time_and_a_session_that_is_out_of_step
     let exports = look(&server, Which::All).await;
     assert!(exports[0].told.is_ok() && exports[2].told.is_ok(), "{exports:?}");
     assert_eq!(error(&exports[1]).0, Kind::Timeout);
+    assert_eq!(sessions.load(Ordering::Relaxed), 2);
+}
+
+/// Found in review: each of its exports took the time of a handshake.
+#[tokio::test]
+async fn a_server_that_is_gone_after_its_list_is_waited_for_once() {
+    let gone = AtomicBool::new(false);
+    let (server, sessions) = server(move |option, _| match option {
+        option::LIST => Some(listed(&[("x", ""); 30])),
+        option::INFO => {
+            gone.store(true, Ordering::Relaxed);
+            Some(Vec::new())
+        }
+        _ => gone.load(Ordering::Relaxed).then(Vec::new),
+    });
+    let exports = look(&server, Which::All).await;
+    assert!(exports.len() == 30 && exports.iter().all(|e| error(e).0 == Kind::Timeout));
     assert_eq!(sessions.load(Ordering::Relaxed), 2);
 }
 

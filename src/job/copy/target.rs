@@ -194,13 +194,13 @@ impl Opened {
                 let export = Arc::into_inner(export).ok_or_else(|| {
                     Error::new(Kind::Internal, "a finished image is still written")
                 })?;
-                export.close().await?;
+                control.run(export.close()).await?;
             }
             Self::Nbd(client, server) => {
                 drop(client);
                 if let Some(server) = server {
                     // It may have as much left to write as a flush.
-                    server.stop(Timeouts::default().slow).await?;
+                    control.run(server.stop(Timeouts::default().slow)).await?;
                 }
             }
             Self::Null(_) | Self::Pipe(_) => return Ok(false),

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use super::artifacts::exists;
 use super::problems::Problems;
 use super::{Define, Request};
-use crate::block::file::{Existing, refuse_special};
+use crate::block::file::{Existing, followed, refuse_special};
 use crate::copy::Zeroes;
 use crate::error::{Error, Kind, Result};
 use crate::repo::ManifestDisk;
@@ -178,9 +178,11 @@ fn where_it_was(disk: &ManifestDisk, define: &Define, format: ImageFormat) -> Re
 /// asked again, race-free, when each gets its name; here so that nobody learns it after hours of
 /// copying.
 fn check_images(places: &[Option<Place>], existing: Existing, problems: &mut Problems) {
+    // What cannot be followed is told of where the target is looked at.
+    let end = |path: &Path| followed(path).unwrap_or_else(|_| path.to_owned());
     for (at, place) in places.iter().enumerate() {
         let Some(Place::Image { path, .. }) = place else { continue };
-        let is_same = |other: &Place| other.path() == path;
+        let is_same = |other: &Place| end(other.path()) == end(path);
         if places.iter().take(at).flatten().any(is_same) {
             let message = format!("two disks would both go to {}", path.display());
             problems.add(Error::new(Kind::Usage, message).hint("restore them with --to DIR"));

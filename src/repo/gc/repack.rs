@@ -105,6 +105,7 @@ impl Collector<'_> {
             room_bytes,
             left_bytes,
             others,
+            unlooked_bytes: 0,
             batch: Some(batch),
             is_refused: false,
         };
@@ -182,6 +183,8 @@ struct Repacker<'a> {
     left_bytes: u64,
     /// Others are at work: what is emptied now goes later, and they need room, too.
     others: bool,
+    /// What has moved since it was asked whether others are at work.
+    unlooked_bytes: u64,
     /// What is tried next; nothing when there is no room left.
     batch: Option<Batch>,
     /// There was no room for something already: batches only shrink.
@@ -197,15 +200,15 @@ impl Repacker<'_> {
         object_type: ObjectType,
         mut packs: Vec<PackId>,
     ) -> Result<Room> {
-        let short = if self.others { Room::LeftToOthers } else { Room::Short };
         packs.sort_by_key(|id| live_bytes(state, id));
         let mut rest = &packs[..];
         while !rest.is_empty() {
-            let Some(batch) = self.batch else { return Ok(short) };
+            self.look_at_others().await?;
+            let Some(batch) = self.batch else { return Ok(self.short()) };
             let first_bytes = live_bytes(state, &rest[0]);
             if first_bytes > batch.bytes_max {
                 if self.is_refused {
-                    return Ok(short);
+                    return Ok(self.short());
                 }
                 self.batch = Some(Batch::of(first_bytes));
                 continue;
@@ -248,8 +251,19 @@ impl Repacker<'_> {
         Ok(free >= needed)
     }
 
-    /// Whether others came to be at work: from now on they are heeded.
-    async fn others_came(&mut self) -> Result<bool> {
+    /// What it means that there is no room.
+    fn short(&self) -> Room {
+        if self.others { Room::LeftToOthers } else { Room::Short }
+    }
+
+    /// Whether others came to be at work since it was asked, which is asked now and then: from now on
+    /// they are heeded.
+    async fn look_at_others(&mut self) -> Result<bool> {
+        let look_bytes = LOOK_PACKS * self.collector.options.pack_bytes;
+        if self.others || self.unlooked_bytes < look_bytes {
+            return Ok(false);
+        }
+        self.unlooked_bytes = 0;
         let survey = Survey::take(&*self.collector.blobs.store).await?;
         self.others = self.collector.others(&survey).next().is_some();
         if self.others {
@@ -321,8 +335,6 @@ impl Repacker<'_> {
         batch: Batch,
     ) -> Result<Copied> {
         let Collector { blobs, control, .. } = self.collector;
-        let look_bytes = LOOK_PACKS * self.collector.options.pack_bytes;
-        let mut look_at = if self.others { u64::MAX } else { look_bytes };
         let mut copied = Copied { packs: 0, bytes: 0 };
         let mut damage: Option<Error> = None;
         for id in packs {
@@ -334,15 +346,15 @@ impl Repacker<'_> {
             if copied.packs > 0 && full && damage.is_none() {
                 break;
             }
-            if copied.bytes >= look_at && damage.is_none() {
-                look_at = copied.bytes + look_bytes;
-                if self.others_came().await? {
-                    break;
-                }
+            if copied.packs > 0 && damage.is_none() && self.look_at_others().await? {
+                break;
             }
             let to = if damage.is_none() { To::Packs(&attempt.packer) } else { To::Nowhere };
             match copy_live(blobs, marker, to, id).await {
-                Ok(bytes) => copied.bytes += bytes,
+                Ok(bytes) => {
+                    copied.bytes += bytes;
+                    self.unlooked_bytes += bytes;
+                }
                 // Known to be damaged, it is left as it is when the collector starts over. It looks
                 // at the others first: once for all of them.
                 Err(error) if error.kind() == Kind::Corrupt => {
