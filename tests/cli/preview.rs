@@ -111,6 +111,31 @@ fn all_that_is_in_the_way_is_told_at_once_each_with_its_fix() {
 }
 
 #[test]
+fn two_links_to_one_file_are_no_places_for_two_disks() {
+    let fixture = Fixture::new();
+    let env = &fixture.env;
+    let second = env.path("second.raw");
+    fs::copy(&fixture.image, &second).unwrap();
+    let images = [&fixture.image, &second].map(|image| format!("{},format=raw", image.display()));
+    let backup = ["full", "--image", &images[0], "--image", &images[1], "--name", "pair"];
+    let report = env.vmbackup(&[&backup[..], &["--json"]].concat()).json();
+    let (to, shared) = (env.path("to"), env.path("shared.raw"));
+    fs::create_dir(&to).unwrap();
+    fs::write(&shared, b"mine").unwrap();
+    for disk in report["disks"].as_array().unwrap() {
+        let link = to.join(format!("{}.raw", disk["name"].as_str().unwrap()));
+        std::os::unix::fs::symlink(&shared, link).unwrap();
+    }
+    let args = ["restore", "pair@latest", "--to", to.to_str().unwrap(), "--force"];
+    let (plan, code) = preview(env, &args);
+    let found = problems(&plan);
+    assert!(found.len() == 1 && found[0].contains("two disks would both go to"), "{found:#?}");
+    let failed = env.vmbackup(&args).fails_with(&["two disks would both go to"]);
+    assert_eq!((failed.code, code), (Some(2), Some(2)));
+    assert_eq!(fs::read(&shared).unwrap(), b"mine");
+}
+
+#[test]
 fn what_a_vm_uses_is_no_place_to_restore_to() {
     let fixture = Fixture::new();
     let env = &fixture.env;

@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use crate::ends::is_running;
-use crate::support::{NbdServer, Outcome, Process, SmallDisk, TestEnv, wait_until};
+use crate::support::{NbdServer, Outcome, Process, SmallDisk, TestEnv, is_listening, wait_until};
 
 fn source(env: &TestEnv, len: usize) -> PathBuf {
     let path = env.path("source.raw");
@@ -335,7 +335,7 @@ fn a_disk_under_another_name_is_not_cleared_before_it_is_read() {
         let mut command = env.command("qemu-nbd");
         command.args(["-t", "-e", "4", "-f", "raw", "-k"]).arg(&socket).arg(&image);
         let process = Process::spawn(&mut command);
-        wait_until("qemu-nbd listens", 20, || socket.exists());
+        wait_until("qemu-nbd listens", 20, || is_listening(&socket));
         (process, format!("nbd+unix:///?socket={}", socket.display()))
     };
     let ((_one, one), (_other, other)) = (server("one.sock"), server("other.sock"));

@@ -66,7 +66,7 @@ fn storage_daemon(dir: tempfile::TempDir, format: &str, writable: &str) -> Serve
     let args = [
         ["--blockdev", &file],
         ["--blockdev", &image],
-        ["--nbd-server", "addr.type=unix,addr.path=s"],
+        ["--nbd-server", &format!("addr.type=unix,addr.path={}", dir.path().join("s").display())],
         ["--export", &export],
     ];
     Server::start(dir, "qemu-storage-daemon", args.as_flattened())

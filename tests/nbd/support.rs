@@ -30,12 +30,7 @@ impl Server {
             .unwrap_or_else(|e| panic!("{program} is needed: {e}"));
         let mut server = Self { child, dir };
         let begun = Instant::now();
-        // Others may name their socket relative to the directory, and listen at once.
-        let ready = |socket: &Path| match program {
-            "nbdkit" => is_listening(socket),
-            _ => socket.exists(),
-        };
-        while !ready(&server.socket()) {
+        while !is_listening(&server.socket()) {
             assert!(begun.elapsed() < START, "{program} {args:?} has no socket");
             if let Some(status) = server.child.try_wait().unwrap() {
                 panic!("{program} {args:?} ended with {status}");

@@ -6,6 +6,7 @@ use vmbackup::nbd::{Client, ClientOptions, NbdUri, Origin, Timeouts, Which, desc
 
 use crate::peers::{Peer, Program, Tls, Transport, Version};
 use crate::pki::{KEY, Pki, Revoked};
+use crate::support::is_listening;
 
 /// All versions and programs must refuse alike.
 const PEERS: [(Program, Version); 4] = [
@@ -163,7 +164,7 @@ async fn an_oldstyle_server_is_refused_where_tls_is_required() {
         .args(["-f", "--exit-with-parent", "-o", "-U", socket.to_str().unwrap(), "null", "1M"])
         .spawn()
         .unwrap();
-    while !socket.exists() {
+    while !is_listening(&socket) {
         std::thread::sleep(std::time::Duration::from_millis(10));
     }
     let text = format!("nbds+unix:///?socket={}&tls-hostname=x", socket.display());

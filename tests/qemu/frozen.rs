@@ -6,7 +6,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use crate::machine::UUID;
-use crate::support::{Guest, GuestFiles, Process, SmallDisk, TestEnv, wait_for};
+use crate::support::{Guest, GuestFiles, Process, SmallDisk, TestEnv, is_listening, wait_for};
 
 /// Boots a guest with its file system on `a.qcow2`; its sockets lie in `dir`.
 fn boot(dir: &Path) -> (Process, Guest) {
@@ -16,12 +16,13 @@ fn boot(dir: &Path) -> (Process, Guest) {
         .current_dir(dir)
         .status();
     assert!(made.expect("qemu-img runs").success());
+    let socket = dir.join("guest.sock");
     let mut command = Command::new("qemu-system-x86_64");
     command
         .args(["-machine", "q35,accel=tcg", "-cpu", "max", "-m", "192", "-uuid", UUID])
         .args(["-nodefaults", "-display", "none", "-kernel", "vmlinuz", "-initrd", "initrd"])
         .args(["-append", "console=ttyS0 quiet panic=-1", "-serial", "null"])
-        .args(["-serial", "unix:guest.sock,server=on,wait=off"])
+        .args(["-serial", &format!("unix:{},server=on,wait=off", socket.display())])
         .args(["-qmp", "unix:qmp.sock,server=on,wait=off", "-device", "virtio-serial-pci"])
         .args(["-chardev", "socket,id=agent,path=agent.sock,server=on,wait=off"])
         .args(["-device", "virtserialport,chardev=agent,name=org.qemu.guest_agent.0"])
@@ -29,8 +30,7 @@ fn boot(dir: &Path) -> (Process, Guest) {
         .args(["-device", "virtio-blk-pci,drive=a,id=disk-a"])
         .current_dir(dir);
     let qemu = Process::spawn(&mut command);
-    let socket = dir.join("guest.sock");
-    wait_for("the guest's serial port", 30, || socket.exists().then_some(()));
+    wait_for("the guest's serial port", 30, || is_listening(&socket).then_some(()));
     let mut guest = Guest::connect(&socket);
     guest.run("mke2fs /dev/vda && mount /dev/vda /mnt && echo hello >/mnt/file && sync");
     guest.run("while ! pidof qemu-ga; do sleep 0.2; done");

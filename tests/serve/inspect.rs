@@ -1,7 +1,7 @@
 //! `vmbackup nbd …` against our own server and qemu-nbd.
 
 use crate::rig::{DISK_BYTES, Serve, content, env_with_point};
-use crate::support::{NbdServer, Process, TestEnv, wait_until};
+use crate::support::{NbdServer, Process, TestEnv, is_listening, wait_until};
 
 #[test]
 fn info_and_list_tell_what_a_server_of_ours_offers() {
@@ -104,7 +104,7 @@ fn a_map_of_all_contexts_needs_one_connection() {
     let mut command = env.command("qemu-nbd");
     command.args(["-r", "-f", "qcow2", "-B", "b0", "-A", "-k"]).arg(&socket).arg("d.qcow2");
     let _server = Process::spawn(&mut command);
-    wait_until("the socket", 20, || socket.exists());
+    wait_until("the socket", 20, || is_listening(&socket));
     let uri = format!("nbd+unix:///?socket={}", socket.display());
     let report = env.vmbackup(&["nbd", "map", &uri, "--json"]).ok().json();
     let names = report["contexts"].as_array().unwrap().iter().map(|context| &context["name"]);

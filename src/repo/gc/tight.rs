@@ -284,6 +284,37 @@ async fn who_begins_while_something_moves_keeps_the_room_that_is_left() {
     assert!(report.bytes_repacked > 0 && report.packs_waiting == 0, "{report:?}");
 }
 
+/// Batches of less than it takes to ask again: nobody was asked for while such a round lasted.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_begins_between_small_batches_is_heeded_too() {
+    let bed = Bed::new().await;
+    let (repository, kept) = mostly_garbage(&bed).await;
+    let (store, begun) = (Arc::clone(&bed.store), AtomicUsize::new(0));
+    bed.store.set_fault_hook(move |operation| {
+        let is_pack = matches!(operation, Operation::Create(name) if is_in(name, Folder::Packs));
+        match if is_pack { begun.fetch_add(1, Ordering::Relaxed) } else { 0 } {
+            // What fitted until then is as much as is tried from now on.
+            1 => Some(Fault::Full),
+            4 => {
+                let run = format!("backup-{}/00000000", "5".repeat(32));
+                store.overwrite(&ObjectName::new(Folder::Runs, &run), Vec::new());
+                // They need it.
+                store.set_capacity(store.used_bytes() + 16 * MIB);
+                None
+            }
+            _ => None,
+        }
+    });
+    let control = Control::new();
+    let report = collect_small(&repository, &control).await;
+    assert!((MIB..ALL_THAT_MOVES).contains(&report.bytes_repacked), "{report:?}");
+    let said = said(&control, NoticeLevel::Warning);
+    assert!(said.contains("once the runs that are at work are over"), "{said}");
+    for (stored, contents) in &kept {
+        assert_holds(&repository, stored, contents).await;
+    }
+}
+
 /// The trees that have to move are larger than the room; what is left of a data pack is not, and
 /// makes room for them.
 #[tokio::test(flavor = "multi_thread")]
