@@ -32,7 +32,11 @@ pub fn server(limits: Limits) -> Server {
 impl Raw {
     /// Connects and reads the greeting; says nothing yet.
     pub async fn connect(limits: Limits) -> Self {
-        let server = server(limits);
+        Self::to(server(limits)).await
+    }
+
+    /// The same with a server of the test's own.
+    pub async fn to(server: Server) -> Self {
         let (ours, theirs) = tokio::io::duplex(64 << 10);
         let serving = server.clone();
         let session =
