@@ -49,6 +49,8 @@ pub struct ClientOptions {
     pub connections: usize,
     /// Requests in flight on each connection; QEMU serves 16 at once.
     pub in_flight: u16,
+    /// The headers to ask for; a server that lacks them is asked for the next best.
+    pub headers: HeaderStyle,
     /// How long to wait for what.
     pub timeouts: Timeouts,
 }
@@ -61,6 +63,7 @@ impl Default for ClientOptions {
             changes: None,
             connections: CONNECTIONS_DEFAULT,
             in_flight: IN_FLIGHT_DEFAULT,
+            headers: HeaderStyle::Extended,
             timeouts: Timeouts::default(),
         }
     }
@@ -107,12 +110,13 @@ impl Client {
         let bitmap = options.changes.as_ref().map(|name| format!("{DIRTY_BITMAP_PREFIX}{name}"));
         let allocation = Some(BASE_ALLOCATION.to_owned());
         let contexts: Vec<_> = allocation.iter().chain(&bitmap).cloned().collect();
-        let limit = options.timeouts.handshake;
+        let (limit, headers) = (options.timeouts.handshake, options.headers);
         let asked = match options.access {
             Access::Write(InitialContent::Unknown) => Asked::InitialState,
             Access::Read | Access::Write(InitialContent::Zero) => Asked::Nothing,
         };
-        let first = negotiate(connector, export, (&contexts, asked), limit).await?;
+        let wanted = Wanted { headers, contexts: &contexts, asked };
+        let first = negotiate(connector, export, wanted, limit).await?;
         check_access(&peer, &first.export, options.access)?;
         if let Some(bitmap) = bitmap.as_ref().filter(|b| !has_context(&first, b)) {
             return Err(Error::new(
@@ -135,8 +139,9 @@ impl Client {
                     Some(bitmap) if index == 1 => vec![bitmap.clone()],
                     _ => allocation.iter().cloned().collect(),
                 };
-                let (contexts, limit) = ((&*contexts, Asked::Nothing), limit.min(EXTRA_CONNECTION));
-                match negotiate(connector, export, contexts, limit).await {
+                let wanted = Wanted { headers, contexts: &contexts, asked: Asked::Nothing };
+                let limit = limit.min(EXTRA_CONNECTION);
+                match negotiate(connector, export, wanted, limit).await {
                     Ok(next) => {
                         check_same(&peer, (&info, &tls), &next)?;
                         connections.push(start(next));
@@ -413,11 +418,21 @@ pub(super) enum Asked {
     InitialState,
 }
 
+/// What a connection is to have.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Wanted<'a> {
+    /// At best.
+    pub(super) headers: HeaderStyle,
+    /// By name, those the server has of them.
+    pub(super) contexts: &'a [String],
+    pub(super) asked: Asked,
+}
+
 /// One connection up to transmission, within `limit`.
 pub(super) async fn negotiate(
     connector: &dyn Connector,
     export: &str,
-    (contexts, asked): (&[String], Asked),
+    wanted: Wanted<'_>,
     limit: Duration,
 ) -> Result<Negotiated> {
     let peer = connector.peer();
@@ -425,9 +440,9 @@ pub(super) async fn negotiate(
         match meet(connector).await? {
             Greeted::Oldstyle(negotiated) => Ok(negotiated),
             Greeted::Newstyle(mut handshake) => {
-                handshake.agree_on_headers().await?;
-                handshake.set_contexts(export, contexts).await?;
-                if asked == Asked::InitialState {
+                handshake.agree_on_headers(wanted.headers).await?;
+                handshake.set_contexts(export, wanted.contexts).await?;
+                if wanted.asked == Asked::InitialState {
                     handshake.ask_initial_state(export).await?;
                 }
                 handshake.go(export).await

@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use super::client::{Asked, meet, negotiate};
+use super::client::{Asked, Wanted, meet, negotiate};
 use super::connection::{Connection, Query};
 use super::export::ExportInfo;
 use super::negotiate::{Context, Greeted, Handshake, Listed};
@@ -141,7 +141,7 @@ pub async fn describe(
 async fn begin(connector: &dyn Connector) -> Result<Greeted> {
     let mut greeted = meet(connector).await?;
     if let Greeted::Newstyle(handshake) = &mut greeted {
-        handshake.agree_on_headers().await?;
+        handshake.agree_on_headers(HeaderStyle::Extended).await?;
     }
     Ok(greeted)
 }
@@ -177,13 +177,18 @@ async fn told(
     let info = match handshake.info(name).await? {
         Some(info) => info,
         // Old servers tell only those who enter transmission.
-        None => negotiate(connector, name, (&[], Asked::Nothing), timeouts.handshake).await?.export,
+        None => negotiate(connector, name, best(&[]), timeouts.handshake).await?.export,
     };
     let contexts = match which {
         Which::AllWithoutContexts => Vec::new(),
         Which::One(_) | Which::All => handshake.list_contexts(name, &[]).await?,
     };
     Ok((handshake, Told { info, contexts }))
+}
+
+/// A session with all that the server has, and these contexts.
+fn best(contexts: &[String]) -> Wanted<'_> {
+    Wanted { headers: HeaderStyle::Extended, contexts, asked: Asked::Nothing }
 }
 
 /// A connection that asks for the status of ranges and nothing else.
@@ -205,8 +210,7 @@ impl Inspector {
         timeouts: Timeouts,
     ) -> Result<Self> {
         let peer = connector.peer();
-        let negotiated =
-            negotiate(connector, export, (contexts, Asked::Nothing), timeouts.handshake).await?;
+        let negotiated = negotiate(connector, export, best(contexts), timeouts.handshake).await?;
         let has = |name: &&String| negotiated.contexts.iter().any(|found| found.name == **name);
         if let Some(missing) = contexts.iter().find(|name| !has(name)) {
             let message = format!("NBD server {peer} does not offer the context {missing}");

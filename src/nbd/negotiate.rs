@@ -202,15 +202,21 @@ impl Handshake {
         self.tls.as_ref()
     }
 
-    /// Asks for extended headers, else for structured replies, and takes what it gets.
-    pub async fn agree_on_headers(&mut self) -> Result<HeaderStyle> {
+    /// Asks for `best`, else for the next best, and takes what it gets.
+    pub async fn agree_on_headers(&mut self, best: HeaderStyle) -> Result<HeaderStyle> {
         if !self.fixed {
             return Ok(self.style);
         }
-        for (option, style) in [
+        let (extended, structured) = (
             (option::EXTENDED_HEADERS, HeaderStyle::Extended),
             (option::STRUCTURED_REPLY, HeaderStyle::Structured),
-        ] {
+        );
+        let options = match best {
+            HeaderStyle::Extended => &[extended, structured][..],
+            HeaderStyle::Structured => &[structured],
+            HeaderStyle::Simple => &[],
+        };
+        for (option, style) in options.iter().copied() {
             self.send_option(option, &[]).await?;
             let answer = self.read_reply(option).await?;
             match answer.kind {

@@ -15,4 +15,6 @@ mod script;
 mod slow;
 mod support;
 mod uris;
+#[path = "../support/versions.rs"]
+mod versions;
 mod vsock;

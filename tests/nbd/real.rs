@@ -7,7 +7,8 @@ use vmbackup::error::Kind;
 use vmbackup::nbd::wire::HeaderStyle;
 use vmbackup::nbd::{Client, ClientOptions, Timeouts, list};
 
-use crate::support::{Server, content_of, pattern_dir, qemu_version, run, tempdir, writing};
+use crate::support::{Server, content_of, pattern_dir, run, tempdir, writing};
+use crate::versions::qemu_nbd_version;
 
 const LEN: usize = (6 << 20) + 512;
 
@@ -17,7 +18,7 @@ async fn qemu_nbd_serves_raw_with_the_best_headers_it_has() {
     let server = Server::qemu_nbd(dir, &["-r", "-f", "raw", "-e", "8", "raw"]);
     let client = server.reader().await;
     // Extended headers came with QEMU 8.2 (docs/interop/nbd.txt).
-    let extended = qemu_version(server.dir.path()) >= (8, 2);
+    let extended = qemu_nbd_version() >= (8, 2);
     let best = if extended { HeaderStyle::Extended } else { HeaderStyle::Structured };
     assert_eq!(client.header_style(), best);
     assert_eq!(client.connection_count(), 2);

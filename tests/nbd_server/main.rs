@@ -10,6 +10,7 @@ mod heard;
 mod hostile;
 mod long;
 mod own;
+mod passing;
 mod raw;
 mod real;
 mod rig;
