@@ -4,6 +4,7 @@
 
 mod corpus;
 mod debian;
+mod failing;
 mod fuzz;
 mod hostile;
 #[path = "../support/listening.rs"]
