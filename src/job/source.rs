@@ -8,7 +8,7 @@ use std::time::Duration;
 use super::Env;
 use crate::block::BlockSource;
 use crate::error::{Error, Result};
-use crate::image::{OddEnd, open_image_as};
+use crate::image::{OddEnd, OpenImage, open_image_as};
 use crate::nbd::{Client, ClientOptions, NbdUri};
 use crate::platform::image::{ImageSource, Images};
 use crate::platform::qemu::{Qemu, QemuOptions};
@@ -140,13 +140,33 @@ fn absolute(path: &Path) -> Result<PathBuf> {
         .map_err(|error| Error::io(format!("cannot find {}", path.display()), error))
 }
 
-/// Opens a single disk for reading.
-pub(super) async fn open_disk(spec: &DiskSpec, odd_end: OddEnd) -> Result<Arc<dyn BlockSource>> {
-    let options = ClientOptions::default();
-    match spec {
-        DiskSpec::Nbd(uri) => Ok(Arc::new(Client::open_uri(uri, options).await?)),
-        DiskSpec::Image(ImageSpec { path, format }) => {
-            Ok(Arc::new(open_image_as((path, format), odd_end, options).await?))
+/// A single disk that is read.
+pub(super) struct OpenDisk {
+    pub(super) source: Arc<dyn BlockSource>,
+    image: Option<Arc<OpenImage>>,
+}
+
+impl OpenDisk {
+    /// Fails when an image was written, resized or replaced since it was opened: what was read of it is
+    /// no state that it ever had.
+    pub(super) async fn still_valid(&self) -> Result<()> {
+        match &self.image {
+            Some(image) => image.still_valid().await,
+            None => Ok(()),
         }
     }
+}
+
+/// Opens a single disk for reading.
+pub(super) async fn open_disk(spec: &DiskSpec, odd_end: OddEnd) -> Result<OpenDisk> {
+    let options = ClientOptions::default();
+    Ok(match spec {
+        DiskSpec::Nbd(uri) => {
+            OpenDisk { source: Arc::new(Client::open_uri(uri, options).await?), image: None }
+        }
+        DiskSpec::Image(ImageSpec { path, format }) => {
+            let image = Arc::new(open_image_as((path, format), odd_end, options).await?);
+            OpenDisk { source: image.clone(), image: Some(image) }
+        }
+    })
 }

@@ -140,7 +140,8 @@ async fn compare(
 ) -> Result<DiskReport> {
     let (name, size_bytes) = (&disk.description.name, disk.description.size_bytes);
     let reader = Arc::new(repository.open_disk(&disk.stored).await?);
-    let other_source = source::open_disk(other, OddEnd::Padded).await?;
+    let opened = source::open_disk(other, OddEnd::Padded).await?;
+    let other_source = Arc::clone(&opened.source);
     let (expected_root, other_bytes) = (disk.stored.root, other_source.geometry().size_bytes);
     let different = DiskReport {
         name: name.clone(),
@@ -158,6 +159,7 @@ async fn compare(
     let progress = control.add_disk(name, size_bytes);
     let options = copy::Options::new(name.clone(), other.to_string());
     let compared = copy::compare(reader, other_source, &options, control, &progress).await?;
+    opened.still_valid().await?;
     let differences = compared.differences.iter();
     Ok(DiskReport {
         equal: compared.is_equal(),

@@ -1,6 +1,9 @@
 //! Backup, list, show, restore, verify, forget: what a user does, end to end.
 
 use std::fs;
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use crate::fixture::{DISK, DISK_BYTES, Fixture};
 use crate::support::{NbdServer, TestEnv, assert_same_content};
@@ -25,6 +28,36 @@ fn a_restored_image_holds_what_the_disk_held() {
     assert_eq!(env.vmbackup(&["hash", path]).text(), root);
     let leftovers: Vec<_> = fs::read_dir(&to).unwrap().map(|e| e.unwrap().file_name()).collect();
     assert_eq!(leftovers.len(), 1, "nothing but the image: {leftovers:?}");
+}
+
+/// Not everybody heeds locks, and what was read was no state the image ever had.
+#[test]
+fn an_image_that_changes_while_it_is_read_has_no_hash_and_equals_nothing() {
+    let fixture = Fixture::new();
+    let env = &fixture.env;
+    let image = env.path("changing.raw");
+    fs::write(&image, vec![7; 48 << 20]).unwrap();
+    let spec = format!("{},format=raw", image.display());
+    env.vmbackup(&["full", "--image", &spec, "--name", "changing"]).ok();
+    let path = image.to_str().unwrap();
+    for args in [&["hash", path][..], &["verify", "changing@latest", "--against", path]] {
+        env.vmbackup(args).ok();
+        let reading = AtomicBool::new(true);
+        let outcome = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let file = fs::File::options().write(true).open(&image).unwrap();
+                while reading.load(Ordering::Relaxed) {
+                    file.write_all_at(&[7], 0).unwrap();
+                    std::thread::sleep(Duration::from_millis(2));
+                }
+            });
+            let outcome = env.vmbackup(args);
+            reading.store(false, Ordering::Relaxed);
+            outcome
+        });
+        assert_eq!(outcome.code, Some(16), "{outcome:?}");
+        outcome.fails_with(&["changing.raw was changed while it was read"]);
+    }
 }
 
 #[test]

@@ -274,7 +274,7 @@ async fn open_image(spec: &DiskSpec, access: &Access) -> Result<Disk> {
     if *access == Access::ReadOnly {
         // As writable: an NBD export has any size. One of another server is not opened again when it is
         // lost: what is behind it by then may be another disk, and whoever reads would have half of each.
-        let source = open_disk(spec, OddEnd::Kept).await?;
+        let source = open_disk(spec, OddEnd::Kept).await?.source;
         return Ok(Disk::new((name, description), source));
     }
     let DiskSpec::Image(ImageSpec { path, format }) = spec else {
