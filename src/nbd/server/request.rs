@@ -122,7 +122,7 @@ impl Agreed<'_> {
             command::WRITE => Action::Write(range, durability),
             command::TRIM => Action::Trim(range, durability),
             command::CACHE => Action::Cache(range),
-            _ => Action::Zero(range, zero_mode(flags), durability),
+            _ => Action::Zero(range, zero_mode(flags)?, durability),
         })
     }
 
@@ -188,15 +188,16 @@ impl Agreed<'_> {
     }
 }
 
-fn zero_mode(flags: u16) -> ZeroMode {
-    // With both flags the wish for speed decides: a fast zero that keeps space allocated is one
-    // that a sink cannot promise, so it is refused and the client writes the zeroes.
-    if flags & command_flag::FAST_ZERO != 0 {
-        ZeroMode::FastOnly
-    } else if flags & command_flag::NO_HOLE != 0 {
-        ZeroMode::Allocated
-    } else {
-        ZeroMode::Sparse
+/// Which zeroes the flags of a request ask for. No sink promises both, to be fast and to keep the space
+/// allocated: then the client writes the zeroes.
+fn zero_mode(flags: u16) -> Result<ZeroMode, Refusal> {
+    let (fast, allocated) =
+        (flags & command_flag::FAST_ZERO != 0, flags & command_flag::NO_HOLE != 0);
+    match (fast, allocated) {
+        (true, true) => Err(refuse(errno::ENOTSUP, "no fast zeroes keep their space")),
+        (true, false) => Ok(ZeroMode::FastOnly),
+        (false, true) => Ok(ZeroMode::Allocated),
+        (false, false) => Ok(ZeroMode::Sparse),
     }
 }
 
@@ -256,12 +257,10 @@ mod tests {
             (command::WRITE_ZEROES, NO_HOLE | FAST_ZERO),
             (command::BLOCK_STATUS, REQ_ONE),
         ] {
-            check(
-                HeaderStyle::Extended,
-                true,
-                request(command, FUA | (own & !PAYLOAD_LEN), 0, 512),
-            )
-            .unwrap();
+            for flag in all.iter().filter(|flag| **flag & own & !PAYLOAD_LEN != 0).chain(&[0]) {
+                let request = request(command, FUA | flag, 0, 512);
+                check(HeaderStyle::Extended, true, request).unwrap();
+            }
             for flag in all.iter().filter(|flag| *flag & (own | PAYLOAD_LEN) == 0) {
                 let result = check(HeaderStyle::Extended, true, request(command, *flag, 0, 512));
                 assert_eq!(result, Err(errno::EINVAL), "{command} with {flag:#x}");
@@ -269,6 +268,14 @@ mod tests {
         }
         let simple = check(HeaderStyle::Simple, true, request(command::READ, DF, 0, 512));
         assert_eq!(simple, Err(errno::EINVAL), "DF is not offered without structured replies");
+    }
+
+    /// Holes were punched.
+    #[test]
+    fn fast_zeroes_that_are_to_stay_allocated_are_left_to_the_client() {
+        let both = command_flag::NO_HOLE | command_flag::FAST_ZERO;
+        let result = check(HeaderStyle::Simple, true, request(command::WRITE_ZEROES, both, 0, 512));
+        assert_eq!(result, Err(errno::ENOTSUP));
     }
 
     #[test]
