@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use super::client::{Asked, Wanted, meet, negotiate};
+use super::client::{Asked, meet, negotiate};
 use super::connection::{Connection, Query};
 use super::export::ExportInfo;
 use super::negotiate::{Context, Greeted, Handshake, Listed};
@@ -18,6 +18,9 @@ use crate::error::{Error, Kind, Result};
 
 /// Exports looked at in one go.
 const EXPORTS_MAX: usize = 1000;
+
+/// Exports in a row about which a server may say nothing before it is taken to be silent about all.
+const SILENT_MAX: usize = 3;
 
 /// Longest range asked for at once: what the 32-bit lengths of simple headers take, in whole MiB.
 const STATUS_BYTES_MAX: u64 = 2 << 30;
@@ -76,7 +79,8 @@ pub enum Which<'a> {
 }
 
 /// Asks a server all it tells before data flows. Each export has its own time (that of the handshake)
-/// and its own failure, but for the only one. Cancel-safe.
+/// and its own failure, but for the only one; after [`SILENT_MAX`] in a row without an answer no more
+/// are asked about. Cancel-safe.
 pub async fn describe(
     connector: &dyn Connector,
     which: Which<'_>,
@@ -101,34 +105,40 @@ pub async fn describe(
     }
     let mut heard_bytes = handshake.heard_bytes;
     let mut session = Some(handshake);
-    let (mut exports, mut lost) = (Vec::new(), None::<Error>);
+    // Why nothing more is asked: what there is one reason for is not waited for again and again.
+    let mut lost = None::<Error>;
+    let (mut exports, mut silent) = (Vec::new(), 0);
     for listed in all {
-        let export = || format!("asking NBD server {peer} about export '{}'", listed.name);
-        // One that failed is not in step. That there is no new one has one reason for all that follow.
         if session.is_none() && lost.is_none() {
             match within(limit, asking, begin_again(connector, heard_bytes)).await {
                 Ok(handshake) => session = Some(handshake),
                 Err(error) => lost = Some(error),
             }
         }
-        let work = async {
-            match (session.take(), &lost) {
-                (Some(handshake), _) => {
-                    told(handshake, connector, (&listed.name, which), timeouts).await
-                }
-                (None, Some(error)) => Err(error.again()),
-                (None, None) => unreachable!("there is a session or a reason why not"),
-            }
-        };
-        let told = match within(limit, export, work).await {
-            Ok((handshake, told)) => {
+        let export = || format!("asking NBD server {peer} about export '{}'", listed.name);
+        let told = match (&mut session, &lost) {
+            (_, Some(error)) => Err(error.again()),
+            (None, None) => unreachable!("there is a session or a reason why not"),
+            (Some(handshake), None) => {
+                let asked = told(handshake, connector, (&listed.name, which), timeouts);
+                let told = within(limit, export, asked).await;
                 heard_bytes = handshake.heard_bytes;
-                session = Some(handshake);
-                Ok(told)
+                told
             }
-            Err(error) if matches!(which, Which::One(_)) => return Err(error),
-            Err(error) => Err(error),
         };
+        let told = match told {
+            Err(error) if matches!(which, Which::One(_)) => return Err(error),
+            told => told,
+        };
+        let failed = told.as_ref().err().map(Error::kind);
+        // A refusal leaves the session in step.
+        if matches!(failed, Some(Kind::Timeout | Kind::Connection | Kind::Protocol)) {
+            session = None;
+        }
+        silent = if failed == Some(Kind::Timeout) { silent + 1 } else { 0 };
+        if silent == SILENT_MAX && lost.is_none() {
+            lost = told.as_ref().err().map(Error::again);
+        }
         exports.push(Described { listed, told });
     }
     if let Some(handshake) = session {
@@ -141,7 +151,7 @@ pub async fn describe(
 async fn begin(connector: &dyn Connector) -> Result<Greeted> {
     let mut greeted = meet(connector).await?;
     if let Greeted::Newstyle(handshake) = &mut greeted {
-        handshake.agree_on_headers(HeaderStyle::Extended).await?;
+        handshake.agree_on_headers().await?;
     }
     Ok(greeted)
 }
@@ -169,26 +179,21 @@ async fn begin_again(connector: &dyn Connector, heard_bytes: usize) -> Result<Ha
 
 /// Asks about an export.
 async fn told(
-    mut handshake: Handshake,
+    handshake: &mut Handshake,
     connector: &dyn Connector,
     (name, which): (&str, Which<'_>),
     timeouts: Timeouts,
-) -> Result<(Handshake, Told)> {
+) -> Result<Told> {
     let info = match handshake.info(name).await? {
         Some(info) => info,
         // Old servers tell only those who enter transmission.
-        None => negotiate(connector, name, best(&[]), timeouts.handshake).await?.export,
+        None => negotiate(connector, name, (&[], Asked::Nothing), timeouts.handshake).await?.export,
     };
     let contexts = match which {
         Which::AllWithoutContexts => Vec::new(),
         Which::One(_) | Which::All => handshake.list_contexts(name, &[]).await?,
     };
-    Ok((handshake, Told { info, contexts }))
-}
-
-/// A session with all that the server has, and these contexts.
-fn best(contexts: &[String]) -> Wanted<'_> {
-    Wanted { headers: HeaderStyle::Extended, contexts, asked: Asked::Nothing }
+    Ok(Told { info, contexts })
 }
 
 /// A connection that asks for the status of ranges and nothing else.
@@ -210,7 +215,8 @@ impl Inspector {
         timeouts: Timeouts,
     ) -> Result<Self> {
         let peer = connector.peer();
-        let negotiated = negotiate(connector, export, best(contexts), timeouts.handshake).await?;
+        let negotiated =
+            negotiate(connector, export, (contexts, Asked::Nothing), timeouts.handshake).await?;
         let has = |name: &&String| negotiated.contexts.iter().any(|found| found.name == **name);
         if let Some(missing) = contexts.iter().find(|name| !has(name)) {
             let message = format!("NBD server {peer} does not offer the context {missing}");
@@ -253,10 +259,11 @@ impl Inspector {
             return Err(Error::new(Kind::Usage, message));
         }
         let range = ByteRange::new(range.offset(), range.len().min(STATUS_BYTES_MAX));
-        let told = self.connection.status(Query { range, context: None, extents }).await?;
+        let mut told = self.connection.status(Query { range, context: None, extents }).await?;
         let runs = |context: &Context| {
-            let told = told.iter().find(|status| status.id == context.id);
-            let mut runs = told.expect("a complete reply tells of every context").runs.clone();
+            let told = told.iter_mut().find(|status| status.id == context.id);
+            let told = told.expect("a complete reply tells of every context");
+            let mut runs = std::mem::take(&mut told.runs);
             // Only the last run may overshoot: the request parser has seen to it.
             let sum: u64 = runs.iter().map(|run| run.0).sum();
             if let Some(last) = runs.last_mut() {

@@ -17,7 +17,7 @@ use crate::block::Buffer;
 /// A broken rule, with the offending number.
 pub(super) type Broken = String;
 
-/// Most extents in one chunk (what libnbd and nbdkit agree on).
+/// Most extents in one reply, of all its contexts (for one of them what libnbd and nbdkit agree on).
 const EXTENTS_MAX: u64 = 1 << 20;
 /// Chunks a reply may have beyond those its data can need: errors, NONE.
 const CHUNKS_EXTRA: u64 = 8;
@@ -239,6 +239,10 @@ impl StatusParser {
         if !ids.contains(&id) {
             return Err(format!("status of meta context {id}, which was not negotiated"));
         }
+        let others = told.iter().map(|context| context.runs.len() as u64).sum::<u64>();
+        if others + extents > EXTENTS_MAX {
+            return Err(format!("{} extents in one reply", others + extents));
+        }
         if told.iter().any(|context| context.id == id) {
             return Err(format!("meta context {id} twice in one reply"));
         }
@@ -302,6 +306,31 @@ impl StatusParser {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use tokio::sync::Semaphore;
+
+    #[test]
+    fn a_reply_has_so_many_extents_over_all_its_contexts() {
+        let place = Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap();
+        let mut request = InFlight {
+            command: command::BLOCK_STATUS,
+            offset: 0,
+            len: EXTENTS_MAX + 1,
+            expected: Expected::Status { ids: vec![1, 2], told: Vec::new(), extents: Extents::Any },
+            error: None,
+            chunks: 0,
+            done: oneshot::channel().0,
+            _place: place,
+            _slow: None,
+        };
+        let head = |id: u32| id.to_be_bytes();
+        let mut first = StatusParser::new(&request, &head(1), EXTENTS_MAX - 1).unwrap();
+        for flags in (0..2_u32).cycle().take(usize::try_from(EXTENTS_MAX - 1).unwrap()) {
+            first.feed(&[1_u32.to_be_bytes(), flags.to_be_bytes()].concat()).unwrap();
+        }
+        first.store(&mut request);
+        assert!(StatusParser::new(&request, &head(2), 1).is_ok());
+        assert!(StatusParser::new(&request, &head(2), 2).is_err());
+    }
 
     proptest! {
         #[test]

@@ -124,6 +124,39 @@ async fn a_server_that_is_gone_after_its_list_is_waited_for_once() {
     assert_eq!(sessions.load(Ordering::Relaxed), 2);
 }
 
+/// Found in review: a thousand exports were 1000 times 30 s.
+#[tokio::test]
+async fn a_server_that_is_silent_about_three_exports_is_asked_about_no_more() {
+    let (server, sessions) = server(|option, times| match option {
+        option::LIST => Some(listed(&[("x", ""); 30])),
+        // The first is told of, and so is one between those that hang.
+        option::INFO if [0, 2].contains(&times) => Some(told()),
+        option::INFO => Some(Vec::new()),
+        _ => None,
+    });
+    let exports = look(&server, Which::AllWithoutContexts).await;
+    let (told, silent): (Vec<_>, Vec<_>) = exports.iter().partition(|e| e.told.is_ok());
+    assert_eq!((told.len(), silent.len()), (2, 28));
+    assert!(silent.iter().all(|e| error(e).0 == Kind::Timeout));
+    // The first, and one after each that hung, but the last.
+    assert_eq!(sessions.load(Ordering::Relaxed), 4);
+}
+
+/// Found in review: a server that takes one client was gone after the first it refused.
+#[tokio::test]
+async fn a_session_in_which_an_export_was_refused_goes_on() {
+    let (server, sessions) = server(|option, times| match option {
+        option::LIST => Some(listed(&THREE)),
+        option::INFO if times == 1 => Some(option_reply(option, reply::POLICY, b"not for you")),
+        option::INFO => Some(told()),
+        _ => None,
+    });
+    let exports = look(&server, Which::AllWithoutContexts).await;
+    assert_eq!(error(&exports[1]).0, Kind::Permission);
+    assert!(exports[0].told.is_ok() && exports[2].told.is_ok(), "{exports:?}");
+    assert_eq!(sessions.load(Ordering::Relaxed), 1);
+}
+
 #[tokio::test]
 async fn contexts_are_asked_for_only_where_they_are_shown() {
     let contexts = |option, _| match option {

@@ -95,6 +95,15 @@ fn the_list_shows_descriptions_and_an_export_that_fails_among_the_others() {
 }
 
 #[test]
+fn a_context_that_is_named_twice_is_mapped_once() {
+    let env = TestEnv::new();
+    let server = NbdServer::nbdkit(&env, &["memory", "1M"]);
+    let (uri, context) = (server.uri(""), ["--context", "base:allocation"]);
+    let args = [&["nbd", "map", &uri, "--json"][..], &context, &context].concat();
+    assert_eq!(env.vmbackup(&args).json()["contexts"].as_array().unwrap().len(), 1);
+}
+
+#[test]
 fn a_map_of_all_contexts_needs_one_connection() {
     let env = TestEnv::new();
     env.run("qemu-img", &["create", "-f", "qcow2", "d.qcow2", "64M"]).ok();

@@ -1,6 +1,6 @@
 //! What the contexts of an export say of it: extents, and totals.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 
 use serde::Serialize;
 
@@ -11,7 +11,7 @@ use crate::error::{Error, Kind, Result};
 use crate::nbd::wire::{DIRTY_BITMAP_PREFIX, STATE_DIRTY, STATE_HOLE, STATE_ZERO};
 use crate::nbd::{self, ClientOptions, Inspector, NbdUri, Runs};
 
-/// Most extents that are listed: a list of more is for nobody to read.
+/// Most extents that are listed, of all contexts: a list of more is for nobody to read.
 const EXTENTS_MAX: usize = 1_000_000;
 
 /// Most different states that are counted; a server invents no more than these.
@@ -20,6 +20,10 @@ const STATES_MAX: usize = 10_000;
 /// Most bytes of the names of contexts that one connection is asked for: a server of ours takes 64 KiB
 /// in an option, others more.
 const NAMES_BYTES_MAX: usize = 48 << 10;
+
+/// Most contexts that one connection is asked for: what a client has of each of them at a time is
+/// theirs together, and a walk gets on only as far as the shortest answer.
+const NAMES_MAX: usize = 16;
 
 /// What to map.
 #[derive(Clone, Debug)]
@@ -97,12 +101,15 @@ pub async fn run(request: &Request, control: &Control) -> Result<Report> {
         let info = info::run(uri, Scope::One, Content::Unread, control).await?;
         names = info.exports.into_iter().flat_map(|export| export.contexts).collect();
     }
+    // One that is named twice is told of once: some servers refuse it, others answer twice.
+    let mut seen = HashSet::new();
+    names.retain(|name| seen.insert(name.clone()));
     if names.is_empty() {
         let message = format!("NBD server {uri} tells nothing of what its export holds");
         return Err(Error::new(Kind::Unsupported, message));
     }
     let timeouts = ClientOptions::default().timeouts;
-    let mut contexts = Vec::new();
+    let mut contexts: Vec<Context> = Vec::new();
     let mut size_bytes = 0;
     for names in fitting(&names) {
         let opening = Inspector::open(uri, &uri.export, names, timeouts);
@@ -110,7 +117,10 @@ pub async fn run(request: &Request, control: &Control) -> Result<Report> {
         size_bytes = inspector.info().size_bytes;
         contexts.extend(match request.detail {
             Detail::At(offset) => place(&inspector, offset, control).await?,
-            detail => map(&inspector, detail, control).await?,
+            detail => {
+                let listed = contexts.iter().map(|context| context.extents.len()).sum();
+                map(&inspector, (detail, listed), control).await?
+            }
         });
     }
     Ok(Report { uri: uri.to_string(), size_bytes, contexts })
@@ -125,7 +135,7 @@ fn fitting(names: &[String]) -> impl Iterator<Item = &[String]> {
             bytes += name.len() + 4;
             bytes <= NAMES_BYTES_MAX
         };
-        let count = rest.iter().take_while(fits).count().max(1);
+        let count = rest.iter().take(NAMES_MAX).take_while(fits).count().max(1);
         let part;
         (part, rest) = rest.split_at_checked(count)?;
         Some(part)
@@ -152,8 +162,12 @@ async fn place(inspector: &Inspector, offset: u64, control: &Control) -> Result<
 }
 
 /// All contexts in one walk: each answer tells of prefixes of different lengths, and the next question
-/// begins where the shortest ends.
-async fn map(inspector: &Inspector, detail: Detail, control: &Control) -> Result<Vec<Context>> {
+/// begins where the shortest ends. So many extents are listed already.
+async fn map(
+    inspector: &Inspector,
+    (detail, listed): (Detail, usize),
+    control: &Control,
+) -> Result<Vec<Context>> {
     let size_bytes = inspector.info().size_bytes;
     let of = |context: &nbd::Context| Walk::new(context.name.clone(), detail);
     let mut walks: Vec<_> = inspector.contexts().iter().map(of).collect();
@@ -162,6 +176,10 @@ async fn map(inspector: &Inspector, detail: Detail, control: &Control) -> Result
         let told = control.run(status).await?;
         for (walk, runs) in walks.iter_mut().zip(told) {
             walk.told(from, runs)?;
+        }
+        if listed + walks.iter().map(|walk| walk.extents.len()).sum::<usize>() > EXTENTS_MAX {
+            let message = format!("there are more than {EXTENTS_MAX} extents to list");
+            return Err(Error::new(Kind::Unsupported, message).hint("ask for --totals"));
         }
     }
     Ok(walks.into_iter().map(Walk::ended).collect())
@@ -201,14 +219,9 @@ impl Walk {
             let message = format!("context {name} has more than {STATES_MAX} states");
             return Err(Error::new(Kind::Protocol, message));
         }
-        let full = self.extents.len() == EXTENTS_MAX;
         match self.extents.last_mut() {
             _ if self.detail == Detail::Totals => {}
             Some(last) if last.flags == flags => last.bytes += bytes,
-            _ if full => {
-                let message = format!("context {name} has more than {EXTENTS_MAX} extents");
-                return Err(Error::new(Kind::Unsupported, message).hint("ask for --totals"));
-            }
             _ => {
                 let state = state(name, flags);
                 self.extents.push(Extent { offset: self.at, bytes, flags, state });
