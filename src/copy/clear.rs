@@ -23,7 +23,7 @@ use crate::control::Control;
 use crate::error::{Kind, Result};
 use crate::units::{GIB, MIB};
 
-/// Queries about a disk that goes on saying "zero": 1 GiB each on servers with 32-bit lengths.
+/// Queries about a disk that goes on saying "zero": 3 GiB each on servers with 32-bit lengths.
 pub(super) const QUERIES_MAX: usize = 4096;
 
 /// Smaller sinks are cleared by one request, without a trial.

@@ -13,7 +13,7 @@ use async_trait::async_trait;
 use super::connection::Connection;
 use super::error::NbdError;
 use super::export::ExportInfo;
-use super::extents::Contexts;
+use super::extents::{Contexts, OVERVIEW_32_BYTES, OVERVIEW_BYTES, WINDOW_BYTES};
 use super::initial_state::InitialState;
 use super::negotiate::{Greeted, Listed, Negotiated, greet, without_tls};
 use super::patience::{Patience, Timeouts};
@@ -49,8 +49,6 @@ pub struct ClientOptions {
     pub connections: usize,
     /// Requests in flight on each connection; QEMU serves 16 at once.
     pub in_flight: u16,
-    /// The headers to ask for; a server that lacks them is asked for the next best.
-    pub headers: HeaderStyle,
     /// How long to wait for what.
     pub timeouts: Timeouts,
 }
@@ -63,7 +61,6 @@ impl Default for ClientOptions {
             changes: None,
             connections: CONNECTIONS_DEFAULT,
             in_flight: IN_FLIGHT_DEFAULT,
-            headers: HeaderStyle::Extended,
             timeouts: Timeouts::default(),
         }
     }
@@ -110,13 +107,12 @@ impl Client {
         let bitmap = options.changes.as_ref().map(|name| format!("{DIRTY_BITMAP_PREFIX}{name}"));
         let allocation = Some(BASE_ALLOCATION.to_owned());
         let contexts: Vec<_> = allocation.iter().chain(&bitmap).cloned().collect();
-        let (limit, headers) = (options.timeouts.handshake, options.headers);
+        let limit = options.timeouts.handshake;
         let asked = match options.access {
             Access::Write(InitialContent::Unknown) => Asked::InitialState,
             Access::Read | Access::Write(InitialContent::Zero) => Asked::Nothing,
         };
-        let wanted = Wanted { headers, contexts: &contexts, asked };
-        let first = negotiate(connector, export, wanted, limit).await?;
+        let first = negotiate(connector, export, (&contexts, asked), limit).await?;
         check_access(&peer, &first.export, options.access)?;
         if let Some(bitmap) = bitmap.as_ref().filter(|b| !has_context(&first, b)) {
             return Err(Error::new(
@@ -139,9 +135,8 @@ impl Client {
                     Some(bitmap) if index == 1 => vec![bitmap.clone()],
                     _ => allocation.iter().cloned().collect(),
                 };
-                let wanted = Wanted { headers, contexts: &contexts, asked: Asked::Nothing };
-                let limit = limit.min(EXTRA_CONNECTION);
-                match negotiate(connector, export, wanted, limit).await {
+                let (contexts, limit) = ((&*contexts, Asked::Nothing), limit.min(EXTRA_CONNECTION));
+                match negotiate(connector, export, contexts, limit).await {
                     Ok(next) => {
                         check_same(&peer, (&info, &tls), &next)?;
                         connections.push(start(next));
@@ -285,6 +280,7 @@ impl BlockSource for Client {
         let contexts = Contexts {
             allocation: self.context(BASE_ALLOCATION),
             changes: bitmap.and_then(|name| self.context(&format!("{DIRTY_BITMAP_PREFIX}{name}"))),
+            window_bytes: WINDOW_BYTES,
         };
         assert_eq!(contexts.changes.is_some(), bitmap.is_some(), "checked when it was opened");
         Ok(contexts.extents(range).await?)
@@ -317,7 +313,13 @@ impl BlockSink for Client {
     }
 
     async fn existing(&self, range: ByteRange) -> Result<ExtentMap> {
-        self.extents(range).await
+        let window_bytes = match self.header_style() {
+            HeaderStyle::Extended => OVERVIEW_BYTES,
+            HeaderStyle::Simple | HeaderStyle::Structured => OVERVIEW_32_BYTES,
+        };
+        let allocation = self.context(BASE_ALLOCATION);
+        let contexts = Contexts { allocation, changes: None, window_bytes };
+        Ok(contexts.extents(range).await?)
     }
 
     async fn write(&self, offset: u64, buffer: Buffer) -> Result<()> {
@@ -418,21 +420,11 @@ pub(super) enum Asked {
     InitialState,
 }
 
-/// What a connection is to have.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Wanted<'a> {
-    /// At best.
-    pub(super) headers: HeaderStyle,
-    /// By name, those the server has of them.
-    pub(super) contexts: &'a [String],
-    pub(super) asked: Asked,
-}
-
 /// One connection up to transmission, within `limit`.
 pub(super) async fn negotiate(
     connector: &dyn Connector,
     export: &str,
-    wanted: Wanted<'_>,
+    (contexts, asked): (&[String], Asked),
     limit: Duration,
 ) -> Result<Negotiated> {
     let peer = connector.peer();
@@ -440,9 +432,9 @@ pub(super) async fn negotiate(
         match meet(connector).await? {
             Greeted::Oldstyle(negotiated) => Ok(negotiated),
             Greeted::Newstyle(mut handshake) => {
-                handshake.agree_on_headers(wanted.headers).await?;
-                handshake.set_contexts(export, wanted.contexts).await?;
-                if wanted.asked == Asked::InitialState {
+                handshake.agree_on_headers().await?;
+                handshake.set_contexts(export, contexts).await?;
+                if asked == Asked::InitialState {
                     handshake.ask_initial_state(export).await?;
                 }
                 handshake.go(export).await

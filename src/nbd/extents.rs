@@ -1,6 +1,6 @@
 //! From meta contexts to extents: what a range holds and whether it changed.
 //!
-//! Windows keep memory independent of the disk: one call asks for at most [`WINDOW_BYTES`] and
+//! Windows keep memory independent of the disk: one call asks for at most so many bytes and
 //! answers with the prefix the server told. With a dirty bitmap the bitmap is asked first and the
 //! allocation only around dirty ranges, because walking the allocation of a large fragmented image
 //! can take minutes (the reason for virtnbdbackup's option to leave it out); ranges closer than
@@ -15,7 +15,11 @@ use super::wire::{STATE_DIRTY, STATE_ZERO};
 
 /// What one call asks for at most: 16384 extents of 64 KiB, and a request that every server takes
 /// (32-bit lengths) and none is busy with for long.
-const WINDOW_BYTES: u64 = 1 << 30;
+pub(super) const WINDOW_BYTES: u64 = 1 << 30;
+/// The same where it is only to be seen whether all is zero: one answer for a disk of any usual size,
+/// or what 32-bit lengths allow, in whole blocks of any size.
+pub(super) const OVERVIEW_BYTES: u64 = 1 << 40;
+pub(super) const OVERVIEW_32_BYTES: u64 = 3 << 30;
 /// Clean ranges shorter than this are walked over rather than left out of a query.
 const GAP_BYTES: u64 = 4 << 20;
 
@@ -25,12 +29,14 @@ pub(super) struct Contexts<'a> {
     pub(super) allocation: Option<(&'a Connection, u32)>,
     /// Connection and context id of the dirty bitmap, if one is used.
     pub(super) changes: Option<(&'a Connection, u32)>,
+    /// What is asked about at a time.
+    pub(super) window_bytes: u64,
 }
 
 impl Contexts<'_> {
     /// What a prefix of `range` holds. Cancel-safe.
     pub(super) async fn extents(&self, range: ByteRange) -> Result<ExtentMap, NbdError> {
-        let window = ByteRange::new(range.offset(), range.len().min(WINDOW_BYTES));
+        let window = ByteRange::new(range.offset(), range.len().min(self.window_bytes));
         let Some((connection, id)) = self.changes else {
             return self.content(window).await;
         };

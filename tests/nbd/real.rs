@@ -1,14 +1,13 @@
 //! The client against qemu-nbd and nbdkit, in the styles they can be made to speak.
 
 use vmbackup::block::{
-    BlockSink, BlockSource, Buffer, ByteRange, ExtentKind, ZeroMode, conformance,
+    BlockSink, BlockSource, Buffer, ByteRange, ExtentKind, ExtentMap, ZeroMode, conformance,
 };
 use vmbackup::error::Kind;
 use vmbackup::nbd::wire::HeaderStyle;
 use vmbackup::nbd::{Client, ClientOptions, Timeouts, list};
 
-use crate::support::{Server, content_of, pattern_dir, run, tempdir, writing};
-use crate::versions::qemu_nbd_version;
+use crate::support::{Server, content_of, pattern_dir, qemu_version, run, tempdir, writing};
 
 const LEN: usize = (6 << 20) + 512;
 
@@ -18,7 +17,7 @@ async fn qemu_nbd_serves_raw_with_the_best_headers_it_has() {
     let server = Server::qemu_nbd(dir, &["-r", "-f", "raw", "-e", "8", "raw"]);
     let client = server.reader().await;
     // Extended headers came with QEMU 8.2 (docs/interop/nbd.txt).
-    let extended = qemu_nbd_version() >= (8, 2);
+    let extended = qemu_version(server.dir.path()) >= (8, 2);
     let best = if extended { HeaderStyle::Extended } else { HeaderStyle::Structured };
     assert_eq!(client.header_style(), best);
     assert_eq!(client.connection_count(), 2);
@@ -79,6 +78,15 @@ async fn qemu_storage_daemon_is_read() {
     std::fs::rename(dir.path().join("raw"), dir.path().join("image")).unwrap();
     let server = storage_daemon(dir, "raw", "off");
     conformance::source(&server.reader().await, &content).await;
+}
+
+/// Lengths have 32 bits.
+#[tokio::test(flavor = "multi_thread")]
+async fn one_answer_tells_of_three_gib_whether_they_are_zero() {
+    let server = Server::nbdkit(&["null", "8G"]);
+    let client = server.writer().await;
+    let map = client.existing(ByteRange::new(0, 8 << 30)).await.unwrap();
+    assert_eq!(map, ExtentMap::uniform(ByteRange::new(0, 3 << 30), ExtentKind::Zero));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -4,6 +4,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use vmbackup::block::file::FileSink;
 use vmbackup::block::layer::faulty::{Faults, FaultySink, FaultySource};
 use vmbackup::block::memory::MemoryDisk;
 use vmbackup::block::{
@@ -54,6 +55,19 @@ async fn a_budget_smaller_than_a_request_slows_and_does_not_stop() {
     let rig = Rig::with_limits([Export::read_only("", disk)], limits);
     let client = open(&rig, "", ClientOptions::default()).await;
     conformance::source(&client, &content).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_answer_tells_that_a_large_disk_is_zero() {
+    let file = tempfile::tempdir().unwrap();
+    let path = file.path().join("empty.raw");
+    let size_bytes = 100_u64 << 30;
+    std::fs::File::create(&path).unwrap().set_len(size_bytes).unwrap();
+    let sink = Arc::new(FileSink::open_any(&path).unwrap());
+    let rig = Rig::new([Export::writable("", Arc::new(sink.reader().unwrap()), sink)]);
+    let whole = ByteRange::new(0, size_bytes);
+    let map = open(&rig, "", writing()).await.existing(whole).await.unwrap();
+    assert_eq!(map, ExtentMap::uniform(whole, ExtentKind::Zero));
 }
 
 #[tokio::test(flavor = "multi_thread")]
