@@ -123,12 +123,7 @@ impl NewImage {
     /// Makes the image durable and gives it its name. A sink of it that is still held is an
     /// [`Kind::Internal`] error: what it wrote last might be missing. Not cancel-safe.
     pub async fn commit(self) -> Result<()> {
-        self.publish(Durability::Synced).await
-    }
-
-    /// The same, durable only if asked for.
-    pub async fn publish(self, durability: Durability) -> Result<()> {
-        self.close(durability).await?.publish(durability).await
+        self.close(Durability::Synced).await?.commit().await
     }
 
     /// Makes the image complete and durable under its temporary name: what is left is to
@@ -139,8 +134,9 @@ impl NewImage {
         Ok(file)
     }
 
-    /// Ends writing.
-    async fn close(self, durability: Durability) -> Result<NewFile> {
+    /// Ends writing, which may take as long as a flush: what is left is to publish the file, or to sync
+    /// and [`NewFile::place`] it. Dropped meanwhile, it removes what was written.
+    pub async fn close(self, durability: Durability) -> Result<NewFile> {
         if let NewImageSink::Served { export, cut } = self.sink {
             if durability == Durability::Synced {
                 export.flush().await?;

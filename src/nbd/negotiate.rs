@@ -202,21 +202,15 @@ impl Handshake {
         self.tls.as_ref()
     }
 
-    /// Asks for `best`, else for the next best, and takes what it gets.
-    pub async fn agree_on_headers(&mut self, best: HeaderStyle) -> Result<HeaderStyle> {
+    /// Asks for extended headers, else for structured replies, and takes what it gets.
+    pub async fn agree_on_headers(&mut self) -> Result<HeaderStyle> {
         if !self.fixed {
             return Ok(self.style);
         }
-        let (extended, structured) = (
+        for (option, style) in [
             (option::EXTENDED_HEADERS, HeaderStyle::Extended),
             (option::STRUCTURED_REPLY, HeaderStyle::Structured),
-        );
-        let options = match best {
-            HeaderStyle::Extended => &[extended, structured][..],
-            HeaderStyle::Structured => &[structured],
-            HeaderStyle::Simple => &[],
-        };
-        for (option, style) in options.iter().copied() {
+        ] {
             self.send_option(option, &[]).await?;
             let answer = self.read_reply(option).await?;
             match answer.kind {

@@ -4,8 +4,9 @@
 //! given up. FLUSH, WRITE_ZEROES, TRIM, CACHE and FUA move none while the server works, for minutes
 //! where a disk or a network file system has much to write: they get [`Timeouts::slow`], and with
 //! them, as long as one is in flight, everything else the client waits for on any connection, because
-//! a server may answer nothing else meanwhile. That a host is gone is found earlier by the
-//! keepalives of TCP (`stream`).
+//! a server may answer nothing else meanwhile. TCP finds earlier that a host is gone: after two minutes by
+//! its keepalives (`stream`), or, where something was sent that was not acknowledged, when it has given up
+//! sending it again, for which Linux takes 15 minutes (tcp(7), `tcp_retries2`).
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};

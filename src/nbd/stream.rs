@@ -20,8 +20,8 @@ use super::vsock;
 use crate::error::{Error, Kind, Result};
 
 /// When a connection on which nothing moves is probed, how often, and how many answers may be missing:
-/// a host that is gone is known to be after two minutes, and a connection between requests, or a long
-/// flush, survives a minute without a network. TCP_USER_TIMEOUT is not set: it would end a connection
+/// a host that is gone is known to be after two minutes if all that was sent to it had been acknowledged,
+/// and a connection between requests, or a long flush, survives a minute without a network. TCP_USER_TIMEOUT is not set: it would end a connection
 /// to a server that is there and for so long reads nothing (tcp(7)).
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(60);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);

@@ -1,7 +1,9 @@
 //! What breaks on the way, and what is left of it.
 
 use std::fs::{self, File};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use crate::ends::is_running;
 use crate::support::{NbdServer, Outcome, Process, SmallDisk, TestEnv, is_listening, wait_until};
@@ -231,6 +233,31 @@ fn a_server_of_ours_ends_when_we_are_killed() {
     wait_until("the server", 20, || pid.exists() && is_running(&pid));
     copy.signal("KILL");
     wait_until("the end of the server", 20, || !is_running(&pid));
+}
+
+#[test]
+fn ctrl_c_ends_the_wait_for_a_server_that_does_not_end_and_says_what_the_target_is() {
+    let env = TestEnv::new();
+    let (source, closing) = (source(&env, 1 << 20), env.path("closing"));
+    let plugin = format!(
+        "#!/bin/sh\ncase $1 in get_size) echo 1M ;; can_write) exit 0 ;; pwrite) cat >/dev/null ;;\n\
+         pread) dd if=/dev/zero count=$3 iflag=count_bytes status=none ;;\n\
+         close) echo $$ >{}; exec sleep 60 >/dev/null 2>&1 ;; *) exit 2 ;; esac\n",
+        closing.display()
+    );
+    fs::write(env.path("plugin"), plugin).unwrap();
+    fs::set_permissions(env.path("plugin"), fs::Permissions::from_mode(0o755)).unwrap();
+    let to = format!("[ nbdkit sh {} ]", env.path("plugin").display());
+    let copy = env.spawn_vmbackup(&["copy", text(&source), &to]);
+    let sleeper = || fs::read_to_string(&closing).ok().filter(|pid| pid.ends_with('\n'));
+    wait_until("the end of the server", 20, || sleeper().is_some());
+    let begun = Instant::now();
+    copy.signal("INT");
+    let outcome = copy.wait();
+    env.run("kill", &[sleeper().unwrap().trim()]).ok();
+    assert!(begun.elapsed() < Duration::from_secs(20), "{outcome:?}");
+    assert_eq!(outcome.code, Some(130), "{outcome:?}");
+    outcome.fails_with(&["may be written in part"]);
 }
 
 #[test]

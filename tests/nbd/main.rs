@@ -16,6 +16,4 @@ mod script;
 mod slow;
 mod support;
 mod uris;
-#[path = "../support/versions.rs"]
-mod versions;
 mod vsock;

@@ -103,6 +103,15 @@ pub fn run(program: &str, args: &[&str], dir: &Path) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
+/// Version of the installed qemu-nbd: what it can do depends on it.
+pub fn qemu_version(dir: &Path) -> (u32, u32) {
+    let text = run("qemu-nbd", &["--version"], dir);
+    let version = text.split_whitespace().nth(1).expect("qemu-nbd VERSION …");
+    let mut numbers = version.split('.').map(|number| number.parse().expect("a version"));
+    let mut next = || numbers.next().expect("major.minor");
+    (next(), next())
+}
+
 /// A directory with `raw` (the conformance pattern of `len` bytes) and what it holds.
 pub fn pattern_dir(len: usize) -> (TempDir, Vec<u8>) {
     let dir = tempdir();

@@ -383,6 +383,34 @@ async fn a_status_payload_chooses_contexts_and_must_be_right() {
     assert_eq!((be32(&payload[..4]), be64(&payload[8..16])), (2, SIZE));
 }
 
+/// CVE-2025-47711 (nbdkit): the reply to a status of the largest length was one byte short of right.
+#[tokio::test]
+async fn cve_2025_47711_a_status_of_the_largest_length_is_within_it() {
+    let mut raw = Raw::transmitting(STRUCTURED).await;
+    raw.request(STRUCTURED, ask(command::BLOCK_STATUS, 0, 0, u32::MAX.into())).await;
+    assert_eq!(raw.errno(STRUCTURED).await, errno::EINVAL);
+    raw.request(STRUCTURED, ask(command::BLOCK_STATUS, 0, 0, SIZE)).await;
+    for last in [false, true] {
+        let (flags, kind, _, payload) = raw.chunk(STRUCTURED).await;
+        assert_eq!((flags == chunk::DONE, kind), (last, chunk::BLOCK_STATUS));
+        assert_eq!(u64::from(be32(&payload[4..8])), SIZE);
+    }
+}
+
+/// CVE-2025-47712 (nbdkit): lengths near 2^32 overflowed where requests were cut.
+#[tokio::test]
+async fn cve_2025_47712_lengths_near_4_gib_do_not_overflow() {
+    let mut raw = Raw::transmitting(STRUCTURED).await;
+    for len in [u32::MAX - 1, u32::MAX] {
+        for command in [command::WRITE_ZEROES, command::TRIM, command::CACHE] {
+            raw.request(STRUCTURED, ask(command, 0, SIZE - 1, len.into())).await;
+            let errno = raw.errno(STRUCTURED).await;
+            assert!([errno::EINVAL, errno::ENOSPC].contains(&errno));
+        }
+    }
+    raw.lives(STRUCTURED).await;
+}
+
 /// CVE-2013-7441 (nbd-server): a client that hung up in the middle ended the server.
 #[tokio::test]
 async fn cve_2013_7441_a_client_that_hangs_up_anywhere_ends_its_session_only() {

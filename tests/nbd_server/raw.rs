@@ -32,11 +32,7 @@ pub fn server(limits: Limits) -> Server {
 impl Raw {
     /// Connects and reads the greeting; says nothing yet.
     pub async fn connect(limits: Limits) -> Self {
-        Self::to(server(limits)).await
-    }
-
-    /// The same with a server of the test's own.
-    pub async fn to(server: Server) -> Self {
+        let server = server(limits);
         let (ours, theirs) = tokio::io::duplex(64 << 10);
         let serving = server.clone();
         let session =

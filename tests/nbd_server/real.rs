@@ -44,6 +44,39 @@ async fn qemu_img_sees_holes_as_zero() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn qemu_img_writes_it() {
+    let (source, content) = read_only(LEN);
+    let (rig, disk) = writable(LEN);
+    let expected = source.dir.path().join("expected");
+    let from = expected.to_str().unwrap();
+    rig.run("qemu-img", &["convert", "-n", "-f", "raw", "-O", "raw", from, &rig.text("")]);
+    assert!(disk.content() == content);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn qemu_io_writes_zeroes_trims_and_flushes() {
+    let (rig, disk) = writable(1 << 20);
+    let uri = rig.text("");
+    let io = |command: &str| {
+        rig.run("qemu-io", &["-f", "raw", "-d", "unmap", "-c", command, "-c", "flush", &uri])
+    };
+    io("write -P 7 4096 8192");
+    io("write -f -P 8 12345 100");
+    io("write -z 65536 4096");
+    io("write -z -u 131072 4096");
+    io("write -z -n 196608 4096");
+    io("discard 262144 65536");
+    io("read -P 7 4096 8192");
+    let content = disk.content();
+    assert!(content[4096..12288].iter().all(|byte| *byte == 7));
+    assert!(content[12345..12445].iter().all(|byte| *byte == 8));
+    for zeroed in [65536..69632, 131_072..135_168, 196_608..200_704] {
+        assert!(content[zeroed].iter().all(|byte| *byte == 0));
+    }
+    assert_eq!(content[12288], 0x5a, "nothing else changes");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn qemu_io_cannot_write_a_read_only_export() {
     let (rig, content) = read_only(65536);
     let args = ["-f", "raw", "-c", "write -P 1 0 512", &rig.text("vda")];
@@ -57,13 +90,32 @@ async fn qemu_io_cannot_write_a_read_only_export() {
 async fn qemu_reads_a_dirty_bitmap_of_it() {
     let disk = changed(1 << 20, &[(65536, 65536)]);
     let rig = Rig::new([Export::read_only("a", Arc::clone(&disk) as _).with_changes("b0", disk)]);
-    let options = format!("{},x-dirty-bitmap=qemu:dirty-bitmap:b0", rig.qemu_disk("a"));
+    let options = format!(
+        "driver=nbd,server.type=unix,server.path={},export=a,x-dirty-bitmap=qemu:dirty-bitmap:b0",
+        rig.socket().display()
+    );
     let map = rig.run("qemu-img", &["map", "--output=json", "--image-opts", &options]);
     let map: serde_json::Value = serde_json::from_str(&map).unwrap();
     // QEMU shows what is dirty as not data (docs/interop/nbd.rst has the reason).
     let dirty: Vec<_> = map.as_array().unwrap().iter().filter(|e| e["data"] == false).collect();
     assert_eq!(dirty.len(), 1, "{map}");
     assert_eq!((&dirty[0]["start"], &dirty[0]["length"]), (&65536.into(), &65536.into()));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nbdcopy_reads_it_over_several_connections() {
+    let (rig, content) = read_only(LEN);
+    rig.run("nbdcopy", &["--connections=4", "--threads=4", &rig.text("vda"), "out"]);
+    assert!(read(&rig, "out") == content);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nbdcopy_writes_it_over_several_connections() {
+    let (source, content) = read_only(LEN);
+    let (rig, disk) = writable(LEN);
+    let args = ["--connections=4", "--threads=4", "--flush", "expected", &rig.text("")];
+    crate::rig::run("nbdcopy", &args, source.dir.path());
+    assert!(disk.content() == content);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -102,6 +154,35 @@ async fn nbdinfo_maps_allocation_and_changes() {
     let dirty: Vec<_> = map.as_array().unwrap().iter().filter(|e| e["type"] == 1).collect();
     assert_eq!((&dirty[0]["offset"], &dirty[0]["length"]), (&4096.into(), &8192.into()));
     rig.run("nbdinfo", &["--map", &rig.text("")]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nbdkit_in_front_of_it_passes_everything_through() {
+    let (rig, content) = read_only(LEN);
+    let socket = format!("socket={}", rig.socket().display());
+    for extra in [&[][..], &["shared=1"][..]] {
+        let mut args = vec!["-U", "-", "nbd", &socket, "export=vda"];
+        args.extend_from_slice(extra);
+        args.extend_from_slice(&["--run", "nbdcopy \"$uri\" out"]);
+        rig.run("nbdkit", &args);
+        assert!(read(&rig, "out") == content);
+        std::fs::remove_file(rig.dir.path().join("out")).unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn qemu_storage_daemon_in_front_of_it_passes_everything_through() {
+    let (rig, content) = read_only(LEN);
+    let ours = format!(
+        "driver=nbd,node-name=n,read-only=on,server.type=unix,server.path={},export=vda",
+        rig.socket().display()
+    );
+    // nbdcopy hands it a socket (sd_listen_fds(3)).
+    let daemon = ["--", "[", "qemu-storage-daemon", "--blockdev", &ours];
+    let export = ["--nbd-server", "addr.type=fd,addr.str=3", "--export"];
+    let rest = ["type=nbd,id=e,node-name=n,name=", "]", "out"];
+    rig.run("nbdcopy", &[&daemon[..], &export, &rest].concat());
+    assert!(read(&rig, "out") == content);
 }
 
 #[tokio::test(flavor = "multi_thread")]

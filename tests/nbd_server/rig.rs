@@ -1,4 +1,4 @@
-//! A server in this process on a socket of its own, and tools that talk to it.
+//! A server in this process on a socket in its own directory, and tools that talk to it.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -12,18 +12,10 @@ use vmbackup::block::{ByteRange, conformance};
 use vmbackup::nbd::NbdUri;
 use vmbackup::nbd::server::{Export, Exports, Limits, Listener, Server};
 
-/// How it is reached.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Transport {
-    Unix,
-    Tcp,
-}
-
 /// A listening server; stops when dropped.
 pub struct Rig {
     pub server: Server,
     pub dir: TempDir,
-    port: Option<u16>,
     listening: Option<JoinHandle<()>>,
 }
 
@@ -33,52 +25,20 @@ impl Rig {
     }
 
     pub fn with_limits(exports: impl IntoIterator<Item = Export>, limits: Limits) -> Self {
-        Self::listening(Transport::Unix, exports, limits)
-    }
-
-    pub fn over(transport: Transport, exports: impl IntoIterator<Item = Export>) -> Self {
-        Self::listening(transport, exports, limits())
-    }
-
-    fn listening(
-        transport: Transport,
-        exports: impl IntoIterator<Item = Export>,
-        limits: Limits,
-    ) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let server = Server::new(Exports::new(exports).unwrap(), limits);
-        let (listener, port) = match transport {
-            Transport::Unix => (Listener::unix(&dir.path().join("s")).unwrap(), None),
-            Transport::Tcp => {
-                let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-                let port = listener.local_addr().unwrap().port();
-                (Listener::inherited(listener.into()).unwrap(), Some(port))
-            }
-        };
+        let listener = Listener::unix(&dir.path().join("s")).unwrap();
         let listening = server.clone();
         let listening = tokio::spawn(async move { listening.listen(listener).await });
-        Self { server, dir, port, listening: Some(listening) }
+        Self { server, dir, listening: Some(listening) }
     }
 
-    /// Of the unix transport.
     pub fn socket(&self) -> PathBuf {
         self.dir.path().join("s")
     }
 
     pub fn uri(&self, export: &str) -> NbdUri {
-        match self.port {
-            None => NbdUri::unix(self.socket(), export),
-            Some(port) => format!("nbd://127.0.0.1:{port}/{export}").parse().unwrap(),
-        }
-    }
-
-    /// How QEMU's driver finds it.
-    pub fn qemu_disk(&self, export: &str) -> String {
-        let server = match self.port {
-            None => format!("server.type=unix,server.path={}", self.socket().display()),
-            Some(port) => format!("server.type=inet,server.host=127.0.0.1,server.port={port}"),
-        };
-        format!("driver=nbd,{server},export={export}")
+        NbdUri::unix(self.socket(), export)
     }
 
     /// The URI as tools take it.

@@ -1,20 +1,94 @@
 //! What requests of clients come to at the disk: which zeroes, which reads, and above all when it is
 //! told to make durable what was written.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use vmbackup::block::memory::MemoryDisk;
-use vmbackup::block::{ByteRange, ZeroMode};
+use vmbackup::block::{BlockSink, BlockSource, Buffer, ByteRange, ExtentMap, Geometry, ZeroMode};
+use vmbackup::error::{Error, Kind, Result};
 use vmbackup::nbd::server::Export;
 
 use crate::rig::Rig;
-use crate::witness::{Seen, Witness};
 
 const LEN: u64 = 1 << 20;
 
-fn rig() -> (Rig, Arc<Witness<MemoryDisk>>) {
+/// A disk that writes down what it is told, and has no fast way to make zeroes.
+struct Disk {
+    memory: MemoryDisk,
+    seen: Mutex<Vec<Seen>>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Seen {
+    Read(ByteRange),
+    Write(ByteRange),
+    Zero(ByteRange, ZeroMode),
+    Flush,
+}
+
+impl Disk {
+    fn saw(&self, seen: Seen) {
+        self.seen.lock().unwrap().push(seen);
+    }
+
+    /// What it was told since it was asked last.
+    fn seen(&self) -> Vec<Seen> {
+        std::mem::take(&mut *self.seen.lock().unwrap())
+    }
+}
+
+#[async_trait::async_trait]
+impl BlockSource for Disk {
+    fn geometry(&self) -> Geometry {
+        BlockSource::geometry(&self.memory)
+    }
+
+    async fn extents(&self, range: ByteRange) -> Result<ExtentMap> {
+        self.memory.extents(range).await
+    }
+
+    async fn read(&self, offset: u64, buffer: Buffer) -> Result<Buffer> {
+        self.saw(Seen::Read(ByteRange::new(offset, buffer.len() as u64)));
+        self.memory.read(offset, buffer).await
+    }
+}
+
+#[async_trait::async_trait]
+impl BlockSink for Disk {
+    fn geometry(&self) -> Geometry {
+        BlockSink::geometry(&self.memory)
+    }
+
+    fn can_zero(&self) -> bool {
+        true
+    }
+
+    async fn write(&self, offset: u64, buffer: Buffer) -> Result<()> {
+        self.saw(Seen::Write(ByteRange::new(offset, buffer.len() as u64)));
+        self.memory.write(offset, buffer).await
+    }
+
+    async fn zero(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
+        self.saw(Seen::Zero(range, mode));
+        if mode == ZeroMode::FastOnly {
+            return Err(Error::new(Kind::Unsupported, "zeroes are not fast here"));
+        }
+        self.memory.zero(range, mode).await
+    }
+
+    async fn keep(&self, range: ByteRange) -> Result<()> {
+        self.memory.keep(range).await
+    }
+
+    async fn flush(&self) -> Result<()> {
+        self.saw(Seen::Flush);
+        self.memory.flush().await
+    }
+}
+
+fn rig() -> (Rig, Arc<Disk>) {
     let memory = MemoryDisk::with_content(vec![0x5a; usize::try_from(LEN).unwrap()]);
-    let disk = Arc::new(Witness::of(memory));
+    let disk = Arc::new(Disk { memory, seen: Mutex::default() });
     let rig = Rig::new([Export::writable("", Arc::clone(&disk) as _, Arc::clone(&disk) as _)]);
     (rig, disk)
 }

@@ -8,14 +8,11 @@
 mod rig;
 #[path = "../support/mod.rs"]
 mod support;
-#[path = "../support/versions.rs"]
-mod versions;
 
 mod attacks;
 mod client;
 mod command;
 mod debian;
-mod headers;
 mod peers;
 mod pki;
 mod refusals;

@@ -1,5 +1,5 @@
-//! qemu-nbd, qemu-storage-daemon and nbdkit, with and without TLS, each on a socket of its own that is
-//! open before they start, so that no test waits for a port or takes one that is taken.
+//! qemu-nbd and nbdkit with TLS, each on a socket of its own that is open before they start, so that
+//! no test waits for a port or takes one that is taken.
 
 use std::net::TcpListener;
 use std::os::fd::OwnedFd;
@@ -12,8 +12,6 @@ use vmbackup::block::conformance;
 use vmbackup::error::Result;
 use vmbackup::nbd::{Client, ClientOptions, NbdUri, Origin};
 
-use crate::pki::Kind;
-
 /// Size of the disks.
 pub const LEN: usize = (1 << 20) + 512;
 
@@ -21,7 +19,6 @@ pub const LEN: usize = (1 << 20) + 512;
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Program {
     QemuNbd,
-    StorageDaemon,
     Nbdkit,
 }
 
@@ -55,24 +52,6 @@ pub enum Tls {
     Mutual(PathBuf),
     /// Keys in this file.
     Psk(PathBuf),
-    /// The same, and clients may do without TLS. QEMU has no such mode.
-    PskAllowed(PathBuf),
-}
-
-/// The rest of how a server is started.
-#[derive(Clone, Copy)]
-pub struct How {
-    pub transport: Transport,
-    pub may: May,
-    pub version: Version,
-    /// Further arguments, before those that are about the disk.
-    pub args: &'static [&'static str],
-}
-
-impl How {
-    pub fn over(transport: Transport) -> Self {
-        Self { transport, may: May::Read, version: Version::Tls13, args: &[] }
-    }
 }
 
 /// A server process with the conformance pattern, killed with this.
@@ -85,14 +64,19 @@ pub struct Peer {
 
 impl Peer {
     pub fn start(program: Program, transport: Transport, tls: &Tls, version: Version) -> Self {
-        Self::start_as(program, tls, How { version, ..How::over(transport) })
+        Self::start_as(program, (transport, May::Read), tls, version)
     }
 
-    /// The same in all detail.
-    pub fn start_as(program: Program, tls: &Tls, how: How) -> Self {
+    /// The same for who writes, too.
+    pub fn start_as(
+        program: Program,
+        (transport, may): (Transport, May),
+        tls: &Tls,
+        version: Version,
+    ) -> Self {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("raw"), content()).unwrap();
-        let (listener, place): (OwnedFd, _) = match how.transport {
+        let (listener, place): (OwnedFd, _) = match transport {
             Transport::Tcp => {
                 let listener = TcpListener::bind("127.0.0.1:0").unwrap();
                 let port = listener.local_addr().unwrap().port();
@@ -110,11 +94,10 @@ impl Peer {
         let mut command = Command::new("sh");
         command.args(["-c", activate, "sh"]);
         match program {
-            Program::QemuNbd => qemu_nbd(&mut command, tls, how),
-            Program::StorageDaemon => storage_daemon(&mut command, tls, how),
-            Program::Nbdkit => nbdkit(&mut command, tls, how),
+            Program::QemuNbd => qemu_nbd(&mut command, may, tls, version),
+            Program::Nbdkit => nbdkit(&mut command, may, tls),
         }
-        limit_version(&mut command, dir.path(), how.version);
+        limit_version(&mut command, dir.path(), version);
         let child = command.current_dir(dir.path()).stdin(Stdio::from(listener)).spawn().unwrap();
         Self { child, _dir: dir, place }
     }
@@ -124,14 +107,6 @@ impl Peer {
         let separator = if self.place.contains('?') { '&' } else { '?' };
         let text = format!("nbds{}{separator}{parameters}", self.place);
         NbdUri::parse(&text, Origin::CommandLine).unwrap()
-    }
-
-    /// The one for this kind of session.
-    pub fn uri(&self, kind: Kind, parameters: &str) -> NbdUri {
-        match kind {
-            Kind::Plain => self.plain_uri(),
-            Kind::Certificates | Kind::Psk => self.secure_uri(parameters),
-        }
     }
 
     /// Without TLS.
@@ -156,69 +131,41 @@ pub fn content() -> Vec<u8> {
     conformance::pattern(LEN)
 }
 
-fn qemu_nbd(command: &mut Command, tls: &Tls, how: How) {
+fn qemu_nbd(command: &mut Command, may: May, tls: &Tls, version: Version) {
     // Several clients, because the connection cap of one would queue our second connection.
-    command.args(["qemu-nbd", "-t", "-e", "8", "-f", "raw"]).args(how.args);
-    if how.may == May::Read {
+    command.args(["qemu-nbd", "-t", "-e", "8", "-f", "raw"]);
+    if may == May::Read {
         command.arg("-r");
     }
-    if let Some(object) = qemu_credentials(tls, how.version) {
+    let only_12 = if version == Version::Tls12 { ",priority=NORMAL:-VERS-TLS1.3" } else { "" };
+    let object = match tls {
+        Tls::None => None,
+        Tls::Certificates(dir) => Some(format!("x509,dir={},verify-peer=off", dir.display())),
+        Tls::Mutual(dir) => Some(format!("x509,dir={},verify-peer=on", dir.display())),
+        Tls::Psk(file) => Some(format!("psk,dir={}", file.parent().unwrap().display())),
+    };
+    if let Some(object) = object {
+        let object = format!("tls-creds-{object},id=t,endpoint=server{only_12}");
         command.args(["--object", &object, "--tls-creds", "t"]);
     }
     command.arg("raw");
 }
 
-fn storage_daemon(command: &mut Command, tls: &Tls, how: How) {
-    let (read_only, writable) = if how.may == May::Read { ("on", "off") } else { ("off", "on") };
-    let file = format!("driver=file,node-name=f,filename=raw,read-only={read_only}");
-    let disk = format!("driver=raw,node-name=n,file=f,read-only={read_only}");
-    // What activation leaves: it takes the descriptor without asking for more.
-    let mut server = "addr.type=fd,addr.str=3".to_owned();
-    command.arg("qemu-storage-daemon").args(how.args);
-    if let Some(object) = qemu_credentials(tls, how.version) {
-        command.args(["--object", &object]);
-        server.push_str(",tls-creds=t");
-    }
-    command.args(["--blockdev", &file, "--blockdev", &disk, "--nbd-server", &server]);
-    command.args(["--export", &format!("type=nbd,id=e,node-name=n,name=,writable={writable}")]);
-}
-
-/// The object "t" of the programs of QEMU.
-fn qemu_credentials(tls: &Tls, version: Version) -> Option<String> {
-    let only_12 = if version == Version::Tls12 { ",priority=NORMAL:-VERS-TLS1.3" } else { "" };
-    let object = match tls {
-        Tls::None => return None,
-        Tls::Certificates(dir) => format!("x509,dir={},verify-peer=off", dir.display()),
-        Tls::Mutual(dir) => format!("x509,dir={},verify-peer=on", dir.display()),
-        Tls::Psk(file) => format!("psk,dir={}", file.parent().unwrap().display()),
-        Tls::PskAllowed(_) => panic!("QEMU requires TLS or has none"),
-    };
-    Some(format!("tls-creds-{object},id=t,endpoint=server{only_12}"))
-}
-
-fn nbdkit(command: &mut Command, tls: &Tls, how: How) {
-    command.args(["nbdkit", "-f", "--exit-with-parent"]).args(how.args);
-    if how.may == May::Read {
+fn nbdkit(command: &mut Command, may: May, tls: &Tls) {
+    command.args(["nbdkit", "-f", "--exit-with-parent"]);
+    if may == May::Read {
         command.arg("-r");
     }
-    let mode = match tls {
-        Tls::None => "--tls=off",
-        Tls::PskAllowed(_) => "--tls=on",
-        Tls::Certificates(_) | Tls::Mutual(_) | Tls::Psk(_) => "--tls=require",
-    };
-    command.arg(mode);
     match tls {
-        Tls::None => {}
+        Tls::None => command.arg("--tls=off"),
         Tls::Certificates(dir) => {
-            command.arg(format!("--tls-certificates={}", dir.display()));
+            command.arg("--tls=require").arg(format!("--tls-certificates={}", dir.display()))
         }
-        Tls::Mutual(dir) => {
-            command.arg("--tls-verify-peer").arg(format!("--tls-certificates={}", dir.display()));
-        }
-        Tls::Psk(file) | Tls::PskAllowed(file) => {
-            command.arg(format!("--tls-psk={}", file.display()));
-        }
-    }
+        Tls::Mutual(dir) => command
+            .args(["--tls=require", "--tls-verify-peer"])
+            .arg(format!("--tls-certificates={}", dir.display())),
+        Tls::Psk(file) => command.arg("--tls=require").arg(format!("--tls-psk={}", file.display())),
+    };
     command.args(["file", "raw"]);
 }
 

@@ -25,15 +25,6 @@ const SERIAL_SERVER: u32 = 2;
 const SERIAL_CLIENT: u32 = 3;
 const DAY: i64 = 24 * 3600;
 
-/// How two ends know each other.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
-    /// Not at all.
-    Plain,
-    Certificates,
-    Psk,
-}
-
 /// An authority.
 pub struct Authority {
     certificate: X509,

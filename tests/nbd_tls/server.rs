@@ -1,5 +1,5 @@
-//! libnbd, QEMU and nbdkit's plugin read from our server and write to it, over each transport, with each
-//! kind of credentials, in each version; and whom it does not let in.
+//! libnbd, QEMU and nbdkit's plugin read from our server, over each transport, with each kind of
+//! credentials, in each version; and whom it does not let in.
 
 use std::net::TcpListener;
 use std::path::Path;
@@ -11,16 +11,20 @@ use vmbackup::block::memory::MemoryDisk;
 use vmbackup::nbd::server::{Export, Exports, Limits, Listener, Server};
 use vmbackup::nbd::tls::{ClientCertificates, Credentials, Mode, ServerTls, ServerTlsOptions};
 
-use crate::peers::{May, Transport, Version, content, limit_version};
-use crate::pki::{KEY, Kind, Pki, Revoked, SERVER_NAME};
+use crate::peers::{Transport, Version, content, limit_version};
+use crate::pki::{KEY, Pki, Revoked, SERVER_NAME};
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Tool {
     Nbdcopy,
     QemuImg,
     NbdkitPlugin,
-    /// QEMU's driver in a daemon that exports it, and nbdcopy in front of it.
-    StorageDaemon,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Certificates,
+    Psk,
 }
 
 /// The name of the export.
@@ -40,25 +44,8 @@ pub fn options(
     ServerTlsOptions { mode, credentials, client_certificates }
 }
 
-/// What a server needs for this, clients of which need a certificate where there are any.
-fn of_server(pki: &Pki, kind: Kind, mode: Mode) -> Option<ServerTlsOptions> {
-    let credentials = match kind {
-        Kind::Plain => return None,
-        Kind::Certificates => Credentials::Certificates(pki.server()),
-        Kind::Psk => Credentials::Psk(pki.psk()),
-    };
-    Some(options(mode, credentials, ClientCertificates::Required))
-}
-
-/// A disk and its only export, which is writable.
-fn blank() -> (Arc<MemoryDisk>, Exports) {
-    let disk = Arc::new(MemoryDisk::with_content(vec![0x5a; content().len()]));
-    let export = Export::writable(EXPORT, Arc::clone(&disk) as _, Arc::clone(&disk) as _);
-    (disk, Exports::new([export]).unwrap())
-}
-
 /// Our server on a socket of its own; stops when dropped.
-pub struct Rig {
+struct Rig {
     server: Server,
     dir: TempDir,
     port: Option<u16>,
@@ -66,20 +53,13 @@ pub struct Rig {
 
 impl Rig {
     fn new(transport: Transport, tls: &ServerTlsOptions) -> Self {
-        Self::of(exports(), transport, Some(tls))
+        Self::of(exports(), transport, tls)
     }
 
-    /// A server of a disk with anything in it, which it requires to be spoken to like this.
-    pub fn of_blank(pki: &Pki, transport: Transport, kind: Kind) -> (Self, Arc<MemoryDisk>) {
-        let (disk, exports) = blank();
-        let tls = of_server(pki, kind, Mode::Required);
-        (Self::of(exports, transport, tls.as_ref()), disk)
-    }
-
-    fn of(exports: Exports, transport: Transport, tls: Option<&ServerTlsOptions>) -> Self {
+    fn of(exports: Exports, transport: Transport, tls: &ServerTlsOptions) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let tls = tls.map(|tls| ServerTls::load(tls).unwrap());
-        let server = Server::with_tls(exports, Limits::default(), tls);
+        let tls = ServerTls::load(tls).unwrap();
+        let server = Server::with_tls(exports, Limits::default(), Some(tls));
         let (listener, port) = match transport {
             Transport::Unix => (Listener::unix(&dir.path().join("s")).unwrap(), None),
             Transport::Tcp => {
@@ -94,7 +74,7 @@ impl Rig {
     }
 
     /// A URI as libnbd's tools take it.
-    pub fn uri(&self, scheme: &str, user: &str, parameters: &str) -> String {
+    fn uri(&self, scheme: &str, user: &str, parameters: &str) -> String {
         if let Some(port) = self.port {
             return format!("{scheme}://{user}127.0.0.1:{port}/?{parameters}");
         }
@@ -123,112 +103,64 @@ impl Drop for Rig {
     }
 }
 
-fn nbdcopy(rig: &Rig, pki: &Pki, kind: Kind, may: May) -> Vec<String> {
+fn nbdcopy(rig: &Rig, pki: &Pki, kind: Kind) -> Vec<String> {
     let uri = match kind {
-        Kind::Plain => rig.uri("nbd", "", ""),
         Kind::Certificates => {
             rig.uri("nbds", "", &format!("tls-certificates={}", pki.client().display()))
         }
         Kind::Psk => rig.uri("nbds", "vmbackup@", &format!("tls-psk-file={}", pki.psk().display())),
     };
-    match may {
-        May::Read => words(&["nbdcopy", &uri, "out"]),
-        May::Write => words(&["nbdcopy", "in", &uri]),
-    }
+    ["nbdcopy", &uri, "out"].map(str::to_owned).to_vec()
 }
 
-/// The object "t" of QEMU, and the disk that needs it.
-fn qemu_disk(rig: &Rig, pki: &Pki, kind: Kind) -> (Vec<String>, String) {
-    let (object, credentials) = match kind {
-        Kind::Plain => (None, String::new()),
-        Kind::Certificates => (
-            Some(format!("tls-creds-x509,dir={}", pki.client().display())),
-            format!(",tls-creds=t,tls-hostname={SERVER_NAME}"),
-        ),
+fn qemu_img(rig: &Rig, pki: &Pki, kind: Kind) -> Vec<String> {
+    let object = match kind {
+        Kind::Certificates => format!("tls-creds-x509,dir={}", pki.client().display()),
         Kind::Psk => {
             let dir = pki.psk();
             let dir = dir.parent().unwrap().display();
-            let object = format!("tls-creds-psk,dir={dir},username=vmbackup");
-            (Some(object), ",tls-creds=t".to_owned())
+            format!("tls-creds-psk,dir={dir},username=vmbackup")
         }
     };
-    let object = object.map(|object| format!("{object},id=t,endpoint=client"));
-    let object = object.map(|object| words(&["--object", &object])).unwrap_or_default();
+    let object = format!("{object},id=t,endpoint=client");
+    let name = if kind == Kind::Certificates {
+        format!(",tls-hostname={SERVER_NAME}")
+    } else {
+        String::new()
+    };
     let place = match rig.port {
         Some(port) => format!("server.type=inet,server.host=127.0.0.1,server.port={port}"),
         None => format!("server.type=unix,server.path={}", rig.dir.path().join("s").display()),
     };
-    (object, format!("driver=nbd,{place}{credentials}"))
+    let disk = format!("driver=nbd,{place},tls-creds=t{name}");
+    ["qemu-img", "convert", "--object", &object, "--image-opts", &disk, "-O", "raw", "out"]
+        .map(str::to_owned)
+        .to_vec()
 }
 
-fn qemu_img(rig: &Rig, pki: &Pki, kind: Kind, may: May) -> Vec<String> {
-    let (object, disk) = qemu_disk(rig, pki, kind);
-    let rest = match may {
-        May::Read => words(&["--image-opts", &disk, "-O", "raw", "out"]),
-        May::Write => words(&["-n", "-f", "raw", "in", "--target-image-opts", &disk]),
-    };
-    [words(&["qemu-img", "convert"]), object, rest].concat()
-}
-
-fn storage_daemon(rig: &Rig, pki: &Pki, kind: Kind, may: May) -> Vec<String> {
-    let (object, disk) = qemu_disk(rig, pki, kind);
-    let (read_only, writable) = if may == May::Read { ("on", "off") } else { ("off", "on") };
-    let disk = format!("{disk},node-name=n,read-only={read_only}");
-    let export = format!("type=nbd,id=e,node-name=n,name=,writable={writable}");
-    // nbdcopy hands it a socket (sd_listen_fds(3)).
-    let export = ["--nbd-server", "addr.type=fd,addr.str=3", "--export", &export, "]"];
-    let daemon = [
-        words(&["[", "qemu-storage-daemon"]),
-        object,
-        words(&["--blockdev", &disk]),
-        words(&export),
-    ];
-    match may {
-        May::Read => [words(&["nbdcopy", "--"]), daemon.concat(), words(&["out"])].concat(),
-        May::Write => [words(&["nbdcopy", "--", "in"]), daemon.concat()].concat(),
-    }
-}
-
-fn nbdkit_plugin(rig: &Rig, pki: &Pki, kind: Kind, may: May) -> Vec<String> {
-    let mut command = words(&["nbdkit", "-U", "-", "nbd"]);
+fn nbdkit_plugin(rig: &Rig, pki: &Pki, kind: Kind) -> Vec<String> {
+    let mut command = ["nbdkit", "-U", "-", "-r", "nbd", "tls=require"].map(str::to_owned).to_vec();
     match rig.port {
         Some(port) => command.extend(["hostname=127.0.0.1".into(), format!("port={port}")]),
         None => command.push(format!("socket={}", rig.dir.path().join("s").display())),
     }
     match kind {
-        Kind::Plain => command.push("tls=off".into()),
         Kind::Certificates => {
-            let certificates = format!("tls-certificates={}", pki.client().display());
-            command.extend(["tls=require".into(), certificates]);
+            command.push(format!("tls-certificates={}", pki.client().display()));
         }
-        Kind::Psk => {
-            let key = format!("tls-psk={}", pki.psk().display());
-            command.extend(["tls=require".into(), key, "tls-username=vmbackup".into()]);
-        }
+        Kind::Psk => command
+            .extend([format!("tls-psk={}", pki.psk().display()), "tls-username=vmbackup".into()]),
     }
-    let run = match may {
-        May::Read => "nbdcopy \"$uri\" out",
-        May::Write => "nbdcopy in \"$uri\"",
-    };
-    command.extend(words(&["--run", run]));
+    command.extend(["--run", "nbdcopy \"$uri\" out"].map(str::to_owned));
     command
 }
 
-fn words(words: &[&str]) -> Vec<String> {
-    words.iter().copied().map(str::to_owned).collect()
-}
-
-/// `tool` copies from the server to `out` or from `in` to the server.
-fn copies(rig: &Rig, pki: &Pki, (tool, kind, may): (Tool, Kind, May), version: Version) {
-    let command = match tool {
-        Tool::Nbdcopy => nbdcopy(rig, pki, kind, may),
-        Tool::QemuImg => qemu_img(rig, pki, kind, may),
-        Tool::NbdkitPlugin => nbdkit_plugin(rig, pki, kind, may),
-        Tool::StorageDaemon => storage_daemon(rig, pki, kind, may),
-    };
-    let command: Vec<&str> = command.iter().map(String::as_str).collect();
-    let (success, said) = rig.run(&command, version);
-    assert!(success, "{command:?}: {said}");
+fn copy(rig: &Rig, pki: &Pki, tool: Tool, kind: Kind) -> Vec<String> {
+    match tool {
+        Tool::Nbdcopy => nbdcopy(rig, pki, kind),
+        Tool::QemuImg => qemu_img(rig, pki, kind),
+        Tool::NbdkitPlugin => nbdkit_plugin(rig, pki, kind),
+    }
 }
 
 fn read(dir: &Path) -> Vec<u8> {
@@ -237,9 +169,16 @@ fn read(dir: &Path) -> Vec<u8> {
 
 fn serves(tool: Tool, transport: Transport, kind: Kind, version: Version) {
     let pki = Pki::new();
-    let tls = of_server(&pki, kind, Mode::Required);
-    let rig = Rig::of(exports(), transport, tls.as_ref());
-    copies(&rig, &pki, (tool, kind, May::Read), version);
+    let credentials = match kind {
+        Kind::Certificates => Credentials::Certificates(pki.server()),
+        Kind::Psk => Credentials::Psk(pki.psk()),
+    };
+    let rig =
+        Rig::new(transport, &options(Mode::Required, credentials, ClientCertificates::Required));
+    let command = copy(&rig, &pki, tool, kind);
+    let command: Vec<&str> = command.iter().map(String::as_str).collect();
+    let (success, said) = rig.run(&command, version);
+    assert!(success, "{command:?}: {said}");
     // nbdkit rounds a size up to whole sectors; ours is whole.
     assert!(read(rig.dir.path()) == content(), "what was copied differs");
 }
@@ -279,15 +218,34 @@ cells! {
     nbdkit_reads_over_tcp_with_certificates_in_tls_13: NbdkitPlugin Tcp Certificates Tls13;
     nbdkit_reads_over_tcp_with_keys_in_tls_12: NbdkitPlugin Tcp Psk Tls12;
     nbdkit_reads_over_tcp_with_keys_in_tls_13: NbdkitPlugin Tcp Psk Tls13;
-    qemu_storage_daemon_reads_over_unix_with_certificates: StorageDaemon Unix Certificates Tls13;
-    qemu_storage_daemon_reads_over_tcp_with_keys: StorageDaemon Tcp Psk Tls13;
+}
+
+/// The command that reads, turned round: it writes `in`.
+fn turned(mut command: Vec<String>) -> Vec<String> {
+    if command[0] == "nbdcopy" {
+        return vec!["nbdcopy".to_owned(), "in".to_owned(), command.swap_remove(1)];
+    }
+    let [_, _, object, value, _, disk, ..] = &command[..] else { panic!("{command:?}") };
+    ["qemu-img", "convert", object, value, "-n", "-f", "raw", "in", "--target-image-opts", disk]
+        .map(str::to_owned)
+        .to_vec()
 }
 
 fn takes_writes(tool: Tool, transport: Transport, kind: Kind) {
     let pki = Pki::new();
-    let (rig, disk) = Rig::of_blank(&pki, transport, kind);
+    let credentials = match kind {
+        Kind::Certificates => Credentials::Certificates(pki.server()),
+        Kind::Psk => Credentials::Psk(pki.psk()),
+    };
+    let disk = Arc::new(MemoryDisk::with_content(vec![0x5a; content().len()]));
+    let export = Export::writable(EXPORT, Arc::clone(&disk) as _, Arc::clone(&disk) as _);
+    let tls = options(Mode::Required, credentials, ClientCertificates::Required);
+    let rig = Rig::of(Exports::new([export]).unwrap(), transport, &tls);
     std::fs::write(rig.dir.path().join("in"), content()).unwrap();
-    copies(&rig, &pki, (tool, kind, May::Write), Version::Tls13);
+    let command = turned(copy(&rig, &pki, tool, kind));
+    let command: Vec<&str> = command.iter().map(String::as_str).collect();
+    let (success, said) = rig.run(&command, Version::Tls13);
+    assert!(success, "{command:?}: {said}");
     assert!(disk.content() == content(), "what was written differs");
 }
 
@@ -305,38 +263,6 @@ written! {
     libnbd_writes_over_tcp_with_certificates: Nbdcopy Tcp Certificates;
     qemu_writes_over_unix_with_certificates: QemuImg Unix Certificates;
     qemu_writes_over_tcp_with_keys: QemuImg Tcp Psk;
-    nbdkit_writes_over_unix_with_certificates: NbdkitPlugin Unix Certificates;
-    nbdkit_writes_over_tcp_with_keys: NbdkitPlugin Tcp Psk;
-    qemu_storage_daemon_writes_over_unix_with_keys: StorageDaemon Unix Psk;
-    qemu_storage_daemon_writes_over_tcp_with_certificates: StorageDaemon Tcp Certificates;
-}
-
-/// A server that leaves it to its clients whether they want TLS, and one that does or does not.
-fn serves_either(tool: Tool, transport: Transport, kind: Kind) {
-    let pki = Pki::new();
-    let of_server =
-        of_server(&pki, if kind == Kind::Plain { Kind::Psk } else { kind }, Mode::Allowed);
-    let rig = Rig::of(exports(), transport, of_server.as_ref());
-    copies(&rig, &pki, (tool, kind, May::Read), Version::Tls13);
-    assert!(read(rig.dir.path()) == content(), "what was copied differs");
-}
-
-macro_rules! allowed {
-    ($($name:ident: $tool:ident $transport:ident $kind:ident;)*) => {$(
-        #[tokio::test(flavor = "multi_thread")]
-        async fn $name() {
-            serves_either(Tool::$tool, Transport::$transport, Kind::$kind);
-        }
-    )*};
-}
-
-allowed! {
-    libnbd_reads_in_plain_text_where_tls_is_allowed: Nbdcopy Tcp Plain;
-    libnbd_reads_in_tls_where_it_is_allowed: Nbdcopy Tcp Psk;
-    qemu_reads_in_plain_text_where_tls_is_allowed: QemuImg Tcp Plain;
-    qemu_reads_in_tls_where_it_is_allowed: QemuImg Tcp Certificates;
-    nbdkit_reads_in_plain_text_where_tls_is_allowed: NbdkitPlugin Unix Plain;
-    nbdkit_reads_in_tls_where_it_is_allowed: NbdkitPlugin Unix Psk;
 }
 
 #[tokio::test(flavor = "multi_thread")]

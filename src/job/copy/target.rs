@@ -188,19 +188,23 @@ impl Opened {
         let durable = synced && self.can_flush();
         match self {
             // The lock of the replaced image lasts until the new one has its name.
-            Self::New(image, _replaced) => Box::pin(image.publish(durability)).await?,
+            Self::New(image, _replaced) => {
+                let file = control.run(Box::pin(image.close(durability))).await?;
+                file.publish(durability).await?;
+            }
             Self::Growing(file, _replaced) => file.publish(durability).await?,
             Self::Served(export) => {
                 let export = Arc::into_inner(export).ok_or_else(|| {
                     Error::new(Kind::Internal, "a finished image is still written")
                 })?;
-                control.run(export.close()).await?;
+                control.run(export.close()).await.inspect_err(|error| in_part(error, control))?;
             }
             Self::Nbd(client, server) => {
                 drop(client);
                 if let Some(server) = server {
                     // It may have as much left to write as a flush.
-                    control.run(server.stop(Timeouts::default().slow)).await?;
+                    let end = control.run(server.stop(Timeouts::default().slow)).await;
+                    end.inspect_err(|error| in_part(error, control))?;
                 }
             }
             Self::Null(_) | Self::Pipe(_) => return Ok(false),
@@ -215,13 +219,9 @@ impl Opened {
         let removed = match self {
             Self::New(image, _) => image.abort(),
             Self::Growing(file, _) => file.abort(),
-            // A usage error comes before the first write.
-            _ if error.kind() == Kind::Usage => Ok(()),
             Self::Null(_) | Self::Pipe(_) => Ok(()),
             Self::InPlace { .. } | Self::Served(_) | Self::Nbd(..) | Self::Reconnecting(_) => {
-                let text =
-                    "the target may be written in part: its content is neither the old nor the new";
-                control.notice(NoticeLevel::Warning, text);
+                in_part(&error, control);
                 Ok(())
             }
         };
@@ -232,5 +232,14 @@ impl Opened {
             );
         }
         error
+    }
+}
+
+/// Says what a target is that was written in place when `error` ended that.
+fn in_part(error: &Error, control: &Control) {
+    // A usage error comes before the first write.
+    if error.kind() != Kind::Usage {
+        let text = "the target may be written in part: its content is neither the old nor the new";
+        control.notice(NoticeLevel::Warning, text);
     }
 }

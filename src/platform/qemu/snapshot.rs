@@ -33,7 +33,7 @@ use crate::error::{Error, Kind, Result};
 use crate::freeze::Thaw;
 use crate::image::bitmap::BitmapNames;
 use crate::journal::{Journal, Phase};
-use crate::nbd::{Client, ClientOptions, NbdUri};
+use crate::nbd::{Client, ClientOptions, NbdUri, Timeouts};
 use crate::platform::space::Space;
 use crate::platform::{SnapshotDisk, SnapshotRequest, VmSnapshot};
 use crate::vm::{Artifact, Consistency, ExcludedDisk, NotCaptured, PointId, Quiescence, ReadMode};
@@ -424,7 +424,11 @@ impl VmSnapshot for Snapshot {
         let changes = matches!(read, ReadMode::Incremental { .. })
             .then(|| Temp::Changes.name(self.point, index));
         let uri = NbdUri::unix(self.work_dir.socket()?, export_name(index));
-        let client = Client::open_uri(&uri, ClientOptions { changes, ..ClientOptions::default() });
+        // Scratch is given back by trims that nobody waits for: reads are not to wait longer for them.
+        let timeouts = Timeouts::default();
+        let timeouts = Timeouts { slow: timeouts.stall, ..timeouts };
+        let options = ClientOptions { changes, timeouts, ..ClientOptions::default() };
+        let client = Client::open_uri(&uri, options);
         let client = client.await.map_err(|error| {
             error.context(format!("cannot open the instant of disk {}", description.name))
         })?;
