@@ -203,7 +203,7 @@ impl Repacker<'_> {
         packs.sort_by_key(|id| live_bytes(state, id));
         let mut rest = &packs[..];
         while !rest.is_empty() {
-            self.look_at_others().await?;
+            self.look_between_batches().await?;
             let Some(batch) = self.batch else { return Ok(self.short()) };
             let first_bytes = live_bytes(state, &rest[0]);
             if first_bytes > batch.bytes_max {
@@ -256,15 +256,31 @@ impl Repacker<'_> {
         if self.others { Room::LeftToOthers } else { Room::Short }
     }
 
+    /// Whether it is to be asked by now whether others are at work.
+    fn is_to_look(&self) -> bool {
+        !self.others && self.unlooked_bytes >= LOOK_PACKS * self.collector.options.pack_bytes
+    }
+
+    /// Looks at others while nothing is on its way: without what is held, for a question takes room,
+    /// too.
+    async fn look_between_batches(&mut self) -> Result<()> {
+        if self.is_to_look() {
+            self.release().await?;
+            self.look_at_others().await?;
+            self.hold().await?;
+        }
+        Ok(())
+    }
+
     /// Whether others came to be at work since it was asked, which is asked now and then: from now on
-    /// they are heeded.
+    /// they are heeded. In the middle of a batch no room for the question is no room for the batch,
+    /// and it is asked again before the next.
     async fn look_at_others(&mut self) -> Result<bool> {
-        let look_bytes = LOOK_PACKS * self.collector.options.pack_bytes;
-        if self.others || self.unlooked_bytes < look_bytes {
+        if !self.is_to_look() {
             return Ok(false);
         }
-        self.unlooked_bytes = 0;
         let survey = Survey::take(&*self.collector.blobs.store).await?;
+        self.unlooked_bytes = 0;
         self.others = self.collector.others(&survey).next().is_some();
         if self.others {
             self.batch = self.batch.map(|batch| batch.min(Batch::BESIDE_OTHERS));

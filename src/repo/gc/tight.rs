@@ -315,6 +315,29 @@ async fn who_begins_between_small_batches_is_heeded_too() {
     }
 }
 
+/// The question took room while all there was was held: the round ended there, and all began anew.
+#[tokio::test(flavor = "multi_thread")]
+async fn others_are_asked_for_where_all_room_is_held() {
+    let bed = Bed::new().await;
+    let (repository, kept) = mostly_garbage(&bed).await;
+    let (store, refused) = (Arc::clone(&bed.store), Arc::new(AtomicUsize::new(0)));
+    let seen = Arc::clone(&refused);
+    bed.store.set_fault_hook(move |operation| {
+        let is_refused = matches!(operation, Operation::Now) && store.unfinished_bytes() > 0;
+        seen.fetch_add(usize::from(is_refused), Ordering::Relaxed);
+        is_refused.then_some(Fault::Full)
+    });
+    let control = Control::new();
+    let report = collect_small(&repository, &control).await;
+    assert!(refused.load(Ordering::Relaxed) > 0, "nobody asked in the middle of a batch");
+    // All in the first round.
+    assert!(report.bytes_repacked >= ALL_THAT_MOVES, "{report:?}");
+    assert_eq!(said(&control, NoticeLevel::Info), "", "{report:?}");
+    for (stored, contents) in &kept {
+        assert_holds(&repository, stored, contents).await;
+    }
+}
+
 /// The trees that have to move are larger than the room; what is left of a data pack is not, and
 /// makes room for them.
 #[tokio::test(flavor = "multi_thread")]

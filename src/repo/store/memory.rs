@@ -104,6 +104,11 @@ impl MemoryStore {
         self.lock().used_bytes()
     }
 
+    /// What of that is unfinished or held.
+    pub fn unfinished_bytes(&self) -> u64 {
+        self.lock().writing_bytes
+    }
+
     /// Damages or replaces an object behind everybody's back.
     pub fn overwrite(&self, name: &ObjectName, bytes: Vec<u8>) {
         let stored = self.clock.now();
