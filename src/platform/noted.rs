@@ -8,7 +8,8 @@ use crate::vm::PointId;
 
 /// Removes what earlier runs noted for `phases`; the points of which something stays. Fails with
 /// [`Kind::Timeout`](crate::error::Kind::Timeout) where a file system does not answer, and leaves the
-/// rest for later; what it finds when it answers yet is not told.
+/// rest for later: `recovery` has what was done until then; what it finds when it answers yet is not
+/// told.
 pub(crate) async fn remove_noted(
     journal: &Journal,
     phases: &[Phase],

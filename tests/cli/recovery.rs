@@ -273,6 +273,11 @@ fn a_vm_that_is_gone_and_whose_scratch_hangs_keeps_no_other_from_being_recovered
     assert_eq!(env.vmbackup(&["recover"]).ok().stdout, "nothing is left to undo\n");
 }
 
+fn only_journal(env: &TestEnv) -> PathBuf {
+    let mut entries = std::fs::read_dir(env.path("state/journal")).unwrap();
+    entries.next().unwrap().unwrap().path()
+}
+
 fn journal(env: &TestEnv, uuid: &str) -> PathBuf {
     env.path("state/journal").join(format!("{uuid}.json"))
 }
@@ -303,10 +308,16 @@ fn many_vms_that_hang_keep_no_other_from_being_recovered() {
 
 /// A machine that is gone with its scratch on a disk that may hang, and so many journals of it.
 fn gone(env: &TestEnv, journals: usize) -> HangingDisk {
+    gone_with_scratch_in(env, "hanging/scratch", journals)
+}
+
+/// The same with its scratch elsewhere.
+fn gone_with_scratch_in(env: &TestEnv, scratch: &str, journals: usize) -> HangingDisk {
     env.init_repo();
     let disk = HangingDisk::mount(&env.path("."));
     let machine = Machine::start(env, "foo");
-    killed_backup_with(&disk.path, env, (&machine.monitor, "after:bitmap"), &[]);
+    std::fs::create_dir_all(env.path(scratch)).unwrap();
+    killed_backup_with(&env.path(scratch), env, (&machine.monitor, "after:bitmap"), &[]);
     machine.process.signal("KILL");
     for n in 1..journals {
         let other = format!("00000000-0000-4000-8000-{n:012}");
@@ -332,6 +343,34 @@ fn scratch_of_vms_that_are_gone_is_looked_at_once_and_for_some_seconds_only() {
     assert_eq!(found.matches("/hanging/scratch/vmb-").count(), 5, "{found}");
     env.vmbackup(&["recover"]).ok();
     assert_eq!(disk.files(), Vec::<PathBuf>::new());
+    assert_eq!(env.vmbackup(&["recover"]).ok().stdout, "nothing is left to undo\n");
+}
+
+/// Found in review: of what was found before, nothing was told.
+#[test]
+fn what_is_left_of_a_vm_that_is_gone_is_told_up_to_the_directory_that_hangs() {
+    let env = TestEnv::new();
+    let mut disk = gone_with_scratch_in(&env, "answering", 1);
+    let path = only_journal(&env);
+    let mut text = parsed(&std::fs::read_to_string(&path).unwrap());
+    let entries = text["runs"][0]["entries"].as_array_mut().unwrap();
+    let mut socket = entries.iter().find(|entry| entry["phase"] == "scratch").unwrap().clone();
+    let there = socket["objects"].to_string();
+    let hanging =
+        there.replace(env.path("answering").to_str().unwrap(), disk.path.to_str().unwrap());
+    assert_ne!(hanging, there);
+    socket["phase"] = json!("socket");
+    socket["objects"] = parsed(&hanging);
+    entries.push(socket);
+    std::fs::write(&path, text.to_string()).unwrap();
+    disk.stall();
+    let mut look = env.spawn_vmbackup(&["recover", "--dry-run"]);
+    look.wait_until_said("not recovered: foo", 25);
+    disk.answer();
+    let said = look.wait().fails_with(&["does not answer"]).stdout;
+    assert!(said.contains("would undo: ") && said.contains("/answering/vmb-"), "{said}");
+    assert!(!said.contains("which is gone"), "{said}");
+    env.vmbackup(&["recover"]).ok();
     assert_eq!(env.vmbackup(&["recover"]).ok().stdout, "nothing is left to undo\n");
 }
 

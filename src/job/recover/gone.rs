@@ -45,20 +45,25 @@ impl Recover<'_> {
     pub(super) async fn gone(&self, report: VmReport, last: PointId) -> Result<VmReport> {
         let (_, control) = self.surroundings;
         control.check()?;
-        let recovered = self.files_of(&report, last).await;
+        let mut recovery = Recovery::new(self.mode);
+        let recovered = self.files_of(&report, last, &mut recovery).await;
         control.check()?;
         let VmReport { uuid, name, .. } = report;
-        Ok(match recovered {
-            Ok(items) => VmReport { name, uuid, items, problem: None },
+        let found = match recovered {
+            Ok(()) => VmReport { name, uuid, items: Vec::new(), problem: None },
             Err(stopped) => failed(uuid, &name, &stopped),
-        })
+        };
+        // Also what was removed before something was in the way.
+        let items = recovery.into_items().into_iter().chain(found.items).collect();
+        Ok(VmReport { items, ..found })
     }
 
     async fn files_of(
         &self,
         VmReport { uuid, name, .. }: &VmReport,
         last: PointId,
-    ) -> Result<Vec<super::Item>, Stopped> {
+        recovery: &mut Recovery,
+    ) -> Result<(), Stopped> {
         let (env, control) = self.surroundings;
         let (host, platform) = (String::new(), String::new());
         let vm = VmIdentity { uuid: *uuid, name: name.clone(), host, platform };
@@ -73,11 +78,9 @@ impl Recover<'_> {
         for directory in journal.scratch_directories(|_| true) {
             control.run(self.directories.answers(directory, self.mode)).await?;
         }
-        let mut recovery = Recovery::new(self.mode);
-        recovery.undo(format!("journal of VM '{name}', which is gone"));
         let files = [Phase::Scratch, Phase::Socket];
-        let stay = control.run(remove_noted(&journal, &files, &mut recovery)).await?;
-        if recovery.changes() {
+        let stay = control.run(remove_noted(&journal, &files, recovery)).await?;
+        if recovery.undo(format!("journal of VM '{name}', which is gone")) {
             let runs: Vec<PointId> = journal.earlier().map(|run| run.point).collect();
             for point in runs {
                 let stays = |phase: &Phase| files.contains(phase) && stay.contains(&point);
@@ -85,7 +88,7 @@ impl Recover<'_> {
                 journal.undone(point, &over)?;
             }
         }
-        Ok(recovery.into_items())
+        Ok(())
     }
 }
 
