@@ -20,6 +20,7 @@
 pub mod backup;
 pub mod check;
 pub mod copy;
+mod directories;
 pub mod export;
 pub mod forget;
 pub mod gc;

@@ -23,6 +23,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use super::directories::Directories;
 use super::lock::{self, Patience, VmLock, Wait};
 use super::points::Bases;
 use super::restore::reconcile as restore;
@@ -33,7 +34,6 @@ use crate::image::sweep_sockets;
 use crate::journal::{Abandoned, Journal, Place, Recovery};
 use crate::platform::{Asked, BackupMode, Platform, Quiesce, RecoverRequest, SnapshotRequest};
 use crate::vm::{PointId, Uuid, VmIdentity};
-use gone::Directories;
 use way::{Hosts, are_gone, is_gone, way_to};
 
 pub use crate::journal::{Action, Item, Mode};
@@ -489,7 +489,9 @@ impl<'a> Recover<'a> {
                 continue;
             }
             let mut recovery = Recovery::new(self.mode);
-            let result = restore::one(journal, restore::Lock::Take, env, &mut recovery).await;
+            let of = (env, control, &self.directories);
+            let result = restore::one(journal, restore::Lock::Take, of, &mut recovery).await;
+            control.check()?;
             let problem = result.err().map(|error| error.in_one_line());
             reports.push(VmReport { name, uuid, items: recovery.into_items(), problem });
         }

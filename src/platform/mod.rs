@@ -47,8 +47,8 @@ use crate::vm::{
     Artifact, DiskDescription, ExcludedDisk, NotCaptured, PointId, Quiescence, ReadMode, VmIdentity,
 };
 
-pub(crate) use noted::remove_noted;
-pub(crate) use space::{answers as scratch_answers, look};
+pub(crate) use noted::{remove_noted, work_in};
+pub(crate) use space::{look, takes_writes};
 
 /// One VM on one platform.
 #[async_trait]

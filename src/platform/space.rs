@@ -146,13 +146,18 @@ pub(crate) async fn look<T: Send + 'static>(
     directory: &Path,
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T> {
-    aside(directory, ANSWER, work).await.map_err(|error| match error.kind() {
+    aside(directory, ANSWER, work).await.map_err(|error| plainly(directory, error))
+}
+
+/// An error of a directory, whatever that is for.
+pub(super) fn plainly(directory: &Path, error: Error) -> Error {
+    match error.kind() {
         Kind::Timeout => {
             let what = format!("directory {} does not answer", directory.display());
             Error::new(Kind::Timeout, what).hint("run it again when it does")
         }
         _ => error,
-    })
+    }
 }
 
 /// Who asks, if anybody does.
@@ -330,7 +335,7 @@ impl Asking {
 }
 
 /// Fails with [`Kind::Timeout`] if `directory`, or what it is a link to, takes no writes.
-pub(crate) async fn answers(directory: &Path) -> Result<()> {
+pub(super) async fn answers(directory: &Path) -> Result<()> {
     let question = Question::behind(directory.to_owned());
     let until = Instant::now() + BEFORE;
     loop {
@@ -342,6 +347,11 @@ pub(crate) async fn answers(directory: &Path) -> Result<()> {
             Ok(()) => return Ok(()),
         }
     }
+}
+
+/// The same, whatever `directory` is for.
+pub(crate) async fn takes_writes(directory: &Path) -> Result<()> {
+    answers(directory).await.map_err(|error| plainly(directory, error))
 }
 
 /// Fails unless `directory` is one that takes writes now.

@@ -398,3 +398,34 @@ fn images_whose_file_system_hangs_keep_no_vm_from_being_recovered() {
     assert!(said.contains("undone: bitmap in"), "{said}");
     assert_eq!(env.vmbackup(&["recover"]).ok().stdout, "nothing is left to undo\n");
 }
+
+/// Found in review: its files were looked at on the thread that does everything, before the repository
+/// was opened.
+#[test]
+fn a_restore_whose_target_hangs_keeps_nothing_else_from_being_recovered() {
+    let env = TestEnv::new();
+    env.init_repo();
+    let mut disk = HangingDisk::mount(&env.path("."));
+    std::fs::write(env.path("a.raw"), vec![7; 1 << 20]).unwrap();
+    let report = env.vmbackup(&["full", "--image", "a.raw", "--name", "web", "--json"]).json();
+    let out = disk.path.join("out").display().to_string();
+    let restore = ["restore", report["point"].as_str().unwrap(), "--to", &out];
+    let run = env.stopped_at("after:temporary", &restore);
+    run.signal("KILL");
+    run.wait();
+    let machine = Machine::start(&env, "foo");
+    killed_backup(&env, (&machine.monitor, "after:filter"), &["--guest-first"]);
+    for options in [&["--dry-run"][..], &[]] {
+        disk.stall();
+        let mut recovery = env.spawn_vmbackup(&[&["recover"], options].concat());
+        recovery.wait_until_said("not recovered: web", 55);
+        disk.answer();
+        let said = recovery.wait().fails_with(&["does not answer"]).stdout;
+        assert!(said.contains("'foo'"), "{said}");
+    }
+    assert_eq!(machine.nodes(), Vec::<String>::new());
+    let said = env.vmbackup(&["recover"]).ok().stdout;
+    assert!(said.contains("of the killed restore of"), "{said}");
+    assert_eq!(disk.files(), Vec::<PathBuf>::new());
+    assert_eq!(env.vmbackup(&["recover"]).ok().stdout, "nothing is left to undo\n");
+}

@@ -3,42 +3,12 @@
 //! No guest of theirs waits, and the files may be where nothing answers: they come last, one VM after
 //! the other, and a directory that does not answer is not asked again for the next.
 
-use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
-
-use tokio::sync::Mutex;
-
 use super::{Recover, Stopped, VmReport, failed, taken};
 use crate::error::{Error, Kind, Result};
 use crate::job::lock::VmLock;
-use crate::journal::{Mode, Phase, Recovery};
-use crate::platform::{look, remove_noted, scratch_answers};
+use crate::journal::{Phase, Recovery};
+use crate::platform::remove_noted;
 use crate::vm::{PointId, VmIdentity};
-
-/// What directories have answered, to a look or to a touch.
-#[derive(Default)]
-pub(super) struct Directories(Mutex<BTreeMap<(PathBuf, Mode), Result<()>>>);
-
-impl Directories {
-    /// Fails with [`Kind::Timeout`] if `directory` does not answer, or takes no writes where something
-    /// is to be undone. Cancel-safe.
-    pub(super) async fn answers(&self, directory: &Path, mode: Mode) -> Result<()> {
-        // One question at a time: what is found is all that the others wait for.
-        let mut known = self.0.lock().await;
-        let key = (directory.to_owned(), mode);
-        if !known.contains_key(&key) {
-            let answer = match mode {
-                Mode::Undo => scratch_answers(directory).await,
-                Mode::Look => {
-                    let at = directory.to_owned();
-                    look(directory, move || drop(at.symlink_metadata())).await
-                }
-            };
-            known.insert(key.clone(), answer);
-        }
-        known[&key].as_ref().map_or_else(|hangs| Err(hangs.again()), |()| Ok(()))
-    }
-}
 
 impl Recover<'_> {
     /// Recovers a VM that was found to be gone; `last` is the newest run its journal had then.
@@ -89,25 +59,5 @@ impl Recover<'_> {
             }
         }
         Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test]
-    async fn a_directory_is_asked_once() {
-        let base = tempfile::tempdir().unwrap();
-        let directories = Directories::default();
-        let hangs = Error::new(Kind::Timeout, "it hung").hint("later");
-        let key = (base.path().to_owned(), Mode::Undo);
-        directories.0.lock().await.insert(key, Err(hangs));
-        for _ in 0..2 {
-            let error = directories.answers(base.path(), Mode::Undo).await.unwrap_err();
-            assert_eq!(error.in_one_line(), "it hung (hint: later)");
-            directories.answers(base.path(), Mode::Look).await.unwrap();
-        }
-        assert_eq!(directories.0.lock().await.len(), 2);
     }
 }

@@ -9,8 +9,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use super::gone::Directories;
 use crate::error::{Error, Kind, Result};
+use crate::job::directories::Directories;
 use crate::job::source::{self, ImageSpec, SourceSpec};
 use crate::journal::{Mode, Place};
 use crate::platform::look;

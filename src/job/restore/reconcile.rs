@@ -10,7 +10,11 @@
 //! since, and nobody holds it. If that is not so of one of them, all stay, and it is said what is what.
 //! A complete image that replaced nothing is never removed, and neither is one without which there
 //! would be none. The list of what is damaged stays beside the disks that stay, and only there.
+//!
+//! The files may be where nothing answers: their directories are asked first, and nothing is waited for
+//! without end.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use super::{domain, salvage};
@@ -18,10 +22,11 @@ use crate::block::file::{FileStamp, Placed};
 use crate::control::Control;
 use crate::error::{Error, Kind, Result, with_causes};
 use crate::image::ImageLock;
-use crate::job::Env;
+use crate::job::directories::Directories;
 use crate::job::lock::VmLock;
+use crate::job::{Env, Surroundings};
 use crate::journal::{Abandoned, Action, Mode, Placing, Recovery, RestoreJournal, Step};
-use crate::platform::tell;
+use crate::platform::{tell, work_in};
 use crate::vm::{PointId, Uuid, VmIdentity};
 
 /// Who keeps others from the VM meanwhile.
@@ -37,7 +42,7 @@ pub(in crate::job) enum Lock {
 /// nobody from anything.
 pub(in crate::job) async fn before_run(vm: &VmIdentity, lock: Lock, env: &Env, control: &Control) {
     let mut recovery = Recovery::new(Mode::Undo);
-    let result = of_vm(vm.uuid, lock, env, &mut recovery).await;
+    let result = of_vm(vm.uuid, lock, (env, control), &mut recovery).await;
     tell(recovery, control);
     if let Err(error) = result {
         let text = format!("what killed restores left stays: {}", with_causes(&error));
@@ -46,34 +51,36 @@ pub(in crate::job) async fn before_run(vm: &VmIdentity, lock: Lock, env: &Env, c
 }
 
 /// The same for one VM, as `recovery` says.
-pub(in crate::job) async fn of_vm(
+async fn of_vm(
     vm: Uuid,
     lock: Lock,
-    env: &Env,
+    (env, control): Surroundings<'_>,
     recovery: &mut Recovery,
 ) -> Result<()> {
+    let directories = Directories::default();
     for abandoned in env.journals().abandoned_restores()? {
         if let Abandoned::Restore(journal) = abandoned
             && journal.run().vm.uuid == vm
         {
-            one(journal, lock, env, recovery).await?;
+            one(journal, lock, (env, control, &directories), recovery).await?;
         }
     }
     Ok(())
 }
 
-/// Reconciles one restore. Not cancel-safe; begun again, it goes on.
+/// Reconciles one restore. Fails with [`Kind::Timeout`] where a file system it wrote to does not answer.
+/// Not cancel-safe, but watches the control while it waits for an answer; begun again, it goes on.
 pub(in crate::job) async fn one(
     mut journal: RestoreJournal,
     lock: Lock,
-    env: &Env,
+    (env, control, answers): (&Env, &Control, &Directories),
     recovery: &mut Recovery,
 ) -> Result<()> {
     let what = {
         let run = journal.run();
         format!("the killed restore of point {} of VM '{}'", run.point.short(), run.vm.name)
     };
-    let _lock = match lock {
+    let lock = match lock {
         Lock::Held => None,
         Lock::Take => match VmLock::acquire(&env.state_dir, &journal.run().vm, "recovery") {
             Ok(lock) => Some(lock),
@@ -92,12 +99,47 @@ pub(in crate::job) async fn one(
             return Ok(());
         }
     };
+    let mode = recovery.mode();
+    let directories = directories(journal.steps());
+    for directory in &directories {
+        control.run(answers.answers(directory, mode)).await?;
+    }
     if direction == Direction::Undo && recovery.changes() {
         // Whatever anybody defines meanwhile.
         journal.note(Step::Undo)?;
     }
+    let work = move || {
+        // As long as it works, however long anybody waits for it.
+        let _lock = lock;
+        let mut found = Recovery::new(mode);
+        let settled = settle(journal, direction, &what, &mut found);
+        (found, settled)
+    };
+    let directory = directories.into_iter().next().unwrap_or_default();
+    let (found, settled) = work_in(&directory, mode, work).await?;
+    recovery.add(found);
+    settled
+}
+
+/// The directories that a restore wrote to.
+fn directories(steps: &[Step]) -> BTreeSet<PathBuf> {
+    let made = steps.iter().filter_map(|step| match step {
+        Step::Directory { path: made } | Step::Temporary { temporary: made } => Some(made),
+        // What gets its place is beside it.
+        _ => None,
+    });
+    made.filter_map(|made| made.parent()).map(Path::to_owned).collect()
+}
+
+/// Touches its files, or looks at them.
+fn settle(
+    journal: RestoreJournal,
+    direction: Direction,
+    what: &str,
+    recovery: &mut Recovery,
+) -> Result<()> {
     let point = journal.run().point;
-    let mut left = Left { steps: journal.steps(), point, what: &what, recovery };
+    let mut left = Left { steps: journal.steps(), point, what, recovery };
     let settled = match direction {
         Direction::Undo => left.undo()?,
         Direction::Forward => left.forward()?,
