@@ -2,14 +2,17 @@
 //! it, owner, mode, access list and security label. A QEMU that could open the old image opens the new one.
 //!
 //! All is taken over while the new file is empty: what cannot be kept is told before hours of copying.
+//! Nothing is where somebody else may have made the old one to be given what is written.
 
-use std::fs::{self, File};
+use std::fs::{self, File, Metadata, Permissions};
 use std::io::{self, ErrorKind};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, fchown};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{XattrFlags, fremovexattr, fsetxattr, getxattr};
+use rustix::fs::{CWD, Mode, OFlags, XattrFlags, fremovexattr, fsetxattr, getxattr, openat};
 use rustix::io::Errno;
+use rustix::process::geteuid;
 
 use super::parent;
 use crate::error::{Error, Kind, Result};
@@ -39,7 +42,7 @@ pub fn followed(path: &Path) -> Result<PathBuf> {
             Err(error) => return Err(Error::open(&path, error)),
         };
         let link = path.symlink_metadata().map_err(|e| Error::open(&path, e))?.uid();
-        let us = rustix::process::geteuid();
+        let us = geteuid();
         if link != 0 && link != us.as_raw() {
             let message =
                 format!("{} leads to {} and is somebody else's", path.display(), to.display());
@@ -50,51 +53,99 @@ pub fn followed(path: &Path) -> Result<PathBuf> {
     Err(Error::new(Kind::Usage, format!("{} leads nowhere: too many links", path.display())))
 }
 
-/// Gives `new` what `old` has, if there is one: a file, in a directory in which not everybody makes
-/// files. There somebody could have made it to be given what is written.
+/// Gives `new` what `old` has, if there is one: a file that nobody can have made to be given what is
+/// written; a log line says where that is not known. `new` is yours alone then.
 pub fn take_over(old: &Path, new: &File) -> Result<()> {
-    let fail = |e| {
-        let message = format!("cannot keep owner and mode of {}", old.display());
-        Error::io(message, e).hint("run as root, or move it away first")
-    };
-    let was = match old.symlink_metadata() {
-        Ok(was) => was,
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(Error::open(old, error)),
-    };
-    let directory = fs::metadata(parent(old)).map_err(|e| Error::open(parent(old), e))?;
-    if !was.is_file() || directory.mode() & 0o002 != 0 {
+    let Some(was) = Old::open(old)? else { return Ok(()) };
+    if !was.is_trusted() {
+        tracing::warn!(
+            path = %old.display(),
+            "owner and mode are not kept: others make files in its directory"
+        );
         return Ok(());
     }
-    let now = new.metadata().map_err(fail)?;
-    if (was.uid(), was.gid()) != (now.uid(), now.gid()) {
-        fchown(new, Some(was.uid()), Some(was.gid())).map_err(fail)?;
-    }
-    let mode = was.mode() & 0o777;
-    if mode != now.mode() & 0o777 {
-        new.set_permissions(fs::Permissions::from_mode(mode)).map_err(fail)?;
-    }
-    // After the mode, whose bits of the group are those of its mask.
-    attribute(ACCESS_LIST, old, new).map_err(fail)?;
-    if let Err(error) = attribute(LABEL, old, new) {
-        // Whoever enforces labels sets those of images, too (libvirt, when it starts a domain).
-        tracing::debug!(%error, old = %old.display(), "label not kept");
-    }
-    Ok(())
+    was.give(new).map_err(|e| not_kept(old, e))
 }
 
-/// The same attribute, or none.
-fn attribute(name: &str, old: &Path, new: &File) -> io::Result<()> {
-    let mut value = vec![0; ATTRIBUTE_BYTES_MAX];
-    let result = match getxattr(old, name, &mut value[..]) {
-        Ok(len) => fsetxattr(new, name, &value[..len], XattrFlags::empty()),
-        // A directory's default may have given it one.
-        Err(Errno::NODATA) => fremovexattr(new, name),
-        Err(error) => Err(error),
-    };
-    match result {
-        Ok(()) | Err(Errno::NODATA | Errno::OPNOTSUPP) => Ok(()),
-        Err(error) => Err(error.into()),
+fn not_kept(old: &Path, error: io::Error) -> Error {
+    let message = format!("cannot keep owner and mode of {}", old.display());
+    Error::io(message, error).hint("run as root, or move it away first")
+}
+
+/// A file whose place is to be taken. It is held: whoever may write its directory cannot exchange it
+/// between a look at it and what follows.
+struct Old {
+    file: File,
+    data: Metadata,
+    directory: Metadata,
+}
+
+impl Old {
+    /// The file of this name; none if nothing has it, or something else.
+    fn open(path: &Path) -> Result<Option<Self>> {
+        let fail = |e| Error::open(path, e);
+        let held = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let Some(name) = path.file_name() else { return Ok(None) };
+        // The directory may be reached by a link.
+        let directory = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let opened = openat(CWD, parent(path), directory, Mode::empty()).and_then(|directory| {
+            let file = openat(&directory, name, held, Mode::empty())?;
+            Ok((File::from(directory), File::from(file)))
+        });
+        let (directory, file) = match opened {
+            Ok(opened) => opened,
+            Err(Errno::NOENT) => return Ok(None),
+            Err(error) => return Err(fail(error.into())),
+        };
+        let data = file.metadata().map_err(fail)?;
+        let directory = directory.metadata().map_err(fail)?;
+        Ok(data.is_file().then_some(Self { file, data, directory }))
+    }
+
+    /// Whether it is known who made it: not in a directory in which everybody makes files, and where
+    /// a group does, only if it is of somebody who can do more anyway.
+    fn is_trusted(&self) -> bool {
+        let (us, owner) = (geteuid().as_raw(), self.data.uid());
+        match self.directory.mode() & 0o022 {
+            0 => true,
+            0o020 => owner == us || owner == 0 || owner == self.directory.uid(),
+            _ => false,
+        }
+    }
+
+    fn give(&self, new: &File) -> io::Result<()> {
+        let (was, now) = (&self.data, new.metadata()?);
+        if (was.uid(), was.gid()) != (now.uid(), now.gid()) {
+            fchown(new, Some(was.uid()), Some(was.gid()))?;
+        }
+        let mode = was.mode() & 0o777;
+        if mode != now.mode() & 0o777 {
+            new.set_permissions(Permissions::from_mode(mode))?;
+        }
+        // After the mode, whose bits of the group are those of its mask.
+        self.attribute(ACCESS_LIST, new)?;
+        if let Err(error) = self.attribute(LABEL, new) {
+            // Whoever enforces labels sets those of images, too (libvirt, when it starts a domain).
+            tracing::debug!(%error, "label not kept");
+        }
+        Ok(())
+    }
+
+    /// The same attribute, or none.
+    fn attribute(&self, name: &str, new: &File) -> io::Result<()> {
+        // fgetxattr(2) takes no descriptor that is only a place (open(2), O_PATH).
+        let held = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+        let mut value = vec![0; ATTRIBUTE_BYTES_MAX];
+        let result = match getxattr(held, name, &mut value[..]) {
+            Ok(len) => fsetxattr(new, name, &value[..len], XattrFlags::empty()),
+            // A directory's default may have given it one.
+            Err(Errno::NODATA) => fremovexattr(new, name),
+            Err(error) => Err(error),
+        };
+        match result {
+            Ok(()) | Err(Errno::NODATA | Errno::OPNOTSUPP) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
     }
 }
 
@@ -125,7 +176,7 @@ mod tests {
 
     #[test]
     fn a_link_of_somebody_else_is_not_followed() {
-        if !rustix::process::geteuid().is_root() {
+        if !geteuid().is_root() {
             return;
         }
         let base = tempfile::tempdir().unwrap();
@@ -138,31 +189,64 @@ mod tests {
         assert_eq!(followed(&link).unwrap_err().kind(), Kind::Permission);
     }
 
-    #[test]
-    fn a_file_where_everybody_makes_files_gives_no_rights_away() {
+    /// Whether a new file gets the mode of an old one that is of `owner`, in a directory of root with
+    /// this mode.
+    fn is_taken_over(directory: u32, owner: Option<u32>) -> bool {
         let base = tempfile::tempdir().unwrap();
-        fs::set_permissions(base.path(), fs::Permissions::from_mode(0o1777)).unwrap();
         let (old, new) = (base.path().join("old"), tempfile::tempfile().unwrap());
         fs::write(&old, "").unwrap();
-        fs::set_permissions(&old, fs::Permissions::from_mode(0o666)).unwrap();
-        let mode = new.metadata().unwrap().mode();
+        fs::set_permissions(&old, Permissions::from_mode(0o666)).unwrap();
+        std::os::unix::fs::chown(&old, owner, None).unwrap();
+        fs::set_permissions(base.path(), Permissions::from_mode(directory)).unwrap();
         take_over(&old, &new).unwrap();
-        assert_eq!(new.metadata().unwrap().mode(), mode);
+        let now = new.metadata().unwrap();
+        let is_kept = owner.is_none_or(|owner| now.uid() == owner);
+        is_kept && now.mode() & 0o777 == 0o666
     }
 
     #[test]
-    fn owner_mode_and_access_list_are_kept() {
+    fn a_file_where_everybody_makes_files_gives_no_rights_away() {
+        assert!(!is_taken_over(0o1777, None));
+        assert!(is_taken_over(0o755, None));
+        assert!(is_taken_over(0o2775, None), "our own");
+    }
+
+    /// Found in review: a member of the group made a file that everybody reads, and root wrote the
+    /// firmware's variables into it.
+    #[test]
+    fn a_file_that_a_member_of_a_group_made_gives_no_rights_away() {
+        if geteuid().is_root() {
+            assert!(!is_taken_over(0o2775, Some(65534)));
+            assert!(!is_taken_over(0o1777, Some(65534)));
+            assert!(is_taken_over(0o755, Some(65534)), "nobody else makes files there");
+        }
+    }
+
+    /// Found in review: its name was looked at again and again, and may have been of another file by
+    /// then.
+    #[test]
+    fn a_file_that_gets_another_name_meanwhile_is_the_one_whose_rights_are_kept() {
         let base = tempfile::tempdir_in("/var/tmp").unwrap();
-        let (old, new) = (base.path().join("old"), base.path().join("new"));
-        for name in [&old, &new] {
-            fs::write(name, "").unwrap();
+        let (old, new) = (base.path().join("old"), tempfile::tempfile_in("/var/tmp").unwrap());
+        fs::write(&old, "").unwrap();
+        fs::set_permissions(&old, Permissions::from_mode(0o640)).unwrap();
+        let has_lists = rustix::fs::setxattr(&old, ACCESS_LIST, &list(), XattrFlags::empty());
+        let was = Old::open(&old).unwrap().unwrap();
+        fs::rename(&old, base.path().join("moved")).unwrap();
+        fs::write(&old, "").unwrap();
+        fs::set_permissions(&old, Permissions::from_mode(0o666)).unwrap();
+        was.give(&new).unwrap();
+        if has_lists.is_ok() {
+            let mut value = vec![0; 1024];
+            let len = rustix::fs::fgetxattr(&new, ACCESS_LIST, &mut value[..]).unwrap();
+            assert_eq!(value[..len], list()[..]);
+        } else {
+            assert_eq!(new.metadata().unwrap().mode() & 0o777, 0o640);
         }
-        let file = File::open(&new).unwrap();
-        fs::set_permissions(&old, fs::Permissions::from_mode(0o4664)).unwrap();
-        if rustix::process::geteuid().is_root() {
-            std::os::unix::fs::chown(&old, Some(65534), Some(12)).unwrap();
-        }
-        // user::rw- user:65534:r-- group::rw- mask::rw- other::r-- (linux/posix_acl_xattr.h)
+    }
+
+    /// user::rw- user:65534:r-- group::rw- mask::rw- other::r-- (linux/posix_acl_xattr.h)
+    fn list() -> Vec<u8> {
         let entries: [(u16, u16, u32); 5] = [
             (1, 6, u32::MAX),
             (2, 4, 65534),
@@ -176,7 +260,23 @@ mod tests {
             list.extend(rights.to_le_bytes());
             list.extend(id.to_le_bytes());
         }
-        let has_lists = rustix::fs::setxattr(&old, ACCESS_LIST, &list, XattrFlags::empty()).is_ok();
+        list
+    }
+
+    #[test]
+    fn owner_mode_and_access_list_are_kept() {
+        let base = tempfile::tempdir_in("/var/tmp").unwrap();
+        let (old, new) = (base.path().join("old"), base.path().join("new"));
+        for name in [&old, &new] {
+            fs::write(name, "").unwrap();
+        }
+        let file = File::open(&new).unwrap();
+        fs::set_permissions(&old, Permissions::from_mode(0o4664)).unwrap();
+        if geteuid().is_root() {
+            std::os::unix::fs::chown(&old, Some(65534), Some(12)).unwrap();
+        }
+        let has_lists =
+            rustix::fs::setxattr(&old, ACCESS_LIST, &list(), XattrFlags::empty()).is_ok();
         take_over(&old, &file).unwrap();
         let (was, now) = (old.metadata().unwrap(), new.metadata().unwrap());
         assert_eq!((was.uid(), was.gid()), (now.uid(), now.gid()));
@@ -184,7 +284,7 @@ mod tests {
         if has_lists {
             let mut value = vec![0; 1024];
             let len = getxattr(&new, ACCESS_LIST, &mut value[..]).unwrap();
-            assert_eq!(value[..len], list[..]);
+            assert_eq!(value[..len], list()[..]);
         }
         take_over(&base.path().join("none"), &file).unwrap();
     }
