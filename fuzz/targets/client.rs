@@ -1,4 +1,4 @@
-//! The NBD client, against a server that says these parts.
+//! The NBD client, against a server that says these parts; the first byte is what the client wants.
 #![no_main]
 #![allow(dead_code)]
 
@@ -10,5 +10,8 @@ mod said;
 mod script;
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
-    said::ended(&said::Transcript::of(&parts::decode(bytes)));
+    let Some((first, rest)) = bytes.split_first() else { return };
+    let sessions = said::Session::ALL;
+    let about = sessions[usize::from(*first) % sessions.len()];
+    said::ended(about, &said::Transcript::of(&parts::decode(rest)));
 });

@@ -19,10 +19,9 @@ pub struct Corpus {
 }
 
 impl Corpus {
-    /// The one in `tests/<subject>/corpus`.
-    pub fn of(subject: &str) -> Self {
-        let tests = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests");
-        Self { dir: tests.join(subject).join("corpus") }
+    /// The one in this folder of `tests`.
+    pub fn at(folder: &str) -> Self {
+        Self { dir: Path::new(env!("CARGO_MANIFEST_DIR")).join("tests").join(folder) }
     }
 
     /// All inputs, with their names.

@@ -14,7 +14,7 @@ use crate::script::{SIZE, Scripted, honest, option_reply, play};
 const STRUCTURED: HeaderStyle = HeaderStyle::Structured;
 
 /// What a server says when it is asked for its exports.
-fn listed(exports: &[(&str, &str)]) -> Vec<u8> {
+pub fn listed(exports: &[(&str, &str)]) -> Vec<u8> {
     let server = |(name, description): &(&str, &str)| {
         let mut payload = u32::try_from(name.len()).unwrap().to_be_bytes().to_vec();
         payload.extend(name.as_bytes());
@@ -26,7 +26,7 @@ fn listed(exports: &[(&str, &str)]) -> Vec<u8> {
 }
 
 /// What it says of an export.
-fn told() -> Vec<u8> {
+pub fn told() -> Vec<u8> {
     let mut payload = info::EXPORT.to_be_bytes().to_vec();
     payload.extend(SIZE.to_be_bytes());
     payload.extend([0, 1]);
@@ -35,7 +35,7 @@ fn told() -> Vec<u8> {
 }
 
 /// Contexts with names of `len` bytes.
-fn contexts(count: usize, len: usize) -> Vec<u8> {
+pub fn contexts(count: usize, len: usize) -> Vec<u8> {
     let payload = [&[0; 4][..], &vec![b'x'; len]].concat();
     let option = option::LIST_META_CONTEXT;
     let context = option_reply(option, reply::META_CONTEXT, &payload);

@@ -15,5 +15,7 @@ mod said;
 mod script;
 mod slow;
 mod support;
+mod transcripts;
 mod uris;
 mod vsock;
+mod written;

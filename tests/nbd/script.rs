@@ -5,6 +5,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
 use vmbackup::error::Result;
+use vmbackup::nbd::tls::ClientTls;
 use vmbackup::nbd::wire::{self, HeaderStyle, be32, be64, chunk, export, info, option, reply};
 use vmbackup::nbd::{Client, ClientOptions, Connector, Stream, Timeouts};
 
@@ -16,20 +17,37 @@ pub const CONTEXT: u32 = 7;
 type Script = dyn Fn(DuplexStream) -> tokio::task::JoinHandle<()> + Send + Sync;
 
 /// Connects to a script, which gets the other end of the stream.
-pub struct Scripted(Box<Script>);
+pub struct Scripted {
+    script: Box<Script>,
+    tls: Option<ClientTls>,
+}
 
 impl Scripted {
     pub fn new<F: Future<Output = ()> + Send + 'static>(
         script: impl Fn(DuplexStream) -> F + Send + Sync + 'static,
     ) -> Self {
-        Self(Box::new(move |stream| tokio::spawn(script(stream))))
+        Self { script: Box::new(move |stream| tokio::spawn(script(stream))), tls: None }
+    }
+
+    /// The same, asked for TLS.
+    pub fn with_tls(self, tls: ClientTls) -> Self {
+        Self { tls: Some(tls), ..self }
     }
 
     pub async fn open(&self) -> Result<Client> {
-        let second = std::time::Duration::from_secs(1);
-        let timeouts = Timeouts { handshake: 5 * second, stall: 5 * second, slow: 5 * second };
-        Client::open(self, "", ClientOptions { timeouts, ..ClientOptions::default() }).await
+        self.open_with(ClientOptions::default()).await
     }
+
+    /// With these options but for the time-outs.
+    pub async fn open_with(&self, options: ClientOptions) -> Result<Client> {
+        Client::open(self, "", ClientOptions { timeouts: timeouts(), ..options }).await
+    }
+}
+
+/// Nothing waits for long.
+pub fn timeouts() -> Timeouts {
+    let second = std::time::Duration::from_secs(1);
+    Timeouts { handshake: 5 * second, stall: 5 * second, slow: 5 * second }
 }
 
 #[async_trait]
@@ -40,8 +58,12 @@ impl Connector for Scripted {
 
     async fn connect(&self) -> Result<Box<dyn Stream>> {
         let (ours, theirs) = tokio::io::duplex(1 << 20);
-        (self.0)(theirs);
+        (self.script)(theirs);
         Ok(Box::new(ours))
+    }
+
+    fn tls(&self) -> Option<&ClientTls> {
+        self.tls.as_ref()
     }
 }
 
@@ -136,9 +158,13 @@ pub fn greeting() -> Vec<u8> {
 
 /// INFO_EXPORT of `size`, in answer to GO.
 pub fn info_export(size: u64) -> Vec<u8> {
+    info_flags(size, export::HAS_FLAGS | export::SEND_FLUSH | export::SEND_WRITE_ZEROES)
+}
+
+/// The same with these abilities.
+pub fn info_flags(size: u64, flags: u16) -> Vec<u8> {
     let mut payload = info::EXPORT.to_be_bytes().to_vec();
     payload.extend(size.to_be_bytes());
-    let flags = export::HAS_FLAGS | export::SEND_FLUSH | export::SEND_WRITE_ZEROES;
     payload.extend(flags.to_be_bytes());
     option_reply(option::GO, reply::INFO, &payload)
 }

@@ -53,13 +53,13 @@ fn transcript(style: HeaderStyle) -> Vec<u8> {
 fn ends(bytes: &[u8]) {
     let parts = vec![bytes.to_vec()];
     let end = watched("nbd_server", &parts, || ended(bytes));
-    Corpus::of("nbd_server").keep(&end, &parts);
+    Corpus::at("nbd_server/corpus").keep(&end, &parts);
 }
 
 #[test]
 #[allow(clippy::print_stderr, reason = "names the input that fails")]
 fn clients_of_the_corpus_never_crash_or_hang_the_server() {
-    let inputs = Corpus::of("nbd_server").inputs();
+    let inputs = Corpus::at("nbd_server/corpus").inputs();
     assert!(inputs.len() > 5, "the corpus is there");
     for (name, parts) in inputs {
         eprintln!("{name}");
