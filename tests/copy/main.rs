@@ -12,6 +12,7 @@ mod failures;
 mod formats;
 mod lost_target;
 mod replaced;
+mod restarted;
 mod sizes;
 mod sparse;
 mod zeroes;

@@ -7,6 +7,7 @@ mod debian;
 mod failing;
 mod fuzz;
 mod hostile;
+mod leaving;
 #[path = "../support/listening.rs"]
 mod listening;
 mod looking;
