@@ -90,6 +90,41 @@ fn a_repository_of_somebody_else_is_a_matter_of_permissions() {
     assert_eq!(outcome.code, Some(6), "{outcome:?}");
 }
 
+/// Found in review: it was told when the turn of that file came, after others had been copied.
+#[test]
+fn what_cannot_be_kept_of_files_that_are_replaced_is_told_before_anything_is_copied() {
+    let fixture = Fixture::new();
+    let env = &fixture.env;
+    let mut full = vec!["full", "--quiet", "--json", "--name", "foo"];
+    for name in ["a.raw", "b.raw"] {
+        std::fs::write(env.path(name), vec![7; 1 << 20]).unwrap();
+        full.extend(["--image", name]);
+    }
+    let report = as_ordinary_user(&fixture, &full).ok().json();
+    let point = report["point"].as_str().unwrap();
+    let to = env.path("user/to").display().to_string();
+    let restore = ["restore", point, "--to", &to];
+    as_ordinary_user(&fixture, &restore).ok();
+    let force = [&restore[..], &["--force"]].concat();
+    as_ordinary_user(&fixture, &force).ok();
+    // They were moved there by somebody else, who lets everybody write to them.
+    for name in ["a.raw", "b.raw"] {
+        env.run("chown", &["0:0", &format!("{to}/{name}")]).ok();
+        env.run("chmod", &["666", &format!("{to}/{name}")]).ok();
+    }
+    let told = ["a.raw", "b.raw"].map(|name| format!("cannot keep owner and mode of {to}/{name}"));
+    let outcome = as_ordinary_user(&fixture, &[&force[..], &["--dry-run"]].concat()).fails();
+    let said = format!("{}{}", outcome.stdout, outcome.stderr);
+    assert!(told.iter().all(|told| said.contains(told)), "{said}");
+    let outcome = as_ordinary_user(&fixture, &force).fails_with(&[&told[0], "run as root"]);
+    assert!(!outcome.stderr.contains("was not restored"), "{outcome:?}");
+    // To a group of theirs nobody has to give anything.
+    for name in ["a.raw", "b.raw"] {
+        env.run("chown", &["65534:65534", &format!("{to}/{name}")]).ok();
+    }
+    as_ordinary_user(&fixture, &force).ok();
+}
+
 #[test]
 fn a_password_file_that_is_missing_is_named_with_the_way_it_was_given() {
     let fixture = Fixture::new();

@@ -36,7 +36,7 @@ pub use disk::FileDisk;
 pub use new::{Durability, Existing, NewFile, refuse_special};
 pub use pipe::{PipeReader, PipeSink};
 pub use placed::Placed;
-pub use replaced::{followed, take_over};
+pub use replaced::{check_take_over, followed, take_over};
 pub use sink::FileSink;
 pub use source::{Access, FileSource, read_cached};
 pub use stamp::FileStamp;

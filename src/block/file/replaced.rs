@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{CWD, Mode, OFlags, XattrFlags, fremovexattr, fsetxattr, getxattr, openat};
 use rustix::io::Errno;
-use rustix::process::geteuid;
+use rustix::process::{getegid, geteuid, getgroups};
 
 use super::parent;
 use crate::error::{Error, Kind, Result};
@@ -67,6 +67,16 @@ pub fn take_over(old: &Path, new: &File) -> Result<()> {
     was.give(new).map_err(|e| not_kept(old, e))
 }
 
+/// Fails where [`take_over`] would, as far as that can be seen without a new file.
+pub fn check_take_over(old: &Path) -> Result<()> {
+    match Old::open(old)? {
+        Some(was) if was.is_trusted() && !was.is_ours() => {
+            Err(not_kept(old, ErrorKind::PermissionDenied.into()))
+        }
+        _ => Ok(()),
+    }
+}
+
 fn not_kept(old: &Path, error: io::Error) -> Error {
     let message = format!("cannot keep owner and mode of {}", old.display());
     Error::io(message, error).hint("run as root, or move it away first")
@@ -111,6 +121,16 @@ impl Old {
             0o020 => owner == us || owner == 0 || owner == self.directory.uid(),
             _ => false,
         }
+    }
+
+    /// Whether we may give a new file its owner and group (chown(2)).
+    fn is_ours(&self) -> bool {
+        let (us, group) = (geteuid(), self.data.gid());
+        let is_of_directory = self.directory.mode() & 0o2000 != 0 && self.directory.gid() == group;
+        let groups = || getgroups().unwrap_or_default().into_iter().chain([getegid()]);
+        us.is_root()
+            || us.as_raw() == self.data.uid()
+                && (is_of_directory || groups().any(|of| of.as_raw() == group))
     }
 
     fn give(&self, new: &File) -> io::Result<()> {

@@ -309,6 +309,16 @@ async fn examine<'m>(
     }
     let known = disks.iter().filter_map(|disk| Some((disk.place.as_ref()?, disk.data_bytes?)));
     target::check_space(&known.collect::<Vec<_>>(), problems);
+    if request.existing == Existing::Replace {
+        let mut paths = artifacts::paths(manifest, request);
+        paths.extend(definition.iter().flat_map(domain::Prepared::paths));
+        let images = disks.iter().filter_map(|disk| match &disk.place {
+            Some(Place::Image { path, .. }) => Some(path.clone()),
+            _ => None,
+        });
+        paths.extend(images);
+        target::check_replaced(&paths, problems);
+    }
     Examined { disks, definition }
 }
 

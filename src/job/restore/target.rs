@@ -9,7 +9,7 @@ use super::artifacts::no_room;
 use super::outcome::Outcome;
 use super::place::{Place, nearest_directory};
 use super::problems::Problems;
-use crate::block::file::{Existing, FileSink, NewFile, followed};
+use crate::block::file::{Existing, FileSink, NewFile, check_take_over, followed};
 use crate::block::{BlockSink, BlockSource, ByteRange, ExtentKind};
 use crate::control::{Control, NoticeLevel};
 use crate::error::{Error, Kind, Result};
@@ -74,6 +74,15 @@ pub(super) fn remove_directory(made: Option<PathBuf>) {
     }
 }
 
+/// Finds files that cannot be replaced as they are to be: links of others, and owners that what is new
+/// cannot get.
+pub(super) fn check_replaced(paths: &[PathBuf], problems: &mut Problems) {
+    // The state of a TPM is a directory.
+    for path in paths.iter().filter(|path| !path.is_dir()) {
+        problems.note(followed(path).and_then(|path| check_take_over(&path)));
+    }
+}
+
 /// Fails when the data of the disks, in bytes, will not fit where their images go, whose directory
 /// may not have been made yet. Only the free space of now is known: a target may still fill up
 /// while it is written.
@@ -81,7 +90,8 @@ pub(super) fn check_space(disks: &[(&Place, u64)], problems: &mut Problems) {
     let mut needed: BTreeMap<u64, (PathBuf, u64)> = BTreeMap::new();
     for (place, bytes) in disks {
         let Place::Image { path, .. } = place else { continue };
-        let Some(path) = problems.note(followed(path)) else { continue };
+        // What cannot be followed is told of by `check_replaced`.
+        let path = followed(path).unwrap_or_else(|_| path.clone());
         let file_system = path.parent().map_or_else(|| Ok(PathBuf::from("/")), nearest_directory);
         let file_system = file_system.and_then(|directory| {
             let data = directory.metadata();
