@@ -134,13 +134,8 @@ pub enum OddEnd {
     Padded,
 }
 
-/// Opens an image to hash or compare the disk inside: locked, read-only, released when dropped.
-pub async fn open_image(path: &Path, format: &str) -> Result<Arc<dyn BlockSource>> {
-    let opened = open_image_as((path, format), OddEnd::Padded, ClientOptions::default());
-    Ok(Arc::new(opened.await?))
-}
-
-/// The same as `odd_end` says, and read as `options` say where a server is needed.
+/// Opens an image to read the disk inside: locked, read-only, released when dropped. It ends as
+/// `odd_end` says, and is read as `options` say where a server is needed.
 pub async fn open_image_as(
     (path, format): (&Path, &str),
     odd_end: OddEnd,

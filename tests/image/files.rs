@@ -1,11 +1,18 @@
 //! Single images: reading, locking, refusing, making.
 
+use std::path::Path;
+
 use vmbackup::block::file::Existing;
-use vmbackup::block::{Buffer, conformance, read_all};
+use vmbackup::block::{BlockSource, Buffer, conformance, read_all};
 use vmbackup::error::{Error, Kind};
-use vmbackup::image::{ImageLock, LockedImage, NewImage, open_image};
+use vmbackup::image::{ImageLock, LockedImage, NewImage, OddEnd, OpenImage, open_image_as};
+use vmbackup::nbd::ClientOptions;
 
 use crate::support::{Images, LEN};
+
+async fn open_image(path: &Path, format: &str) -> Result<OpenImage, Error> {
+    open_image_as((path, format), OddEnd::Padded, ClientOptions::default()).await
+}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn images_of_many_formats_read_as_what_is_inside() {
@@ -13,13 +20,13 @@ async fn images_of_many_formats_read_as_what_is_inside() {
         let images = Images::new();
         let content = images.converted("a", format);
         let source = open_image(&images.path("a"), format).await.unwrap();
-        let read = read_all(source.as_ref(), LEN).await.unwrap();
+        let read = read_all(&source, LEN).await.unwrap();
         assert!(read == content, "{format}");
     }
     let images = Images::new();
     let content = images.converted("a", "qcow2");
     let source = open_image(&images.path("a"), "qcow2").await.unwrap();
-    conformance::source(source.as_ref(), &content).await;
+    conformance::source(&source, &content).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
