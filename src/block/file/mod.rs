@@ -12,7 +12,7 @@
 //! - Zeroes are made by calls whose result the kernel defines as zero (hole, zero range, written
 //!   zeroes). Nothing is ever discarded: what a discarded block reads as is the device's whim.
 //! - Nothing existing is replaced before the new is complete and durable; what replaces a file has its
-//!   owner and its rights.
+//!   owner and its rights, unless others may have made that file ([`take_over`]).
 //! - The reactor never waits for a disk: what is not in the page cache is read on blocking threads,
 //!   writing happens on the sink's own threads.
 //!

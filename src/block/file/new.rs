@@ -6,8 +6,8 @@
 //!                        └── dropped: removed as well
 //! ```
 //!
-//! One that replaces another has its owner and rights, and where that is reached by a link takes the
-//! place of what it leads to.
+//! One that replaces another has its owner and rights, unless others may have made that one
+//! ([`take_over`]), and where that is reached by a link takes the place of what it leads to.
 
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
@@ -28,7 +28,8 @@ const BESIDE_MAX: u32 = 99;
 pub enum Existing {
     /// Fail, both when the new file is begun and, race-free, when it is committed.
     Refuse,
-    /// Replace it, at the moment the new one is complete. Links are followed; owner and rights stay.
+    /// Replace it, at the moment the new one is complete. Links are followed; owner and rights stay,
+    /// unless others may have made it ([`take_over`]).
     Replace,
 }
 

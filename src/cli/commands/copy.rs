@@ -52,7 +52,7 @@ pub(crate) struct Args {
 #[command(next_help_heading = "Target")]
 pub(crate) struct PlaceArgs {
     /// Replace an existing file, once the new one is complete; links are followed, owner and rights
-    /// stay
+    /// stay (not where others make files, as in /tmp)
     #[arg(long, conflicts_with = "in_place")]
     pub(crate) force: bool,
     /// Write over an existing file where it lies. What else shows the same bytes changes with it:

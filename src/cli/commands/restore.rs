@@ -56,7 +56,7 @@ pub(crate) struct Args {
     #[arg(long = "as", value_name = "NAME")]
     pub(crate) as_name: Option<String>,
     /// Replace images and domain definitions that exist, once the new are complete; links are
-    /// followed, owner and rights of files stay
+    /// followed, owner and rights of files stay (not where others make files, as in /tmp)
     #[arg(long)]
     pub(crate) force: bool,
     /// Show what would be written and replaced, and everything that is in the way; change nothing

@@ -1,6 +1,7 @@
 //! What a point holds besides disks, written beside the images: domain XML, UEFI variables, ….
 //!
-//! All of it may hold secrets, so only the owner may read the files.
+//! All of it may hold secrets, so only the owner may read the files; where one takes the place of
+//! another (`--force`), whoever might read that one ([`take_over`]).
 
 use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
