@@ -12,6 +12,7 @@ mod killed_restore;
 mod lifecycle;
 mod luks;
 mod online;
+mod paced;
 mod refusals;
 mod restore;
 mod rig;

@@ -23,6 +23,7 @@ mod incremental;
 mod killed;
 mod leftovers;
 mod moved;
+mod paced;
 mod program;
 mod reclaim;
 mod refusals;

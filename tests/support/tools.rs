@@ -150,6 +150,11 @@ impl NbdServer {
         format!("nbd+unix:///{export}?socket={}", self.socket.display())
     }
 
+    /// Its socket.
+    pub(crate) fn socket(&self) -> &Path {
+        &self.socket
+    }
+
     /// Its process, to be disturbed.
     pub(crate) fn process(&mut self) -> &mut Process {
         &mut self.process
