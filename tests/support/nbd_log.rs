@@ -29,14 +29,18 @@ impl NbdLog {
         let mut open: HashMap<&str, usize> = HashMap::new();
         let mut most = (0, 0);
         for line in self.0.lines() {
-            let connection = line.split(' ').find(|word| word.starts_with("connection="));
+            let Some(connection) = line.split(' ').find(|word| word.starts_with("connection="))
+            else {
+                continue;
+            };
+            let here = open.entry(connection).or_default();
             if line.contains(&begin) {
-                *open.entry(connection.unwrap()).or_default() += 1;
+                *here += 1;
             } else if line.contains(&end) {
-                *open.get_mut(connection.unwrap()).unwrap() -= 1;
+                *here -= 1;
             }
-            let here = connection.and_then(|name| open.get(name)).copied().unwrap_or(0);
-            most = (most.0.max(here), most.1.max(open.values().sum()));
+            most.0 = most.0.max(*here);
+            most.1 = most.1.max(open.values().sum());
         }
         most
     }
@@ -44,8 +48,9 @@ impl NbdLog {
     /// The bytes of all requests of a kind.
     pub(crate) fn bytes(&self, kind: &str) -> usize {
         let count = |line: &str| {
-            let hex = line.split_once(" count=0x").unwrap().1.split(' ').next().unwrap();
-            usize::from_str_radix(hex, 16).unwrap()
+            let (_, hex) = line.split_once(" count=0x").expect("a request has a length");
+            let hex = hex.split(' ').next().expect("the first of a split");
+            usize::from_str_radix(hex, 16).expect("a number")
         };
         self.requests(kind).map(count).sum()
     }
