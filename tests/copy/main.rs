@@ -11,6 +11,7 @@ mod ends;
 mod failures;
 mod formats;
 mod lost_target;
+mod options;
 mod replaced;
 mod restarted;
 mod sizes;

@@ -280,10 +280,11 @@ impl Copying<'_> {
         let size_bytes = disk.geometry().size_bytes;
         let target_bytes = self.options.target_bytes.unwrap_or(size_bytes);
         let target = Opened::open(target, Some(target_bytes), self).await?;
+        let options = self.engine_options(&target, engine::Destination::Overwritten)?;
         control.set_phase("copying");
         let progress = control.add_disk(&self.names.1, size_bytes);
         let copied = async {
-            let copied = self.copy_disk(disk, &target, &progress).await?;
+            let copied = self.copy_disk(disk, (&target, &options), &progress).await?;
             opened.still_valid().await?;
             Ok(copied)
         };
@@ -301,7 +302,7 @@ impl Copying<'_> {
     async fn copy_disk(
         &self,
         disk: Arc<dyn BlockSource>,
-        target: &Opened,
+        (target, options): (&Opened, &engine::Options),
         progress: &Arc<DiskProgress>,
     ) -> Result<(engine::Report, Option<ContentRoot>)> {
         let (env, control) = self.surroundings;
@@ -310,14 +311,13 @@ impl Copying<'_> {
             None => disk,
         };
         let size_bytes = disk.geometry().size_bytes;
-        let options = self.engine_options(target, engine::Destination::Overwritten)?;
         if self.options.verify == Verify::No {
-            let copied = engine::copy(disk, target.sink(), &options, control, progress).await?;
+            let copied = engine::copy(disk, target.sink(), options, control, progress).await?;
             return Ok((copied, None));
         }
         let shown = (control, progress);
         let (report, root) =
-            engine::copy_hashed(disk, target.sink(), &env.workers, &options, shown).await?;
+            engine::copy_hashed(disk, target.sink(), &env.workers, options, shown).await?;
         control.set_phase("reading back");
         let found = self.read_back(target, size_bytes).await?;
         if found != root {
