@@ -240,11 +240,11 @@ async fn run(
     };
     let usual = if direct.is_some() { REQUEST_BYTES_DIRECT } else { REQUEST_BYTES };
     let mut shape = Shape::between((&source.geometry(), &sink.geometry()), options, usual)?;
+    let size_bytes = shape.size_bytes;
+    let zeroes = clear::prepare((&source, &sink), options, shape, control).await?;
     if hash.is_some() {
         shape = shape.in_cells_of(LEAF_BYTES);
     }
-    let size_bytes = shape.size_bytes;
-    let zeroes = clear::prepare((&source, &sink), options, shape, control).await?;
     let job = Arc::new(step::Copying::new((source, sink), options, (shape, zeroes), hash));
     let report = match direct {
         Some(ends) => direct::run(job, ends, options, (control, progress)).await?,

@@ -214,3 +214,18 @@ fn allocated_zeroes_take_space_whatever_the_format() {
     let taken = env.path("there.qcow2").metadata().unwrap().blocks() * 512;
     assert!(taken >= 12 << 20, "in place: {taken}");
 }
+
+#[test]
+fn a_copy_that_is_verified_reads_its_source_once() {
+    let env = TestEnv::new();
+    source(&env);
+    // To a target that has to be cleared, a block of the source tells whether both are one disk.
+    let cleared = NbdServer::nbdkit(&env, &["--filter=noextents", "memory", "4M"]);
+    for (target, more) in [("new.raw", 0), ("new.qcow2", 0), (&*cleared.uri(""), 8192)] {
+        let server = slow(&env, &["file", "source.raw"]);
+        let report = env.vmbackup(&["copy", &server.uri(""), target, "--verify", "--json"]).json();
+        assert_eq!(report["content_root"], env.vmbackup(&["hash", "source.raw"]).text().as_str());
+        let read = Asked::of(&env).bytes("Read");
+        assert!((4 * MIB..=4 * MIB + more).contains(&read), "{target}: {read}");
+    }
+}
