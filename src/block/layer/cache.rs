@@ -266,6 +266,68 @@ mod tests {
         assert_eq!(disk.1.load(Ordering::Relaxed), before);
     }
 
+    /// How often the disk was read, once nothing runs in the background.
+    async fn reads_of(disk: &Counted) -> usize {
+        for _ in 0..1000 {
+            tokio::task::yield_now().await;
+        }
+        disk.1.load(Ordering::Relaxed)
+    }
+
+    #[tokio::test]
+    async fn who_reads_on_finds_the_next_chunks_there() {
+        let (disk, content) = counted(4 << 20);
+        let source = CachedSource::new(Arc::clone(&disk) as _, 4 << 20);
+        let unit = source.shared.chunk_bytes;
+        let chunks_ahead = usize::try_from(AHEAD_CHUNKS).unwrap();
+        read(&source, 0, 4096).await.unwrap();
+        assert_eq!(reads_of(&disk).await, 1, "one read is no sequence");
+        read(&source, 4096, 4096).await.unwrap();
+        assert_eq!(reads_of(&disk).await, 1 + chunks_ahead);
+        for chunk in 1..STREAMS as u64 {
+            // Each for itself: this reader does not read on, and is not taken for more than there may be.
+            let (at, len) = (chunk * unit + 512, usize::try_from(unit).unwrap() - 512);
+            let start = usize::try_from(at).unwrap();
+            assert!(read(&source, at, len).await.unwrap() == content[start..start + len]);
+        }
+        assert_eq!(reads_of(&disk).await, 1 + chunks_ahead, "they were there");
+        // Again so many ahead of where the first one goes on, and none behind the end.
+        read(&source, 8192, usize::try_from(unit).unwrap()).await.unwrap();
+        assert_eq!(reads_of(&disk).await, 2 + chunks_ahead);
+        let last = (4 << 20) - 2 * 4096;
+        read(&source, last, 4096).await.unwrap();
+        read(&source, last + 4096, 4096).await.unwrap();
+        assert_eq!(reads_of(&disk).await, 3 + chunks_ahead);
+    }
+
+    #[tokio::test]
+    async fn several_who_read_on_are_told_apart() {
+        let (disk, _) = counted(16 << 20);
+        let source = CachedSource::new(Arc::clone(&disk) as _, 16 << 20);
+        let starts = [0, 4 << 20, 8 << 20];
+        for start in starts {
+            read(&source, start, 512).await.unwrap();
+        }
+        let mut expected = starts.len();
+        for start in starts {
+            read(&source, start + 512, 512).await.unwrap();
+            expected += usize::try_from(AHEAD_CHUNKS).unwrap();
+            assert_eq!(reads_of(&disk).await, expected);
+        }
+    }
+
+    #[tokio::test]
+    async fn who_reads_here_and_there_has_nothing_fetched_ahead() {
+        let (disk, _) = counted(4 << 20);
+        let source = CachedSource::new(Arc::clone(&disk) as _, 4 << 20);
+        let unit = source.shared.chunk_bytes;
+        let places = [7, 3, 30, 31, 12, 4, 21];
+        for chunk in places {
+            read(&source, chunk * unit + 1024, 4096).await.unwrap();
+        }
+        assert_eq!(reads_of(&disk).await, places.len());
+    }
+
     #[tokio::test]
     async fn the_cache_stays_within_its_bound() {
         let (disk, _) = counted(8 << 20);
