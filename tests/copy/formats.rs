@@ -75,3 +75,31 @@ fn what_qemu_only_reads_is_refused_as_a_target() {
         assert!(!env.path("new").exists());
     }
 }
+
+/// A guest writes what it likes to its raw disk: the header of an image, whose backing file would be
+/// one of the host's.
+#[test]
+fn a_raw_disk_that_begins_with_the_header_of_an_image_is_copied_as_it_is() {
+    let env = TestEnv::new();
+    fs::write(env.path("secret"), vec![0x5e; 1 << 20]).unwrap();
+    let forged = ["create", "-q", "-f", "qcow2", "-F", "raw", "-b", "secret", "forged"];
+    env.run("qemu-img", &forged).ok();
+    // In sectors, which its copies in other formats have.
+    fs::File::options().write(true).open(env.path("forged")).unwrap().set_len(256 << 10).unwrap();
+    let bytes = fs::read(env.path("forged")).unwrap();
+    assert_eq!(&bytes[..4], b"QFI\xfb");
+    fs::copy(env.path("forged"), env.path("forged.raw")).unwrap();
+    for from in ["raw:forged", "forged.raw", "forged,format=raw", "[ nbdkit file forged ]"] {
+        env.vmbackup(&["copy", from, "new.raw", "--force", "--verify"]).ok();
+        assert!(fs::read(env.path("new.raw")).unwrap() == bytes, "{from}");
+        env.vmbackup(&["copy", from, "new.qcow2", "--force", "--verify"]).ok();
+        env.run("qemu-img", &["convert", "-f", "qcow2", "-O", "raw", "new.qcow2", "back"]).ok();
+        assert!(fs::read(env.path("back")).unwrap() == bytes, "{from} as qcow2");
+        // Nor is what is written over looked into.
+        env.vmbackup(&["copy", from, "new.raw", "--in-place", "--verify"]).ok();
+        assert!(fs::read(env.path("new.raw")).unwrap() == bytes, "{from} over itself");
+    }
+    // The last one is an image of an image: unpacked once.
+    env.vmbackup(&["copy", "new.qcow2", "once.raw"]).ok();
+    assert!(fs::read(env.path("once.raw")).unwrap() == bytes);
+}

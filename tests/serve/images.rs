@@ -1,6 +1,8 @@
 //! Images, and the ways in which clients start the server themselves.
 
+use std::io::{Read, Write};
 use std::path::PathBuf;
+use std::process::Stdio;
 
 use crate::rig::{DISK_BYTES, Serve, content, qemu_io, read};
 use crate::support::{Process, TestEnv, wait_until};
@@ -220,4 +222,108 @@ fn clients_start_it_on_standard_input_and_output() {
     let line = format!("printf '{abort}' | {program} serve --stdio disk.raw | wc -c");
     let outcome = crate::support::Outcome::of(command.args(["-c", &line])).ok();
     assert_eq!(outcome.stdout.trim(), "38");
+}
+
+/// The beginning of a session without NBD_OPT_GO (NBD protocol, "fixed newstyle negotiation"): the size
+/// of the default export.
+fn begin(to_server: &mut impl Write, from_server: &mut impl Read) -> u64 {
+    let mut greeting = [0; 18];
+    from_server.read_exact(&mut greeting).unwrap();
+    assert_eq!(&greeting[..16], b"NBDMAGICIHAVEOPT");
+    let option = [&[0, 0, 0, 3][..], b"IHAVEOPT", &[0, 0, 0, 1, 0, 0, 0, 0]].concat();
+    to_server.write_all(&option).unwrap();
+    let mut export = [0; 10];
+    from_server.read_exact(&mut export).unwrap();
+    u64::from_be_bytes(export[..8].try_into().unwrap())
+}
+
+/// A request, and what it is answered with that many bytes.
+fn ask(
+    (to_server, from_server): (&mut impl Write, &mut impl Read),
+    (command, offset, len): (u16, u64, u32),
+    data: &[u8],
+) -> Vec<u8> {
+    let cookie = offset.to_be_bytes();
+    let head = [&0x2560_9513_u32.to_be_bytes()[..], &[0, 0], &command.to_be_bytes(), &cookie];
+    let request = [&head.concat()[..], &offset.to_be_bytes(), &len.to_be_bytes(), data].concat();
+    to_server.write_all(&request).unwrap();
+    let mut reply = [0; 16];
+    from_server.read_exact(&mut reply).unwrap();
+    assert_eq!(reply[..8], [0x67, 0x44, 0x66, 0x98, 0, 0, 0, 0], "simple, without an error");
+    assert_eq!(reply[8..], cookie);
+    let mut bytes = vec![0; if command == 0 { len as usize } else { 0 }];
+    from_server.read_exact(&mut bytes).unwrap();
+    bytes
+}
+
+/// A pipe holds 64 KiB: what is more has to wait, in both directions.
+#[test]
+fn data_goes_through_two_pipes_in_both_directions() {
+    let env = env();
+    let mut command = env.vmbackup_command(&["serve", "--stdio", "--writable", "disk.raw"]);
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let (mut to, mut from) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+    let mut expected = content(1);
+    assert_eq!(begin(&mut to, &mut from), expected.len() as u64);
+    let len = u32::try_from(expected.len()).unwrap();
+    let (read, write, flush) = (0, 1, 3);
+    assert!(ask((&mut to, &mut from), (read, 0, len), &[]) == expected);
+    expected[1 << 20..4 << 20].fill(7);
+    ask((&mut to, &mut from), (write, 1 << 20, 3 << 20), &expected[1 << 20..4 << 20]);
+    ask((&mut to, &mut from), (flush, 0, 0), &[]);
+    assert!(std::fs::read(env.path("disk.raw")).unwrap() == expected);
+    assert!(ask((&mut to, &mut from), (read, 0, len), &[]) == expected);
+    let bye = [&0x2560_9513_u32.to_be_bytes()[..], &[0, 0, 0, 2], &[0; 20]].concat();
+    to.write_all(&bye).unwrap();
+    let mut rest = Vec::new();
+    from.read_to_end(&mut rest).unwrap();
+    assert!(rest.is_empty(), "{rest:?}");
+    assert!(child.wait().unwrap().success());
+}
+
+/// Starts `vmbackup serve disk.raw` as systemd does for a unit with two sockets: `unix` and a port of
+/// `address`, which is written to `port`.
+fn activated(env: &TestEnv, address: &str) -> Process {
+    let socket = env.path("unix").display().to_string();
+    let script = format!(
+        "import os, socket, sys\n\
+         u, t = socket.socket(socket.AF_UNIX), socket.socket()\n\
+         u.bind('{socket}')\nt.bind(('{address}', 0))\n\
+         open('port', 'w').write(str(t.getsockname()[1]))\n\
+         for s in u, t: s.listen()\n\
+         for n, s in enumerate([u, t]): os.dup2(s.fileno(), 20 + n)\n\
+         for n in 3, 4: os.dup2(17 + n, n)\n\
+         os.environ.update(LISTEN_FDS='2', LISTEN_PID=str(os.getpid()))\n\
+         os.execv(sys.argv[1], sys.argv[1:])"
+    );
+    let program = env!("CARGO_BIN_EXE_vmbackup");
+    let mut command = env.command("/usr/bin/python3");
+    command.env("VMBACKUP_STATE_DIR", env.path("state"));
+    Process::spawn(command.args(["-c", &script, program, "serve", "disk.raw"]))
+}
+
+#[test]
+fn all_sockets_of_an_activation_are_served() {
+    let env = env();
+    let server = activated(&env, "127.0.0.1");
+    wait_until("the socket", 20, || crate::support::is_listening(&env.path("unix")));
+    let port = std::fs::read_to_string(env.path("port")).unwrap();
+    let unix = format!("nbd+unix:///?socket={}", env.path("unix").display());
+    for uri in [unix, format!("nbd://127.0.0.1:{port}/")] {
+        // Who connects to a socket that nobody serves waits for ever.
+        env.run("timeout", &["20", "nbdinfo", "--size", &uri]).ok();
+        assert!(read(&env, &uri) == content(1), "{uri}");
+    }
+    server.signal("TERM");
+    server.wait().ok();
+}
+
+#[test]
+fn an_activation_that_shows_the_disk_to_other_hosts_is_refused() {
+    let env = env();
+    let mut server = activated(&env, "0.0.0.0");
+    wait_until("the refusal", 20, || !server.is_running());
+    let outcome = server.wait();
+    assert_eq!(outcome.code, Some(2), "{outcome:?}");
+    outcome.fails_with(&["can be reached by other hosts", "--insecure-tcp"]);
 }
