@@ -17,8 +17,8 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::canary::{Canary, canary};
-use super::{Destination, Options, Shape, Zeroes};
-use crate::block::{BlockSink, BlockSource, ByteRange, ExtentKind, ZeroMode};
+use super::{Destination, Options, Shape, Tail, Zeroes};
+use crate::block::{BlockSink, BlockSource, ByteRange, ExtentKind, Geometry, ZeroMode};
 use crate::control::Control;
 use crate::error::{Kind, Result};
 use crate::units::{GIB, MIB};
@@ -86,6 +86,13 @@ pub(super) async fn prepare(
         return Ok(ZeroPolicy::LeaveOut);
     }
     let whole = shape.range();
+    let whole = match options.tail {
+        Tail::Kept => whole,
+        Tail::Zero => {
+            let Geometry { align_bytes, size_bytes, .. } = sink.geometry();
+            whole.widen(align_bytes, size_bytes)
+        }
+    };
     if options.destination == Destination::AsItSays || whole.is_empty() {
         return Ok(ZeroPolicy::Make(ZeroMode::Sparse, Vec::new()));
     }
@@ -97,7 +104,7 @@ pub(super) async fn prepare(
     }
     let cleared = match canary((source, sink), options, shape, control).await? {
         Canary::Cleared => {
-            let cleared = control.run(clear(&**sink, shape)).await;
+            let cleared = control.run(clear(&**sink, (whole.end(), shape.cell_bytes))).await;
             cleared.map_err(|e| e.context(context("clear")))?
         }
         Canary::Kept => 0,
@@ -137,13 +144,12 @@ async fn look(sink: &dyn BlockSink, whole: ByteRange) -> Result<Vec<ByteRange>> 
 }
 
 /// Clears the sink from the front, as far as that is fast; where that ended.
-async fn clear(sink: &dyn BlockSink, shape: Shape) -> Result<u64> {
-    let size_bytes = shape.size_bytes;
+async fn clear(sink: &dyn BlockSink, (size_bytes, cell_bytes): (u64, u64)) -> Result<u64> {
     let mut at = 0;
     let mut before: Option<(u64, Duration)> = None;
     for (share, bytes_max) in TRIALS.iter().filter(|_| size_bytes > TRIAL_SIZE_BYTES) {
         let wanted = (size_bytes / share).min(*bytes_max);
-        let len = wanted.next_multiple_of(shape.cell_bytes.max(MIB)).min(size_bytes - at);
+        let len = wanted.next_multiple_of(cell_bytes.max(MIB)).min(size_bytes - at);
         let begun = Instant::now();
         if !fast_zero(sink, ByteRange::new(at, len)).await? {
             return Ok(at);

@@ -144,7 +144,8 @@ pub enum Destination {
 pub enum Tail {
     /// They stay: a sink that cannot write less than the block does not fit.
     Kept,
-    /// They are made zero: those of a new disk are zero before.
+    /// They are made zero, up to the end of the block: of a new disk they are before, and where a disk is
+    /// given another, shorter one nothing is in them.
     Zero,
 }
 

@@ -106,3 +106,90 @@ fn images_are_padded_to_whole_sectors_as_qemu_img_pads_them() {
         check("--in-place");
     }
 }
+
+/// `there.raw`, all 0xaa, behind a server that refuses what is not whole blocks.
+fn blocks(env: &TestEnv, (bytes, block): (usize, usize), filters: &[&str]) -> NbdServer {
+    fs::write(env.path("there.raw"), vec![0xaa; bytes]).unwrap();
+    let sizes = ["minimum", "preferred", "maximum"].iter().zip([block, block.max(4096), 1 << 20]);
+    let sizes: Vec<_> = sizes.map(|(name, bytes)| format!("blocksize-{name}={bytes}")).collect();
+    let mut args = vec!["--filter=blocksize-policy"];
+    args.extend(filters);
+    args.extend(["file", "there.raw", "blocksize-error-policy=error"]);
+    args.extend(sizes.iter().map(String::as_str));
+    NbdServer::nbdkit(env, &args)
+}
+
+#[test]
+fn the_last_block_of_an_export_is_filled_with_zeroes_and_what_is_behind_it_stays() {
+    let env = TestEnv::new();
+    let data = source(&env);
+    let mut holes = data.clone();
+    holes[600_000..].fill(0);
+    fs::write(env.path("holes.raw"), &holes[..600_000]).unwrap();
+    File::options().write(true).open(env.path("holes.raw")).unwrap().set_len(BYTES as u64).unwrap();
+    for (block, filters) in [
+        (512, &[][..]),
+        (512, &["--filter=noextents"]),
+        (4096, &["--filter=nozero"]),
+        (65536, &["--filter=noextents"]),
+    ] {
+        let end = BYTES.next_multiple_of(block);
+        for (from, bytes) in [("odd.raw", &data), ("holes.raw", &holes)] {
+            for (piped, behind, options) in [
+                (false, 1 << 20, &["--verify"][..]),
+                (false, 0, &["--verify"]),
+                (false, 1 << 20, &["--verify", "--retries", "1"]),
+                (true, 1 << 20, &[]),
+                (true, 0, &[]),
+            ] {
+                let server = blocks(&env, (end + behind, block), filters);
+                let uri = server.uri("");
+                let first = if piped { "-" } else { from };
+                let mut command = env.vmbackup_command(&[&["copy", first, &uri], options].concat());
+                Outcome::of(command.stdin(File::open(env.path(from)).unwrap())).ok();
+                let expected = [&bytes[..], &vec![0; end - BYTES], &vec![0xaa; behind]].concat();
+                let case = format!("{from} {block} {filters:?} {behind} {options:?}");
+                assert!(fs::read(env.path("there.raw")).unwrap() == expected, "{case}");
+            }
+        }
+    }
+}
+
+/// Large enough for trials whether clearing is fast, and cleared to the end of the block.
+#[test]
+fn an_export_with_blocks_is_cleared_in_advance_for_a_disk_of_odd_size() {
+    let env = TestEnv::new();
+    let mut expected = vec![0; (20 << 20) + 1];
+    expected[8 << 20..9 << 20].fill(7);
+    fs::write(env.path("large.raw"), &expected).unwrap();
+    env.vmbackup(&["copy", "large.raw", "sparse.raw"]).ok();
+    let filters = ["--filter=noextents", "--filter=log"];
+    let server = NbdServer::nbdkit(
+        &env,
+        &[
+            &["--filter=blocksize-policy"][..],
+            &filters,
+            &["memory", "24M", "blocksize-error-policy=error", "logfile=log"],
+            &["blocksize-minimum=512", "blocksize-preferred=4096", "blocksize-maximum=1M"],
+        ]
+        .concat(),
+    );
+    env.vmbackup(&["copy", "sparse.raw", &server.uri(""), "--verify"]).ok();
+    let log = fs::read_to_string(env.path("log")).unwrap();
+    assert!(log.contains("fast=1"), "cleared: {log}");
+    expected.resize(24 << 20, 0);
+    env.run("nbdcopy", &[&server.uri(""), "out"]).ok();
+    assert!(fs::read(env.path("out")).unwrap() == expected);
+}
+
+#[test]
+fn an_export_without_room_for_the_last_block_is_refused_before_the_first_write() {
+    let env = TestEnv::new();
+    source(&env);
+    let bytes = BYTES / 512 * 512;
+    let server = blocks(&env, (bytes, 512), &[]);
+    let outcome = env.vmbackup(&["copy", "odd.raw", &server.uri("")]);
+    assert_eq!(outcome.code, Some(2), "{outcome:?}");
+    outcome.fails_with(&["does not fit", &bytes.to_string(), "make the target"]);
+    assert!(fs::read(env.path("there.raw")).unwrap().iter().all(|byte| *byte == 0xaa));
+}

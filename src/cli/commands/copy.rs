@@ -25,9 +25,9 @@ use crate::units::ByteSize;
 /// A format is never guessed from content. A new file has a temporary name until it is complete and
 /// durable; an existing one stays unless --force or --in-place is given. A device, an export and a
 /// file written in place may be longer than the source: what is behind its end stays as it was.
-/// A raw file of any size keeps it; other formats have whole sectors of 512 bytes, the last filled
-/// with zeroes. The copy of an image that is changed meanwhile fails.
-/// An option that would change nothing for this SRC and DST is refused.
+/// A raw file of any size keeps it; other formats have whole sectors of 512 bytes, and the exports of
+/// some servers whole blocks, the last filled with zeroes. The copy of an image that is changed
+/// meanwhile fails. An option that would change nothing for this SRC and DST is refused.
 #[derive(clap::Args, Debug)]
 #[command(verbatim_doc_comment)]
 pub(crate) struct Args {

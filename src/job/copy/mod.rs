@@ -414,8 +414,9 @@ impl Copying<'_> {
                 Before::Zero => engine::Destination::Zero,
                 Before::Unknown => destination,
             },
-            // Nothing is behind the end of what is made here but zeroes.
-            tail: if target.is_made() { engine::Tail::Zero } else { engine::Tail::Kept },
+            // What has blocks is an image or an export, where a shorter disk has nothing in them; what is
+            // behind the end in files and devices stays, whose bytes can be written one by one.
+            tail: engine::Tail::Zero,
             unchanged: engine::Unchanged::Read,
             flush: self.flush(target)?,
             source_name: default.source_name,

@@ -158,11 +158,6 @@ impl Opened {
         })
     }
 
-    /// Whether it appears only when it is committed.
-    pub(super) fn is_made(&self) -> bool {
-        matches!(self, Self::New(..) | Self::Growing(..))
-    }
-
     /// Whether what is written to it can be made durable.
     pub(super) fn can_flush(&self) -> bool {
         match self {
