@@ -18,6 +18,10 @@ cd "$dir"
 export VMBACKUP_REPO=$dir/repo VMBACKUP_STATE_DIR=$dir VMBACKUP_RUNTIME_DIR=$dir
 export VMBACKUP_CACHE_DIR=$dir/cache
 guest() { "$root/tests/support/guest/tell" "$dir/control.sock" "$1"; }
+expect() { # WHAT EXPECTED FOUND
+  echo "$1: $3"
+  [ "$3" = "$2" ] || { echo "this should be: $2" >&2; exit 1; }
+}
 
 # A point of a disk that once was a VM's.
 truncate -s 64M vda.raw
@@ -45,12 +49,15 @@ until [ -S control.sock ]; do
   kill -0 "$vm"
   sleep 0.1
 done
-guest 'echo "the guest runs $(uname -sr) and reads: $(head -c 19 /dev/vda)"'
+guest 'echo "the guest runs $(uname -sr)"'
+expect "it reads" "hello from the past" "$(guest 'echo "$(head -c 19 /dev/vda)"')"
 guest 'echo "it writes"; printf changed >/dev/vda; sync'
+"$vmbackup" copy -q "$(cat uri)" now.raw
+expect "the export has" "changedrom the past" "$(head -c 19 now.raw)"
 kill "$vm" && wait "$vm" || true
 vm=
 kill "$serve" && wait "$serve"
 serve=
 # The point holds what it always held.
 "$vmbackup" copy -q point:web1@latest after.raw
-head -c 19 after.raw && echo
+expect "the point has" "hello from the past" "$(head -c 19 after.raw)"
