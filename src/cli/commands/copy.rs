@@ -29,6 +29,7 @@ use crate::units::ByteSize;
 /// some servers whole blocks, the last filled with zeroes. The copy of an image that is changed
 /// meanwhile fails. An option that would change nothing for this SRC and DST is refused.
 #[derive(clap::Args, Debug)]
+#[expect(rustdoc::broken_intra_doc_links, reason = "a help text: [s] is no link")]
 #[command(verbatim_doc_comment)]
 pub(crate) struct Args {
     /// Where the bytes come from
