@@ -134,7 +134,7 @@ impl Command {
 }
 
 /// Runs the program with these arguments (the first is its name) and yields its exit status, for
-/// [`leave`].
+/// [`leave()`].
 pub fn main(args: impl IntoIterator<Item = OsString>) -> u8 {
     let args: Vec<OsString> = args.into_iter().collect();
     let json = args.iter().any(|arg| arg == "--json");

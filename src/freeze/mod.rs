@@ -17,7 +17,7 @@
 //! ```
 //!
 //! The guardian is the program itself, started anew (`process`), where the face names it; else, or
-//! when that fails, a thread of this process (`guardian`), which ends with it. Both run [`serve`]
+//! when that fails, a thread of this process (`guardian`), which ends with it. Both run [`serve()`]
 //! over a socket pair: one state machine, two seats. What neither can do (the machine dies, or the
 //! guardian is killed too) is done by the next run, from the platform's own record: a platform
 //! records "frozen" before it asks for the freeze and takes that back only on [`Thaw::Done`].

@@ -15,7 +15,7 @@ use crate::platform::{look, takes_writes};
 pub(in crate::job) struct Directories(Mutex<BTreeMap<(PathBuf, Mode), Result<()>>>);
 
 impl Directories {
-    /// Fails with [`Kind::Timeout`] if `directory` does not answer, or takes no writes where something
+    /// Fails with [`Kind::Timeout`](crate::error::Kind::Timeout) if `directory` does not answer, or takes no writes where something
     /// is to be undone. Cancel-safe.
     pub(in crate::job) async fn answers(&self, directory: &Path, mode: Mode) -> Result<()> {
         // One question at a time: what is found is all that the others wait for.

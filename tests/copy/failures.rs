@@ -242,7 +242,7 @@ fn ctrl_c_ends_the_wait_for_a_server_that_does_not_end_and_says_what_the_target_
     let plugin = format!(
         "#!/bin/sh\ncase $1 in get_size) echo 1M ;; can_write) exit 0 ;; pwrite) cat >/dev/null ;;\n\
          pread) dd if=/dev/zero count=$3 iflag=count_bytes status=none ;;\n\
-         close) echo $$ >{}; exec sleep 60 >/dev/null 2>&1 ;; *) exit 2 ;; esac\n",
+         unload) echo $$ >{}; exec sleep 60 >/dev/null 2>&1 ;; *) exit 2 ;; esac\n",
         closing.display()
     );
     fs::write(env.path("plugin"), plugin).unwrap();

@@ -6,7 +6,7 @@
 //!             └ in a pack that is being filled ─► waiting ─► pack is durable ─┘    (merged ranges)
 //! ```
 //!
-//! Only for a source that wants it ([`BlockSource::release`]: `--guest-first` on a plain QEMU). What is
+//! Only for a source that wants it (`BlockSource::release`: `--guest-first` on a plain QEMU). What is
 //! given up can be read no second time, so whatever may want to read again comes first or rules it out:
 //! - a bitmap is audited *before* the copy (`Backup::copy_onto`): a disk whose bitmap lied is read in
 //!   full then, and what the bitmap calls clean is needed no more when the audit has passed;

@@ -49,7 +49,7 @@ pub(super) async fn write(
     Ok(written)
 }
 
-/// The files that [`write`] would write.
+/// The files that [`write()`] would write.
 pub(super) fn paths(manifest: &Manifest, request: &Request) -> Vec<PathBuf> {
     let Some(directory) = &request.directory else { return Vec::new() };
     let wanted = FILES.iter().filter(|(kind, _)| points::artifact(manifest, *kind).is_some());
@@ -57,7 +57,7 @@ pub(super) fn paths(manifest: &Manifest, request: &Request) -> Vec<PathBuf> {
     list.into_iter().chain(wanted.map(|(_, name)| directory.join(name))).collect()
 }
 
-/// What [`write`] would write that is damaged.
+/// What [`write()`] would write that is damaged.
 pub(super) async fn damaged(
     repository: &Repository,
     manifest: &Manifest,
