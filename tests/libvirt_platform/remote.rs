@@ -1,4 +1,5 @@
-//! A remote host: this one, through an SSH daemon of the test's own on a free port.
+//! A remote host: this one, through an SSH daemon of the test's own on a free port, or through a
+//! program that carries libvirt's words alone.
 
 use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;
@@ -92,14 +93,25 @@ async fn a_domain_of_a_remote_host_is_read_through_ssh() {
     assert!(error.to_string().contains("on another host"), "{error}");
 }
 
+/// A way to the same libvirt that can carry nothing else.
+fn words_only(env: &TestEnv, bare: &Bare<'_>) -> LibvirtOptions {
+    let carrier = env.path("carrier");
+    std::fs::write(&carrier, "#!/bin/sh\nexec virt-ssh-helper qemu:///system\n").expect("own file");
+    let executable = std::fs::Permissions::from_mode(0o755);
+    std::fs::set_permissions(&carrier, executable).expect("own file");
+    let uri = format!("qemu+ext://127.0.0.1/system?command={}", carrier.display());
+    LibvirtOptions { uri: Some(uri), ..bare.options() }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_plaintext_export_is_opened_only_when_asked_for() {
     let env = TestEnv::new();
-    let ssh = Ssh::start(&env);
     let bare = Bare::start(&env, &qcow2(&env, 'a', "8M"));
     bare.io(0, "write -P 6 1M 1M");
-    let remote = Libvirt::open(ssh.options(&bare)).await.expect("connects");
+    let remote = Libvirt::open(words_only(&env, &bare)).await.expect("connects");
     let mut wanted = request(1);
+    let refused = remote.open_snapshot(&wanted, &Control::new()).await.err().expect("refused");
+    assert_eq!(refused.kind(), Kind::Unsupported, "{refused}");
     wanted.insecure_tcp = true;
     let mut snapshot = remote.open_snapshot(&wanted, &Control::new()).await.expect("opens");
     let taken = take(&mut *snapshot).await;

@@ -170,7 +170,7 @@ impl Opening {
         control.set_phase("looking at the scratch directory");
         control.run(self.check_scratch()).await?;
         let server = reach::server(
-            &self.domain.host,
+            self.domain.host.uri(),
             &self.places.socket,
             self.request.point,
             self.request.insecure_tcp,

@@ -35,16 +35,20 @@ const SSH_MESSAGE_BYTES_MAX: usize = 4096;
 const TCP_PORT_MIN: u16 = 49_216;
 const TCP_PORTS: u16 = 4096;
 
-/// Where the job of a run is to offer its exports.
+/// Where the job of a run on the libvirt at `uri` is to offer its exports. `insecure_tcp` only allows
+/// what nothing better can do: where SSH carries the data, no port is opened.
 pub(super) fn server(
-    host: &Host,
+    uri: &str,
     socket_dir: &Path,
     point: PointId,
     insecure_tcp: bool,
 ) -> Result<Server> {
-    let Some(target) = remote_host(host.uri()) else {
+    let Some(target) = remote_host(uri) else {
         return Ok(Server::Unix(socket_path(socket_dir, point)?));
     };
+    if uri.starts_with("qemu+ssh") || uri.starts_with("qemu+libssh") {
+        return Ok(Server::Unix(socket_path(socket_dir, point)?));
+    }
     if insecure_tcp {
         let name = target.rsplit('@').next().unwrap_or(target);
         let (name, _) = split_port(name);
@@ -53,12 +57,9 @@ pub(super) fn server(
         let port = u16::from_be_bytes([point.0[0], point.0[1]]) % TCP_PORTS + TCP_PORT_MIN;
         return Ok(Server::Tcp { host: name.trim_matches(['[', ']']).to_owned(), port });
     }
-    if host.uri().starts_with("qemu+ssh") || host.uri().starts_with("qemu+libssh") {
-        return Ok(Server::Unix(socket_path(socket_dir, point)?));
-    }
     Err(Error::new(
         Kind::Unsupported,
-        format!("the disks of a domain at {} cannot be read from here", host.uri()),
+        format!("the disks of a domain at {uri} cannot be read from here"),
     )
     .hint(
         "connect with qemu+ssh://, which carries the data too, or accept an unencrypted export on \
@@ -231,6 +232,28 @@ mod tests {
         assert!(ended.await.expect("it does not stand still").unwrap().success());
         let said = saying.await.unwrap();
         assert!(said.starts_with("first") && said.len() <= SSH_MESSAGE_BYTES_MAX);
+    }
+
+    /// The option opened a port also where SSH would have carried the data.
+    #[test]
+    fn a_port_is_opened_only_where_asked_for_and_nothing_else_reaches_the_host() {
+        let point = PointId([1; 16]);
+        let at = |uri: &str, insecure_tcp| server(uri, Path::new("/s"), point, insecure_tcp);
+        let unix = Server::Unix(socket_path(Path::new("/s"), point).unwrap());
+        let unix_anyway =
+            ["qemu:///system", "qemu+ssh://root@kvm1:22/system", "qemu+libssh2://kvm1/system"];
+        for uri in unix_anyway {
+            assert_eq!(at(uri, false).unwrap(), unix, "{uri}");
+            assert_eq!(at(uri, true).unwrap(), unix, "{uri}");
+        }
+        let others =
+            [("qemu+tls://kvm1:99/system", "kvm1"), ("qemu+tcp://[fe80::1]/system", "fe80::1")];
+        for (uri, name) in others {
+            let refused = at(uri, false).unwrap_err();
+            assert_eq!(refused.kind(), Kind::Unsupported, "{uri}");
+            let asked = at(uri, true).unwrap();
+            assert!(matches!(asked, Server::Tcp { host, .. } if host == name), "{uri}");
+        }
     }
 
     #[test]
