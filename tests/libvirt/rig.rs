@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde_json::Value;
 
-use crate::support::{Domain, Guest, TestEnv, assert_same_content, wait_until};
+use crate::support::{Domain, Guest, Process, TestEnv, assert_same_content, wait_until};
 
 /// Part of the disk the guest keeps writing to while a backup runs, in KiB.
 const BUSY_KIB: u32 = 60_000;
@@ -34,6 +34,40 @@ pub(crate) fn take(
     guest: &mut Guest,
     command: &[&str],
 ) -> Taken {
+    let begin = |args: &[&str]| {
+        let mut backup = env.spawn_vmbackup(args);
+        wait_until("the backup job", 60, || domain.has_backup_job() || !backup.is_running());
+        backup
+    };
+    take_with(domain, guest, command, begin, |_| ())
+}
+
+/// [`take`] of a backup that has read everything and does not make its point before `beside` is
+/// done.
+#[track_caller]
+pub(crate) fn take_held(
+    env: &TestEnv,
+    domain: &Domain<'_>,
+    guest: &mut Guest,
+    command: &[&str],
+    beside: impl FnOnce(),
+) -> Taken {
+    let held = |args: &[&str]| env.stopped_at("before:manifest", args);
+    take_with(domain, guest, command, held, |backup| {
+        beside();
+        backup.signal("CONT");
+    })
+}
+
+/// The same with a backup that `begin` began in the instant, and what is done to it then.
+#[track_caller]
+fn take_with(
+    domain: &Domain<'_>,
+    guest: &mut Guest,
+    command: &[&str],
+    begin: impl FnOnce(&[&str]) -> Process,
+    meanwhile: impl FnOnce(&Process),
+) -> Taken {
     let disks = domain.disk_count();
     let names: Vec<String> = (0..disks).map(disk_name).collect();
     for name in &names {
@@ -45,9 +79,9 @@ pub(crate) fn take(
     // A paused guest cannot answer the request to freeze its file systems.
     let mut args = command.to_vec();
     args.extend(["--domain", domain.name(), "--quiesce", "never", "--json"]);
-    let mut backup = env.spawn_vmbackup(&args);
-    wait_until("the backup job", 60, || domain.has_backup_job() || !backup.is_running());
+    let backup = begin(&args);
     domain.resume();
+    meanwhile(&backup);
     let report = backup.wait().json();
     for name in &names {
         let writes: u64 = guest.run(&format!("quiet {name}")).trim().parse().expect("a number");

@@ -1,8 +1,9 @@
 //! Forgetting points and freeing their space while backups run.
 
-use crate::rig::{prove, take};
+use crate::rig::{prove, take, take_held};
 use crate::support::{DiskFormat, Domain, DomainSpec, TestEnv};
 
+/// The backup has found the data of the second point stored, and relies on it.
 #[test]
 fn forget_and_gc_beside_a_running_backup_cost_no_point() {
     let env = TestEnv::new();
@@ -10,24 +11,23 @@ fn forget_and_gc_beside_a_running_backup_cost_no_point() {
     let (domain, mut guest) = Domain::boot(&env, &DomainSpec::with_disks(&[DiskFormat::Qcow2]));
     guest.run("fill vda 0 32");
     let first = take(&env, &domain, &mut guest, &["full"]);
-    guest.run("fill vda 0 32");
+    // Past what the guest keeps writing to: of the second point's alone, and then of the third's.
+    guest.run("fill vda 0 32; fill vda 60 4");
     let second = take(&env, &domain, &mut guest, &["incremental"]);
-    let third = std::thread::scope(|scope| {
-        let tidy = scope.spawn(|| {
-            env.vmbackup(&["forget", &first.id]).ok();
-            for _ in 0..3 {
-                env.vmbackup(&["gc"]).ok();
-            }
-        });
-        let third = take(&env, &domain, &mut guest, &["full"]);
-        tidy.join().expect("forget and gc");
-        third
+    let third = take_held(&env, &domain, &mut guest, &["full"], || {
+        env.vmbackup(&["forget", &second.id]).ok();
+        for _ in 0..3 {
+            let report = env.vmbackup(&["gc", "--json"]).json();
+            assert_ne!(report["waiting_for"], serde_json::json!([]), "{report}");
+        }
     });
+    let bytes = |what: &str| third.report["disks"][0][what].as_u64().expect("a number");
+    assert!(bytes("stored_bytes") + (4 << 20) <= bytes("read_bytes"), "{}", third.report);
     env.vmbackup(&["gc"]).ok();
-    prove(&env, &second);
+    prove(&env, &first);
     prove(&env, &third);
-    env.vmbackup(&["show", &first.id]).fails();
-    for taken in [&second, &third] {
+    env.vmbackup(&["show", &second.id]).fails();
+    for taken in [&first, &third] {
         env.vmbackup(&["verify", &taken.id]).ok();
     }
 }
