@@ -22,5 +22,6 @@ mod recovery;
 mod repository;
 mod salvage;
 mod space;
+mod stopped;
 mod verify_source;
 mod wait;

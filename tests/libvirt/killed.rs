@@ -113,29 +113,6 @@ fn assert_not_frozen(guest: &mut Guest, step: &str) {
     assert!(since.elapsed() < Duration::from_secs(20), "{step}: {:?}", since.elapsed());
 }
 
-/// Bitmaps QEMU has, asked of QEMU itself.
-fn bitmaps(domain: &Domain<'_>) -> Vec<String> {
-    let ask = r#"{"execute":"query-named-block-nodes"}"#;
-    let json = domain.virsh(&["qemu-monitor-command", domain.name(), ask]).json();
-    let nodes = json["return"].as_array().expect("nodes").iter();
-    let bitmaps = nodes.filter_map(|node| node["dirty-bitmaps"].as_array()).flatten();
-    let mut names: Vec<String> =
-        bitmaps.filter_map(|bitmap| bitmap["name"].as_str().map(str::to_owned)).collect();
-    names.sort();
-    names.dedup();
-    names
-}
-
-/// Sockets of ours in the running domain's directory.
-fn sockets(domain: &Domain<'_>) -> Vec<PathBuf> {
-    let id = domain.virsh(&["domid", domain.name()]).text();
-    let short: String = domain.name().chars().take(20).collect();
-    let dir = format!("/var/lib/libvirt/qemu/domain-{}-{short}", id.trim());
-    let entries = std::fs::read_dir(dir).expect("of a running domain").flatten();
-    let paths = entries.map(|entry| entry.path());
-    paths.filter(|path| path.to_string_lossy().contains("/vmb-")).collect()
-}
-
 /// Requires the point to equal what the disks hold now.
 #[track_caller]
 fn prove(env: &TestEnv, report: &Value, oracles: &[PathBuf], step: &str) {
@@ -202,9 +179,9 @@ fn a_backup_of_a_running_domain_can_be_killed_at_any_step() {
         prove(&env, &report, &oracles, step);
         assert_no_trace(&domain);
         let point = report["point"].as_str().expect("a point id");
-        let held = bitmaps(&domain);
+        let held = domain.bitmaps();
         assert!(held.len() == 1 && held[0].contains(point), "{step}: {held:?}");
-        assert_eq!(sockets(&domain), Vec::<PathBuf>::new(), "{step}");
+        assert_eq!(domain.sockets(), Vec::<PathBuf>::new(), "{step}");
         places.assert_empty(&env, step);
     }
 }
@@ -291,7 +268,7 @@ fn a_host_that_was_rebooted_in_a_backup_is_cleared_away() {
     let oracles = domain.oracles("reboot");
     domain.resume();
     prove(&env, &report, &oracles, "reboot");
-    assert_eq!(bitmaps(&domain).len(), 1);
+    assert_eq!(domain.bitmaps().len(), 1);
     places.assert_empty(&env, "reboot");
 }
 
@@ -318,11 +295,11 @@ fn a_repository_that_cannot_be_asked_keeps_every_bitmap() {
     let recovered = env.vmbackup(&["recover", "--domain", domain.name()]).ok();
     assert!(recovered.stdout.contains("was not asked"), "{recovered:?}");
     assert!(!domain.has_backup_job());
-    assert_eq!(bitmaps(&domain).len(), 2, "the base's, and the one nobody knows of");
+    assert_eq!(domain.bitmaps().len(), 2, "the base's, and the one nobody knows of");
     std::fs::rename(&away, env.repo()).expect("own directory");
     let recovered = env.vmbackup(&["recover"]).ok();
     assert!(recovered.stdout.contains("does not exist"), "{recovered:?}");
-    assert_eq!(bitmaps(&domain).len(), 1);
+    assert_eq!(domain.bitmaps().len(), 1);
     let nothing = env.vmbackup(&["recover"]).ok();
     assert_eq!(nothing.stdout, "nothing is left to undo\n");
     let report = env.vmbackup(&places.backup("incremental", &domain)).json();
@@ -358,7 +335,7 @@ fn a_backup_of_a_running_domain_can_be_killed_at_any_moment() {
         prove(&env, &report, &oracles, &step);
         assert_no_trace(&domain);
         let point = report["point"].as_str().expect("a point id");
-        let held = bitmaps(&domain);
+        let held = domain.bitmaps();
         assert!(held.len() == 1 && held[0].contains(point), "{step}: {held:?}");
         places.assert_empty(&env, &step);
     }

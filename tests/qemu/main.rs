@@ -28,4 +28,5 @@ mod program;
 mod reclaim;
 mod refusals;
 mod scratch;
+mod stopped;
 mod traps;

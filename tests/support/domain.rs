@@ -252,6 +252,29 @@ impl<'env> Domain<'env> {
         info.stdout.lines().any(|line| line.starts_with("Operation:") && line.contains("Backup"))
     }
 
+    /// Bitmaps with a name that its QEMU has, asked of QEMU itself.
+    pub(crate) fn bitmaps(&self) -> Vec<String> {
+        let ask = r#"{"execute":"query-named-block-nodes"}"#;
+        let json = self.virsh(&["qemu-monitor-command", &self.name, ask]).json();
+        let nodes = json["return"].as_array().expect("nodes").iter();
+        let bitmaps = nodes.filter_map(|node| node["dirty-bitmaps"].as_array()).flatten();
+        let mut names: Vec<String> =
+            bitmaps.filter_map(|bitmap| bitmap["name"].as_str().map(str::to_owned)).collect();
+        names.sort();
+        names.dedup();
+        names
+    }
+
+    /// Sockets of ours in the running domain's directory.
+    pub(crate) fn sockets(&self) -> Vec<PathBuf> {
+        let id = self.virsh(&["domid", &self.name]).text();
+        let short: String = self.name.chars().take(20).collect();
+        let dir = format!("/var/lib/libvirt/qemu/domain-{}-{short}", id.trim());
+        let entries = std::fs::read_dir(dir).expect("of a running domain").flatten();
+        let paths = entries.map(|entry| entry.path());
+        paths.filter(|path| path.to_string_lossy().contains("/vmb-")).collect()
+    }
+
     /// Waits until the guest's agent answers: the guest says that it is up before its agent is.
     pub(crate) fn wait_for_agent(&self) {
         let ping = r#"{"execute":"guest-ping"}"#;
