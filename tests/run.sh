@@ -1,7 +1,8 @@
 #!/bin/bash
 # The one test command: sets the machine up, builds, checks and runs everything.
 #
-#   tests/run.sh           what CI runs: under 20 minutes on 2 cores from a clean clone
+#   tests/run.sh           what CI runs: half an hour on 2 cores from a clean clone (28 minutes measured,
+#                          45 are the bound)
 #   tests/run.sh --soak    the long loops as well (tests marked #[ignore = "soak: …"]), and whether the
 #                          fuzz targets still build
 #
@@ -18,7 +19,7 @@ for argument in "$@"; do
   case $argument in
     --soak) soak=yes ;;
     --inner) inner=yes ;; # set-up done, libvirtd running
-    *) sed -n '2,10s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+    *) sed -n '2,11s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
   esac
 done
 if [ "$inner" = no ]; then
@@ -36,23 +37,31 @@ if [ "$inner" = no ]; then
 fi
 
 failed=()
+skipped=()
+not_here=77 # what a step ends with that cannot be done on this machine, as in automake
 step() { # NAME CMD…
-  local name=$1 start=$SECONDS
+  local name=$1 start=$SECONDS code=0
   shift
   echo
   echo "=== $name"
-  if "$@"; then
-    echo "=== $name: passed in $((SECONDS - start)) s"
-  else
-    echo "=== $name: FAILED after $((SECONDS - start)) s"
-    failed+=("$name")
-  fi
+  "$@" || code=$?
+  case $code in
+    0) echo "=== $name: passed in $((SECONDS - start)) s" ;;
+    "$not_here")
+      echo "=== $name: skipped"
+      skipped+=("$name")
+      ;;
+    *)
+      echo "=== $name: FAILED after $((SECONDS - start)) s"
+      failed+=("$name")
+      ;;
+  esac
 }
 
 deny() {
   if ! cargo deny --version >/dev/null 2>&1; then
     echo "cargo-deny is not installed: licences, bans and sources are not checked here"
-    return 0
+    return "$not_here"
   fi
   cargo deny --offline check licenses bans sources
 }
@@ -99,7 +108,11 @@ step "documentation tests" cargo test --workspace --doc -q
 step "tests" run_tests
 
 echo
+for name in "${skipped[@]}"; do echo "skipped: $name"; done
 for name in "${failed[@]}"; do echo "FAILED: $name"; done
-if [ ${#failed[@]} = 0 ]; then echo "every step passed ($SECONDS s)"; fi
+if [ ${#failed[@]} = 0 ]; then
+  if [ ${#skipped[@]} = 0 ]; then all="every step"; else all="every step that was not skipped"; fi
+  echo "$all passed ($SECONDS s)"
+fi
 if [ -s "$summary" ]; then cat "$summary"; else echo "0 passed, ${#failed[@]} failed"; fi
 [ ${#failed[@]} = 0 ]
