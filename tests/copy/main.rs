@@ -1,5 +1,5 @@
-//! `vmbackup copy` against real servers and images: how many requests a copy costs, and what
-//! becomes of both ends when something breaks.
+//! `vmbackup copy` against real servers and images: how many requests a copy costs, what is shown
+//! meanwhile, and what becomes of both ends when something breaks.
 
 // Helpers of tests are tests: an unwrap that fails is a failed test.
 #![allow(clippy::unwrap_used)]
@@ -12,6 +12,7 @@ mod failures;
 mod formats;
 mod lost_target;
 mod options;
+mod progress;
 mod replaced;
 mod restarted;
 mod sizes;
