@@ -111,29 +111,36 @@ fn a_key_is_added_at_a_terminal_with_the_old_password_asked_for_once() {
     let old = env.path("old");
     fs::write(&old, "old").unwrap();
     env.vmbackup(&["repo", "init", "--password-file", old.to_str().unwrap()]).ok();
-    // A pseudo-terminal of its own, and answers to what is asked on it.
-    let program = env!("CARGO_BIN_EXE_vmbackup");
-    let line = format!("{program} repo key add --repo {}", env.repo().display());
-    let mut command = env.command("script");
-    command.args(["--quiet", "--return", "--echo", "never", "--command", &line, "/dev/null"]);
-    command.stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::piped());
-    let mut child = command.spawn().unwrap();
-    let mut screen = String::new();
-    let mut answer = child.stdin.take().unwrap();
-    let mut said = child.stdout.take().unwrap();
-    for (question, password) in [("Password for", "old"), ("New password", "new"), ("Again", "new")]
-    {
-        until_asked(&mut said, &mut screen, question);
-        answer.write_all(format!("{password}\n").as_bytes()).unwrap();
-    }
-    // Whatever else it asks for has no answer.
-    drop(answer);
-    said.read_to_string(&mut screen).unwrap();
-    assert!(child.wait().unwrap().success(), "{screen}");
+    let answers = [("Password for", "old"), ("New password", "new"), ("Again", "new")];
+    let (code, screen) = at_terminal(&env, "repo key add", &answers);
+    assert_eq!(code, Some(0), "{screen}");
     assert_eq!(screen.matches("Password for").count(), 1, "{screen}");
     let new = env.path("new");
     fs::write(&new, "new").unwrap();
     env.vmbackup(&["list", "--password-file", new.to_str().unwrap()]).ok();
+}
+
+#[test]
+fn init_at_a_terminal_asks_twice_for_a_password_that_opens_the_repository() {
+    let env = TestEnv::new();
+    let (code, screen) =
+        at_terminal(&env, "repo init", &[("New password", "typed"), ("Again", "typed")]);
+    assert_eq!(code, Some(0), "{screen}");
+    assert!(!screen.contains("typed"), "it is shown: {screen}");
+    let typed = env.path("typed");
+    fs::write(&typed, "typed").unwrap();
+    let typed = ["repo", "info", "--json", "--password-file", typed.to_str().unwrap()];
+    assert_eq!(env.vmbackup(&typed).json()["has_key"], true);
+}
+
+#[test]
+fn init_with_two_answers_that_differ_makes_nothing() {
+    let env = TestEnv::new();
+    let (code, screen) =
+        at_terminal(&env, "repo init", &[("New password", "typed"), ("Again", "tyqed")]);
+    assert_eq!(code, Some(2), "{screen}");
+    assert!(screen.contains("the two passwords differ"), "{screen}");
+    assert!(!env.repo().exists(), "{screen}");
 }
 
 /// Found in review: a line of progress each second, of nothing.
@@ -151,6 +158,28 @@ fn a_wait_for_a_password_is_no_progress() {
     fs::write(&fifo, "secret").unwrap();
     let outcome = process.wait().fails();
     assert!(!outcome.stderr.contains("\"phase\":\"\""), "{outcome:?}");
+}
+
+/// Runs the program on a pseudo-terminal of its own and answers what is asked there; its exit code, and
+/// what was on the screen.
+fn at_terminal(env: &TestEnv, line: &str, answers: &[(&str, &str)]) -> (Option<i32>, String) {
+    let program = env!("CARGO_BIN_EXE_vmbackup");
+    let line = format!("{program} {line} --repo {}", env.repo().display());
+    let mut command = env.command("script");
+    command.args(["--quiet", "--return", "--echo", "always", "--command", &line, "/dev/null"]);
+    command.stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    let mut screen = String::new();
+    let mut answer = child.stdin.take().unwrap();
+    let mut said = child.stdout.take().unwrap();
+    for (question, password) in answers {
+        until_asked(&mut said, &mut screen, question);
+        answer.write_all(format!("{password}\n").as_bytes()).unwrap();
+    }
+    // Whatever else it asks for has no answer.
+    drop(answer);
+    said.read_to_string(&mut screen).unwrap();
+    (child.wait().unwrap().code(), screen)
 }
 
 /// Reads what is on the screen up to the end of a question.

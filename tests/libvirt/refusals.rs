@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use crate::rig::{assert_no_trace, take};
-use crate::support::{DiskFormat, Domain, DomainSpec, TestEnv, wait_until};
+use crate::support::{DiskFormat, Domain, DomainSpec, SmallDisk, TestEnv, wait_until};
 
 #[test]
 fn an_unknown_domain_is_answered_with_the_names_that_exist() {
@@ -15,6 +15,52 @@ fn an_unknown_domain_is_answered_with_the_names_that_exist() {
     let refused = env.vmbackup(&["full", "--domain", "no-such-domain"]).fails();
     assert_eq!(refused.code, Some(3), "{refused:?}");
     assert!(refused.stderr.contains(domain.name()), "{refused:?}");
+}
+
+#[test]
+fn a_name_that_is_the_uuid_of_another_domain_is_ambiguous_and_both_are_named() {
+    let env = TestEnv::new();
+    env.init_repo();
+    let domain = Domain::define(&env, &DomainSpec::with_disks(&[DiskFormat::Qcow2]));
+    let (wanted, other) = (domain.uuid(), uuid::Uuid::new_v4().to_string());
+    let xml = format!(
+        "<domain type='qemu'><name>{wanted}</name><uuid>{other}</uuid>\
+         <memory unit='MiB'>32</memory><os><type arch='x86_64'>hvm</type></os></domain>"
+    );
+    let file = env.path("other.xml");
+    fs::write(&file, xml).expect("own directory");
+    // Removed by its UUID: its name would take the first away.
+    let _other = Domain::adopt(&env, &other);
+    domain.virsh(&["define", &file.to_string_lossy()]).ok();
+    for command in ["plan", "full"] {
+        let refused = env.vmbackup(&[command, "--domain", &wanted]);
+        let refused = refused.fails_with(&[domain.name(), &other, "hint: "]);
+        assert_eq!(refused.code, Some(4), "{refused:?}");
+    }
+}
+
+#[test]
+fn scratch_without_room_is_refused_before_anything_is_begun() {
+    let env = TestEnv::new();
+    env.init_repo();
+    let domain = Domain::define(&env, &DomainSpec::with_disks(&[DiskFormat::Qcow2]));
+    domain.virsh(&["start", domain.name()]).ok();
+    let small = SmallDisk::mount(env.dir(), "4M");
+    let filler = small.path.join("filler");
+    fs::write(&filler, vec![1; 3_500_000]).expect("own file system");
+    for command in ["plan", "full"] {
+        let scratch = small.path.to_string_lossy();
+        let refused =
+            env.vmbackup(&[command, "--domain", domain.name(), "--scratch-dir", &scratch]).fails();
+        assert_eq!(refused.code, Some(9), "{refused:?}");
+        let said = format!("{}{}", refused.stdout, refused.stderr);
+        assert!(said.contains(&*scratch) && said.contains("almost full"), "{refused:?}");
+        assert!(said.contains("--scratch-dir"), "{refused:?}");
+        assert_eq!(small.files(), std::slice::from_ref(&filler));
+        assert_no_trace(&domain);
+        assert_eq!(domain.bitmaps(), Vec::<String>::new());
+    }
+    assert_eq!(env.vmbackup(&["list", "--json"]).json()["points"], serde_json::json!([]));
 }
 
 #[test]
