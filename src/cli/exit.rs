@@ -128,4 +128,16 @@ mod tests {
         assert_eq!(codes.len(), ALL.len(), "two kinds share a code");
         assert_eq!(listed, codes.into_iter().chain([0]).collect());
     }
+
+    #[test]
+    fn the_table_for_operators_has_every_code_of_a_failure_once_and_no_other() {
+        let document = include_str!("../../docs/troubleshooting.md");
+        let (_, table) = document.split_once("| code | meaning |").unwrap();
+        let rows = table.lines().skip(2).take_while(|line| line.starts_with('|'));
+        let explained: Vec<u8> =
+            rows.map(|row| row.split('|').nth(1).unwrap().trim().parse().unwrap()).collect();
+        let mut codes = ALL.map(code);
+        codes.sort_unstable();
+        assert_eq!(explained, codes);
+    }
 }
