@@ -139,6 +139,18 @@ pub(crate) fn qcow2(env: &TestEnv, letter: char, size: &str) -> String {
     image(env, letter, "qcow2", size)
 }
 
+/// A qcow2 disk element for `vda`, whose data is in vda.raw: a raw image by itself.
+pub(crate) fn data_file(env: &TestEnv, size: &str) -> String {
+    let (image, data) = (env.path("vda.qcow2"), env.path("vda.raw"));
+    let options = format!("data_file={},data_file_raw=on", data.display());
+    let image = image.to_string_lossy();
+    env.run("qemu-img", &["create", "-q", "-f", "qcow2", "-o", &options, &image, size]).ok();
+    format!(
+        "<disk type='file' device='disk'><driver name='qemu' type='qcow2' discard='unmap'/>\
+         <source file='{image}'/><target dev='vda' bus='virtio'/></disk>"
+    )
+}
+
 /// A disk element of the given format; makes the image.
 pub(crate) fn image(env: &TestEnv, letter: char, format: &str, size: &str) -> String {
     let path: PathBuf = env.path(&format!("vd{letter}.{format}"));

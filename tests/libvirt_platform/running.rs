@@ -10,7 +10,7 @@ use vmbackup::error::Kind;
 use vmbackup::platform::{BackupMode, Platform, Quiesce};
 use vmbackup::vm::{ArtifactKind, Consistency, FullReason, ReadMode};
 
-use crate::bare::{Bare, backup, image, known, point, qcow2, request, take};
+use crate::bare::{Bare, backup, data_file, image, known, point, qcow2, request, take};
 use crate::support::{Outcome, TestEnv};
 
 const MIB: u64 = 1 << 20;
@@ -41,6 +41,29 @@ async fn an_incremental_sees_exactly_what_was_written_since_its_base() {
     // Nothing but the newest bitmap is left, and libvirt has no record of it.
     assert_eq!(bare.checkpoints(), Vec::<String>::new());
     assert_eq!(bare.bitmaps(), [bare.checkpoint(point(2))]);
+}
+
+/// How a raw disk is tracked under libvirt: the bitmaps are in a qcow2, the data is not.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_qcow2_with_a_raw_data_file_is_read_incrementally() {
+    let env = TestEnv::new();
+    let bare = Bare::start(&env, &data_file(&env, "8M"));
+    bare.io(0, "write -P 1 1M 4M");
+    let (first, taken) = backup(&bare, &request(1)).await.unwrap();
+    assert_eq!(taken[0].read, full(FullReason::FirstBackup));
+    bare.io(0, "flush");
+    assert!(taken[0].bytes == std::fs::read(env.path("vda.raw")).unwrap(), "it is the raw disk");
+
+    bare.io(0, "write -P 2 2M 64k");
+    bare.io(0, "write -z 3M 1M");
+    let mut next = request(2);
+    next.known_points = vec![first];
+    next.mode = BackupMode::Incremental;
+    let (_, taken) = backup(&bare, &next).await.unwrap();
+    assert_eq!(taken[0].read, ReadMode::Incremental { base: point(1) });
+    assert_eq!(taken[0].changed, [(2 * MIB, 2 * MIB + 65536), (3 * MIB, 4 * MIB)]);
+    bare.io(0, "flush");
+    assert!(taken[0].bytes == std::fs::read(env.path("vda.raw")).unwrap());
 }
 
 #[tokio::test(flavor = "multi_thread")]

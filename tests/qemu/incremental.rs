@@ -58,6 +58,49 @@ async fn two_disks_full_and_incremental_equal_the_oracle_while_the_guest_writes_
     machine.holds_only(&[fourth]).await;
 }
 
+/// How a raw disk is tracked beyond the life of its QEMU: the bitmaps are in a qcow2, the data is not.
+#[tokio::test]
+async fn a_qcow2_with_a_raw_data_file_is_read_incrementally_also_after_a_restart() {
+    let mut machine = Machine::with_data_file().await;
+    let mut points = Points::default();
+    for (disk, what) in [("disk-a", "write -P 1 0 3M"), ("disk-b", "write -P 3 1M 2M")] {
+        machine.guest(disk, what).await;
+    }
+    let oracle = machine.oracle().await;
+    assert!(std::fs::read(machine.path("a.raw")).unwrap() == oracle[0], "it is the raw disk");
+    let meanwhile = [("disk-a", "write -P 9 1M 3M")];
+    let (first, reads) = points.back_up(&mut machine, BackupMode::Auto, &meanwhile).await;
+    assert_eq!(reads[0].mode, ReadMode::Full { reason: FullReason::FirstBackup });
+    assert!(reads.iter().zip(&oracle).all(|(read, oracle)| read.content == *oracle));
+
+    for what in ["write -P 5 64k 200k", "write -z 2M 64k", "discard 3M 128k", "write -P 6 9M 1k"] {
+        machine.guest("disk-a", what).await;
+    }
+    let oracle = machine.oracle().await;
+    let meanwhile = [("disk-a", "write -P 8 0 8M")];
+    let (second, reads) = points.back_up(&mut machine, BackupMode::Incremental, &meanwhile).await;
+    assert_eq!(reads[0].mode, ReadMode::Incremental { base: first });
+    assert!(reads.iter().zip(&oracle).all(|(read, oracle)| read.content == *oracle));
+    assert!(reads[0].data_bytes < SIZE / 2, "{} bytes were read", reads[0].data_bytes);
+    machine.holds_only(&[second]).await;
+
+    machine.restart().await;
+    machine.guest("disk-a", "write -P 7 12M 64k").await;
+    let oracle = machine.oracle().await;
+    let point = machine.next_point();
+    let platform = machine.platform().await;
+    let plan = platform.plan(&points.request(&machine, point)).await.unwrap();
+    drop(platform);
+    let untracked: Vec<_> =
+        plan.problems.iter().filter(|problem| problem.what.contains("cannot hold")).collect();
+    assert_eq!(untracked.len(), 1, "{untracked:?}");
+    assert!(untracked[0].what.contains("disk-b"), "{untracked:?}");
+    let (_, reads) = points.back_up(&mut machine, BackupMode::Auto, &[]).await;
+    assert_eq!(reads[0].mode, ReadMode::Incremental { base: second });
+    assert_eq!(reads[1].mode, ReadMode::Full { reason: FullReason::BitmapMissing });
+    assert!(reads.iter().zip(&oracle).all(|(read, oracle)| read.content == *oracle));
+}
+
 #[tokio::test]
 async fn a_vm_is_identified_and_its_plan_names_every_disk() {
     let mut machine = Machine::start().await;

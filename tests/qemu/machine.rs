@@ -148,6 +148,19 @@ impl Machine {
         Self::made(guest, make).await
     }
 
+    /// The same with a disk-a whose data is in a.raw, a raw image by itself.
+    pub(crate) async fn with_data_file() -> Self {
+        let make = |dir: &Path| {
+            let options = "data_file=a.raw,data_file_raw=on";
+            tool(
+                "qemu-img",
+                &["create", "-q", "-f", "qcow2", "-o", options, "a.qcow2", "16M"],
+                dir,
+            );
+        };
+        Self::made(Guest::Still, make).await
+    }
+
     async fn made(guest: Guest, make: impl FnOnce(&Path)) -> Self {
         let dir = tempfile::Builder::new().prefix("vmb-qemu-").tempdir().unwrap();
         std::fs::create_dir(dir.path().join("scratch")).unwrap();
