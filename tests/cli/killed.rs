@@ -4,7 +4,7 @@
 use std::fs;
 use std::path::Path;
 
-use crate::support::{Restored, TestEnv, assert_same_content, steps, write_pattern};
+use crate::support::{Restored, TestEnv, assert_same_content, is_asked_for, steps, write_pattern};
 
 fn names(directory: &Path) -> Vec<String> {
     let entries = fs::read_dir(directory).into_iter().flatten().flatten();
@@ -53,7 +53,7 @@ fn a_restore_into_a_directory_can_be_killed_at_any_step() {
         run.signal("KILL");
         run.wait();
         // Asked for, or found by whoever comes next.
-        let said = if at % 2 == 0 {
+        let said = if is_asked_for(at) {
             let recover = |args: &[&str]| env.vmbackup(&[&["recover"], args].concat()).ok().stdout;
             let looked = recover(&["--dry-run"]);
             let said = recover(&[]);

@@ -12,8 +12,8 @@ use vmbackup::journal::Phase;
 
 use crate::rig::{assert_no_trace, disk_name};
 use crate::support::{
-    DiskFormat, DiskSpec, Domain, DomainSpec, Guest, TestEnv, assert_same_content, steps,
-    wait_until,
+    DiskFormat, DiskSpec, Domain, DomainSpec, Guest, TestEnv, assert_same_content, is_asked_for,
+    steps, wait_until,
 };
 
 /// Scratch, socket and export are made by libvirt with the job.
@@ -149,9 +149,9 @@ fn a_backup_of_a_running_domain_can_be_killed_at_any_step() {
         assert_eq!(domain.state(), "running", "{step}");
         assert_not_frozen(&mut guest, step);
 
-        // Every other time somebody asks for it, else the next backup does it.
+        // Somebody asks for it, or the next backup does it.
         let mut said = String::new();
-        if at % 2 == 0 {
+        if is_asked_for(at) {
             let recover = ["recover", "--domain", domain.name()];
             let looked = env.vmbackup(&[&recover[..], &["--dry-run"]].concat()).ok();
             let recovered = env.vmbackup(&recover).ok();
@@ -206,7 +206,7 @@ fn a_backup_of_a_stopped_domain_can_be_killed_at_any_step() {
         // Its locks ended with it.
         wait_until(&format!("{step}: processes end"), 20, || env.processes().is_empty());
         write(at * 300_000 + 100_000);
-        if at % 2 == 0 {
+        if is_asked_for(at) {
             env.vmbackup(&["recover"]).ok();
             places.assert_empty(&env, step);
             assert!(image_bitmaps(&env, &image).len() <= 2, "{step}");

@@ -5,8 +5,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::support::{
-    DiskFormat, DiskSpec, Domain, DomainSpec, Restored, TestEnv, assert_same_content, steps,
-    write_pattern,
+    DiskFormat, DiskSpec, Domain, DomainSpec, Restored, TestEnv, assert_same_content, is_asked_for,
+    steps, write_pattern,
 };
 
 /// Files of a restore that are not under their names.
@@ -47,7 +47,7 @@ fn a_restore_over_a_domain_can_be_killed_at_any_step() {
         let run = env.stopped_at(step, &restore);
         run.signal("KILL");
         run.wait();
-        let said = if at % 2 == 0 {
+        let said = if is_asked_for(at) {
             env.vmbackup(&["recover", "--domain", domain.name()]).ok().stdout
         } else {
             env.vmbackup(&["backup", "--domain", domain.name()]).ok().stderr

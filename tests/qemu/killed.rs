@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use vmbackup::journal::Phase;
 
 use crate::machine::{Guest, Machine};
-use crate::support::TestEnv;
+use crate::support::{TestEnv, is_asked_for, steps};
 
 /// Whether such a backup takes this step; there is no guest to freeze (see [`crate::frozen`]).
 fn takes(phase: Phase, way: &[&str]) -> bool {
@@ -76,9 +76,9 @@ async fn kill_at_every_step(machine: Machine, way: &[&str], moments: &[&str]) {
     };
     machine.guest("disk-a", "write -P 1 1M 2M").await;
     env.vmbackup(&args("full")).ok();
-    let steps = Phase::ALL.into_iter().filter(|phase| takes(*phase, way));
-    let steps = steps.flat_map(|phase| moments.iter().map(move |m| format!("{m}:{phase}")));
-    for (at, step) in steps.enumerate() {
+    let steps = steps(|phase| takes(phase, way)).into_iter().enumerate();
+    let steps = steps.filter(|(_, step)| moments.iter().any(|moment| step.starts_with(moment)));
+    for (at, step) in steps {
         let offset = at * 150_000;
         machine.guest("disk-a", &format!("write -P 3 {offset} 512")).await;
         let backup = env.stopped_at(&step, &args("backup"));
@@ -93,7 +93,7 @@ async fn kill_at_every_step(machine: Machine, way: &[&str], moments: &[&str]) {
         }
         machine.guest("disk-a", &format!("write -P 5 {} 512", offset + 8192)).await;
         let mut said = String::new();
-        if at % 2 == 0 {
+        if is_asked_for(at) {
             said = env.vmbackup(&["recover"]).ok().stdout;
             assert_eq!(std::fs::read_dir(scratch).unwrap().count(), 0, "{step}");
             let left = machine.ours().await;

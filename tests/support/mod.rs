@@ -31,7 +31,7 @@ pub(crate) use memory::{peak_mib, with_peak_mib};
 pub(crate) use nbd_log::NbdLog;
 pub(crate) use outcome::Outcome;
 pub(crate) use small_disk::SmallDisk;
-pub(crate) use steps::{Restored, steps, write_pattern};
+pub(crate) use steps::{Restored, is_asked_for, steps, write_pattern};
 pub(crate) use tools::{
     NbdServer, Process, assert_same_content, virtual_size, wait_for, wait_until,
 };

@@ -13,6 +13,13 @@ pub(crate) fn steps(takes: impl Fn(Phase) -> bool) -> Vec<String> {
     phases.flat_map(|phase| [format!("before:{phase}"), format!("after:{phase}")]).collect()
 }
 
+/// Whether after the step at this place of [`steps`] somebody asks for the recovery, and not the next run
+/// does it by itself. Of each step it is the one before and the other after it, and the other way round for
+/// the next step, so that neither kind of moment is left to one of the two.
+pub(crate) fn is_asked_for(at: usize) -> bool {
+    (at / 2 + at).is_multiple_of(2)
+}
+
 /// What a restore makes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Restored {
