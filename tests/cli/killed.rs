@@ -74,6 +74,7 @@ fn a_restore_into_a_directory_can_be_killed_at_any_step() {
         assert_eq!(said.contains("device "), !step.ends_with(":discard"), "{step}: {said}");
         assert_eq!(names(&env.path("state/journal")), Vec::<String>::new(), "{step}");
         assert_eq!(env.vmbackup(&["recover"]).ok().stdout, "nothing is left to undo\n");
+        env.assert_nothing_runs(&step);
 
         env.vmbackup(&restore).ok();
         for (name, of) in [("out/a.raw", "a.raw"), ("out/b.raw", "b.raw"), ("device", "c.raw")] {

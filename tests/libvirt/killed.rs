@@ -115,7 +115,7 @@ fn assert_not_frozen(guest: &mut Guest, step: &str) {
 
 /// Requires the point to equal what the disks hold now.
 #[track_caller]
-fn prove(env: &TestEnv, report: &Value, oracles: &[PathBuf], step: &str) {
+pub(crate) fn prove(env: &TestEnv, report: &Value, oracles: &[PathBuf], step: &str) {
     let point = report["point"].as_str().expect("a point id");
     assert_eq!(report["disks"][0]["read"]["mode"], "incremental", "{step}: {report}");
     let target = env.path(&format!("restored-{point}"));

@@ -4,6 +4,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use crate::killed::prove;
 use crate::support::{
     DiskFormat, DiskSpec, Domain, DomainSpec, Restored, TestEnv, assert_same_content, is_asked_for,
     steps, write_pattern,
@@ -19,6 +20,9 @@ fn parts(directory: &Path) -> Vec<String> {
 fn describe(env: &TestEnv, domain: &Domain<'_>, text: &str) {
     env.run("virsh", &["-q", "-c", "qemu:///system", "desc", domain.name(), "--config", text]).ok();
 }
+
+/// One image has its name already.
+const AFTER_PLACE: &str = "after:place";
 
 #[test]
 fn a_restore_over_a_domain_can_be_killed_at_any_step() {
@@ -38,10 +42,13 @@ fn a_restore_over_a_domain_can_be_killed_at_any_step() {
     let new = domain.oracles("new");
     let restore = ["restore", &point, "--define", "--force"];
     for (at, step) in steps(|phase| Restored::Domain.takes(phase)).iter().enumerate() {
-        // What is there differs from the point.
+        // What is there differs from the point, and from what the latest base holds.
         describe(&env, &domain, "old");
+        if step == AFTER_PLACE {
+            env.vmbackup(&["backup", "--domain", domain.name()]).ok();
+        }
         for image in &images {
-            write_pattern(&env, (image, "qcow2"), 2);
+            write_pattern(&env, (image, "qcow2"), 2 + u8::try_from(at).expect("a few steps"));
         }
         let old = domain.oracles(&format!("old{at}"));
         let run = env.stopped_at(step, &restore);
@@ -63,8 +70,19 @@ fn a_restore_over_a_domain_can_be_killed_at_any_step() {
         assert!(said.contains("killed restore") || step == "before:temporary", "{step}: {said}");
         let left: Vec<_> = fs::read_dir(env.path("state/journal")).into_iter().flatten().collect();
         assert_eq!(left.len(), 0, "{step}: {left:?}");
+        env.assert_nothing_runs(step);
         for path in &old {
             fs::remove_file(path).expect("own file");
+        }
+        if step == AFTER_PLACE {
+            // The old image is back, with the bitmap it had.
+            for image in &images {
+                let write = ["-f", "qcow2", "-c", "write -q -P 99 5M 1M", &image.to_string_lossy()];
+                env.run("qemu-io", &write).ok();
+            }
+            let next = env.vmbackup(&["incremental", "--domain", domain.name(), "--json"]).json();
+            assert_eq!(next["disks"][1]["read"]["mode"], "incremental", "{next}");
+            prove(&env, &next, &domain.oracles("next"), step);
         }
         if at % 3 == 0 {
             env.vmbackup(&restore).ok();

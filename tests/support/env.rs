@@ -5,7 +5,7 @@
 
 use std::ffi::OsStr;
 use std::fs::{self, Permissions};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -155,6 +155,26 @@ impl TestEnv {
         });
         let line = |entry: fs::DirEntry| fs::read(entry.path().join("cmdline")).unwrap_or_default();
         ours.map(|entry| String::from_utf8_lossy(&line(entry)).replace('\0', " ")).collect()
+    }
+
+    /// Requires that the commands of this environment left no process, and no socket where they put theirs.
+    #[track_caller]
+    pub(crate) fn assert_nothing_runs(&self, step: &str) {
+        // What was started to end with its owner ends by itself, soon.
+        wait_until(&format!("{step}: processes end"), 20, || self.processes().is_empty());
+        let mut sockets = Vec::new();
+        let mut open = vec![self.path("run"), self.path("state")];
+        while let Some(directory) = open.pop() {
+            for entry in fs::read_dir(directory).expect("own directory").flatten() {
+                let kind = entry.file_type().expect("own file");
+                if kind.is_dir() {
+                    open.push(entry.path());
+                } else if kind.is_socket() {
+                    sockets.push(entry.path());
+                }
+            }
+        }
+        assert_eq!(sockets, Vec::<PathBuf>::new(), "{step}: sockets");
     }
 
     /// Makes a repository without a key at [`Self::repo`].
