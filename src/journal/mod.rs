@@ -281,6 +281,17 @@ impl Run {
         !now.is_empty() && !self.boot.is_empty() && now != self.boot
     }
 
+    fn add(&mut self, entry: Entry) {
+        match self.entries.iter_mut().find(|old| old.phase == entry.phase) {
+            Some(old) => {
+                let new = entry.objects.into_iter();
+                let new: Vec<_> = new.filter(|object| !old.objects.contains(object)).collect();
+                old.objects.extend(new);
+            }
+            None => self.entries.push(entry),
+        }
+    }
+
     fn remove(&mut self, phases: &[Phase]) {
         self.entries.retain(|entry| !phases.contains(&entry.phase));
     }
@@ -433,16 +444,7 @@ impl Journal {
         let run = self.runs.last_mut().filter(|run| Some(run.point) == self.current);
         let run = run.expect("a run was begun");
         run.remove(undone);
-        for entry in entries {
-            match run.entries.iter_mut().find(|old| old.phase == entry.phase) {
-                Some(old) => {
-                    let new = entry.objects.into_iter();
-                    let new: Vec<_> = new.filter(|object| !old.objects.contains(object)).collect();
-                    old.objects.extend(new);
-                }
-                None => run.entries.push(entry),
-            }
-        }
+        entries.into_iter().for_each(|entry| run.add(entry));
         self.write()
     }
 
@@ -503,6 +505,17 @@ impl Journal {
         };
         let earlier = |run: &&mut Run| Some(run.point) != current && run.repository == repository;
         self.runs.iter_mut().filter(earlier).for_each(|run| run.remove(phases));
+        self.write()
+    }
+
+    /// Writes down, in the place of the last earlier run for `repository`, which checkpoints the next one
+    /// is to drop; nothing if there was none.
+    pub fn leave_to_next(&mut self, repository: &str, points: &[PointId]) -> Result<()> {
+        let current = self.current;
+        let earlier = |run: &&mut Run| Some(run.point) != current && run.repository == repository;
+        let Some(run) = self.runs.iter_mut().rfind(earlier) else { return Ok(()) };
+        let objects = points.iter().map(|point| point.to_string().into()).collect();
+        run.add(Entry { phase: Phase::Handover, objects });
         self.write()
     }
 

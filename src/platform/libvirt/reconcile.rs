@@ -55,7 +55,7 @@ pub(super) async fn recover(
     }
     if request.repository == Asked::Yes {
         let survey = Survey::take(domain, &request.snapshot).await?;
-        marks(domain, &survey, &request.snapshot, &mut recovery).await?;
+        marks(domain, &survey, &request.snapshot, (&mut lock.journal, &mut recovery)).await?;
     }
     if request.repository != Asked::Later {
         let asked = request.repository == Asked::Yes;
@@ -208,12 +208,20 @@ async fn marks(
     domain: &DomainHandle,
     survey: &Survey,
     request: &SnapshotRequest,
-    recovery: &mut Recovery,
+    (journal, recovery): (&mut Journal, &mut Recovery),
 ) -> Result<()> {
     let chain = BitmapNames::new(&request.repository, domain.uuid)?;
     let checkpoints = Checkpoints { domain, chain: &chain, all: &survey.set.all };
     let name = &domain.name;
-    for point in checkpoints.listed().await? {
+    let listed = checkpoints.listed().await?;
+    let existing: Vec<_> = listed.iter().copied().filter(|point| request.exists(*point)).collect();
+    // A run was killed between its commit and the handover. Which of them is the base, and of which disk,
+    // the next backup finds out; the others it finds by nothing but their metadata, which goes now, as
+    // long as QEMU has not stored their bitmaps.
+    if existing.len() > 1 && recovery.changes() {
+        journal.leave_to_next(&request.repository, &existing)?;
+    }
+    for point in listed {
         if request.exists(point) {
             let text = format!("checkpoint of point {} of domain '{name}'", point.short());
             recovery.note(Action::Adopted, text);
