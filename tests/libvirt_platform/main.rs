@@ -13,6 +13,7 @@ mod bases;
 mod changes;
 mod devices;
 mod hanging;
+mod plugged;
 mod quiesce;
 mod remote;
 mod restore;
