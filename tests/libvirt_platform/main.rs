@@ -12,6 +12,7 @@ mod bare;
 mod bases;
 mod changes;
 mod devices;
+mod foreign;
 mod hanging;
 mod plugged;
 mod quiesce;
