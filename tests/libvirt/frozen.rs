@@ -3,10 +3,14 @@
 //! The guest's freeze hook notes every freeze and thaw and can be made slow, so that a freeze
 //! happens when the one who asked for it is gone.
 
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use crate::rig::assert_no_trace;
-use crate::support::{DiskFormat, Domain, DomainSpec, Guest, SmallDisk, TestEnv, wait_until};
+use crate::support::{
+    DiskFormat, Domain, DomainSpec, Guest, Process, SmallDisk, TestEnv, wait_until,
+};
 
 fn frozen_by_journal(env: &TestEnv, domain: &Domain<'_>) -> bool {
     let journal = env.path("state/journal").join(format!("{}.json", domain.uuid()));
@@ -48,19 +52,106 @@ fn mounted(env: &TestEnv) -> (Domain<'_>, Guest) {
 fn a_backup_killed_around_its_freeze_leaves_no_frozen_guest() {
     let env = TestEnv::new();
     let (domain, mut guest) = mounted(&env);
-    guest.run("echo 2 >/tmp/slow.freeze");
     let args = ["full", "--domain", domain.name(), "--quiesce", "require"];
-    let backup = env.spawn_vmbackup(&args);
-    wait_until("the freeze", 30, || frozen_by_journal(&env, &domain));
-    wait_until("the freeze hook", 30, || !hooked(&mut guest).is_empty());
-    backup.signal("KILL");
-    backup.wait();
-    // The freeze happens after our death. Nobody runs another command.
-    assert_thawed(&mut guest, 12);
-    guest.run("rm /tmp/slow.freeze");
-    env.vmbackup(&args).ok();
-    assert!(!frozen_by_journal(&env, &domain));
-    assert_no_trace(&domain);
+    let groups = ControlGroup::make_all(&env);
+    for killed in [Killed::Alone, Killed::WithProcessGroup, Killed::WithControlGroups] {
+        guest.run(": >/tmp/hooked; echo 2 >/tmp/slow.freeze");
+        let backup = Process::spawn(
+            env.vmbackup_command(&args).env("VMBACKUP_STOP_AT", FIRST_STEP).process_group(0),
+        );
+        backup.wait_until_stopped(FIRST_STEP);
+        // What it starts from here on belongs there, too, unless it leaves.
+        for group in &groups {
+            group.enter(backup.id());
+        }
+        backup.signal("CONT");
+        wait_until("the freeze", 30, || frozen_by_journal(&env, &domain));
+        wait_until("the freeze hook", 30, || !hooked(&mut guest).is_empty());
+        match killed {
+            Killed::Alone => backup.signal("KILL"),
+            Killed::WithProcessGroup => {
+                env.run("kill", &["-KILL", "--", &format!("-{}", backup.id())]).ok();
+            }
+            Killed::WithControlGroups => {
+                for group in &groups {
+                    group.kill(&env);
+                }
+                if groups.is_empty() {
+                    // None can be made here, or left again.
+                    backup.signal("KILL");
+                }
+            }
+        }
+        backup.wait();
+        // The freeze happens after our death. Nobody runs another command.
+        assert_thawed(&mut guest, 12);
+        guest.run("rm /tmp/slow.freeze");
+        env.vmbackup(&args).ok();
+        assert!(!frozen_by_journal(&env, &domain), "{killed:?}");
+        assert_no_trace(&domain);
+    }
+}
+
+/// Before anything else is started.
+const FIRST_STEP: &str = "before:checkpoint";
+
+/// What is killed along with a backup.
+#[derive(Clone, Copy, Debug)]
+enum Killed {
+    Alone,
+    /// As by a closed terminal.
+    WithProcessGroup,
+    /// As by a service manager that stops a unit.
+    WithControlGroups,
+}
+
+/// A control group of the test's own in one of the hierarchies by which services are ended, gone on drop.
+struct ControlGroup {
+    directory: PathBuf,
+}
+
+impl ControlGroup {
+    /// One in each hierarchy: v2 alone or beside v1, and the named one of v1.
+    fn make_all(env: &TestEnv) -> Vec<Self> {
+        let tops = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified", "/sys/fs/cgroup/systemd"];
+        tops.into_iter().filter_map(|top| Self::make(env, Path::new(top))).collect()
+    }
+
+    /// None where there is no such hierarchy, or a process may not enter a group and leave it again: for
+    /// anyone but root, and where the top of a container may hold no processes.
+    fn make(env: &TestEnv, top: &Path) -> Option<Self> {
+        // A tmpfs with v1 in it has neither.
+        let is_one = ["cgroup.controllers", "release_agent"].map(|file| top.join(file).exists());
+        let directory = top.join(env.name(""));
+        if is_one == [false; 2] || std::fs::create_dir(&directory).is_err() {
+            return None;
+        }
+        let group = Self { directory };
+        let there_and_back = r#"echo $$ >"$1/cgroup.procs" && echo $$ >"$0/cgroup.procs""#;
+        let paths = [top, &group.directory].map(|path| path.to_string_lossy().into_owned());
+        let went = env.run("sh", &["-c", there_and_back, &paths[0], &paths[1]]);
+        (went.code == Some(0)).then_some(group)
+    }
+
+    fn enter(&self, process: u32) {
+        let processes = self.directory.join("cgroup.procs");
+        std::fs::write(processes, process.to_string()).expect("a group of the test's own");
+    }
+
+    /// Kills everything in it.
+    fn kill(&self, env: &TestEnv) {
+        let processes = std::fs::read_to_string(self.directory.join("cgroup.procs"));
+        for process in processes.expect("a group of the test's own").lines() {
+            env.run("kill", &["-KILL", process]);
+        }
+    }
+}
+
+impl Drop for ControlGroup {
+    fn drop(&mut self) {
+        let removed = std::fs::remove_dir(&self.directory);
+        assert!(removed.is_ok() || std::thread::panicking(), "{removed:?}");
+    }
 }
 
 #[test]

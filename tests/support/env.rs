@@ -135,13 +135,7 @@ impl TestEnv {
         let mut command = self.vmbackup_command(args);
         let command = command.current_dir(directory).env("VMBACKUP_STOP_AT", step);
         let process = Process::spawn(command);
-        let stat = format!("/proc/{}/stat", process.id());
-        wait_until(&format!("the step {step}"), 60, || {
-            let text = fs::read_to_string(&stat).expect("a child is there until waited for");
-            let state = text.rsplit_once(") ").expect("a state").1.chars().next();
-            assert!(state != Some('Z'), "it ended before {step}");
-            state == Some('T')
-        });
+        process.wait_until_stopped(step);
         process
     }
 

@@ -1,5 +1,6 @@
 //! Processes with an end, waits with a deadline, servers on private sockets, image comparison.
 
+use std::fs;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -36,6 +37,18 @@ impl Process {
     pub(crate) fn is_running(&mut self) -> bool {
         let child = self.child.as_mut().expect("present until waited for");
         child.try_wait().expect("own child").is_none()
+    }
+
+    /// Waits until it has stopped itself at a step.
+    #[track_caller]
+    pub(crate) fn wait_until_stopped(&self, step: &str) {
+        let stat = format!("/proc/{}/stat", self.id());
+        wait_until(&format!("the step {step}"), 60, || {
+            let text = fs::read_to_string(&stat).expect("a child is there until waited for");
+            let state = text.rsplit_once(") ").expect("a state").1.chars().next();
+            assert!(state != Some('Z'), "it ended before {step}");
+            state == Some('T')
+        });
     }
 
     /// Sends a signal, by the name `kill` knows.

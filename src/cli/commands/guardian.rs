@@ -5,6 +5,7 @@
 //! terminal), the control group (a service manager that stops a unit kills everything in it), and
 //! the signals with which those announce it.
 
+use std::io::Write as _;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 
@@ -13,14 +14,19 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::error::{Error, Result};
 use crate::job::guardian;
 
-/// Where a process moves itself to the top of the hierarchy by which systemd ends units: the one of
-/// cgroup v2, or the named one beside v1 (Documentation/admin-guide/cgroup-v2.rst).
+/// Where a process moves itself to the top of the hierarchies by which systemd ends units: cgroup v2
+/// alone, v2 beside v1 (systemd's "hybrid"), and the named one of v1
+/// (Documentation/admin-guide/cgroup-v2.rst, systemd's `docs/CGROUP_DELEGATION.md`). What is not there is
+/// passed over: where v1 is mounted, the first would be a file in a tmpfs.
 ///
 /// Only root may. For others there is no way out: `systemd-run --user --scope` would need the
 /// user's bus, which a backup from cron does not have. There a stop of the unit sends SIGTERM
 /// first, which is not heeded here, and the backup's end makes the guardian thaw at once.
-const TOP_GROUPS: [&str; 2] =
-    ["/sys/fs/cgroup/cgroup.procs", "/sys/fs/cgroup/systemd/cgroup.procs"];
+const TOP_GROUPS: [&str; 3] = [
+    "/sys/fs/cgroup/cgroup.procs",
+    "/sys/fs/cgroup/unified/cgroup.procs",
+    "/sys/fs/cgroup/systemd/cgroup.procs",
+];
 
 /// Guards the guest that the backup at the other end of standard input names.
 pub(crate) fn run() -> Result<()> {
@@ -53,10 +59,10 @@ fn detach() {
         tracing::debug!(%error, "stays in its session");
     }
     for group in TOP_GROUPS {
-        // 0 is the one that writes.
-        match std::fs::write(group, "0") {
-            Ok(()) => break,
-            Err(error) => tracing::debug!(group, %error, "stays in its control group"),
+        // Never made here. 0 is the one that writes.
+        let opened = std::fs::OpenOptions::new().write(true).open(group);
+        if let Err(error) = opened.and_then(|mut group| group.write_all(b"0")) {
+            tracing::debug!(group, %error, "stays in its control group");
         }
     }
 }
