@@ -333,6 +333,15 @@ async fn a_resized_disk_is_read_in_full() {
     assert_eq!(taken[0].read, full(FullReason::Resized));
     assert_eq!((known.disks[0].name.as_str(), known.disks[0].size_bytes), ("vda", 12 * MIB));
     assert_eq!(taken[0].bytes.len(), 12 << 20);
+    // And the other way.
+    bare.virsh(&["blockresize", &bare.name, "vda", "4M"]).ok();
+    bare.io(0, "write -P 1 3M 1M");
+    let mut next = request(3);
+    next.known_points = vec![known];
+    let (known, taken) = backup(&bare, &next).await.unwrap();
+    assert_eq!(taken[0].read, full(FullReason::Resized));
+    assert_eq!((known.disks[0].size_bytes, taken[0].bytes.len()), (4 * MIB, 4 << 20));
+    assert_eq!((taken[0].bytes[(3 << 20) - 1], taken[0].bytes[3 << 20]), (0, 1));
 }
 
 #[tokio::test(flavor = "multi_thread")]

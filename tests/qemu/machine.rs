@@ -179,6 +179,11 @@ impl Machine {
         Self { guest, child, dir, side, points: 0 }
     }
 
+    /// Makes a further image of the size of a disk.
+    pub(crate) fn make_image(&self, name: &str) {
+        tool("qemu-img", &["create", "-q", "-f", "qcow2", name, "16M"], self.dir.path());
+    }
+
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
@@ -231,9 +236,14 @@ impl Machine {
         for disk in ["disk-a", "disk-b"] {
             self.guest(disk, "flush").await;
         }
-        let dir = self.dir.path();
-        tool("qemu-img", &["convert", "-U", "-f", "qcow2", "-O", "raw", "a.qcow2", "oracle"], dir);
-        [std::fs::read(self.path("oracle")).unwrap(), std::fs::read(self.path("b.raw")).unwrap()]
+        [self.held_by("a.qcow2"), std::fs::read(self.path("b.raw")).unwrap()]
+    }
+
+    /// What an image holds, with all that is below it; QEMU has flushed.
+    pub(crate) fn held_by(&self, image: &str) -> Vec<u8> {
+        let convert = ["convert", "-U", "-f", "qcow2", "-O", "raw", image, "oracle"];
+        tool("qemu-img", &convert, self.dir.path());
+        std::fs::read(self.path("oracle")).unwrap()
     }
 
     /// A point id that was not used before.

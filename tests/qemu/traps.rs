@@ -1,5 +1,7 @@
 //! What breaks bitmaps and instants, and that it is noticed.
 
+use std::time::{Duration, Instant};
+
 use serde_json::json;
 use vmbackup::error::Kind;
 use vmbackup::platform::BackupMode;
@@ -14,7 +16,13 @@ fn full(reason: FullReason) -> ReadMode {
 
 /// Backs up and checks the content; the modes of both disks.
 async fn next(machine: &mut Machine, points: &mut Points) -> Vec<ReadMode> {
-    let oracle = machine.oracle().await;
+    next_of("a.qcow2", machine, points).await
+}
+
+/// [`next`] with disk-a on another image.
+async fn next_of(image: &str, machine: &mut Machine, points: &mut Points) -> Vec<ReadMode> {
+    let mut oracle = machine.oracle().await;
+    oracle[0] = machine.held_by(image);
     let (_, reads) = points.back_up(machine, BackupMode::Auto, &[]).await;
     let equal = |(read, oracle): (&Read, &Vec<u8>)| read.content == *oracle;
     assert!(reads.iter().zip(&oracle).all(equal));
@@ -58,12 +66,19 @@ async fn a_crash_makes_the_bitmap_inconsistent_and_the_disk_is_read_in_full() {
 
 #[tokio::test]
 async fn a_resized_disk_is_read_in_full() {
-    let (mut machine, mut points, incremental) = begun().await;
-    let size = json!({ "node-name": "a", "size": 24 << 20 });
-    machine.side.execute_raw("block_resize", size).await.unwrap();
-    machine.guest("disk-a", "write -P 3 20M 64k").await;
-    let modes = next(&mut machine, &mut points).await;
-    assert_eq!(modes, [full(FullReason::Resized), incremental]);
+    for (size, write) in [(24 << 20, "write -P 3 20M 64k"), (8 << 20, "write -P 3 7M 1M")] {
+        let (mut machine, mut points, incremental) = begun().await;
+        machine.guest("disk-a", "write -P 4 7M 2M").await;
+        let size = json!({ "node-name": "a", "size": size });
+        machine.side.execute_raw("block_resize", size).await.unwrap();
+        machine.guest("disk-a", write).await;
+        let modes = next(&mut machine, &mut points).await;
+        assert_eq!(modes, [full(FullReason::Resized), incremental]);
+        // From here on it is as any other.
+        machine.guest("disk-a", "write -P 5 1M 64k").await;
+        let modes = next(&mut machine, &mut points).await;
+        assert!(modes.iter().all(|mode| matches!(mode, ReadMode::Incremental { .. })));
+    }
 }
 
 #[tokio::test]
@@ -89,6 +104,94 @@ async fn an_overlay_put_over_the_disk_is_read_in_full() {
     assert_eq!(reads[1].mode, incremental);
     let at = |mib: usize| reads[0].content[mib << 20];
     assert_eq!((at(0), at(1), at(4), at(5)), (1, 2, 3, 0));
+}
+
+/// Puts an overlay over disk-a and lets the guest write, empty and overwrite parts of what is below.
+async fn overlay(machine: &Machine) {
+    let snapshot = json!({ "node-name": "a", "snapshot-file": "overlay.qcow2",
+        "snapshot-node-name": "overlay", "format": "qcow2" });
+    machine.side.execute_raw("blockdev-snapshot-sync", snapshot).await.unwrap();
+    for what in ["write -P 3 4M 64k", "write -P 4 1M 64k", "write -z 512k 64k"] {
+        machine.guest("disk-a", what).await;
+    }
+}
+
+/// Waits until no block job is left; one that waits for its pivot is told to make it. The guest writes on
+/// before that.
+async fn finish_jobs(machine: &Machine) {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    let mut wrote = false;
+    loop {
+        let jobs = machine.side.query_jobs().await.unwrap();
+        let Some(job) = jobs.first() else { break };
+        if job.status == "ready" && !wrote {
+            machine.guest("disk-a", "write -P 6 6M 64k").await;
+            let id = json!({ "id": job.id });
+            machine.side.execute_raw("job-complete", id).await.unwrap();
+            wrote = true;
+        }
+        assert!(Instant::now() < deadline, "{jobs:?}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    machine.guest("disk-a", "write -P 7 8M 64k").await;
+}
+
+/// What was committed is in the bitmap of the image it came to, as any write is.
+#[tokio::test]
+async fn an_overlay_that_is_committed_again_is_part_of_the_incremental() {
+    let (mut machine, mut points, incremental) = begun().await;
+    overlay(&machine).await;
+    let commit = json!({ "job-id": "theirs", "device": "overlay" });
+    machine.side.execute_raw("block-commit", commit).await.unwrap();
+    finish_jobs(&machine).await;
+    assert_eq!(machine.tops().await, ["a", "b"]);
+    let modes = next(&mut machine, &mut points).await;
+    assert_eq!(modes, [incremental.clone(), incremental]);
+    machine.guest("disk-a", "write -P 8 9M 64k").await;
+    let modes = next(&mut machine, &mut points).await;
+    assert!(modes.iter().all(|mode| matches!(mode, ReadMode::Incremental { .. })));
+}
+
+/// The overlay holds everything now, and no bitmap; the image below is out of the chain.
+#[tokio::test]
+async fn an_overlay_that_everything_is_pulled_into_is_read_in_full() {
+    let (mut machine, mut points, incremental) = begun().await;
+    overlay(&machine).await;
+    let stream = json!({ "job-id": "theirs", "device": "overlay" });
+    machine.side.execute_raw("block-stream", stream).await.unwrap();
+    finish_jobs(&machine).await;
+    assert_eq!(machine.tops().await, ["overlay", "b"]);
+    let modes = next_of("overlay.qcow2", &mut machine, &mut points).await;
+    assert_eq!(modes, [full(FullReason::BitmapNotInChain), incremental]);
+    machine.guest("disk-a", "write -P 8 9M 64k").await;
+    let modes = next_of("overlay.qcow2", &mut machine, &mut points).await;
+    assert!(modes.iter().all(|mode| matches!(mode, ReadMode::Incremental { .. })), "{modes:?}");
+}
+
+/// A copy has the content and no bitmap, also when the image it was made of is closed.
+#[tokio::test]
+async fn a_disk_that_is_mirrored_to_another_image_is_read_in_full() {
+    for (closed, reason) in
+        [(false, FullReason::BitmapNotInChain), (true, FullReason::BitmapMissing)]
+    {
+        let (mut machine, mut points, incremental) = begun().await;
+        machine.make_image("copy.qcow2");
+        let copy = json!({ "driver": "qcow2", "node-name": "copy", "discard": "unmap",
+            "file": { "driver": "file", "filename": "copy.qcow2" } });
+        machine.side.blockdev_add(copy).await.unwrap();
+        let mirror = json!({ "job-id": "theirs", "device": "a", "target": "copy", "sync": "full" });
+        machine.side.execute_raw("blockdev-mirror", mirror).await.unwrap();
+        finish_jobs(&machine).await;
+        assert_eq!(machine.tops().await, ["copy", "b"]);
+        if closed {
+            machine.side.blockdev_del("a").await.unwrap();
+        }
+        let modes = next_of("copy.qcow2", &mut machine, &mut points).await;
+        assert_eq!(modes, [full(reason), incremental]);
+        machine.guest("disk-a", "write -P 8 9M 64k").await;
+        let modes = next_of("copy.qcow2", &mut machine, &mut points).await;
+        assert!(modes.iter().all(|mode| matches!(mode, ReadMode::Incremental { .. })), "{modes:?}");
+    }
 }
 
 #[tokio::test]
