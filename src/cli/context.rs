@@ -56,6 +56,7 @@ impl Context {
             runtime_dir: paths.runtime.clone(),
             cache_dir: paths.cache.clone(),
             guardian: std::env::current_exe().ok(),
+            repository_answer: settings::repository_answer()?,
             probe: stop::probe()?,
         };
         Ok(Self { output, control: Control::new(), paths, env, style })

@@ -6,14 +6,29 @@
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use super::args::RepositoryArgs;
+use super::vm_settings::duration;
 use crate::error::{Error, Kind, Result};
-use crate::job::RepositoryChoice;
 use crate::job::serve::Served;
 use crate::job::source::{DiskSpec, ImageSpec};
+use crate::job::{REPOSITORY_ANSWER, RepositoryChoice};
 use crate::nbd::tls::Credentials;
 use crate::nbd::{NbdUri, Origin};
+
+/// Longest wait for a call to a repository: `VMBACKUP_REPO_TIMEOUT`, as options have times.
+pub(crate) fn repository_answer() -> Result<Duration> {
+    const NAME: &str = "VMBACKUP_REPO_TIMEOUT";
+    match std::env::var(NAME) {
+        Ok(text) if !text.is_empty() => match duration(NAME, &text)? {
+            Duration::ZERO => Err(Error::new(Kind::Usage, format!("{NAME} is no time at all"))
+                .hint("name how long a repository is waited for, as in 10m")),
+            answer => Ok(answer),
+        },
+        _ => Ok(REPOSITORY_ANSWER),
+    }
+}
 
 /// Directories of this user (FHS for root, XDG base directories otherwise). `VMBACKUP_STATE_DIR`,
 /// `VMBACKUP_RUNTIME_DIR` and `VMBACKUP_CACHE_DIR` replace the last three. Two programs that are

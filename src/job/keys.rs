@@ -12,7 +12,7 @@ use crate::repo::config::ChunkSize;
 use crate::repo::keys::{
     self, AddOptions, COPIES_MAY_REMAIN, InitOptions, Kdf, SlotInfo, SlotKind,
 };
-use crate::repo::store::directory::{DirectoryStore, Parents};
+use crate::repo::store::directory::{ANSWER, DirectoryStore, Parents};
 
 /// What a repository is.
 #[derive(Clone, Debug, Serialize)]
@@ -103,7 +103,7 @@ async fn make(
 
 /// What the repository at `location` is.
 pub async fn info(location: &Path, credentials: &Credentials) -> Result<Info> {
-    let store = open_store(location).await?;
+    let store = open_store(location, ANSWER).await?;
     let unlocked = keys::open(&store, credentials).await?;
     Ok(Info {
         id: unlocked.config.id.to_string(),
@@ -122,7 +122,7 @@ pub async fn add(
     new: &Credentials,
     (env, control): Surroundings<'_>,
 ) -> Result<Key> {
-    let store = open_store(location).await?;
+    let store = open_store(location, ANSWER).await?;
     let unlocked = keys::open(&store, credentials).await?;
     let options = AddOptions { kdf: Kdf::RFC_9106, label: "", now: env.clock.now() };
     let added = keys::add(&store, &unlocked, new, options).await?;
@@ -139,7 +139,7 @@ pub async fn remove(
     id: &str,
     control: &Control,
 ) -> Result<Key> {
-    let store = open_store(location).await?;
+    let store = open_store(location, ANSWER).await?;
     keys::open(&store, credentials).await?;
     let slot = keys::remove(&store, id).await?;
     tell_of_copies(control);

@@ -44,6 +44,7 @@ pub mod verify;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use jiff::tz::TimeZone;
 
@@ -51,7 +52,7 @@ use crate::clock::{Clock, Timestamp};
 use crate::control::Control;
 use crate::error::{Error, Kind, Result};
 use crate::journal::{Journals, Probe};
-use crate::repo::store::directory::DirectoryStore;
+use crate::repo::store::directory::{ANSWER, DirectoryStore};
 use crate::workers::Workers;
 
 pub use crate::block::file::Existing;
@@ -78,6 +79,8 @@ pub struct Env {
     pub guardian: Option<PathBuf>,
     /// Copies of what a repository can give again.
     pub cache_dir: PathBuf,
+    /// Longest wait for a call to a repository.
+    pub repository_answer: Duration,
     /// Called at each step that a journal knows; only tests do anything in it.
     pub probe: Option<Probe>,
 }
@@ -99,6 +102,9 @@ impl std::fmt::Debug for Env {
         f.debug_struct("Env").field("state_dir", &self.state_dir).finish_non_exhaustive()
     }
 }
+
+/// Longest wait for a call to a repository, if nobody says otherwise.
+pub const REPOSITORY_ANSWER: Duration = ANSWER;
 
 /// What a running job gets: its surroundings, and the handle that stops it and shows its progress.
 pub type Surroundings<'a> = (&'a Env, &'a Control);
@@ -123,13 +129,13 @@ impl RepositoryChoice {
 
 /// Opens the repository at `location`.
 pub async fn open(location: &Path, credentials: &Credentials, env: &Env) -> Result<Repository> {
-    let store = Arc::new(open_store(location).await?);
+    let store = Arc::new(open_store(location, env.repository_answer).await?);
     Repository::open(store, credentials, env.workers.clone()).await
 }
 
 /// Opens the place of a repository that has to be there.
-async fn open_store(location: &Path) -> Result<DirectoryStore> {
-    DirectoryStore::open(location).await.map_err(|error| match error.kind() {
+async fn open_store(location: &Path, answer: Duration) -> Result<DirectoryStore> {
+    DirectoryStore::open_with(location, answer).await.map_err(|error| match error.kind() {
         Kind::NotFound => error.context(format!("no repository in {}", location.display())).hint(
             "check the path and that its disk is mounted, or make one with 'vmbackup repo init'",
         ),

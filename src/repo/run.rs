@@ -162,7 +162,7 @@ async fn renew_forever(held: Arc<Held>) {
         tokio::time::sleep(RENEW_EVERY).await;
         while let Err(error) = held.renew().await {
             tracing::warn!(run = held.run, error = %error, "cannot renew the lease of this run");
-            if error.kind() == Kind::Timeout {
+            if held.state.lock().await.lost {
                 return;
             }
             tokio::time::sleep(RENEW_EVERY / 10).await;

@@ -17,6 +17,7 @@ mod refusals;
 mod restore;
 mod rig;
 mod space;
+mod stalled;
 mod stopped;
 mod testbed;
 mod volumes;

@@ -21,6 +21,7 @@ use crate::platform::simulated::{Shared, Simulated};
 use crate::repo::config::ChunkSize;
 use crate::repo::keys::{Credentials, InitOptions, Kdf};
 use crate::repo::store::ObjectStore;
+use crate::repo::store::directory::ANSWER;
 use crate::repo::store::memory::MemoryStore;
 use crate::vm::PointId;
 
@@ -319,6 +320,7 @@ impl<'a> World<'a> {
             runtime_dir: root.join("run"),
             guardian: None,
             cache_dir: root.join("cache"),
+            repository_answer: ANSWER,
             probe: None,
         };
         Process {

@@ -1,6 +1,7 @@
 //! What can go wrong at a store, as far as anybody decides on it.
 
 use std::io;
+use std::time::Duration;
 
 use crate::error::{Error, Kind, READ_ONLY};
 
@@ -47,6 +48,14 @@ pub enum StoreError {
     Unavailable {
         /// Which store.
         store: String,
+    },
+    /// It does not answer. What it was asked to do may yet be done.
+    #[error("{store} has not answered for {} s", limit.as_secs())]
+    Silent {
+        /// Which store.
+        store: String,
+        /// For so long.
+        limit: Duration,
     },
     /// A folder that every repository has is gone, and others are there.
     #[error("folder {folder} of {store} is gone")]
@@ -116,6 +125,7 @@ impl StoreError {
             Self::NoSpace { .. } => Kind::NoSpace,
             Self::Permission { .. } => Kind::Permission,
             Self::Unavailable { .. } => Kind::Connection,
+            Self::Silent { .. } => Kind::Timeout,
             Self::Short { .. } | Self::TooLarge { .. } | Self::FolderGone { .. } => Kind::Corrupt,
             Self::Io { .. } => Kind::Io,
         }
@@ -140,6 +150,10 @@ impl From<StoreError> for Error {
             }
             _ if is_read_only(&error) => READ_ONLY,
             Kind::Permission => "run as a user who may write to the repository",
+            Kind::Timeout => {
+                "see whether its disk or server answers, then run it again; VMBACKUP_REPO_TIMEOUT is how \
+                 long it is waited for"
+            }
             Kind::Connection => "check that the repository's disk is plugged in and mounted",
             _ => "",
         };

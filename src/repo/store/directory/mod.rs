@@ -12,10 +12,12 @@
 //! is the modification time, which the file system (of the server, on NFS and SMB) sets; the store's
 //! clock is the time stamp of a file made for the purpose.
 //!
-//! Blocking calls run on the runtime's blocking threads. What a killed process leaves in `tmp/` is
+//! Blocking calls run on the runtime's blocking threads, and none is waited for without end
+//! (patience.rs). What a killed process leaves in `tmp/` is
 //! never seen as an object and removed by [`ObjectStore::sweep`]; room that it held has no name
 //! (room.rs), and is free as soon as it is gone.
 
+mod patience;
 mod room;
 mod root;
 mod writer;
@@ -25,6 +27,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use rustix::buffer::spare_capacity;
@@ -33,13 +36,16 @@ use rustix::io::Errno;
 
 use super::{
     BlockingObjects, Folder, NAMES_MAX, ObjectInfo, ObjectName, ObjectStore, ObjectWriter,
-    PAGE_MAX, ReadRange, Reservation, StoreError, StoreResult,
+    PAGE_MAX, ReadRange, Reservation, StoreResult,
 };
 use crate::block::Waited;
 use crate::block::file::read_cached;
 use crate::clock::Timestamp;
-use crate::error::{Error, Kind, Result};
+use crate::error::Result;
+use patience::Patience;
 use root::Root;
+
+pub use patience::ANSWER;
 
 /// Whether the directories above a new repository are made, too.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,16 +68,28 @@ impl fmt::Debug for DirectoryStore {
 }
 
 impl DirectoryStore {
-    /// Opens the directory, which must exist. Whether a repository is in it is not asked here.
+    /// Opens the directory, which must exist. Whether a repository is in it is not asked here. Each call
+    /// is waited for as long as [`ANSWER`].
     pub async fn open(path: &Path) -> Result<Self> {
+        Self::open_with(path, ANSWER).await
+    }
+
+    /// The same with another longest wait for a call; then it is [`Kind::Timeout`].
+    ///
+    /// [`Kind::Timeout`]: crate::error::Kind::Timeout
+    pub async fn open_with(path: &Path, answer: Duration) -> Result<Self> {
         let path = path.to_owned();
-        blocking_border(move || Root::open(&path)).await.map(Self::of)
+        let patience = patience(&path, answer);
+        let calls = Arc::clone(&patience);
+        calls.run(move || Root::open(&path, patience)).await.map(Self::of)
     }
 
     /// Makes the directory, or takes one that is empty, for a new repository.
     pub async fn init(path: &Path, parents: Parents) -> Result<Self> {
         let path = path.to_owned();
-        blocking_border(move || Root::init(&path, parents)).await.map(Self::of)
+        let patience = patience(&path, ANSWER);
+        let calls = Arc::clone(&patience);
+        calls.run(move || Root::init(&path, parents, patience)).await.map(Self::of)
     }
 
     fn of(root: Root) -> Self {
@@ -84,31 +102,22 @@ impl DirectoryStore {
         work: impl FnOnce(&Arc<Root>) -> StoreResult<T> + Send + 'static,
     ) -> StoreResult<T> {
         let root = Arc::clone(&self.root);
-        blocking(move || work(&root)).await
+        self.root.patience.run(move || work(&root)).await
     }
 }
 
-/// Runs `work` on a blocking thread; a panic in it is an error here.
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> StoreResult<T> + Send + 'static,
-) -> StoreResult<T> {
-    tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| {
-        Err(StoreError::io("a call to the file system", std::io::Error::other(error)))
-    })
+fn patience(path: &Path, answer: Duration) -> Arc<Patience> {
+    Arc::new(Patience::new(describe(path), answer))
 }
 
-async fn blocking_border<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T> + Send + 'static,
-) -> Result<T> {
-    tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| {
-        Err(Error::new(Kind::Internal, "a call to the file system died").source(error))
-    })
+fn describe(path: &Path) -> String {
+    format!("directory {}", path.display())
 }
 
 #[async_trait]
 impl ObjectStore for DirectoryStore {
     fn describe(&self) -> String {
-        format!("directory {}", self.root.path.display())
+        describe(&self.root.path)
     }
 
     async fn create(&self, name: &ObjectName) -> StoreResult<Box<dyn ObjectWriter>> {
@@ -174,11 +183,13 @@ impl ObjectStore for DirectoryStore {
     /// Journals keep the order of deletions mostly, but not where an fsync of one directory
     /// overtakes the others (btrfs' log, ext4's fast commits).
     async fn settle_deletions(&self) -> StoreResult<()> {
-        self.run(|root| {
+        let root = Arc::clone(&self.root);
+        let sync = move || {
             let synced = rustix::fs::syncfs(&root.dir);
             synced.map_err(|e| root.error("syncing", "deletions", e.into()))
-        })
-        .await
+        };
+        // Whatever anybody wrote to the file system is part of it.
+        self.root.patience.run_long(sync).await
     }
 
     async fn now(&self) -> StoreResult<Timestamp> {
@@ -186,7 +197,8 @@ impl ObjectStore for DirectoryStore {
     }
 
     async fn sweep(&self, before: Timestamp) -> StoreResult<u64> {
-        self.run(move |root| root.sweep(before)).await
+        let root = Arc::clone(&self.root);
+        self.root.patience.run_long(move || root.sweep(before)).await
     }
 
     async fn reserve(&self, bytes: u64) -> StoreResult<Box<dyn Reservation>> {

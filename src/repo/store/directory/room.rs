@@ -14,7 +14,6 @@ use rustix::fs::{AtFlags, FallocateFlags};
 use rustix::io::Errno;
 
 use super::super::{Reservation, StoreResult};
-use super::blocking;
 use super::root::Root;
 
 /// Room that is taken.
@@ -69,7 +68,8 @@ impl Room {
 impl Reservation for Room {
     async fn release(mut self: Box<Self>) -> StoreResult<()> {
         // What was large takes a while to close.
-        blocking(move || self.give_back()).await
+        let root = Arc::clone(&self.root);
+        root.patience.run(move || self.give_back()).await
     }
 }
 

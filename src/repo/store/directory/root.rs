@@ -8,12 +8,13 @@ use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicU8;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::fs::{AtFlags, CWD, Dir, FileType, OFlags, Stat};
 use rustix::io::Errno;
 
 use super::super::{Folder, ObjectName, StoreError, StoreResult, hex};
+use super::patience::Patience;
 use super::{DIRECTORY_FLAGS, DIRECTORY_MODE, FILE_MODE, Parents};
 use crate::block::file::sync_directory;
 use crate::clock::Timestamp;
@@ -33,10 +34,12 @@ pub(super) struct Root {
     durable: Mutex<HashSet<String>>,
     /// The way of renaming without replacing that worked last: a `writer::Way`.
     pub(super) way: AtomicU8,
+    /// Waits for the calls.
+    pub(super) patience: Arc<Patience>,
 }
 
 impl Root {
-    pub(super) fn open(path: &Path) -> Result<Self> {
+    pub(super) fn open(path: &Path, patience: Arc<Patience>) -> Result<Self> {
         let dir = rustix::fs::openat(CWD, path, DIRECTORY_FLAGS, DIRECTORY_MODE).map_err(|e| {
             if e == Errno::NOTDIR {
                 let message = format!("{} is not a directory", path.display());
@@ -49,10 +52,10 @@ impl Root {
             }
         })?;
         let path = path.to_owned();
-        Ok(Self { path, dir, durable: Mutex::default(), way: AtomicU8::new(0) })
+        Ok(Self { path, dir, durable: Mutex::default(), way: AtomicU8::new(0), patience })
     }
 
-    pub(super) fn init(path: &Path, parents: Parents) -> Result<Self> {
+    pub(super) fn init(path: &Path, parents: Parents, patience: Arc<Patience>) -> Result<Self> {
         let what = || format!("cannot create directory {}", path.display());
         if parents == Parents::Create
             && let Some(parent) = path.parent()
@@ -68,7 +71,7 @@ impl Root {
             }
             Err(error) => return Err(Error::io(what(), error.into())),
         }
-        let root = Self::open(path)?;
+        let root = Self::open(path, patience)?;
         let names = root.names_in("").map_err(Error::from)?;
         if names.iter().any(|name| name == "config") {
             let message = format!("a repository exists in {}", path.display());

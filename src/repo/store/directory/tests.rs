@@ -4,11 +4,13 @@ use std::sync::atomic::Ordering;
 
 use super::writer::Way;
 use super::*;
-use crate::repo::store::conformance;
+use crate::error::Kind;
+use crate::repo::store::{StoreError, conformance};
 
 fn open(way: Way) -> (Arc<dyn ObjectStore>, tempfile::TempDir) {
     let dir = tempfile::tempdir().unwrap();
-    let root = Root::init(&dir.path().join("repo"), Parents::MustExist).unwrap();
+    let path = dir.path().join("repo");
+    let root = Root::init(&path, Parents::MustExist, patience(&path, ANSWER)).unwrap();
     root.way.store(way as u8, Ordering::Relaxed);
     (Arc::new(DirectoryStore::of(root)), dir)
 }

@@ -26,7 +26,7 @@ use rustix::io::Errno;
 
 use super::super::{ObjectInfo, ObjectName, ObjectWriter, StoreError, StoreResult};
 use super::root::{Root, TEMPORARY};
-use super::{FILE_MODE, blocking, info};
+use super::{FILE_MODE, info};
 use crate::block::file::{Bypass, Gather};
 
 /// Bytes gathered for one write.
@@ -114,8 +114,9 @@ impl ObjectWriter for Writer {
             rest = gathered.fill(rest);
             if gathered.is_full() {
                 let mut temporary = self.take()?;
+                let root = Arc::clone(&temporary.root);
                 let work = move || temporary.write_gathered().map(|()| temporary);
-                self.temporary = Some(blocking(work).await?);
+                self.temporary = Some(root.patience.run(work).await?);
             }
         }
         Ok(())
@@ -123,13 +124,15 @@ impl ObjectWriter for Writer {
 
     async fn finish(mut self: Box<Self>) -> StoreResult<ObjectInfo> {
         let temporary = self.take()?;
-        blocking(move || temporary.finish()).await
+        let root = Arc::clone(&temporary.root);
+        root.patience.run(move || temporary.finish()).await
     }
 
     async fn abort(mut self: Box<Self>) -> StoreResult<()> {
         // After a failed write the file is removed already.
         let Some(mut temporary) = self.temporary.take() else { return Ok(()) };
-        blocking(move || temporary.remove()).await
+        let root = Arc::clone(&temporary.root);
+        root.patience.run(move || temporary.remove()).await
     }
 }
 
