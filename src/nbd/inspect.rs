@@ -19,8 +19,9 @@ use crate::error::{Error, Kind, Result};
 /// Exports looked at in one go.
 const EXPORTS_MAX: usize = 1000;
 
-/// Exports in a row about which a server may say nothing before it is taken to be silent about all.
+/// Exports about which a server may say nothing, in a row and in all, before it is asked about no more.
 const SILENT_MAX: usize = 3;
+const SILENCES_MAX: usize = 10;
 
 /// Longest range asked for at once: what the 32-bit lengths of simple headers take, in whole MiB.
 const STATUS_BYTES_MAX: u64 = 2 << 30;
@@ -79,8 +80,8 @@ pub enum Which<'a> {
 }
 
 /// Asks a server all it tells before data flows. Each export has its own time (that of the handshake)
-/// and its own failure, but for the only one; after [`SILENT_MAX`] in a row without an answer no more
-/// are asked about. Cancel-safe.
+/// and its own failure, but for the only one; after [`SILENT_MAX`] in a row without an answer, or
+/// [`SILENCES_MAX`] in all, no more are asked about. Cancel-safe.
 pub async fn describe(
     connector: &dyn Connector,
     which: Which<'_>,
@@ -107,7 +108,7 @@ pub async fn describe(
     let mut session = Some(handshake);
     // Why nothing more is asked: what there is one reason for is not waited for again and again.
     let mut lost = None::<Error>;
-    let (mut exports, mut silent) = (Vec::new(), 0);
+    let (mut exports, mut silent, mut silences) = (Vec::new(), 0, 0);
     for listed in all {
         if session.is_none() && lost.is_none() {
             match within(limit, asking, begin_again(connector, heard_bytes)).await {
@@ -135,9 +136,14 @@ pub async fn describe(
         if matches!(failed, Some(Kind::Timeout | Kind::Connection | Kind::Protocol)) {
             session = None;
         }
-        silent = if failed == Some(Kind::Timeout) { silent + 1 } else { 0 };
-        if silent == SILENT_MAX && lost.is_none() {
-            lost = told.as_ref().err().map(Error::again);
+        if failed == Some(Kind::Timeout) {
+            (silent, silences) = (silent + 1, silences + 1);
+        } else {
+            silent = 0;
+        }
+        if lost.is_none() && (silent == SILENT_MAX || silences == SILENCES_MAX) {
+            let message = format!("NBD server {peer} does not answer about its exports");
+            lost = Some(Error::new(Kind::Timeout, message).hint("name the one to look at"));
         }
         exports.push(Described { listed, told });
     }

@@ -1,11 +1,10 @@
 //! What servers and files see of the options of a copy: connections, requests open at once, flushes,
 //! space; and of those of `nbd bench` that have the same names.
 
-use std::collections::HashMap;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 
-use crate::support::{NbdServer, Outcome, TestEnv, assert_same_content};
+use crate::support::{NbdLog, NbdServer, Outcome, TestEnv, assert_same_content};
 
 const MIB: usize = 1 << 20;
 
@@ -21,52 +20,9 @@ fn slow(env: &TestEnv, args: &[&str]) -> NbdServer {
     NbdServer::nbdkit(env, &[&front[..2], args, &front[2..]].concat())
 }
 
-/// What a server was asked, from its log.
-struct Asked {
-    log: String,
-}
-
-impl Asked {
-    fn of(env: &TestEnv) -> Self {
-        Self { log: fs::read_to_string(env.path("log")).unwrap() }
-    }
-
-    /// The lines with which requests of a kind begin.
-    fn requests<'a>(&'a self, kind: &str) -> impl Iterator<Item = &'a str> {
-        let begin = format!(" {kind} id=");
-        self.log.lines().filter(move |line| line.contains(&begin))
-    }
-
-    fn connections(&self) -> usize {
-        self.log.lines().filter(|line| line.contains(" Connect ")).count()
-    }
-
-    /// The most requests of a kind that were open at once: on one connection, on all.
-    fn open(&self, kind: &str) -> (usize, usize) {
-        let (begin, end) = (format!(" {kind} id="), format!(" ...{kind} id="));
-        let mut open: HashMap<&str, usize> = HashMap::new();
-        let mut most = (0, 0);
-        for line in self.log.lines() {
-            let connection = line.split(' ').find(|word| word.starts_with("connection="));
-            if line.contains(&begin) {
-                *open.entry(connection.unwrap()).or_default() += 1;
-            } else if line.contains(&end) {
-                *open.get_mut(connection.unwrap()).unwrap() -= 1;
-            }
-            let here = connection.and_then(|name| open.get(name)).copied().unwrap_or(0);
-            most = (most.0.max(here), most.1.max(open.values().sum()));
-        }
-        most
-    }
-
-    /// The bytes of all requests of a kind.
-    fn bytes(&self, kind: &str) -> usize {
-        let count = |line: &str| {
-            let hex = line.split_once(" count=0x").unwrap().1.split(' ').next().unwrap();
-            usize::from_str_radix(hex, 16).unwrap()
-        };
-        self.requests(kind).map(count).sum()
-    }
+/// What the server of [`slow`] was asked.
+fn asked(env: &TestEnv) -> NbdLog {
+    NbdLog::of(&env.path("log"))
 }
 
 #[test]
@@ -83,18 +39,23 @@ fn servers_get_as_many_connections_and_requests_at_once_as_was_said() {
     ] {
         for (server, kind) in [(&["memory", "4M"][..], "Write"), (&["file", "source.raw"], "Read")]
         {
-            let server = slow(&env, server);
-            let uri = server.uri("");
-            let (from, to) = if kind == "Read" { (&*uri, "null:") } else { ("source.raw", &*uri) };
-            env.vmbackup(&[&["copy", from, to, "--request-size", "256k"][..], options].concat())
-                .ok();
-            let asked = Asked::of(&env);
-            let case = format!("{options:?} {kind}: {}", asked.log);
-            assert_eq!(asked.connections(), connections, "{case}");
-            let open = asked.open(kind);
-            assert!(open.0 <= on_one, "{open:?}, {case}");
-            assert_eq!(open.1, on_all, "{case}");
-            assert_eq!(asked.bytes(kind), 4 * MIB, "{case}");
+            // Whether all of them are open at once is a matter of time, too; that more are never is not.
+            let reached = (0..3).any(|_| {
+                let server = slow(&env, server);
+                let uri = server.uri("");
+                let (from, to) =
+                    if kind == "Read" { (&*uri, "null:") } else { ("source.raw", &*uri) };
+                let copy = ["copy", from, to, "--request-size", "256k"];
+                env.vmbackup(&[&copy[..], options].concat()).ok();
+                let asked = asked(&env);
+                let case = format!("{options:?} {kind}: {}", asked.0);
+                assert_eq!(asked.connections(), connections, "{case}");
+                let open = asked.open(kind);
+                assert!(open.0 <= on_one && open.1 <= on_all, "{open:?}, {case}");
+                assert_eq!(asked.bytes(kind), 4 * MIB, "{case}");
+                open.1 == on_all
+            });
+            assert!(reached, "{options:?} {kind}: never {on_all} at once");
         }
     }
 }
@@ -106,7 +67,7 @@ fn a_server_that_allows_one_connection_gets_one() {
     let server = slow(&env, &["--filter=multi-conn", "memory", "4M", "multi-conn-mode=disable"]);
     let args = ["copy", "source.raw", &server.uri(""), "--connections", "4", "--requests", "2"];
     env.vmbackup(&args).ok();
-    assert_eq!(Asked::of(&env).connections(), 1);
+    assert_eq!(asked(&env).connections(), 1);
 }
 
 #[test]
@@ -120,7 +81,7 @@ fn a_benchmark_has_as_many_connections_and_requests_as_was_said() {
         let report = env.vmbackup(&[&args[..], &how].concat()).json();
         assert_eq!(report["connections"], connections, "{report}");
         assert_eq!(report["in_flight"], 4 * connections, "{report}");
-        let asked = Asked::of(&env);
+        let asked = asked(&env);
         assert_eq!(asked.connections(), connections, "{mode}");
         assert_eq!(asked.open("Read"), (4, 4 * connections), "{mode}");
     }
@@ -135,13 +96,13 @@ fn a_target_is_flushed_after_its_last_write_unless_told_not_to() {
         let args = ["copy", "source.raw", &server.uri(""), "--json"];
         let report = env.vmbackup(&[&args[..], options].concat()).json();
         assert_eq!(report["durable"], flushed, "{options:?}");
-        let asked = Asked::of(&env);
-        let lines: Vec<&str> = asked.log.lines().collect();
+        let asked = asked(&env);
+        let lines: Vec<&str> = asked.0.lines().collect();
         let last = lines.iter().rposition(|line| line.contains(" ...Write id=")).unwrap();
         let after = lines[last..].iter().filter(|line| line.contains(" Flush id=")).count();
-        assert_eq!(after > 0, flushed, "{options:?}: {}", asked.log);
-        assert_eq!(asked.requests("Flush").count(), after, "{options:?}: {}", asked.log);
-        assert!(!asked.log.contains("fua=1"), "{options:?}: {}", asked.log);
+        assert_eq!(after > 0, flushed, "{options:?}: {}", asked.0);
+        assert_eq!(asked.requests("Flush").count(), after, "{options:?}: {}", asked.0);
+        assert!(!asked.0.contains("fua=1"), "{options:?}: {}", asked.0);
         for target in ["new.raw", "new.qcow2"] {
             let args = ["copy", "source.raw", target, "--force", "--json"];
             let report = env.vmbackup(&[&args[..], options].concat()).json();
@@ -173,7 +134,7 @@ fn a_target_that_cannot_flush_is_refused_before_the_first_write_if_it_has_to() {
         assert!(!outcome.stderr.contains("failed after"), "{outcome:?}");
         outcome.fails_with(&[&format!("{uri} cannot be flushed"), "leave out --flush"]);
     }
-    assert_eq!(Asked::of(&env).requests("Write").count(), 0);
+    assert_eq!(asked(&env).requests("Write").count(), 0);
 }
 
 #[test]
@@ -225,7 +186,7 @@ fn a_copy_that_is_verified_reads_its_source_once() {
         let server = slow(&env, &["file", "source.raw"]);
         let report = env.vmbackup(&["copy", &server.uri(""), target, "--verify", "--json"]).json();
         assert_eq!(report["content_root"], env.vmbackup(&["hash", "source.raw"]).text().as_str());
-        let read = Asked::of(&env).bytes("Read");
+        let read = asked(&env).bytes("Read");
         assert!((4 * MIB..=4 * MIB + more).contains(&read), "{target}: {read}");
     }
 }

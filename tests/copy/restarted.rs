@@ -3,7 +3,7 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 
-use crate::support::{Process, TestEnv, wait_until};
+use crate::support::{Process, TestEnv, is_listening, wait_until};
 
 /// Bytes that tell where they are from.
 fn content() -> Vec<u8> {
@@ -17,7 +17,7 @@ fn serve(env: &TestEnv, served: &[&str]) -> Process {
     let mut process = env.spawn_vmbackup(&[&args, served].concat());
     wait_until("the server's socket", 20, || {
         assert!(process.is_running(), "it ended at once");
-        socket.exists()
+        is_listening(&socket)
     });
     process
 }
@@ -35,7 +35,7 @@ fn copy_over_a_restart(env: &TestEnv, ends: &[&str], served: &[&str]) -> String 
     let target = fs::File::create(env.path("target.raw")).unwrap();
     target.set_len(content().len() as u64).unwrap();
     let first = serve(env, served);
-    let slow = ["--rate-limit", "6M", "--request-size", "64k"];
+    let slow = ["--rate-limit", "4M", "--request-size", "64k"];
     let retries = ["--retries", "5", "--retry-delay", "1"];
     let copy = env.spawn_vmbackup(&[&["copy"][..], ends, &slow[..], &retries].concat());
     wait_until("the middle of the copy", 60, || written_bytes(&target) > 4 << 20);

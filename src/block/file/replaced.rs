@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{CWD, Mode, OFlags, XattrFlags, fremovexattr, fsetxattr, getxattr, openat};
 use rustix::io::Errno;
-use rustix::process::{getegid, geteuid, getgroups};
+use rustix::process::geteuid;
 
 use super::parent;
 use crate::error::{Error, Kind, Result};
@@ -58,23 +58,24 @@ pub fn followed(path: &Path) -> Result<PathBuf> {
 pub fn take_over(old: &Path, new: &File) -> Result<()> {
     let Some(was) = Old::open(old)? else { return Ok(()) };
     if !was.is_trusted() {
-        tracing::warn!(
-            path = %old.display(),
-            "owner and mode are not kept: others make files in its directory"
-        );
+        let rights = |data: &Metadata| (data.uid(), data.gid(), data.mode() & 0o777);
+        if new.metadata().is_ok_and(|now| rights(&now) != rights(&was.data)) {
+            tracing::warn!(
+                path = %old.display(),
+                "owner and mode are not kept: others make files in its directory"
+            );
+        }
         return Ok(());
     }
     was.give(new).map_err(|e| not_kept(old, e))
 }
 
-/// Fails where [`take_over`] would, as far as that can be seen without a new file.
+/// Fails where [`take_over`] would: tries it with a file that has no name and is gone at once. Where no
+/// file can be made, whoever makes the new one says so.
 pub fn check_take_over(old: &Path) -> Result<()> {
-    match Old::open(old)? {
-        Some(was) if was.is_trusted() && !was.is_ours() => {
-            Err(not_kept(old, ErrorKind::PermissionDenied.into()))
-        }
-        _ => Ok(()),
-    }
+    let Some(was) = Old::open(old)?.filter(Old::is_trusted) else { return Ok(()) };
+    let Ok(new) = tempfile::tempfile_in(parent(old)) else { return Ok(()) };
+    was.give(&new).map_err(|e| not_kept(old, e))
 }
 
 fn not_kept(old: &Path, error: io::Error) -> Error {
@@ -121,16 +122,6 @@ impl Old {
             0o020 => owner == us || owner == 0 || owner == self.directory.uid(),
             _ => false,
         }
-    }
-
-    /// Whether we may give a new file its owner and group (chown(2)).
-    fn is_ours(&self) -> bool {
-        let (us, group) = (geteuid(), self.data.gid());
-        let is_of_directory = self.directory.mode() & 0o2000 != 0 && self.directory.gid() == group;
-        let groups = || getgroups().unwrap_or_default().into_iter().chain([getegid()]);
-        us.is_root()
-            || us.as_raw() == self.data.uid()
-                && (is_of_directory || groups().any(|of| of.as_raw() == group))
     }
 
     fn give(&self, new: &File) -> io::Result<()> {

@@ -21,9 +21,9 @@ const STATES_MAX: usize = 10_000;
 /// in an option, others more.
 const NAMES_BYTES_MAX: usize = 48 << 10;
 
-/// Most contexts that one connection is asked for: what a client has of each of them at a time is
-/// theirs together, and a walk gets on only as far as the shortest answer.
-const NAMES_MAX: usize = 16;
+/// Most contexts that one connection is asked for: what QEMU tells of each in one answer at most
+/// (131072 extents, `NBD_MAX_BLOCK_STATUS_EXTENTS` in nbd/server.c) is what a client takes of all.
+const NAMES_MAX: usize = 8;
 
 /// What to map.
 #[derive(Clone, Debug)]
