@@ -3,8 +3,9 @@
 use std::ffi::OsStr;
 use std::path::Path;
 
-use super::info::{BitmapInfo, Layer};
+use super::info::{BitmapInfo, Layer, layers};
 use super::lock::ImageLock;
+use super::node;
 use super::tool::qemu_img;
 use crate::error::{Error, Kind, Result};
 use crate::vm::{FullReason, PointId, Uuid};
@@ -78,10 +79,15 @@ async fn change(action: &str, image: &Path, format: &str, name: &str) -> Result<
     let verb = action.trim_start_matches('-');
     let what = format!("{verb} bitmap {name} in {}", image.display());
     // qemu-img's own locks do not reach every user of a device.
-    ImageLock::probe_to_write(image)?;
-    let args = ["bitmap", action, "-f", format].map(OsStr::new);
-    let mut args: Vec<&OsStr> = args.into();
-    args.extend([image.as_os_str(), OsStr::new(name)]);
+    let layers = layers(image, format).await?;
+    layers.iter().take(1).flat_map(Layer::files).try_for_each(ImageLock::probe_to_write)?;
+    let node = node::options(&layers);
+    let mut args: Vec<&OsStr> = ["bitmap", action].map(OsStr::new).into();
+    match &node {
+        Some(node) => args.extend([OsStr::new("--image-opts"), node]),
+        None => args.extend(["-f".as_ref(), format.as_ref(), image.as_os_str()]),
+    }
+    args.push(OsStr::new(name));
     qemu_img(args, &what).await.map(|_| ())
 }
 

@@ -8,6 +8,8 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use tokio::sync::Mutex;
 
+use super::info::Layer;
+use super::node;
 use super::process::{QemuNbd, Serve, ServeMode, connect};
 use crate::block::{BlockSink, BlockSource, Buffer, ByteRange, ExtentMap, Geometry, ZeroMode};
 use crate::error::{Error, Kind, Result};
@@ -32,11 +34,13 @@ pub struct ImageExport {
 }
 
 impl ImageExport {
-    /// Serves the image read-only, read as `options` say; ranges that their bitmap calls clean are
-    /// Unchanged.
-    pub(super) async fn read(path: &Path, format: &str, options: ClientOptions) -> Result<Self> {
+    /// Serves the image of these layers read-only, read as `options` say; ranges that their bitmap
+    /// calls clean are Unchanged.
+    pub(super) async fn read(layers: &[Layer], options: ClientOptions) -> Result<Self> {
         let bitmaps: Vec<_> = options.changes.iter().cloned().collect();
-        let serve = Serve { path, format, open: None, mode: ServeMode::Read, bitmaps: &bitmaps };
+        let Layer { path, format, .. } = layers.first().expect("an image has a layer");
+        let (mode, bitmaps, node) = (ServeMode::Read, &bitmaps[..], node::options(layers));
+        let serve = Serve { path, format, open: None, node, mode, bitmaps };
         Self::start(serve, options).await
     }
 
@@ -52,7 +56,7 @@ impl ImageExport {
             Compression::Clusters => ServeMode::WriteCompressed,
         };
         let place = Place::of(path, open.as_ref())?;
-        let serve = Serve { path, format, open, mode, bitmaps: &[] };
+        let serve = Serve { path, format, open, node: None, mode, bitmaps: &[] };
         Ok(Self { place: Some(place), ..Self::start(serve, options).await? })
     }
 

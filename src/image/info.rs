@@ -2,7 +2,8 @@
 //!
 //! Formats are given, never probed: a guest can write a header into its raw disk that names host
 //! files. For the same reason a backing file must come with its format, all the way down, and
-//! headers that name other places (data files, network protocols) are refused.
+//! headers that name other places (network protocols) are refused. A data file has no format; it is
+//! followed where it is a file of this host: its name is in a header, which no guest writes.
 
 use std::ffi::OsStr;
 use std::os::unix::fs::MetadataExt;
@@ -60,8 +61,17 @@ pub struct Layer {
     pub path: PathBuf,
     /// Format, given by the user or by the layer above.
     pub format: String,
+    /// Absolute path of the file its data is in, where the header names another one.
+    pub data_file: Option<PathBuf>,
     /// What it says; a raw layer says only its size.
     pub info: ImageInfo,
+}
+
+impl Layer {
+    /// Its files, the image first.
+    pub fn files(&self) -> impl Iterator<Item = &Path> {
+        std::iter::once(self.path.as_path()).chain(self.data_file.as_deref())
+    }
 }
 
 /// The layers of the image at `path` in `format`, each one checked. Changes nothing.
@@ -73,9 +83,14 @@ pub async fn layers(path: &Path, format: &str) -> Result<Vec<Layer>> {
             let message = format!("the backing chain of {} has no end", layers[0].path.display());
             return Err(Error::new(Kind::Unsupported, message));
         }
-        let info = inspect(&path, &format).await?;
+        let mut info = inspect(&path, &format).await?;
         next = below(&path, &info)?;
-        layers.push(Layer { path, format, info });
+        let data_file = data_file(&path, &info)?;
+        if let Some(file) = &data_file {
+            let data_bytes = allocated(file);
+            info.allocated_bytes = info.allocated_bytes.zip(data_bytes).map(|(a, b)| a + b);
+        }
+        layers.push(Layer { path, format, data_file, info });
     }
     Ok(layers)
 }
@@ -106,13 +121,33 @@ fn inspect_raw(path: &Path) -> Result<ImageInfo> {
     Ok(ImageInfo {
         // Disks are made of sectors: QEMU rounds up (block/file-posix.c).
         size_bytes: size_bytes.next_multiple_of(SECTOR_BYTES),
-        allocated_bytes: path.metadata().ok().map(|data| data.blocks() * SECTOR_BYTES),
+        allocated_bytes: allocated(path),
         bitmaps: None,
         backing: None,
         encrypted: false,
         corrupt: false,
         data_file: None,
     })
+}
+
+fn allocated(path: &Path) -> Option<u64> {
+    path.metadata().ok().map(|data| data.blocks() * SECTOR_BYTES)
+}
+
+/// The file the data of the image is in, if that is another one. Its name begins in the directory of
+/// the image, as libvirt takes it.
+fn data_file(path: &Path, info: &ImageInfo) -> Result<Option<PathBuf>> {
+    let Some(name) = &info.data_file else { return Ok(None) };
+    // As long as there is a colon before the first slash, QEMU may see a protocol (`json:`, `nbd:`).
+    let is_local = name.starts_with('/') || !(name.is_empty() || name.contains(':'));
+    let directory = path.parent().filter(|_| is_local);
+    let Some(directory) = directory else {
+        let path = path.display();
+        let message = format!("{path} keeps its data in {name}, which is not a local file");
+        return Err(Error::new(Kind::Unsupported, message)
+            .hint("start the VM and back it up while it runs"));
+    };
+    Ok(Some(directory.join(name)))
 }
 
 /// The layer below, if there is one that may be followed.
@@ -129,13 +164,6 @@ fn below(path: &Path, info: &ImageInfo) -> Result<Option<(PathBuf, String)>> {
     }
     if info.corrupt {
         return refuse(Kind::Corrupt, "is marked corrupt", "look at it with qemu-img check");
-    }
-    if info.data_file.is_some() {
-        return refuse(
-            Kind::Unsupported,
-            "keeps its data in another file",
-            "start the VM and back it up while it runs",
-        );
     }
     let Some(backing) = &info.backing else { return Ok(None) };
     let Some(format) = &backing.format else {

@@ -18,6 +18,7 @@ mod identity;
 mod info;
 mod lock;
 mod new;
+mod node;
 mod padded;
 mod private;
 mod process;
@@ -59,12 +60,13 @@ impl LockedImage {
     pub async fn acquire(path: &Path, format: &str) -> Result<Self> {
         // Looked at before the lock to know what to lock, and again under it.
         let before = layers(path, format).await?;
-        let locks = before.iter().map(|layer| ImageLock::acquire(&layer.path));
+        let locks = before.iter().flat_map(Layer::files).map(ImageLock::acquire);
         let locks = locks.collect::<Result<Vec<_>>>()?;
         let layers = layers(path, format).await?;
-        let chain = |layers: &[Layer]| -> Vec<_> {
-            layers.iter().map(|layer| (layer.path.clone(), layer.format.clone())).collect()
+        let name = |Layer { path, format, data_file, .. }: &Layer| {
+            (path.clone(), format.clone(), data_file.clone())
         };
+        let chain = |layers: &[Layer]| layers.iter().map(name).collect::<Vec<_>>();
         if chain(&before) != chain(&layers) {
             let message = format!("the backing chain of {} is being changed", path.display());
             return Err(Error::new(Kind::Busy, message));
@@ -100,7 +102,7 @@ impl LockedImage {
             }
             return Ok(Arc::new(file));
         }
-        let served = Arc::new(ImageExport::read(&top.path, &top.format, options).await?);
+        let served = Arc::new(ImageExport::read(&self.layers, options).await?);
         self.served = Some(Arc::clone(&served));
         Ok(served)
     }
@@ -155,6 +157,11 @@ pub async fn open_to_overwrite(
 ) -> Result<ImageExport> {
     // Headers that name other places are refused, as for reading.
     let layers = layers(path, format).await?;
+    if layers.iter().any(|layer| layer.data_file.is_some()) {
+        let message = format!("{} keeps its data in another file", path.display());
+        return Err(Error::new(Kind::Unsupported, message)
+            .hint("choose another target: such images are only read"));
+    }
     // The server's own locks do not reach every user of a device.
     ImageLock::probe_to_write(&layers[0].path)?;
     ImageExport::write((&layers[0].path, format, None), Compression::None, options).await

@@ -6,7 +6,7 @@
 use std::ffi::OsString;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 use std::time::Duration;
@@ -14,6 +14,7 @@ use std::time::Duration;
 use tokio::net::UnixStream;
 
 use super::child::{OwnChild, PASSED_FILE, Passed};
+use super::node::doubled;
 use super::private::PrivateDir;
 use super::tool::{failed, missing};
 use crate::error::{Error, Kind, Result};
@@ -38,6 +39,8 @@ pub(super) struct Serve<'a> {
     /// The file itself, for an image in a directory where others may change names.
     pub(super) open: Option<OwnedFd>,
     pub(super) format: &'a str,
+    /// How to open it, where path and format do not say all.
+    pub(super) node: Option<OsString>,
     pub(super) mode: ServeMode,
     /// Bitmaps to offer.
     pub(super) bitmaps: &'a [String],
@@ -155,12 +158,10 @@ fn arguments(serve: &Serve<'_>, socket: &Path) -> Vec<OsString> {
             "driver=compress,file.driver={format},file.discard=unmap,\
              file.file.driver=file,file.file.filename="
         ));
-        // A comma in an option is written twice.
-        let path = path.as_os_str().as_bytes();
-        let doubled: Vec<u8> =
-            path.iter().flat_map(|byte| vec![*byte; 1 + usize::from(*byte == b',')]).collect();
-        node.push(OsString::from_vec(doubled));
+        node.push(OsString::from_vec(doubled(path)));
         arguments.extend(["--image-opts".into(), node]);
+    } else if let Some(node) = &serve.node {
+        arguments.extend(["--image-opts".into(), node.clone()]);
     } else {
         arguments.extend(["--format".into(), serve.format.into(), path.into()]);
     }
@@ -193,7 +194,7 @@ mod tests {
         let image = tempfile::NamedTempFile::new().unwrap();
         image.as_file().set_len(4096).unwrap();
         let (path, mode) = (image.path(), ServeMode::Write);
-        let serve = Serve { path, open: None, format: "raw", mode, bitmaps: &[] };
+        let serve = Serve { path, open: None, format: "raw", node: None, mode, bitmaps: &[] };
         let served = QemuNbd::start(serve).await.unwrap();
         let mode = served.directory.path().metadata().unwrap().permissions().mode();
         assert_eq!(mode & 0o7777, 0o700, "whatever the umask");

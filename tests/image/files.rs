@@ -134,10 +134,18 @@ async fn a_backing_file_without_a_format_is_refused() {
 #[tokio::test(flavor = "multi_thread")]
 async fn images_that_lead_elsewhere_are_refused() {
     let images = Images::new();
-    let create =
-        ["create", "-f", "qcow2", "-o", "data_file=d.raw,data_file_raw=on", "x.qcow2", "1M"];
-    images.run("qemu-img", &create);
-    assert_eq!(refusal(&images, "x.qcow2", "qcow2").await.kind(), Kind::Unsupported);
+    images.data_file("x.qcow2", "d.raw");
+    let image = std::fs::read(images.path("x.qcow2")).unwrap();
+    let at = image.windows(5).position(|name| name == b"d.raw").unwrap();
+    for elsewhere in [b"nbd:x", b"json:", b"a:b/c"] {
+        let mut image = image.clone();
+        image[at..at + 5].copy_from_slice(elsewhere);
+        std::fs::write(images.path("x.qcow2"), image).unwrap();
+        let error = refusal(&images, "x.qcow2", "qcow2").await;
+        assert_eq!(error.kind(), Kind::Unsupported);
+        assert!(error.to_string().contains("not a local file"), "{error:?}");
+        assert!(error.hint_text().unwrap().contains("while it runs"), "{error:?}");
+    }
     let secret = ["--object", "secret,id=s,data=x", "-f", "qcow2"];
     let mut create = vec!["create"];
     create.extend(secret);
@@ -151,6 +159,40 @@ async fn images_that_lead_elsewhere_are_refused() {
         .run("qemu-img", &["create", "-u", "-f", "qcow2", "-b", url, "-F", "raw", "n.qcow2", "1M"]);
     let error = refusal(&images, "n.qcow2", "qcow2").await;
     assert!(error.to_string().contains("not a local file"), "{error:?}");
+}
+
+/// A relative name begins where the image is, whatever directory we were started in.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_data_file_is_locked_read_and_watched_with_its_image() {
+    for absolute in [false, true] {
+        let images = Images::new();
+        let data = images.path("d,1.raw");
+        images.data_file("a.qcow2", if absolute { data.to_str().unwrap() } else { "d,1.raw" });
+        images.qemu_io("a.qcow2", "write -P 5 1M 1M");
+        let mut vm = images.vm("d,1.raw", "raw");
+        assert!(vm.runs());
+        assert_eq!(refusal(&images, "a.qcow2", "qcow2").await.kind(), Kind::Busy);
+        drop(vm);
+        // Below an overlay in another directory, too.
+        std::fs::create_dir(images.path("over")).unwrap();
+        let base = images.path("a.qcow2");
+        let create = ["create", "-f", "qcow2", "-F", "qcow2", "-b", base.to_str().unwrap()];
+        images.run("qemu-img", &[&create[..], &["over/b.qcow2"]].concat());
+        let shown = std::fs::read(&data).unwrap();
+        assert!(shown.len() == LEN && shown[1 << 20..2 << 20].iter().all(|byte| *byte == 5));
+        for name in ["a.qcow2", "over/b.qcow2"] {
+            let mut image = LockedImage::acquire(&images.path(name), "qcow2").await.unwrap();
+            let source = image.source(None).await.unwrap();
+            conformance::source(source.as_ref(), &shown).await;
+            assert!(images.vm("d,1.raw", "raw").refusal().contains("lock"));
+            image.still_valid().await.unwrap();
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            std::fs::write(&data, &shown).unwrap();
+            assert_eq!(image.still_valid().await.unwrap_err().kind(), Kind::SnapshotLost);
+        }
+        std::fs::rename(&data, images.path("gone")).unwrap();
+        assert_eq!(refusal(&images, "a.qcow2", "qcow2").await.kind(), Kind::NotFound);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -94,6 +94,33 @@ async fn full_then_incremental_reads_what_changed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_image_with_a_data_file_keeps_its_chain_in_itself() {
+    let images = Images::new();
+    images.data_file("a.qcow2", "d.raw");
+    images.qemu_io("a.qcow2", "write -P 3 0 3M");
+    let vm = vm(&images, &[("a.qcow2", "qcow2")]);
+    take(&vm, &request(FULL, 1, &[])).await;
+    assert_eq!(images.bitmaps("a.qcow2").len(), 1);
+    images.qemu_io("a.qcow2", "write -P 7 1M 64k");
+    let plan = vm.plan(&request(FULL, 2, KNOWN)).await.unwrap();
+    assert!(plan.disks[0].expected_bytes >= Some(3 << 20), "{plan:?}");
+    let mut snapshot = open(&vm, &request(INCREMENTAL, 2, KNOWN)).await.unwrap();
+    assert_eq!(snapshot.disks()[0].read, ReadMode::Incremental { base: point(1) });
+    let source = snapshot.source(0).await.unwrap();
+    assert_eq!(changed(&source).await, [(1 << 20, 64 << 10, ExtentKind::Data)]);
+    assert_eq!(content(&source).await, std::fs::read(images.path("d.raw")).unwrap());
+    snapshot.still_valid().await.unwrap();
+    snapshot.abort().await.unwrap();
+    take(&vm, &request(INCREMENTAL, 3, KNOWN)).await;
+    let bitmaps = images.bitmaps("a.qcow2");
+    assert!(bitmaps.len() == 1 && bitmaps[0].contains(&point(3).to_string()), "{bitmaps:?}");
+    // A VM that has only the data file keeps a backup out as well.
+    let _running = images.vm("d.raw", "raw");
+    let plan = vm.plan(&request(AUTO, 4, KNOWN)).await.unwrap();
+    assert!(plan.problems.iter().any(|problem| problem.what.contains("d.raw")), "{plan:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_aborted_run_leaves_the_base_as_it_was() {
     let images = with_point_1().await;
     let before = images.bitmaps("a.qcow2");

@@ -44,6 +44,13 @@ impl Images {
         content
     }
 
+    /// A qcow2 image whose data is in a raw file of that name, which may be relative.
+    pub fn data_file(&self, name: &str, data: &str) {
+        let data = data.replace(',', ",,");
+        let options = format!("data_file={data},data_file_raw=on");
+        self.run("qemu-img", &["create", "-f", "qcow2", "-o", &options, name, "4M"]);
+    }
+
     pub fn run(&self, program: &str, args: &[&str]) -> String {
         let output = Command::new(program)
             .args(args)
@@ -78,7 +85,8 @@ impl Images {
     pub fn vm(&self, image: &str, format: &str) -> Vm {
         let qmp = self.path("qmp");
         let _ = std::fs::remove_file(&qmp);
-        let drive = format!("file={},format={format},if=virtio", self.path(image).display());
+        let path = self.path(image).display().to_string().replace(',', ",,");
+        let drive = format!("file={path},format={format},if=virtio");
         let child = Command::new("qemu-system-x86_64")
             .args(["-S", "-nodefaults", "-display", "none", "-machine", "q35,accel=tcg"])
             .args(["-drive", &drive, "-qmp"])

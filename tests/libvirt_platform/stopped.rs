@@ -5,7 +5,7 @@ use vmbackup::error::Kind;
 use vmbackup::platform::{BackupMode, Platform};
 use vmbackup::vm::{Consistency, FullReason, ReadMode};
 
-use crate::bare::{Bare, backup, image, point, qcow2, request, take};
+use crate::bare::{Bare, backup, data_file, image, point, qcow2, request, take};
 use crate::support::TestEnv;
 
 const MIB: u64 = 1 << 20;
@@ -64,6 +64,40 @@ async fn one_chain_goes_through_stop_and_start() {
     let (_, taken) = backup(&bare, &next).await.unwrap();
     assert_eq!(taken[0].changed, [(MIB, 2 * MIB)]);
     assert!(taken[0].bytes[1 << 20..2 << 20].iter().all(|byte| *byte == 0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_chain_of_a_qcow2_with_a_data_file_goes_through_stop_and_start() {
+    let env = TestEnv::new();
+    let disk = data_file(&env, "8M");
+    let bare = Bare::define(&env, "", &disk, "");
+    offline_write(&env, "write -P 1 1M 1M");
+    let (first, _) = backup(&bare, &request(1)).await.unwrap();
+    bare.virsh(&["start", "--paused", &bare.name]).ok();
+    bare.io(0, "write -P 2 2M 64k");
+    let mut next = request(2);
+    next.known_points = vec![first];
+    let (second, taken) = backup(&bare, &next).await.unwrap();
+    assert_eq!(taken[0].read, ReadMode::Incremental { base: point(1) });
+    assert_eq!(taken[0].changed, [(2 * MIB, 2 * MIB + 65536)]);
+    bare.io(0, "write -P 3 3M 64k");
+    bare.virsh(&["destroy", "--graceful", &bare.name]).ok();
+    let mut next = request(3);
+    next.known_points = vec![second];
+    let (_, taken) = backup(&bare, &next).await.unwrap();
+    assert_eq!(taken[0].read, ReadMode::Incremental { base: point(2) });
+    assert_eq!(taken[0].changed, [(3 * MIB, 3 * MIB + 65536)]);
+    assert!(taken[0].bytes == std::fs::read(env.path("vda.raw")).unwrap());
+    assert_eq!(bitmaps(&env), [bare.checkpoint(point(3))]);
+
+    // libvirt would give QEMU the file of the description, whatever the header says.
+    let store = "/><dataStore type='file'><format type='raw'/><source file='/other'/></dataStore>";
+    let store = store.replacen("/>", ">", 1) + "</source>";
+    let elsewhere =
+        Bare::define(&env, "2", &disk.replacen("/><target", &format!("{store}<target"), 1), "");
+    let error = backup(&elsewhere, &request(1)).await.unwrap_err();
+    assert_eq!(error.kind(), Kind::Unsupported);
+    assert!(error.to_string().contains("another data file"), "{error:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -30,11 +30,8 @@ pub(super) async fn plan(images: &Images, request: &SnapshotRequest) -> Result<S
                 continue;
             }
         };
-        problems.extend(
-            layers
-                .iter()
-                .filter_map(|layer| Some(Problem::fatal(&ImageLock::probe(&layer.path).err()?))),
-        );
+        let used = layers.iter().flat_map(Layer::files).filter_map(|f| ImageLock::probe(f).err());
+        problems.extend(used.map(|error| Problem::fatal(&error)));
         let checkpoints = Checkpoints::new(request, identity.uuid, &disk.name)?;
         let read = checkpoints.read_mode(disk, &layers, request);
         let expected_bytes = match read {

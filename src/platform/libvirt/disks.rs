@@ -27,6 +27,8 @@ pub(super) struct Disk {
     /// The active image, when it is a file or block device of the host. Of a volume it is filled
     /// in by whoever can ask for it.
     pub(super) path: Option<PathBuf>,
+    /// The file of its data, where the XML names one beside the active image.
+    pub(super) data_store: Option<String>,
     /// The layers that are volumes of storage pools.
     pub(super) volumes: Vec<VolumeLayer>,
     /// Which layer QEMU shows.
@@ -266,6 +268,8 @@ fn disk(name: &str, kind: &str, element: &Element) -> Disk {
     let mut encrypted = false;
     // Layers below count as well: what is read is decrypted wherever it comes from.
     element.walk(&mut |inner| encrypted |= inner.name == "encryption");
+    let store = element.at(&["source", "dataStore"]);
+    let data_store = store.map(|store| place(store.attr("type").unwrap_or("file"), store).0);
     Disk {
         name: name.to_owned(),
         format,
@@ -275,6 +279,7 @@ fn disk(name: &str, kind: &str, element: &Element) -> Disk {
         layer: if encrypted { DiskLayer::DecryptedLuks } else { DiskLayer::Plain },
         untracked,
         mirrored: element.child("mirror").is_some(),
+        data_store,
     }
 }
 

@@ -15,7 +15,7 @@
 //! Nothing is defined in libvirt: the next run on the running domain redefines the checkpoint from
 //! the point's id, as it does for its own.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -42,6 +42,8 @@ use crate::vm::{
 /// One disk of a stopped domain.
 struct StoppedDisk {
     path: PathBuf,
+    /// It, or its data, is a block device.
+    on_device: bool,
     format: String,
     /// The point its bitmap begins at, or why it is read in full.
     read: Result<PointId, FullReason>,
@@ -163,7 +165,17 @@ async fn look(
             return Err(start_it(&what, name));
         }
         let found = layers(&path, &disk.disk.format).await?;
+        let stored_in = found[0].data_file.as_deref();
+        if disk.disk.data_store.as_ref().is_some_and(|store| stored_in != Some(Path::new(store))) {
+            let name = &domain.name;
+            let what = format!(
+                "the description of domain '{name}' names another data file than {} itself",
+                path.display()
+            );
+            return Err(start_it(&what, name));
+        }
         parts.push(StoppedDisk {
+            on_device: found[0].files().any(image::is_device),
             path,
             format: disk.disk.format.clone(),
             read: base_of(disk, &found, names, request).await,
@@ -212,7 +224,7 @@ impl StoppedSnapshot {
         // Here to change nothing for nothing; what counts is the same question below.
         self.check_base(request)?;
         let name = &self.domain.name;
-        let on_device = self.parts.iter().any(|part| image::is_device(&part.path));
+        let on_device = self.parts.iter().any(|part| part.on_device);
         let text = if on_device {
             format!(
                 "do not start domain '{name}' until this is over: block devices cannot be locked \
