@@ -91,6 +91,7 @@ run_tests() {
 step "format" cargo fmt --all --check
 step "lints" cargo clippy --workspace --all-targets -q -- -D warnings
 step "without libvirt and TLS" cargo clippy --workspace --all-targets --no-default-features -q -- -D warnings
+step "a program without libvirt and TLS" tests/support/without_libvirt.sh
 step "licences and sources" deny
 step "scripts" bash -n tests/setup.sh tests/run.sh tests/support/*.sh \
   tests/support/guest/build.sh examples/*.sh benches/*.sh
