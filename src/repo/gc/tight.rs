@@ -300,7 +300,8 @@ async fn who_begins_between_small_batches_is_heeded_too() {
         match if is_pack { begun.fetch_add(1, Ordering::Relaxed) } else { 0 } {
             // What fitted until then is as much as is tried from now on.
             1 => Some(Fault::Full),
-            4 => {
+            // Before half of it can have moved, however much the attempt that failed had copied.
+            2 => {
                 let run = format!("backup-{}/00000000", "5".repeat(32));
                 store.overwrite(&ObjectName::new(Folder::Runs, &run), Vec::new());
                 // They need it.
