@@ -6,6 +6,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod disturbed;
 mod frozen;
 mod killed;
 mod killed_restore;

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde_json::Value;
 
-use crate::support::{Domain, Guest, Process, TestEnv, assert_same_content, wait_until};
+use crate::support::{Domain, Guest, Outcome, Process, TestEnv, assert_same_content, wait_until};
 
 /// Part of the disk the guest keeps writing to while a backup runs, in KiB.
 const BUSY_KIB: u32 = 60_000;
@@ -19,6 +19,11 @@ pub(crate) struct Taken {
 }
 
 impl Taken {
+    fn of(report: Value, oracles: Vec<PathBuf>) -> Self {
+        let id = report["point"].as_str().expect("a point id").to_owned();
+        Self { id, report, oracles }
+    }
+
     /// How a disk was read: `full` or `incremental`.
     pub(crate) fn mode(&self, disk: usize) -> &str {
         self.report["disks"][disk]["read"]["mode"].as_str().expect("a mode")
@@ -59,6 +64,27 @@ pub(crate) fn take_held(
     })
 }
 
+/// Backs up an instant with a run that waits at a step of its journal until `disturb` is done. Nothing but
+/// that writes to the disks after the instant. How the run ended, and the point if it made one.
+#[track_caller]
+pub(crate) fn take_disturbed(
+    env: &TestEnv,
+    domain: &Domain<'_>,
+    (command, step): (&str, &str),
+    disturb: impl FnOnce(),
+) -> (Outcome, Option<Taken>) {
+    domain.suspend();
+    let oracles = domain.oracles(&unique("disturbed"));
+    let name = domain.name();
+    let backup = env.stopped_at(step, &[command, "--domain", name, "--quiesce", "never", "--json"]);
+    domain.resume();
+    disturb();
+    backup.signal("CONT");
+    let outcome = backup.wait();
+    let report = serde_json::from_str(&outcome.stdout).ok();
+    (outcome, report.map(|report| Taken::of(report, oracles)))
+}
+
 /// The same with a backup that `begin` began in the instant, and what is done to it then.
 #[track_caller]
 fn take_with(
@@ -87,8 +113,7 @@ fn take_with(
         let writes: u64 = guest.run(&format!("quiet {name}")).trim().parse().expect("a number");
         assert!(writes > 0, "the guest did not write to {name} beside the backup");
     }
-    let id = report["point"].as_str().expect("a point id").to_owned();
-    Taken { id, report, oracles }
+    Taken::of(report, oracles)
 }
 
 /// Backs up a domain that is shut off.
@@ -98,8 +123,7 @@ pub(crate) fn take_stopped(env: &TestEnv, domain: &Domain<'_>, command: &[&str])
     let mut args = command.to_vec();
     args.extend(["--domain", domain.name(), "--json"]);
     let report = env.vmbackup(&args).json();
-    let id = report["point"].as_str().expect("a point id").to_owned();
-    Taken { id, report, oracles }
+    Taken::of(report, oracles)
 }
 
 /// Restores a point and requires every disk to equal its oracle, byte for byte and by content root.

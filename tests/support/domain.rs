@@ -194,10 +194,11 @@ impl<'env> Domain<'env> {
         self.virsh(&["destroy", &self.name]).ok();
     }
 
-    /// Ends it from inside, as a user would, and waits until it is off.
+    /// Ends it from inside, as a user would, and waits until it is off. While it is backed up libvirt gives
+    /// the end of its agent 30 s before it takes note of its own.
     pub(crate) fn shut_down(&self, guest: &mut Guest) {
         guest.start("sync; poweroff -f");
-        wait_until("the domain is off", 30, || self.state() == "shut off");
+        wait_until("the domain is off", 100, || self.state() == "shut off");
     }
 
     /// Kills its QEMU without a chance to clean up, as a crash of the host would.

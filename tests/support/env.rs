@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use tempfile::TempDir;
 
 use super::outcome::Outcome;
+use super::own_libvirt::outside_id;
 use super::tools::{Process, wait_until};
 
 /// Where one test lives.
@@ -42,7 +43,8 @@ impl TestEnv {
             fs::create_dir(dir.path().join(sub)).expect("own directory");
         }
         let serial = COUNT.fetch_add(1, Ordering::Relaxed);
-        Self { dir, name: format!("vmbtest-{}-{serial}", std::process::id()) }
+        let id = outside_id().unwrap_or_else(|| std::process::id().to_string());
+        Self { dir, name: format!("vmbtest-{id}-{serial}") }
     }
 
     /// The directory.

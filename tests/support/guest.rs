@@ -47,14 +47,29 @@ impl Guest {
         let stream = wait_for("the guest's serial port", 20, || UnixStream::connect(socket).ok());
         stream.set_read_timeout(Some(Duration::from_secs(1))).expect("own socket");
         let mut guest = Self { stream: BufReader::new(stream), last_id: 0 };
+        guest.wait_until_up();
+        guest
+    }
+
+    /// Reboots it from inside, at once, and waits until it is up again.
+    #[track_caller]
+    pub(crate) fn reboot(&mut self) {
+        self.run("touch /tmp/before");
+        self.start("reboot -f");
+        self.wait_until_up();
+        self.run("test ! -e /tmp/before");
+    }
+
+    #[track_caller]
+    fn wait_until_up(&mut self) {
         let deadline = Instant::now() + Duration::from_secs(180);
         // A guest that was up before we connected has said `@ready` to nobody: ask again.
         loop {
-            guest.send("hello -");
+            self.send("hello -");
             let patience = Instant::now() + Duration::from_secs(2);
-            while let Some(line) = guest.line(patience) {
+            while let Some(line) = self.line(patience) {
                 if line == "@ready" {
-                    return guest;
+                    return;
                 }
             }
             assert!(Instant::now() < deadline, "the guest is not up after 180 s");

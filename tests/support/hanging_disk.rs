@@ -26,6 +26,11 @@ pub(crate) struct HangingDisk {
 const GUARD: &str = "n=0; while [ $n -lt 330 ] && kill -0 $1 2>/dev/null; do sleep 1; n=$((n+1)); \
                      done; fsfreeze -u \"$2\"; umount -l \"$2\"";
 
+/// `EXT4_IOC_SHUTDOWN` of Linux (fs/ext4/ext4.h) with `EXT4_GOING_FLAGS_NOLOGFLUSH`: what is not on the disk
+/// yet does not get there, and every call ends with EIO.
+const PULL_OUT: &str = "import fcntl, os, struct, sys; \
+    fcntl.ioctl(os.open(sys.argv[1], os.O_RDONLY), 0x8004587d, struct.pack('I', 2))";
+
 fn run(program: &str, arguments: &[&str], path: &Path) {
     let status = Command::new(program).args(arguments).arg(path).status();
     assert!(status.expect("it runs").success(), "{program} {arguments:?} {}", path.display());
@@ -69,6 +74,19 @@ impl HangingDisk {
     pub(crate) fn answer(&mut self) {
         run("fsfreeze", &["-u"], &self.mounted);
         self.silent = None;
+    }
+
+    /// Takes it away as a disk that is pulled out: whatever it is asked fails from now on.
+    pub(crate) fn pull_out(&self) {
+        run("python3", &["-c", PULL_OUT], &self.mounted);
+    }
+
+    /// Brings it back, with what it held when it went. Nobody may use it any more: the kernel has one file
+    /// system of a device at a time.
+    pub(crate) fn put_back(&self) {
+        run("umount", &[], &self.mounted);
+        let image = self.mounted.with_extension("img");
+        run("mount", &["-o", "loop", image.to_str().expect("text")], &self.mounted);
     }
 
     /// How many processes ask whether it answers.

@@ -69,7 +69,7 @@ stop() {
   for daemon in libvirtd virtlogd; do
     if grep -qx "$daemon" "$state/started" && pid=$(cat "/run/$daemon.pid" 2>/dev/null); then
       kill "$pid" 2>/dev/null || true
-      for _ in $(seq 50); do kill -0 "$pid" 2>/dev/null || break; sleep 0.1; done
+      for _ in $(seq 300); do kill -0 "$pid" 2>/dev/null || break; sleep 0.1; done
     fi
   done
   rm -f "$state/started"

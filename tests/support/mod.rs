@@ -18,6 +18,7 @@ mod luks;
 mod memory;
 mod nbd_log;
 mod outcome;
+mod own_libvirt;
 mod small_disk;
 mod steps;
 mod tools;
@@ -30,6 +31,7 @@ pub(crate) use listening::is_listening;
 pub(crate) use memory::{peak_mib, with_peak_mib};
 pub(crate) use nbd_log::NbdLog;
 pub(crate) use outcome::Outcome;
+pub(crate) use own_libvirt::OwnLibvirt;
 pub(crate) use small_disk::SmallDisk;
 pub(crate) use steps::{Restored, is_asked_for, steps, write_pattern};
 pub(crate) use tools::{

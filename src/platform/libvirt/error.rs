@@ -5,7 +5,7 @@
 //! choose a hint or between Busy and Unsupported.
 
 use virt::enumutil::Enum;
-use virt::error::{Error as VirtError, ErrorNumber};
+use virt::error::{Error as VirtError, ErrorDomain, ErrorNumber};
 
 use super::connection::remote_host;
 use crate::error::{Error, Kind};
@@ -85,6 +85,15 @@ fn classify(error: &VirtError) -> (Kind, Option<&'static str>) {
         }
         N::NoSource | N::NoConnect | N::NoServer | N::NoClient | N::Rpc | N::Ssh | N::Libssh => {
             (Kind::Connection, None)
+        }
+        // The daemon was restarted, or the way to it was cut; before or while it is asked.
+        N::InternalError | N::SystemError
+            if error.domain() == Enum::Known(ErrorDomain::Rpc)
+                && ["socket is closed", "Broken pipe", "reset by peer", "End of file"]
+                    .iter()
+                    .any(|ended| message.contains(ended)) =>
+        {
+            (Kind::Connection, Some("run it again when libvirt answers"))
         }
         N::OperationTimeout if message.contains("state change lock") => {
             (Kind::Busy, Some("another job runs on the domain; 'virsh domjobinfo DOMAIN' shows it"))

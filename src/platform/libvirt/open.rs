@@ -179,6 +179,19 @@ impl Opening {
         control.set_phase("taking the snapshot");
         let Instant { taken, quiescence, job_disks } =
             self.take_instant((&server, events), control).await?;
+        let mut described = self.describe().await;
+        // Between the beginning of the job and its watch nobody else notices a daemon that restarts.
+        if described.is_err() && !self.domain.host.is_alive() {
+            self.domain = self.domain.revived().await?;
+            described = self.describe().await;
+        }
+        let (artifacts, not_captured) = described?;
+        Ok(Opened { taken, quiescence, artifacts, not_captured, job_disks, server })
+    }
+
+    /// What the point holds beside the disks, which must still be those that were looked at. Changes
+    /// nothing.
+    async fn describe(&self) -> Result<(Vec<Artifact>, Vec<crate::vm::NotCaptured>)> {
         let Description { raw, set, .. } = Description::read(&self.domain, &self.request).await?;
         // What was found out about the bases was found out about these images.
         set.check_continues(&self.survey.set, &self.domain.name)?;
@@ -190,7 +203,7 @@ impl Opening {
             let kind = ArtifactKind::CheckpointXml;
             artifacts.push(Artifact { kind, origin: None, bytes: xml.into_bytes() });
         }
-        Ok(Opened { taken, quiescence, artifacts, not_captured, job_disks, server })
+        Ok((artifacts, not_captured))
     }
 
     /// Fails unless scratch takes writes and has room, as far as that can be told from here. Before
