@@ -93,24 +93,10 @@ impl ImageExport {
         process.into_inner().ended_well().await.map_err(|e| Place::explain(place.as_ref(), e))
     }
 
-    /// Zeroes that take space. What QEMU does for NO_HOLE does not where nothing is allocated yet: QCOW2
-    /// and QED mark the clusters in their tables, Parallels leaves them out (QEMU 10.0,
-    /// `qcow2_subcluster_zeroize`, `bdrv_qed_co_pwrite_zeroes`, `parallels_co_pwrite_zeroes`).
-    async fn write_zeroes(&self, range: ByteRange) -> Result<()> {
-        for piece in range.pieces(ZEROES_BYTES) {
-            let len = usize::try_from(piece.len()).expect("a piece fits memory");
-            self.client.write(piece.offset(), Buffer::unbudgeted(vec![0; len])).await?;
-        }
-        Ok(())
-    }
-
     fn explain(&self, error: Error) -> Error {
         Place::explain(self.place.as_ref(), error)
     }
 }
-
-/// Zeroes written at once.
-const ZEROES_BYTES: u64 = 1 << 20;
 
 /// Less free space than this is none: the formats take it in pieces of up to 1 MiB.
 const SPACE_BYTES_MIN: u64 = 1 << 20;
@@ -214,7 +200,10 @@ impl BlockSink for ImageExport {
 
     async fn zero(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
         let done = match mode {
-            ZeroMode::Allocated => self.write_zeroes(range).await,
+            // What QEMU does for NO_HOLE takes no space where nothing is allocated yet: QCOW2 and QED mark
+            // the clusters in their tables, Parallels leaves them out (QEMU 10.0,
+            // `qcow2_subcluster_zeroize`, `bdrv_qed_co_pwrite_zeroes`, `parallels_co_pwrite_zeroes`).
+            ZeroMode::Allocated => self.client.write_literal_zeroes(range).await,
             ZeroMode::Sparse | ZeroMode::FastOnly => self.client.zero(range, mode).await,
         };
         done.map_err(|e| self.explain(e))

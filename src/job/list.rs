@@ -10,7 +10,7 @@ use super::{Repository, points};
 use crate::clock::Timestamp;
 use crate::error::Result;
 use crate::repo::{PointsOf, Summary, SummaryPages};
-use crate::vm::{PointId, Quiescence, Uuid, VmIdentity};
+use crate::vm::{FullReason, PointId, Quiescence, Uuid, VmIdentity};
 
 /// Points by VM, each VM's oldest first.
 pub struct List {
@@ -47,6 +47,8 @@ pub struct Line {
     pub kind: PointKind,
     /// What was achieved around the instant.
     pub quiescence: Quiescence,
+    /// Why disks were read in full, each reason once.
+    pub reasons: Vec<FullReason>,
     /// How many disks it holds.
     pub disks: usize,
     /// Their virtual sizes.
@@ -98,6 +100,7 @@ impl From<Summary> for Line {
             time: point.taken,
             kind: PointKind::of(point.disks, point.incremental),
             quiescence: point.quiescence,
+            reasons: point.reasons,
             disks: point.disks,
             size_bytes: point.size_bytes,
             read_bytes: point.read_bytes,

@@ -259,8 +259,8 @@ impl Client {
         Ok(())
     }
 
-    /// Makes `range` zero by writing zeroes.
-    async fn write_literal_zeroes(&self, range: ByteRange) -> Result<()> {
+    /// Makes `range` zero by writing zeroes, which takes space whatever the server makes of other ways.
+    pub(crate) async fn write_literal_zeroes(&self, range: ByteRange) -> Result<()> {
         for piece in range.pieces(self.geometry.request_bytes_max.min(1 << 20)) {
             let len = usize::try_from(piece.len()).expect("a piece is at most 1 MiB");
             self.write(piece.offset(), Buffer::unbudgeted(vec![0; len])).await?;

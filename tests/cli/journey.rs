@@ -109,7 +109,9 @@ fn list_and_show_tell_the_same_in_text_and_json() {
     assert_eq!((&list["document"], &list["version"]), (&"list".into(), &1.into()));
     assert_eq!(list["points"][0]["id"], point.as_str());
     assert_eq!(list["points"][0]["vm"]["name"], "foo");
+    assert_eq!(list["points"][0]["reasons"], serde_json::json!(["requested"]));
     let text = env.vmbackup(&["list"]).text();
+    assert!(text.contains("read in full") && text.contains("asked for"), "{text}");
     assert!(text.contains(&point[..8]) && text.contains("foo") && text.contains("full"), "{text}");
 
     let show = env.vmbackup(&["show", "foo@latest", "--json"]).json();

@@ -9,17 +9,17 @@ use super::tools::wait_until;
 /// In the environment of a test that has one: the process id that the test has outside.
 const INSIDE: &str = "VMBACKUP_TEST_OWN_LIBVIRT";
 
-const PID_FILE: &str = "/run/libvirt/libvirtd.pid";
-
 /// The daemon. It ends with the namespace of its test.
-pub(crate) struct OwnLibvirt(());
+pub(crate) struct OwnLibvirt {
+    pid_file: &'static str,
+}
 
 impl OwnLibvirt {
     /// Runs the body of a test with one: the test is run once more, alone, in namespaces of its own.
     #[track_caller]
     pub(crate) fn with(test: impl FnOnce(&Self)) {
         if outside_id().is_some() {
-            let libvirt = Self(());
+            let libvirt = Self { pid_file: "/run/libvirt/libvirtd.pid" };
             libvirt.start();
             return test(&libvirt);
         }
@@ -45,7 +45,7 @@ impl OwnLibvirt {
 
     /// Ends it by a signal and waits until it is gone.
     pub(crate) fn end(&self, signal: &str) {
-        let pid = std::fs::read_to_string(PID_FILE).expect("a running daemon has a pid file");
+        let pid = std::fs::read_to_string(self.pid_file).expect("a running daemon has a pid file");
         let status = Command::new("kill").args(["-s", signal, pid.trim()]).status();
         assert!(status.expect("kill runs").success(), "libvirtd is not there");
         let process = Path::new("/proc").join(pid.trim());
@@ -54,7 +54,7 @@ impl OwnLibvirt {
 
     /// Starts it and waits until it answers.
     pub(crate) fn start(&self) {
-        let status = Command::new("/usr/sbin/libvirtd").args(["-d", "-p", PID_FILE]).status();
+        let status = Command::new("/usr/sbin/libvirtd").args(["-d", "-p", self.pid_file]).status();
         assert!(status.expect("libvirtd runs").success(), "libvirtd did not start");
         wait_until("libvirtd answers", 60, || {
             let mut virsh = Command::new("virsh");

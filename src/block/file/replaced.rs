@@ -20,6 +20,8 @@ use crate::error::{Error, Kind, Result};
 /// Links followed, as many as Linux does (`MAXSYMLINKS`).
 const LINKS_MAX: usize = 40;
 
+/// The rights of a mode. Never those of a program, to be somebody else.
+const ALL: u32 = 0o777;
 /// Access rights beyond the mode (acl(5)).
 const ACCESS_LIST: &str = "system.posix_acl_access";
 /// SELinux's label.
@@ -57,7 +59,7 @@ pub fn followed(path: &Path) -> Result<PathBuf> {
 /// written; a log line says where that is not known. `new` is yours alone then.
 pub fn take_over(old: &Path, new: &File) -> Result<()> {
     let Some(was) = Old::open(old)? else { return Ok(()) };
-    if !was.is_trusted() {
+    let Some(kept) = was.kept() else {
         let rights = |data: &Metadata| (data.uid(), data.gid(), data.mode() & 0o777);
         if new.metadata().is_ok_and(|now| rights(&now) != rights(&was.data)) {
             tracing::warn!(
@@ -66,16 +68,17 @@ pub fn take_over(old: &Path, new: &File) -> Result<()> {
             );
         }
         return Ok(());
-    }
-    was.give(new).map_err(|e| not_kept(old, e))
+    };
+    was.give(new, kept).map_err(|e| not_kept(old, e))
 }
 
 /// Fails where [`take_over`] would: tries it with a file that has no name and is gone at once. Where no
 /// file can be made, whoever makes the new one says so.
 pub fn check_take_over(old: &Path) -> Result<()> {
-    let Some(was) = Old::open(old)?.filter(Old::is_trusted) else { return Ok(()) };
+    let Some(was) = Old::open(old)? else { return Ok(()) };
+    let Some(kept) = was.kept() else { return Ok(()) };
     let Ok(new) = tempfile::tempfile_in(parent(old)) else { return Ok(()) };
-    was.give(&new).map_err(|e| not_kept(old, e))
+    was.give(&new, kept).map_err(|e| not_kept(old, e))
 }
 
 fn not_kept(old: &Path, error: io::Error) -> Error {
@@ -113,28 +116,33 @@ impl Old {
         Ok(data.is_file().then_some(Self { file, data, directory }))
     }
 
-    /// Whether it is known who made it: not in a directory in which everybody makes files, and where
-    /// a group does, only if it is of somebody who can do more anyway.
-    fn is_trusted(&self) -> bool {
+    /// The rights that are kept, of [`ALL`], beside the owner: of a file whose maker is known. Nothing in a
+    /// directory in which everybody makes files; where a group does, only of somebody who can do more
+    /// anyway, and of the owner's alone if the group may also give the name to another file of theirs.
+    fn kept(&self) -> Option<u32> {
         let (us, owner) = (geteuid().as_raw(), self.data.uid());
-        match self.directory.mode() & 0o022 {
-            0 => true,
-            0o020 => owner == us || owner == 0 || owner == self.directory.uid(),
-            _ => false,
+        let is_known = owner == us || owner == 0 || owner == self.directory.uid();
+        match self.directory.mode() & 0o1022 {
+            0 | 0o1000 => Some(ALL),
+            0o1020 if is_known => Some(ALL),
+            0o020 if is_known => Some(0o700),
+            _ => None,
         }
     }
 
-    fn give(&self, new: &File) -> io::Result<()> {
+    fn give(&self, new: &File, kept: u32) -> io::Result<()> {
         let (was, now) = (&self.data, new.metadata()?);
         if (was.uid(), was.gid()) != (now.uid(), now.gid()) {
             fchown(new, Some(was.uid()), Some(was.gid()))?;
         }
-        let mode = was.mode() & 0o777;
+        let mode = was.mode() & kept;
         if mode != now.mode() & 0o777 {
             new.set_permissions(Permissions::from_mode(mode))?;
         }
         // After the mode, whose bits of the group are those of its mask.
-        self.attribute(ACCESS_LIST, new)?;
+        if kept == ALL {
+            self.attribute(ACCESS_LIST, new)?;
+        }
         if let Err(error) = self.attribute(LABEL, new) {
             // Whoever enforces labels sets those of images, too (libvirt, when it starts a domain).
             tracing::debug!(%error, "label not kept");
@@ -219,7 +227,8 @@ mod tests {
     fn a_file_where_everybody_makes_files_gives_no_rights_away() {
         assert!(!is_taken_over(0o1777, None));
         assert!(is_taken_over(0o755, None));
-        assert!(is_taken_over(0o2775, None), "our own");
+        assert!(is_taken_over(0o3775, None), "our own");
+        assert!(!is_taken_over(0o2775, None), "another of our own may have got its name");
     }
 
     /// Found in review: a member of the group made a file that everybody reads, and root wrote the
@@ -228,6 +237,7 @@ mod tests {
     fn a_file_that_a_member_of_a_group_made_gives_no_rights_away() {
         if geteuid().is_root() {
             assert!(!is_taken_over(0o2775, Some(65534)));
+            assert!(!is_taken_over(0o3775, Some(65534)));
             assert!(!is_taken_over(0o1777, Some(65534)));
             assert!(is_taken_over(0o755, Some(65534)), "nobody else makes files there");
         }
@@ -246,7 +256,7 @@ mod tests {
         fs::rename(&old, base.path().join("moved")).unwrap();
         fs::write(&old, "").unwrap();
         fs::set_permissions(&old, Permissions::from_mode(0o666)).unwrap();
-        was.give(&new).unwrap();
+        was.give(&new, ALL).unwrap();
         if has_lists.is_ok() {
             let mut value = vec![0; 1024];
             let len = rustix::fs::fgetxattr(&new, ACCESS_LIST, &mut value[..]).unwrap();

@@ -46,7 +46,8 @@ async fn document(mut list: List) -> Result<()> {
 
 /// The same for a person: once to see how wide the columns are, once to print them.
 async fn lines(mut list: List, context: &Context) -> Result<()> {
-    let heads = ["point", "VM", "time", "kind", ">disks", ">size", ">read", ">stored"];
+    let heads =
+        ["point", "VM", "time", "kind", ">disks", ">size", ">read", ">stored", "read in full"];
     let mut columns = Columns::new(&heads);
     let mut is_empty = true;
     let mut names = Names::default();
@@ -58,7 +59,7 @@ async fn lines(mut list: List, context: &Context) -> Result<()> {
         }
     }
     for name in names.told_apart() {
-        let mut row: [String; 8] = Default::default();
+        let mut row: Row = Default::default();
         row[1] = name;
         columns.measure(&row);
     }
@@ -77,7 +78,10 @@ async fn lines(mut list: List, context: &Context) -> Result<()> {
     out.flush()
 }
 
-fn row(point: &Line, vm: String, context: &Context) -> [String; 8] {
+type Row = [String; 9];
+
+fn row(point: &Line, vm: String, context: &Context) -> Row {
+    let reasons: Vec<_> = point.reasons.iter().map(|reason| reason.describe()).collect();
     [
         point.id.short(),
         vm,
@@ -87,5 +91,6 @@ fn row(point: &Line, vm: String, context: &Context) -> [String; 8] {
         ByteSize(point.size_bytes).to_string(),
         ByteSize(point.read_bytes).to_string(),
         ByteSize(point.stored_bytes).to_string(),
+        reasons.join("; "),
     ]
 }

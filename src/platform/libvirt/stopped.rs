@@ -166,11 +166,14 @@ async fn look(
         }
         let found = layers(&path, &disk.disk.format).await?;
         let stored_in = found[0].data_file.as_deref();
-        if disk.disk.data_store.as_ref().is_some_and(|store| stored_in != Some(Path::new(store))) {
-            let name = &domain.name;
+        if let Some(store) = &disk.disk.data_store
+            && stored_in != Some(Path::new(store))
+        {
+            let (name, image) = (&domain.name, path.display());
+            let itself = stored_in.map_or("none".into(), Path::to_string_lossy);
             let what = format!(
-                "the description of domain '{name}' names another data file than {} itself",
-                path.display()
+                "the description of domain '{name}' has the data of {image} in {store}, and the image \
+                 names {itself}"
             );
             return Err(start_it(&what, name));
         }

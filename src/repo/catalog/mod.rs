@@ -32,7 +32,7 @@ use super::seal::random;
 use super::store::{Folder, for_each, from_hex};
 use crate::clock::Timestamp;
 use crate::error::{Error, Kind, Result};
-use crate::vm::{PointId, Quiescence, ReadMode, Uuid, VmIdentity};
+use crate::vm::{FullReason, PointId, Quiescence, ReadMode, Uuid, VmIdentity};
 use segment::{Segment, SegmentWriter};
 
 /// Groups of blocks that are read and decoded at once: a few megabytes.
@@ -64,6 +64,9 @@ pub struct Summary {
     pub disks: usize,
     /// How many of them were read incrementally.
     pub incremental: usize,
+    /// Why the others were read in full, each reason once. None of a point that was listed by a version
+    /// that noted none.
+    pub reasons: Vec<FullReason>,
     /// Their virtual sizes.
     pub size_bytes: u64,
     /// Bytes read from the VM.
@@ -77,6 +80,14 @@ impl Summary {
     pub fn of(manifest: &Manifest) -> Self {
         let disks = &manifest.body.disks;
         let incremental = |mode: &ReadMode| matches!(mode, ReadMode::Incremental { .. });
+        let mut reasons = Vec::new();
+        for disk in disks {
+            if let ReadMode::Full { reason } = disk.read
+                && !reasons.contains(&reason)
+            {
+                reasons.push(reason);
+            }
+        }
         Self {
             vm: Arc::new(manifest.body.vm.clone()),
             point: manifest.point,
@@ -85,6 +96,7 @@ impl Summary {
             quiescence: manifest.body.quiescence.clone(),
             disks: disks.len(),
             incremental: disks.iter().filter(|disk| incremental(&disk.read)).count(),
+            reasons,
             size_bytes: disks.iter().map(|disk| disk.description.size_bytes).sum(),
             read_bytes: disks.iter().map(|disk| disk.read_bytes).sum(),
             stored_bytes: disks.iter().map(|disk| disk.stats.stored_bytes).sum(),

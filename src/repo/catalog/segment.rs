@@ -24,7 +24,7 @@ use crate::error::{Error, Kind, Result};
 use crate::repo::points::PointName;
 use crate::repo::seal::{HEADER_BYTES, Keys, ObjectType, Opener, SealError, Sealer};
 use crate::repo::store::{Folder, ObjectName, ObjectStore, ObjectWriter, ReadRange, hex};
-use crate::vm::{PointId, Quiescence, Uuid, VmIdentity};
+use crate::vm::{FullReason, PointId, Quiescence, Uuid, VmIdentity};
 
 /// Summaries per block.
 const BLOCK_POINTS: usize = 256;
@@ -68,6 +68,8 @@ struct Entry {
     quiescence: Quiescence,
     disks: usize,
     incremental: usize,
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    reasons: Vec<FullReason>,
     size_bytes: u64,
     read_bytes: u64,
     stored_bytes: u64,
@@ -177,7 +179,7 @@ impl SegmentWriter {
 
 impl Entry {
     fn of(summary: Summary, vm: usize) -> Self {
-        let Summary { vm: _, point, sequence, taken, quiescence, .. } = summary;
+        let Summary { vm: _, point, sequence, taken, quiescence, reasons, .. } = summary;
         let Summary { disks, incremental, size_bytes, read_bytes, stored_bytes, .. } = summary;
         Self {
             vm,
@@ -187,6 +189,7 @@ impl Entry {
             quiescence,
             disks,
             incremental,
+            reasons,
             size_bytes,
             read_bytes,
             stored_bytes,
@@ -202,6 +205,7 @@ impl Entry {
             quiescence: self.quiescence,
             disks: self.disks,
             incremental: self.incremental,
+            reasons: self.reasons,
             size_bytes: self.size_bytes,
             read_bytes: self.read_bytes,
             stored_bytes: self.stored_bytes,
