@@ -5,6 +5,7 @@ use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 
+use vmbackup::block::Buffer;
 use vmbackup::control::Control;
 use vmbackup::error::Kind;
 use vmbackup::platform::Platform;
@@ -12,13 +13,13 @@ use vmbackup::platform::libvirt::{Libvirt, LibvirtOptions};
 use vmbackup::vm::ReadMode;
 
 use crate::bare::{Bare, backup, known, point, qcow2, request, take};
-use crate::support::{Process, TestEnv, wait_until};
+use crate::support::{Process, TestEnv, assert_same_content, wait_until};
 
 /// An SSH daemon that lets the test's key in as root.
 struct Ssh {
     port: u16,
     key: PathBuf,
-    _daemon: Process,
+    daemon: Process,
 }
 
 impl Ssh {
@@ -54,13 +55,21 @@ impl Ssh {
         }
         let daemon = Process::spawn(&mut command);
         wait_until("sshd", 20, || std::net::TcpStream::connect(("127.0.0.1", port)).is_ok());
-        Self { port, key: env.path("key"), _daemon: daemon }
+        Self { port, key: env.path("key"), daemon }
+    }
+
+    fn uri(&self) -> String {
+        let (port, key) = (self.port, self.key.display());
+        format!("qemu+ssh://root@127.0.0.1:{port}/system?keyfile={key}&no_verify=1")
     }
 
     fn options(&self, bare: &Bare<'_>) -> LibvirtOptions {
-        let (port, key) = (self.port, self.key.display());
-        let uri = format!("qemu+ssh://root@127.0.0.1:{port}/system?keyfile={key}&no_verify=1");
-        LibvirtOptions { uri: Some(uri), ..bare.options() }
+        LibvirtOptions { uri: Some(self.uri()), ..bare.options() }
+    }
+
+    /// Cuts all that goes through it; it lets in who comes anew.
+    fn cut(&self, env: &TestEnv) {
+        env.run("pkill", &["-KILL", "-P", &self.daemon.id().to_string()]).ok();
     }
 }
 
@@ -119,4 +128,53 @@ async fn a_plaintext_export_is_opened_only_when_asked_for() {
     snapshot.still_valid().await.expect("still valid");
     snapshot.abort().await.expect("aborts");
     assert_eq!(bare.bitmaps(), Vec::<String>::new());
+}
+
+/// At a step of the journal, where nothing is in flight, it is made anew.
+#[test]
+fn a_way_to_a_remote_host_that_is_cut_between_two_steps_costs_nothing() {
+    let env = TestEnv::new();
+    env.init_repo();
+    let ssh = Ssh::start(&env);
+    let bare = Bare::start(&env, &qcow2(&env, 'a', "8M"));
+    bare.io(0, "write -P 6 1M 1M");
+    bare.io(0, "flush");
+    let (uri, oracle) = (ssh.uri(), env.path("oracle.raw"));
+    let image = env.path("vda.qcow2").to_string_lossy().into_owned();
+    env.run("qemu-img", &["convert", "-U", "-O", "raw", &image, &oracle.to_string_lossy()]).ok();
+    for step in ["after:job", "before:manifest", "after:manifest"] {
+        let backup =
+            env.stopped_at(step, &["full", "--domain", &bare.name, "--connect", &uri, "--json"]);
+        ssh.cut(&env);
+        backup.signal("CONT");
+        let report = backup.wait().json();
+        let (id, to) = (report["point"].as_str().expect("a point id"), env.path(step));
+        env.vmbackup(&["restore", id, "--to", &to.to_string_lossy(), "--format", "raw"]).ok();
+        assert_same_content(&env, (&to.join("vda.raw"), "raw"), (&oracle, "raw"));
+        assert!(bare.bitmaps().len() == 1 && bare.bitmaps()[0].contains(id), "{step}");
+        env.assert_nothing_runs(step);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_way_to_a_remote_host_that_is_cut_in_a_read_fails_it_and_leaves_nothing_there() {
+    let env = TestEnv::new();
+    let ssh = Ssh::start(&env);
+    let bare = Bare::start(&env, &qcow2(&env, 'a', "8M"));
+    bare.io(0, "write -P 6 1M 1M");
+    let remote = Libvirt::open(ssh.options(&bare)).await.expect("connects");
+    let mut snapshot = remote.open_snapshot(&request(1), &Control::new()).await.expect("opens");
+    let source = snapshot.source(0).await.expect("opens");
+    let window = || Buffer::unbudgeted(vec![0; 1 << 20]);
+    let read = source.read(1 << 20, window()).await.expect("reads");
+    assert_eq!(read[0], 6);
+    ssh.cut(&env);
+    let error = source.read(1 << 20, window()).await.err().expect("there is no way");
+    assert_eq!(error.kind(), Kind::Connection, "{error}");
+    drop(source);
+    snapshot.abort().await.expect("it is connected anew");
+    assert_eq!(bare.bitmaps(), Vec::<String>::new());
+    assert_eq!(bare.checkpoints(), Vec::<String>::new());
+    let job = bare.virsh(&["domjobinfo", &bare.name]).text();
+    assert!(job.contains("None"), "{job}");
 }
