@@ -16,6 +16,7 @@ mod help;
 mod hints;
 mod journey;
 mod killed;
+mod killed_images;
 mod memory;
 mod preview;
 mod recovery;

@@ -13,7 +13,7 @@ use vmbackup::journal::Phase;
 use crate::rig::{assert_no_trace, disk_name};
 use crate::support::{
     DiskFormat, DiskSpec, Domain, DomainSpec, Guest, TestEnv, assert_same_content, is_asked_for,
-    steps, wait_until,
+    steps, stopped_takes, wait_until,
 };
 
 /// Scratch, socket and export are made by libvirt with the job.
@@ -28,26 +28,6 @@ fn running_takes(phase: Phase) -> bool {
         | Phase::Filter
         | Phase::Bitmap
         | Phase::Process
-        | Phase::Temporary
-        | Phase::Overwrite
-        | Phase::Place
-        | Phase::Define
-        | Phase::Discard => false,
-    }
-}
-
-fn stopped_takes(phase: Phase) -> bool {
-    match phase {
-        Phase::Bitmap | Phase::Process | Phase::Manifest | Phase::Handover => true,
-        Phase::Checkpoint
-        | Phase::Freeze
-        | Phase::Job
-        | Phase::Scratch
-        | Phase::Node
-        | Phase::Pause
-        | Phase::Filter
-        | Phase::Socket
-        | Phase::Export
         | Phase::Temporary
         | Phase::Overwrite
         | Phase::Place

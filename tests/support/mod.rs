@@ -33,7 +33,7 @@ pub(crate) use nbd_log::NbdLog;
 pub(crate) use outcome::Outcome;
 pub(crate) use own_libvirt::OwnLibvirt;
 pub(crate) use small_disk::SmallDisk;
-pub(crate) use steps::{Restored, is_asked_for, steps, write_pattern};
+pub(crate) use steps::{Restored, is_asked_for, steps, stopped_takes, write_pattern};
 pub(crate) use tools::{
     NbdServer, Process, assert_same_content, virtual_size, wait_for, wait_until,
 };

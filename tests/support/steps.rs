@@ -13,6 +13,27 @@ pub(crate) fn steps(takes: impl Fn(Phase) -> bool) -> Vec<String> {
     phases.flat_map(|phase| [format!("before:{phase}"), format!("after:{phase}")]).collect()
 }
 
+/// Whether a backup of a stopped VM takes this step.
+pub(crate) fn stopped_takes(phase: Phase) -> bool {
+    match phase {
+        Phase::Bitmap | Phase::Process | Phase::Manifest | Phase::Handover => true,
+        Phase::Checkpoint
+        | Phase::Freeze
+        | Phase::Job
+        | Phase::Scratch
+        | Phase::Node
+        | Phase::Pause
+        | Phase::Filter
+        | Phase::Socket
+        | Phase::Export
+        | Phase::Temporary
+        | Phase::Overwrite
+        | Phase::Place
+        | Phase::Define
+        | Phase::Discard => false,
+    }
+}
+
 /// Whether after the step at this place of [`steps`] somebody asks for the recovery, and not the next run
 /// does it by itself. Of each step it is the one before and the other after it, and the other way round for
 /// the next step, so that neither kind of moment is left to one of the two.
