@@ -169,7 +169,7 @@ async fn a_way_to_a_remote_host_that_is_cut_in_a_read_fails_it_and_leaves_nothin
     let read = source.read(1 << 20, window()).await.expect("reads");
     assert_eq!(read[0], 6);
     ssh.cut(&env);
-    let error = source.read(1 << 20, window()).await.err().expect("there is no way");
+    let error = source.read(1 << 20, window()).await.expect_err("there is no way");
     assert_eq!(error.kind(), Kind::Connection, "{error}");
     drop(source);
     snapshot.abort().await.expect("it is connected anew");
