@@ -23,6 +23,7 @@ use tokio::sync::Mutex;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
+use super::Problem;
 use crate::error::{Error, Kind, Result};
 
 /// How often free space is looked at: a disk written at 1 GB/s fills the reserve in a second.
@@ -124,6 +125,19 @@ pub(super) async fn check_aside(directory: &Path, limit: Duration) -> Result<()>
 pub(super) async fn space_of(directory: &Path) -> Result<Space> {
     let at = directory.to_owned();
     aside(directory, ANSWER, move || Space::of(&at)).await?
+}
+
+/// What speaks against scratch on a network file system: it holds up the guest with the network (magic
+/// numbers of `linux/magic.h`: NFS, SMB2, CIFS, Ceph).
+pub(super) async fn on_network(directory: &Path) -> Option<Problem> {
+    const REMOTE: [i64; 4] = [0x6969, 0xfe53_4d42, 0xff53_4d42, 0x00c3_6400];
+    let at = directory.to_owned();
+    let stat = aside(directory, ANSWER, move || rustix::fs::statfs(&at)).await.ok()?.ok()?;
+    REMOTE.contains(&stat.f_type).then(|| Problem {
+        fatal: None,
+        what: format!("scratch directory {} is on a network file system", directory.display()),
+        fix: "name a local one with --scratch-dir: a stalled network would stall the guest".into(),
+    })
 }
 
 /// Does what may hang with the file system of `directory`; fails with [`Kind::Timeout`] if it takes

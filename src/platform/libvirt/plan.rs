@@ -9,12 +9,12 @@ use std::path::Path;
 use super::checkpoint::{Bases, Checkpoints, Delete, SizedDisk, read_mode};
 use super::connection::DomainHandle;
 use super::lock::DomainLock;
-use super::scratch::{Places, is_remote};
+use super::scratch::Places;
 use super::survey::Survey;
 use super::{LibvirtOptions, artifacts, job, open, quiesce, stopped};
 use crate::error::{Kind, Result};
 use crate::image::bitmap::BitmapNames;
-use crate::platform::space::{ANSWER, aside, no_room, space_of};
+use crate::platform::space::{no_room, on_network, space_of};
 use crate::platform::{
     BackupMode, PlannedDisk, Problem, Quiesce, ScratchPlan, SnapshotPlan, SnapshotRequest,
 };
@@ -213,15 +213,7 @@ async fn look_at(directory: &Path, problems: &mut Vec<Problem>) -> Option<u64> {
     if space.is_low() {
         problems.push(Problem::fatal(&no_room(directory)));
     }
-    let asked = directory.to_owned();
-    if let Ok(true) = aside(directory, ANSWER, move || is_remote(&asked)).await {
-        problems.push(Problem {
-            fatal: None,
-            what: format!("scratch directory {} is on a network file system", directory.display()),
-            fix: "name a local one with --scratch-dir: a stalled network would stall the guest"
-                .into(),
-        });
-    }
+    problems.extend(on_network(directory).await);
     Some(space.free_bytes)
 }
 

@@ -66,10 +66,3 @@ pub(super) fn owner(directory: &Path) -> Option<String> {
     });
     Some(name.unwrap_or(uid))
 }
-
-/// Whether a directory is on a network file system, where scratch stalls the guest with the
-/// network (magic numbers of `linux/magic.h`: NFS, SMB2, CIFS, Ceph).
-pub(super) fn is_remote(directory: &Path) -> bool {
-    const REMOTE: [i64; 4] = [0x6969, 0xfe53_4d42, 0xff53_4d42, 0x00c3_6400];
-    rustix::fs::statfs(directory).is_ok_and(|stat| REMOTE.contains(&stat.f_type))
-}

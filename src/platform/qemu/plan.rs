@@ -8,7 +8,7 @@ use super::names::Temp;
 use super::snapshot::definition;
 use super::{Qemu, checkpoint, filter, scratch_base, work_dir};
 use crate::error::{Kind, Result};
-use crate::platform::space::{Space, no_room};
+use crate::platform::space::{Space, no_room, on_network};
 use crate::platform::{PlannedDisk, Problem, Quiesce, ScratchPlan, SnapshotPlan, SnapshotRequest};
 
 /// Plans; fails only where there is nothing to plan.
@@ -42,6 +42,9 @@ pub(super) async fn plan(qemu: &Qemu, request: &SnapshotRequest) -> Result<Snaps
     let space = work_dir::space_of(&directory).await;
     let bytes_max = survey.disks.protected.iter().map(Disk::size_bytes).sum();
     problems.extend(narrow(&directory, &space, bytes_max));
+    if !request.guest_first {
+        problems.extend(on_network(&directory).await);
+    }
     let bytes_free = space.ok().map(|space| space.free_bytes);
     let scratch = ScratchPlan { directory, bytes_max, bytes_free };
     let disks = survey.disks.protected.iter().zip(&survey.bases).map(|(disk, base)| PlannedDisk {
