@@ -29,10 +29,13 @@ use super::points::Bases;
 use super::restore::reconcile as restore;
 use super::source::{self, SourceSpec};
 use super::{Env, Repository, Surroundings};
+use crate::control::NoticeLevel;
 use crate::error::{Error, Kind, Result};
 use crate::image::sweep_sockets;
 use crate::journal::{Abandoned, Journal, Place, Recovery};
-use crate::platform::{Asked, BackupMode, Platform, Quiesce, RecoverRequest, SnapshotRequest};
+use crate::platform::{
+    Asked, BackupMode, Platform, Quiesce, RecoverRequest, SnapshotRequest, tell,
+};
 use crate::vm::{PointId, Uuid, VmIdentity};
 use way::{Hosts, are_gone, is_gone, way_to};
 
@@ -131,6 +134,32 @@ impl Begun {
         vms.extend(self.restores);
         Ok(Report { dry_run: self.mode == Mode::Look, repository_asked: repository.is_some(), vms })
     }
+}
+
+/// Recovers what killed backups left on a VM whose place a restore is about to take. Told, and in no way
+/// of the restore.
+pub(super) async fn before_restore(
+    vm: &VmIdentity,
+    repository: &Repository,
+    surroundings: Surroundings<'_>,
+) -> Result<()> {
+    let patience = Patience::new(Wait::No);
+    let job = Recover::new(Mode::Undo, &patience, surroundings);
+    let mut vms = Vec::new();
+    let found = job.by_journal(vm.uuid, &vm.name, Turn::Last).await;
+    for Looked { report, next } in job.settle(found, Some(repository), &mut vms).await? {
+        if let Next::Gone(last) = next {
+            vms.push(job.gone(report, last).await?);
+        }
+    }
+    for VmReport { items, problem, .. } in vms {
+        tell(items, surroundings.1);
+        if let Some(problem) = problem {
+            let text = format!("what killed backups left stays: {problem}");
+            surroundings.1.notice(NoticeLevel::Warning, text);
+        }
+    }
+    Ok(())
 }
 
 /// Recovers a VM that is reached already.

@@ -42,7 +42,7 @@ use crate::block::BlockSource;
 use crate::clock::{Clock, Timestamp};
 use crate::control::{Control, NoticeLevel};
 use crate::error::{Error, Kind, Result};
-use crate::journal::{Action, Item, Mode, Recovery};
+use crate::journal::{Action, Item, Mode};
 use crate::vm::{
     Artifact, DiskDescription, ExcludedDisk, NotCaptured, PointId, Quiescence, ReadMode, VmIdentity,
 };
@@ -185,8 +185,8 @@ pub enum Asked {
 }
 
 /// Tells the person who watches what a reconciliation did.
-pub(crate) fn tell(recovery: Recovery, control: &Control) {
-    for Item { action, what } in recovery.into_items() {
+pub(crate) fn tell(items: Vec<Item>, control: &Control) {
+    for Item { action, what } in items {
         let (level, text) = match action {
             Action::Undone => {
                 (NoticeLevel::Info, format!("undone, an earlier run had left it: {what}"))

@@ -117,3 +117,23 @@ fn a_domain_that_was_started_after_a_killed_restore_keeps_what_it_runs_from() {
     assert!(backup.stderr.contains("puts it back"), "{backup:?}");
     assert_eq!(domain.state(), "running");
 }
+
+#[test]
+fn a_restore_over_a_domain_clears_away_what_a_killed_backup_left_of_it() {
+    let env = TestEnv::new();
+    env.init_repo();
+    let (domain, mut guest) = Domain::boot(&env, &DomainSpec::with_disks(&[DiskFormat::Qcow2]));
+    domain.wait_for_agent();
+    guest.run("fill vda 0 2 && sync");
+    let report = env.vmbackup(&["full", "--domain", domain.name(), "--json"]).json();
+    let point = report["point"].as_str().expect("a point id").to_owned();
+    let backup = env.stopped_at("before:manifest", &["incremental", "--domain", domain.name()]);
+    backup.signal("KILL");
+    backup.wait();
+    domain.destroy();
+    let restored = env.vmbackup(&["restore", &point, "--define", "--force"]).ok();
+    assert!(restored.stderr.contains("undone, an earlier run had left it"), "{restored:?}");
+    assert_eq!(domain.checkpoints(), Vec::<String>::new());
+    assert_eq!(env.vmbackup(&["recover"]).ok().stdout, "nothing is left to undo\n");
+    env.assert_nothing_runs("restore");
+}

@@ -40,7 +40,7 @@ use std::sync::Arc;
 use serde::Serialize;
 
 use super::lock::{VmLock, Wait};
-use super::{Repository, Surroundings, points};
+use super::{Repository, Surroundings, points, recover};
 use crate::block::file::Existing;
 use crate::control::{Control, NoticeLevel};
 use crate::copy;
@@ -182,6 +182,9 @@ async fn restore(
     let started = env.clock.now();
     let manifest = points::manifest(repository, &request.point, env).await?;
     let chosen = points::choose_disks(&manifest, &request.disks)?;
+    if request.define.as_ref().is_some_and(|define| define.as_name.is_none()) {
+        recover::before_restore(&manifest.body.vm, repository, surroundings).await?;
+    }
     // Nobody backs up or restores it meanwhile.
     let lock =
         VmLock::acquire_after(request.wait, &env.state_dir, &manifest.body.vm, "restore", control);

@@ -43,7 +43,7 @@ pub(in crate::job) enum Lock {
 pub(in crate::job) async fn before_run(vm: &VmIdentity, lock: Lock, env: &Env, control: &Control) {
     let mut recovery = Recovery::new(Mode::Undo);
     let result = of_vm(vm.uuid, lock, (env, control), &mut recovery).await;
-    tell(recovery, control);
+    tell(recovery.into_items(), control);
     if let Err(error) = result {
         let text = format!("what killed restores left stays: {}", with_causes(&error));
         control.notice(crate::control::NoticeLevel::Warning, text);

@@ -54,7 +54,7 @@ pub(super) async fn open(
     let mut lock = DomainLock::take(options, domain.uuid, &domain.name)?;
     let mut recovery = Recovery::new(Mode::Undo);
     let frost = reconcile::processes(domain, &mut lock, request, &mut recovery).await;
-    tell(recovery, control);
+    tell(recovery.into_items(), control);
     let frost = frost?;
     let survey = Survey::take(domain, request).await?;
     survey.set.check(&domain.name, request.repository_has_key)?;
@@ -153,7 +153,7 @@ impl Opening {
     async fn run(&mut self, control: &Control) -> Result<Opened> {
         let mut recovery = Recovery::new(Mode::Undo);
         let reconciled = self.reconcile(&mut recovery).await;
-        tell(recovery, control);
+        tell(recovery.into_items(), control);
         reconciled?;
         control.check()?;
         control.set_phase("finding what changed since when");

@@ -42,7 +42,7 @@ pub(super) async fn open(
     let wanted =
         RecoverRequest { snapshot: request.clone(), repository: Asked::Yes, mode: Mode::Undo };
     let reconciled = reconcile::reconcile(qemu, &mut journal, &wanted, &mut recovery).await;
-    tell(recovery, control);
+    tell(recovery.into_items(), control);
     reconciled?;
     reconcile::check_readable(&journal, &qemu.identity.name)?;
     let migration = qemu.check_state().await?;

@@ -49,7 +49,7 @@ pub(super) async fn open(
     let wanted =
         RecoverRequest { snapshot: request.clone(), repository: Asked::Yes, mode: Mode::Undo };
     let reconciled = platform.reconcile(&mut journal, &wanted, &mut recovery).await;
-    tell(recovery, control);
+    tell(recovery.into_items(), control);
     reconciled?;
     let line = platform.line.clone();
     let disks = line.ask("guest: survey", |guest| checkpoint::survey(guest, request)).await?;
