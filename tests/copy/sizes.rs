@@ -3,7 +3,7 @@
 
 use std::fs::{self, File};
 
-use crate::support::{NbdServer, Outcome, TestEnv, virtual_size};
+use crate::support::{NbdLog, NbdServer, Outcome, TestEnv, virtual_size};
 
 const BYTES: usize = 1_000_001;
 const IN_SECTORS: usize = 1_000_448;
@@ -155,31 +155,41 @@ fn the_last_block_of_an_export_is_filled_with_zeroes_and_what_is_behind_it_stays
     }
 }
 
-/// Large enough for trials whether clearing is fast, and cleared to the end of the block.
+/// One for which trials tell whether clearing is fast, and one that is cleared at once, to the end of the
+/// block.
 #[test]
 fn an_export_with_blocks_is_cleared_in_advance_for_a_disk_of_odd_size() {
     let env = TestEnv::new();
-    let mut expected = vec![0; (20 << 20) + 1];
-    expected[8 << 20..9 << 20].fill(7);
-    fs::write(env.path("large.raw"), &expected).unwrap();
-    env.vmbackup(&["copy", "large.raw", "sparse.raw"]).ok();
-    let filters = ["--filter=noextents", "--filter=log"];
-    let server = NbdServer::nbdkit(
-        &env,
-        &[
-            &["--filter=blocksize-policy"][..],
-            &filters,
-            &["memory", "24M", "blocksize-error-policy=error", "logfile=log"],
-            &["blocksize-minimum=512", "blocksize-preferred=4096", "blocksize-maximum=1M"],
-        ]
-        .concat(),
-    );
-    env.vmbackup(&["copy", "sparse.raw", &server.uri(""), "--verify"]).ok();
-    let log = fs::read_to_string(env.path("log")).unwrap();
-    assert!(log.contains("fast=1"), "cleared: {log}");
-    expected.resize(24 << 20, 0);
-    env.run("nbdcopy", &[&server.uri(""), "out"]).ok();
-    assert!(fs::read(env.path("out")).unwrap() == expected);
+    for (disk, export, first) in
+        [((20 << 20) + 1, 24 << 20, "0x100000"), ((12 << 20) + 1, 16 << 20, "0xc00200")]
+    {
+        let mut expected = vec![0; disk];
+        expected[8 << 20..9 << 20].fill(7);
+        fs::write(env.path("large.raw"), &expected).unwrap();
+        env.vmbackup(&["copy", "large.raw", "sparse.raw", "--force"]).ok();
+        let _ = fs::remove_file(env.path("log"));
+        let filters = ["--filter=noextents", "--filter=log"];
+        let data = format!("data=0xaa*{export}");
+        let server = NbdServer::nbdkit(
+            &env,
+            &[
+                &["--filter=blocksize-policy"][..],
+                &filters,
+                &["data", &data, "blocksize-error-policy=error", "logfile=log"],
+                &["blocksize-minimum=512", "blocksize-preferred=4096", "blocksize-maximum=1M"],
+            ]
+            .concat(),
+        );
+        env.vmbackup(&["copy", "sparse.raw", &server.uri(""), "--verify"]).ok();
+        let log = NbdLog::of(&env.path("log"));
+        let cleared = format!("offset=0x0 count={first} trim=1 fua=0 fast=1");
+        let cleared = log.requests("Zero").filter(|line| line.contains(&cleared)).count();
+        assert_eq!(cleared, 1, "{}", log.0);
+        expected.resize(disk.next_multiple_of(512), 0);
+        expected.resize(export, 0xaa);
+        env.run("nbdcopy", &[&server.uri(""), "out"]).ok();
+        assert!(fs::read(env.path("out")).unwrap() == expected, "{export}");
+    }
 }
 
 #[test]
