@@ -1,7 +1,6 @@
 //! Commands that are stopped with Ctrl-C.
 
 use std::fs;
-use std::time::{Duration, Instant};
 
 use crate::support::TestEnv;
 
@@ -19,13 +18,7 @@ fn ctrl_c_ends_a_restore_at_once_and_leaves_nothing_in_its_directory() {
     for (to, names) in [("fresh", &[][..]), ("there", &["a.raw"])] {
         let restore = ["restore", &point, "--to", to, "--force"];
         let run = env.stopped_at("after:temporary", &restore);
-        run.signal("INT");
-        let since = Instant::now();
-        run.signal("CONT");
-        let stopped = run.wait();
-        let took = since.elapsed();
-        assert_eq!(stopped.code, Some(130), "{stopped:?}");
-        assert!(took < Duration::from_secs(10), "{took:?}: {stopped:?}");
+        run.ends_by_ctrl_c(10);
         let left = fs::read_dir(env.path(to)).into_iter().flatten();
         let left: Vec<_> = left.map(|entry| entry.unwrap().file_name()).collect();
         assert_eq!(left, names, "{to}");

@@ -96,13 +96,29 @@ impl Process {
         output.stderr = std::mem::take(&mut self.said);
         Outcome::from_output(self.command.clone(), &output)
     }
+
+    /// Sends Ctrl-C to one that has stopped itself at a step; requires that it ends for that within `seconds`.
+    #[track_caller]
+    pub(crate) fn ends_by_ctrl_c(self, seconds: u64) {
+        self.signal("INT");
+        let since = Instant::now();
+        self.signal("CONT");
+        let stopped = self.wait();
+        let took = since.elapsed();
+        assert_eq!(stopped.code, Some(130), "{stopped:?}");
+        assert!(took < Duration::from_secs(seconds), "{took:?}: {stopped:?}");
+    }
 }
 
 impl Drop for Process {
     fn drop(&mut self) {
         if let Some(mut child) = self.child.take() {
             let _ = child.kill();
-            let _ = child.wait();
+            // One that waits for a disk that hangs ends when that answers: perhaps it is dropped next.
+            let deadline = Instant::now() + Duration::from_secs(5);
+            while matches!(child.try_wait(), Ok(None)) && Instant::now() < deadline {
+                std::thread::sleep(Duration::from_millis(5));
+            }
         }
     }
 }
