@@ -16,25 +16,37 @@ uri=qemu:///system
 
 answers() { timeout 10 virsh -q -c "$uri" uri >/dev/null 2>&1; }
 
-# Domains and storage pools of test processes that were killed before they could clean up (a run that hung, say).
+# Whether a daemon runs, answering or not. One that was killed leaves its number behind, which another
+# process may have by now.
+runs() { # DAEMON
+  [ "$(cat "/proc/$(cat "/run/$1.pid" 2>/dev/null)/comm" 2>/dev/null)" = "$1" ]
+}
+
+# Whether a name is that of something of a test process that is gone.
+is_left() { [[ $1 =~ ^vmbtest-([0-9]+)- && ! -d /proc/${BASH_REMATCH[1]} ]]; }
+
+# What test processes left that were killed before they could clean up (a run that hung, say).
 sweep() {
-  local name pid
-  for name in $(virsh -q -c "$uri" list --all --name); do
-    pid=${name#vmbtest-}
-    pid=${pid%%-*}
-    if [[ $name == vmbtest-* && $pid =~ ^[0-9]+$ && ! -d /proc/$pid ]]; then
-      virsh -q -c "$uri" destroy "$name" >/dev/null 2>&1 || true
-      virsh -q -c "$uri" undefine --checkpoints-metadata --managed-save --nvram "$name" \
+  local uuid name
+  for uuid in $(virsh -q -c "$uri" list --all --uuid); do
+    # A test whose domain needs another name says its own in the title.
+    for name in $(virsh -q -c "$uri" domname "$uuid" 2>/dev/null) \
+      $(virsh -q -c "$uri" desc --title "$uuid" 2>/dev/null); do
+      is_left "$name" || continue
+      virsh -q -c "$uri" destroy "$uuid" >/dev/null 2>&1 || true
+      virsh -q -c "$uri" undefine --checkpoints-metadata --managed-save --nvram "$uuid" \
         >/dev/null 2>&1 || true
-    fi
+      break
+    done
   done
   for name in $(virsh -q -c "$uri" pool-list --all --name); do
-    pid=${name#vmbtest-}
-    pid=${pid%%-*}
-    if [[ $name == vmbtest-* && $pid =~ ^[0-9]+$ && ! -d /proc/$pid ]]; then
-      virsh -q -c "$uri" pool-destroy "$name" >/dev/null 2>&1 || true
-      virsh -q -c "$uri" pool-undefine "$name" >/dev/null 2>&1 || true
-    fi
+    is_left "$name" || continue
+    virsh -q -c "$uri" pool-destroy "$name" >/dev/null 2>&1 || true
+    virsh -q -c "$uri" pool-undefine "$name" >/dev/null 2>&1 || true
+  done
+  for name in /sys/fs/cgroup/{,unified/,systemd/}vmbtest-*; do
+    is_left "${name##*/}" || continue
+    rmdir "$name" 2>/dev/null || true
   done
 }
 
@@ -42,14 +54,15 @@ start() {
   mkdir -p "$state"
   (
     flock 8
+    local daemon end=$((SECONDS + 60))
     if answers; then exit 0; fi
-    local daemon
+    # One that is ending answers nobody any more.
+    while runs libvirtd && [ "$SECONDS" -lt "$end" ]; do
+      sleep 0.2
+      if answers; then exit 0; fi
+    done
     for daemon in virtlogd libvirtd; do
-      # A daemon that was killed leaves its number behind, which another process may have by now.
-      if [ -e "/run/$daemon.pid" ] \
-        && [ "$(cat "/proc/$(cat "/run/$daemon.pid")/comm" 2>/dev/null)" = "$daemon" ]; then
-        continue
-      fi
+      if runs "$daemon"; then continue; fi
       "$daemon" -d 8>&- 9>&-
       echo "$daemon" >>"$state/started"
     done
@@ -57,22 +70,26 @@ start() {
       if answers; then exit 0; fi
       sleep 0.2
     done
-    echo "libvirtd was started but $uri does not answer" >&2
+    echo "libvirtd runs but $uri does not answer" >&2
     exit 1
   ) 8>"$state/start.lock"
 }
 
 stop() {
   [ -e "$state/started" ] || return 0
-  if [ -n "$(virsh -q -c "$uri" list --name 2>/dev/null)" ]; then return 0; fi
-  local daemon pid
-  for daemon in libvirtd virtlogd; do
-    if grep -qx "$daemon" "$state/started" && pid=$(cat "/run/$daemon.pid" 2>/dev/null); then
-      kill "$pid" 2>/dev/null || true
-      for _ in $(seq 300); do kill -0 "$pid" 2>/dev/null || break; sleep 0.1; done
-    fi
-  done
-  rm -f "$state/started"
+  (
+    # Who starts it meanwhile does so when both have ended.
+    flock 8
+    if [ -n "$(virsh -q -c "$uri" list --name 2>/dev/null)" ]; then exit 0; fi
+    local daemon
+    for daemon in libvirtd virtlogd; do
+      if grep -qx "$daemon" "$state/started" && runs "$daemon"; then
+        kill "$(cat "/run/$daemon.pid")" 2>/dev/null || true
+        for _ in $(seq 300); do runs "$daemon" || break; sleep 0.1; done
+      fi
+    done
+    rm -f "$state/started"
+  ) 8>"$state/start.lock"
 }
 
 case ${1:-} in
