@@ -76,14 +76,19 @@ fn error(described: &Described) -> (Kind, String) {
 
 const THREE: [(&str, &str); 3] = [("a", "the first"), ("b", ""), ("c", "the third")];
 
-#[tokio::test]
-async fn an_export_that_is_refused_is_told_of_among_the_others() {
-    let (server, _) = server(|option, times| match option {
+/// [`THREE`], of which the second gets this answer.
+fn second_gets(answer: Vec<u8>) -> (Scripted, Arc<AtomicUsize>) {
+    server(move |option, times| match option {
         option::LIST => Some(listed(&THREE)),
-        option::INFO if times == 1 => Some(option_reply(option, reply::UNKNOWN, b"gone")),
+        option::INFO if times == 1 => Some(answer.clone()),
         option::INFO => Some(told()),
         _ => None,
-    });
+    })
+}
+
+#[tokio::test]
+async fn an_export_that_is_refused_is_told_of_among_the_others() {
+    let (server, _) = second_gets(option_reply(option::INFO, reply::UNKNOWN, b"gone"));
     let exports = look(&server, Which::All).await;
     let names: Vec<_> = exports.iter().map(|e| (&*e.listed.name, &*e.listed.description)).collect();
     assert_eq!(names, THREE);
@@ -93,14 +98,9 @@ async fn an_export_that_is_refused_is_told_of_among_the_others() {
     assert!(text.contains("'b'") && text.contains("gone"), "{text}");
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn an_export_that_hangs_has_its_own_time_and_a_session_that_is_out_of_step_is_left() {
-    let (server, sessions) = server(|option, times| match option {
-        option::LIST => Some(listed(&THREE)),
-        option::INFO if times == 1 => Some(Vec::new()),
-        option::INFO => Some(told()),
-        _ => None,
-    });
+    let (server, sessions) = second_gets(Vec::new());
     let exports = look(&server, Which::All).await;
     assert!(exports[0].told.is_ok() && exports[2].told.is_ok(), "{exports:?}");
     assert_eq!(error(&exports[1]).0, Kind::Timeout);
@@ -108,7 +108,7 @@ async fn an_export_that_hangs_has_its_own_time_and_a_session_that_is_out_of_step
 }
 
 /// Found in review: each of its exports took the time of a handshake.
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn a_server_that_is_gone_after_its_list_is_waited_for_once() {
     let gone = AtomicBool::new(false);
     let (server, sessions) = server(move |option, _| match option {
@@ -125,7 +125,7 @@ async fn a_server_that_is_gone_after_its_list_is_waited_for_once() {
 }
 
 /// Found in review: a thousand exports were 1000 times 30 s.
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn a_server_that_is_silent_about_three_exports_is_asked_about_no_more() {
     let (server, sessions) = server(|option, times| match option {
         option::LIST => Some(listed(&[("x", ""); 30])),
@@ -145,12 +145,7 @@ async fn a_server_that_is_silent_about_three_exports_is_asked_about_no_more() {
 /// Found in review: a server that takes one client was gone after the first it refused.
 #[tokio::test]
 async fn a_session_in_which_an_export_was_refused_goes_on() {
-    let (server, sessions) = server(|option, times| match option {
-        option::LIST => Some(listed(&THREE)),
-        option::INFO if times == 1 => Some(option_reply(option, reply::POLICY, b"not for you")),
-        option::INFO => Some(told()),
-        _ => None,
-    });
+    let (server, sessions) = second_gets(option_reply(option::INFO, reply::POLICY, b"not for you"));
     let exports = look(&server, Which::AllWithoutContexts).await;
     assert_eq!(error(&exports[1]).0, Kind::Permission);
     assert!(exports[0].told.is_ok() && exports[2].told.is_ok(), "{exports:?}");
