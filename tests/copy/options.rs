@@ -75,15 +75,20 @@ fn a_benchmark_has_as_many_connections_and_requests_as_was_said() {
     let env = TestEnv::new();
     for (mode, connections) in [("plugin", 3), ("disable", 1)] {
         let mode = format!("multi-conn-mode={mode}");
-        let server = slow(&env, &["--filter=multi-conn", "memory", "4M", &mode]);
-        let args = ["nbd", "bench", &server.uri(""), "--time", "1", "--request-size", "4k"];
-        let how = ["--connections", "3", "--requests", "4", "--json"];
-        let report = env.vmbackup(&[&args[..], &how].concat()).json();
-        assert_eq!(report["connections"], connections, "{report}");
-        assert_eq!(report["in_flight"], 4 * connections, "{report}");
-        let asked = asked(&env);
-        assert_eq!(asked.connections(), connections, "{mode}");
-        assert_eq!(asked.open("Read"), (4, 4 * connections), "{mode}");
+        let reached = (0..3).any(|_| {
+            let server = slow(&env, &["--filter=multi-conn", "memory", "4M", &mode]);
+            let args = ["nbd", "bench", &server.uri(""), "--time", "1", "--request-size", "4k"];
+            let how = ["--connections", "3", "--requests", "4", "--json"];
+            let report = env.vmbackup(&[&args[..], &how].concat()).json();
+            assert_eq!(report["connections"], connections, "{report}");
+            assert_eq!(report["in_flight"], 4 * connections, "{report}");
+            let asked = asked(&env);
+            assert_eq!(asked.connections(), connections, "{mode}");
+            let open = asked.open("Read");
+            assert!(open.0 <= 4 && open.1 <= 4 * connections, "{mode}: {open:?}");
+            open.1 == 4 * connections
+        });
+        assert!(reached, "{mode}: never all at once");
     }
 }
 

@@ -35,7 +35,7 @@ fn copy_over_a_restart(env: &TestEnv, ends: &[&str], served: &[&str]) -> String 
     let target = fs::File::create(env.path("target.raw")).unwrap();
     target.set_len(content().len() as u64).unwrap();
     let first = serve(env, served);
-    let slow = ["--rate-limit", "4M", "--request-size", "64k"];
+    let slow = ["--rate-limit", "2M", "--request-size", "64k"];
     let retries = ["--retries", "5", "--retry-delay", "1"];
     let copy = env.spawn_vmbackup(&[&["copy"][..], ends, &slow[..], &retries].concat());
     wait_until("the middle of the copy", 60, || written_bytes(&target) > 4 << 20);
