@@ -41,7 +41,9 @@ fn a_restore_over_a_domain_can_be_killed_at_any_step() {
     let point = report["point"].as_str().expect("a point id").to_owned();
     let new = domain.oracles("new");
     let restore = ["restore", &point, "--define", "--force"];
-    for (at, step) in steps(|phase| Restored::Domain.takes(phase)).iter().enumerate() {
+    let steps = steps(|phase| Restored::Domain.takes(phase));
+    assert!(steps.iter().any(|step| step == AFTER_PLACE), "{steps:?}");
+    for (at, step) in steps.iter().enumerate() {
         // What is there differs from the point, and from what the latest base holds.
         describe(&env, &domain, "old");
         if step == AFTER_PLACE {

@@ -18,7 +18,8 @@ fn forget_and_gc_beside_a_running_backup_cost_no_point() {
         env.vmbackup(&["forget", &second.id]).ok();
         for _ in 0..3 {
             let report = env.vmbackup(&["gc", "--json"]).json();
-            assert_ne!(report["waiting_for"], serde_json::json!([]), "{report}");
+            let waits = report["waiting_for"].as_array().is_some_and(|runs| !runs.is_empty());
+            assert!(waits, "{report}");
         }
     });
     let bytes = |what: &str| third.report["disks"][0][what].as_u64().expect("a number");

@@ -6,7 +6,7 @@ use vmbackup::nbd::{Client, ClientOptions, NbdUri, Origin, Timeouts, Which, desc
 
 use crate::peers::{Peer, Program, Tls, Transport, Version};
 use crate::pki::{KEY, Pki, Revoked};
-use crate::support::is_listening;
+use crate::support::{NbdServer, TestEnv};
 
 /// All versions and programs must refuse alike.
 const PEERS: [(Program, Version); 4] = [
@@ -158,20 +158,11 @@ async fn cve_2019_14842_a_server_without_tls_is_refused() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_oldstyle_server_is_refused_where_tls_is_required() {
-    let dir = tempfile::tempdir().unwrap();
-    let socket = dir.path().join("s");
-    let mut server = std::process::Command::new("nbdkit")
-        .args(["-f", "--exit-with-parent", "-o", "-U", socket.to_str().unwrap(), "null", "1M"])
-        .spawn()
-        .unwrap();
-    while !is_listening(&socket) {
-        std::thread::sleep(std::time::Duration::from_millis(10));
-    }
-    let text = format!("nbds+unix:///?socket={}&tls-hostname=x", socket.display());
+    let env = TestEnv::new();
+    let server = NbdServer::nbdkit(&env, &["-o", "null", "1M"]);
+    let text = format!("nbds+unix:///?socket={}&tls-hostname=x", server.socket().display());
     let uri = NbdUri::parse(&text, Origin::CommandLine).unwrap();
     let result = Client::open_uri(&uri, ClientOptions::default()).await.map(|_| ());
-    let _ = server.kill();
-    let _ = server.wait();
     assert_eq!(result.unwrap_err().kind(), Kind::Unsupported);
 }
 

@@ -8,7 +8,8 @@ dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
 # The next build replaces it.
 cp "${CARGO_TARGET_DIR:-target}/debug/vmbackup" "$dir/vmbackup"
-if ldd "$dir/vmbackup" | grep -E 'libvirt|libssl'; then
+linked=$(ldd "$dir/vmbackup")
+if grep -E 'libvirt|libssl' <<<"$linked"; then
   echo "it is linked with what it was built without" >&2
   exit 1
 fi
