@@ -35,6 +35,12 @@ async fn mostly_garbage(bed: &Bed) -> (Repository, Vec<(StoredDisk, Vec<u8>)>) {
     (repository, kept)
 }
 
+async fn assert_all_hold(repository: &Repository, kept: &[(StoredDisk, Vec<u8>)]) {
+    for (stored, contents) in kept {
+        assert_holds(repository, stored, contents).await;
+    }
+}
+
 async fn collect_small(repository: &Repository, control: &Control) -> CollectReport {
     let options = CollectOptions { pack_bytes: 2 * MIB, ..CollectOptions::default() };
     repository.collect(options, control).await.unwrap()
@@ -106,19 +112,15 @@ async fn a_collection_converges_with_room_for_a_few_packs_and_less() {
         assert!(report.bytes_repacked >= ALL_THAT_MOVES, "{report:?}");
         assert_eq!((report.packs_waiting, bed.count(Folder::Condemned)), (0, 0));
         let fresh = bed.open().await;
-        for (stored, contents) in &kept {
-            assert_holds(&fresh, stored, contents).await;
-        }
+        assert_all_hold(&fresh, &kept).await;
         bed.pass(MINUTE);
         let again = collect_small(&repository, &Control::new()).await;
         assert_eq!((again.packs_deleted, again.bytes_repacked), (0, 0), "{again:?}");
     }
     // A round begins with what there is room for, not with more each time. How many packs are open when
     // the room ends is a matter of time: now and then it is two more.
-    assert!(
-        begun[2..].iter().any(|packs| *packs <= usize::from(PAIRS) + 3),
-        "{begun:?} packs begun"
-    );
+    begun[2..].sort_unstable();
+    assert!(begun[3] <= usize::from(PAIRS) + 3, "{begun:?} packs begun");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -142,9 +144,7 @@ async fn a_collection_that_has_to_wait_gives_back_the_room_it_tried_to_use() {
     bed.pass(MINUTE);
     let report = collect_small(&repository, &control).await;
     assert!(bed.store.used_bytes() < before / 2, "{report:?}");
-    for (stored, contents) in &kept {
-        assert_holds(&repository, stored, contents).await;
-    }
+    assert_all_hold(&repository, &kept).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -160,9 +160,7 @@ async fn a_collection_without_room_to_move_anything_frees_what_is_dead_and_says_
     assert_eq!(report.bytes_repacked, 0, "{report:?}");
     let said = said(&control, NoticeLevel::Warning);
     assert!(said.contains("no room in memory") && said.contains("make a little room"), "{said}");
-    for (stored, contents) in &kept {
-        assert_holds(&repository, stored, contents).await;
-    }
+    assert_all_hold(&repository, &kept).await;
 }
 
 /// The collector wrote into the last byte beside a backup, which failed for want of it, only to
@@ -189,9 +187,7 @@ async fn beside_others_nothing_is_moved_unless_much_more_room_stays_for_them() {
     let report = collect_small(&repository, &Control::new()).await;
     assert!(report.bytes_repacked >= ALL_THAT_MOVES, "{report:?}");
     run.abort().await.unwrap();
-    for (stored, contents) in &kept {
-        assert_holds(&repository, stored, contents).await;
-    }
+    assert_all_hold(&repository, &kept).await;
 }
 
 /// What was moved stayed in packs that no index named, too young to be deleted by the collection
@@ -217,9 +213,7 @@ async fn what_was_moved_is_taken_back_when_others_take_the_room_for_its_index() 
     assert_eq!(unindexed(&bed).await, 0, "{report:?}");
     let after = bed.store.used_bytes();
     assert!(after < least + 64 * 1024, "{after}, not {least}");
-    for (stored, contents) in &kept {
-        assert_holds(&repository, stored, contents).await;
-    }
+    assert_all_hold(&repository, &kept).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -240,9 +234,7 @@ async fn what_a_round_without_repacking_freed_is_used_to_repack_again() {
     // What others may know of stays.
     assert!(unindexed(&bed).await > 0, "{report:?}");
     assert!(report.bytes_repacked >= ALL_THAT_MOVES, "{report:?}");
-    for (stored, contents) in &kept {
-        assert_holds(&repository, stored, contents).await;
-    }
+    assert_all_hold(&repository, &kept).await;
 }
 
 /// Chunks `numbers` of a disk; each takes little, because it is nearly empty.
@@ -279,9 +271,7 @@ async fn who_begins_while_something_moves_keeps_the_room_that_is_left() {
     assert!(moved.contains(&report.bytes_repacked), "{report:?}");
     let said = said(&control, NoticeLevel::Warning);
     assert!(said.contains("once the runs that are at work are over"), "{said}");
-    for (stored, contents) in &kept {
-        assert_holds(&repository, stored, contents).await;
-    }
+    assert_all_hold(&repository, &kept).await;
     // It is over.
     bed.store.clear_fault_hook();
     bed.pass(crate::repo::run::LEASE + MINUTE);
@@ -316,9 +306,7 @@ async fn who_begins_between_small_batches_is_heeded_too() {
     assert!((MIB..ALL_THAT_MOVES).contains(&report.bytes_repacked), "{report:?}");
     let said = said(&control, NoticeLevel::Warning);
     assert!(said.contains("once the runs that are at work are over"), "{said}");
-    for (stored, contents) in &kept {
-        assert_holds(&repository, stored, contents).await;
-    }
+    assert_all_hold(&repository, &kept).await;
 }
 
 /// The question took room while all there was was held: the round ended there, and all began anew.
@@ -339,9 +327,7 @@ async fn others_are_asked_for_where_all_room_is_held() {
     // All in the first round.
     assert!(report.bytes_repacked >= ALL_THAT_MOVES, "{report:?}");
     assert_eq!(said(&control, NoticeLevel::Info), "", "{report:?}");
-    for (stored, contents) in &kept {
-        assert_holds(&repository, stored, contents).await;
-    }
+    assert_all_hold(&repository, &kept).await;
 }
 
 /// The trees that have to move are larger than the room; what is left of a data pack is not, and
@@ -403,7 +389,5 @@ async fn a_collection_that_fails_for_want_of_room_removes_what_needs_none_to_go(
     assert!(segments > 10 && bed.count(Folder::Index) < 4, "{segments}");
     assert!(bed.count(Folder::Runs) < runs / 4, "{runs}");
     bed.store.clear_fault_hook();
-    for (stored, contents) in &kept[1..] {
-        assert_holds(&repository, stored, contents).await;
-    }
+    assert_all_hold(&repository, &kept[1..]).await;
 }
