@@ -29,6 +29,13 @@ async fn next_of(image: &str, machine: &mut Machine, points: &mut Points) -> Vec
     reads.into_iter().map(|read| read.mode).collect()
 }
 
+/// From here on disk-a, on this image, is as any other: a write is in an incremental.
+async fn goes_on(image: &str, machine: &mut Machine, points: &mut Points) {
+    machine.guest("disk-a", "write -P 5 1M 64k").await;
+    let modes = next_of(image, machine, points).await;
+    assert!(modes.iter().all(|mode| matches!(mode, ReadMode::Incremental { .. })), "{modes:?}");
+}
+
 async fn begun() -> (Machine, Points, ReadMode) {
     let mut machine = Machine::start().await;
     let mut points = Points::default();
@@ -60,8 +67,7 @@ async fn a_crash_makes_the_bitmap_inconsistent_and_the_disk_is_read_in_full() {
     let modes = next(&mut machine, &mut points).await;
     assert_eq!(modes, [full(FullReason::BitmapInconsistent), full(FullReason::BitmapMissing)]);
     // The broken one is gone, the new one works.
-    let modes = next(&mut machine, &mut points).await;
-    assert!(modes.iter().all(|mode| matches!(mode, ReadMode::Incremental { .. })));
+    goes_on("a.qcow2", &mut machine, &mut points).await;
 }
 
 #[tokio::test]
@@ -74,10 +80,7 @@ async fn a_resized_disk_is_read_in_full() {
         machine.guest("disk-a", write).await;
         let modes = next(&mut machine, &mut points).await;
         assert_eq!(modes, [full(FullReason::Resized), incremental]);
-        // From here on it is as any other.
-        machine.guest("disk-a", "write -P 5 1M 64k").await;
-        let modes = next(&mut machine, &mut points).await;
-        assert!(modes.iter().all(|mode| matches!(mode, ReadMode::Incremental { .. })));
+        goes_on("a.qcow2", &mut machine, &mut points).await;
     }
 }
 
@@ -147,9 +150,7 @@ async fn an_overlay_that_is_committed_again_is_part_of_the_incremental() {
     assert_eq!(machine.tops().await, ["a", "b"]);
     let modes = next(&mut machine, &mut points).await;
     assert_eq!(modes, [incremental.clone(), incremental]);
-    machine.guest("disk-a", "write -P 8 9M 64k").await;
-    let modes = next(&mut machine, &mut points).await;
-    assert!(modes.iter().all(|mode| matches!(mode, ReadMode::Incremental { .. })));
+    goes_on("a.qcow2", &mut machine, &mut points).await;
 }
 
 /// The overlay holds everything now, and no bitmap; the image below is out of the chain.
@@ -163,9 +164,7 @@ async fn an_overlay_that_everything_is_pulled_into_is_read_in_full() {
     assert_eq!(machine.tops().await, ["overlay", "b"]);
     let modes = next_of("overlay.qcow2", &mut machine, &mut points).await;
     assert_eq!(modes, [full(FullReason::BitmapNotInChain), incremental]);
-    machine.guest("disk-a", "write -P 8 9M 64k").await;
-    let modes = next_of("overlay.qcow2", &mut machine, &mut points).await;
-    assert!(modes.iter().all(|mode| matches!(mode, ReadMode::Incremental { .. })), "{modes:?}");
+    goes_on("overlay.qcow2", &mut machine, &mut points).await;
 }
 
 /// A copy has the content and no bitmap, also when the image it was made of is closed.
@@ -188,9 +187,7 @@ async fn a_disk_that_is_mirrored_to_another_image_is_read_in_full() {
         }
         let modes = next_of("copy.qcow2", &mut machine, &mut points).await;
         assert_eq!(modes, [full(reason), incremental]);
-        machine.guest("disk-a", "write -P 8 9M 64k").await;
-        let modes = next_of("copy.qcow2", &mut machine, &mut points).await;
-        assert!(modes.iter().all(|mode| matches!(mode, ReadMode::Incremental { .. })), "{modes:?}");
+        goes_on("copy.qcow2", &mut machine, &mut points).await;
     }
 }
 
