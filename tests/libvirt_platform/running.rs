@@ -7,16 +7,29 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use vmbackup::clock::{Clock, SystemClock};
 use vmbackup::control::Control;
 use vmbackup::error::Kind;
-use vmbackup::platform::{BackupMode, Platform, Quiesce};
+use vmbackup::platform::{BackupMode, KnownPoint, Platform, Quiesce};
 use vmbackup::vm::{ArtifactKind, Consistency, FullReason, ReadMode};
 
-use crate::bare::{Bare, backup, data_file, image, known, point, qcow2, request, take};
+use crate::bare::{Bare, Taken, backup, data_file, image, known, point, qcow2, request, take};
 use crate::support::{Outcome, TestEnv};
 
 const MIB: u64 = 1 << 20;
 
 fn full(reason: FullReason) -> ReadMode {
     ReadMode::Full { reason }
+}
+
+/// Writes, zeroes and requires that an incremental sees these two ranges; what it saw.
+async fn next_sees_what_is_written(bare: &Bare<'_>, first: KnownPoint) -> Vec<Taken> {
+    bare.io(0, "write -P 0xbb 2M 64k");
+    bare.io(0, "write -z 3M 1M");
+    let mut next = request(2);
+    next.known_points = vec![first];
+    next.mode = BackupMode::Incremental;
+    let (_, taken) = backup(bare, &next).await.expect("a backup");
+    assert_eq!(taken[0].read, ReadMode::Incremental { base: point(1) });
+    assert_eq!(taken[0].changed, [(2 * MIB, 2 * MIB + 65536), (3 * MIB, 4 * MIB)]);
+    taken
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -28,14 +41,7 @@ async fn an_incremental_sees_exactly_what_was_written_since_its_base() {
     assert_eq!(taken[0].read, full(FullReason::FirstBackup));
     assert_eq!(taken[0].bytes[usize::try_from(MIB).unwrap()], 0xaa);
 
-    bare.io(0, "write -P 0xbb 2M 64k");
-    bare.io(0, "write -z 3M 1M");
-    let mut next = request(2);
-    next.known_points = vec![first];
-    next.mode = BackupMode::Incremental;
-    let (_, taken) = backup(&bare, &next).await.unwrap();
-    assert_eq!(taken[0].read, ReadMode::Incremental { base: point(1) });
-    assert_eq!(taken[0].changed, [(2 * MIB, 2 * MIB + 65536), (3 * MIB, 4 * MIB)]);
+    let taken = next_sees_what_is_written(&bare, first).await;
     let at = |offset: u64| taken[0].bytes[usize::try_from(offset).unwrap()];
     assert_eq!((at(2 * MIB), at(3 * MIB), at(4 * MIB)), (0xbb, 0, 0xaa));
     // Nothing but the newest bitmap is left, and libvirt has no record of it.
@@ -54,14 +60,7 @@ async fn a_qcow2_with_a_raw_data_file_is_read_incrementally() {
     bare.io(0, "flush");
     assert!(taken[0].bytes == std::fs::read(env.path("vda.raw")).unwrap(), "it is the raw disk");
 
-    bare.io(0, "write -P 2 2M 64k");
-    bare.io(0, "write -z 3M 1M");
-    let mut next = request(2);
-    next.known_points = vec![first];
-    next.mode = BackupMode::Incremental;
-    let (_, taken) = backup(&bare, &next).await.unwrap();
-    assert_eq!(taken[0].read, ReadMode::Incremental { base: point(1) });
-    assert_eq!(taken[0].changed, [(2 * MIB, 2 * MIB + 65536), (3 * MIB, 4 * MIB)]);
+    let taken = next_sees_what_is_written(&bare, first).await;
     bare.io(0, "flush");
     assert!(taken[0].bytes == std::fs::read(env.path("vda.raw")).unwrap());
 }
