@@ -13,7 +13,7 @@ use vmbackup::platform::libvirt::{CheckpointMetadata, Libvirt, LibvirtOptions};
 use vmbackup::platform::{BackupMode, KnownPoint, Platform, Quiesce, SnapshotRequest, VmSnapshot};
 use vmbackup::vm::{ArtifactKind, PointId, ReadMode, Uuid};
 
-use crate::support::{Outcome, TestEnv};
+use crate::support::{Outcome, TestEnv, libvirt};
 
 /// The id of the repository the tests pretend to have.
 pub(crate) const REPOSITORY: &str = "00c0ffee00000000";
@@ -36,9 +36,7 @@ impl<'env> Bare<'env> {
 
     /// Defines a domain; `more` are further devices.
     pub(crate) fn define(env: &'env TestEnv, suffix: &str, disks: &str, more: &str) -> Self {
-        let script =
-            std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/support/libvirtd.sh");
-        Outcome::of(env.command(script).arg("start")).ok();
+        libvirt::ensure_libvirt(env);
         let name = env.name(suffix);
         let uuid = Uuid::new_v4();
         let disks = disks.replace("@DIR@", &env.dir().to_string_lossy());
@@ -56,7 +54,7 @@ impl<'env> Bare<'env> {
     }
 
     pub(crate) fn virsh(&self, args: &[&str]) -> Outcome {
-        Outcome::of(self.env.command("virsh").args(["-c", "qemu:///system"]).args(args))
+        libvirt::virsh(self.env, args)
     }
 
     /// Runs a `qemu-io` command on a disk through its device, as the guest would.
@@ -70,46 +68,22 @@ impl<'env> Bare<'env> {
 
     /// Names of the checkpoints libvirt has metadata of.
     pub(crate) fn checkpoints(&self) -> Vec<String> {
-        let listed = self.virsh(&["checkpoint-list", "--name", &self.name]).text();
-        listed.lines().map(str::to_owned).filter(|line| !line.is_empty()).collect()
+        libvirt::checkpoints(self.env, &self.name)
     }
 
     /// The sockets of exports of ours that lie in the running domain's directory.
     pub(crate) fn sockets(&self) -> Vec<PathBuf> {
-        let id = self.virsh(&["domid", &self.name]).text();
-        let short: String = self.name.chars().take(20).collect();
-        let dir = format!("/var/lib/libvirt/qemu/domain-{}-{short}", id.trim());
-        let entries = std::fs::read_dir(dir).expect("of a running domain");
-        let paths = entries.map(|entry| entry.expect("readable").path());
-        paths.filter(|path| path.to_string_lossy().contains("/vmb-")).collect()
+        libvirt::sockets(self.env, &self.name)
     }
 
     /// The bitmaps QEMU has on the named disk's node, asked of QEMU itself.
     pub(crate) fn bitmaps(&self) -> Vec<String> {
-        let json = self
-            .virsh(&[
-                "qemu-monitor-command",
-                &self.name,
-                r#"{"execute":"query-named-block-nodes"}"#,
-            ])
-            .json();
-        let mut names: Vec<String> = json["return"]
-            .as_array()
-            .expect("nodes")
-            .iter()
-            .filter_map(|node| node["dirty-bitmaps"].as_array())
-            .flatten()
-            // Those of running jobs have no name.
-            .filter_map(|bitmap| bitmap["name"].as_str().map(str::to_owned))
-            .collect();
-        names.sort();
-        names.dedup();
-        names
+        libvirt::bitmaps(self.env, &self.name)
     }
 
     pub(crate) fn options(&self) -> LibvirtOptions {
         LibvirtOptions {
-            uri: Some("qemu:///system".into()),
+            uri: Some(libvirt::URI.into()),
             domain: self.name.clone(),
             runtime_dir: self.env.path("run"),
             journals: Journals::new(self.env.path("state/journal"), None),
@@ -129,8 +103,7 @@ impl<'env> Bare<'env> {
 
 impl Drop for Bare<'_> {
     fn drop(&mut self) {
-        self.virsh(&["destroy", &self.name]);
-        self.virsh(&["undefine", "--checkpoints-metadata", "--nvram", &self.name]);
+        libvirt::remove_domain(self.env, &self.name);
     }
 }
 

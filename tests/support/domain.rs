@@ -9,12 +9,10 @@ use std::path::{Path, PathBuf};
 
 use super::env::TestEnv;
 use super::guest::{Guest, GuestFiles};
+use super::libvirt::{self, ensure_libvirt, remove_domain, virsh};
 use super::luks::Secret;
 use super::outcome::Outcome;
 use super::tools::wait_until;
-
-/// The libvirt daemon the tests use.
-pub(crate) const URI: &str = "qemu:///system";
 
 /// Image format of a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -243,8 +241,7 @@ impl<'env> Domain<'env> {
 
     /// Names of the checkpoints libvirt knows.
     pub(crate) fn checkpoints(&self) -> Vec<String> {
-        let listed = self.virsh(&["checkpoint-list", "--name", &self.name]).text();
-        listed.lines().map(str::to_owned).filter(|line| !line.is_empty()).collect()
+        libvirt::checkpoints(self.env, &self.name)
     }
 
     /// Whether a backup job is active.
@@ -255,25 +252,12 @@ impl<'env> Domain<'env> {
 
     /// Bitmaps with a name that its QEMU has, asked of QEMU itself.
     pub(crate) fn bitmaps(&self) -> Vec<String> {
-        let ask = r#"{"execute":"query-named-block-nodes"}"#;
-        let json = self.virsh(&["qemu-monitor-command", &self.name, ask]).json();
-        let nodes = json["return"].as_array().expect("nodes").iter();
-        let bitmaps = nodes.filter_map(|node| node["dirty-bitmaps"].as_array()).flatten();
-        let mut names: Vec<String> =
-            bitmaps.filter_map(|bitmap| bitmap["name"].as_str().map(str::to_owned)).collect();
-        names.sort();
-        names.dedup();
-        names
+        libvirt::bitmaps(self.env, &self.name)
     }
 
     /// Sockets of ours in the running domain's directory.
     pub(crate) fn sockets(&self) -> Vec<PathBuf> {
-        let id = self.virsh(&["domid", &self.name]).text();
-        let short: String = self.name.chars().take(20).collect();
-        let dir = format!("/var/lib/libvirt/qemu/domain-{}-{short}", id.trim());
-        let entries = std::fs::read_dir(dir).expect("of a running domain").flatten();
-        let paths = entries.map(|entry| entry.path());
-        paths.filter(|path| path.to_string_lossy().contains("/vmb-")).collect()
+        libvirt::sockets(self.env, &self.name)
     }
 
     /// Waits until the guest's agent answers: the guest says that it is up before its agent is.
@@ -383,23 +367,6 @@ impl Drop for Domain<'_> {
     fn drop(&mut self) {
         remove_domain(self.env, &self.name);
     }
-}
-
-/// Destroys and undefines a domain, whatever its state; nothing if there is none.
-pub(crate) fn remove_domain(env: &TestEnv, name: &str) {
-    virsh(env, &["destroy", name]);
-    virsh(env, &["undefine", "--checkpoints-metadata", "--managed-save", "--nvram", name]);
-}
-
-/// Runs virsh on the tests' libvirt.
-pub(crate) fn virsh(env: &TestEnv, args: &[&str]) -> Outcome {
-    Outcome::of(env.command("virsh").args(["-c", URI]).args(args))
-}
-
-/// Starts libvirtd where nobody has (`cargo test` without `tests/run.sh`).
-fn ensure_libvirt(env: &TestEnv) {
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/support/libvirtd.sh");
-    Outcome::of(env.command(script).arg("start")).ok();
 }
 
 /// Makes an image; the backing file of a backed one has data in it.

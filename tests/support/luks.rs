@@ -2,8 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use super::domain::virsh;
 use super::env::TestEnv;
+use super::libvirt::virsh;
 use super::outcome::Outcome;
 
 const PASSPHRASE: &str = "open sesame";

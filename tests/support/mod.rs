@@ -13,6 +13,7 @@ mod domain;
 mod env;
 mod guest;
 mod hanging_disk;
+pub(crate) mod libvirt;
 mod listening;
 mod luks;
 mod memory;

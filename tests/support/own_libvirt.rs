@@ -58,7 +58,7 @@ impl OwnLibvirt {
         assert!(status.expect("libvirtd runs").success(), "libvirtd did not start");
         wait_until("libvirtd answers", 60, || {
             let mut virsh = Command::new("virsh");
-            let asked = virsh.args(["-q", "-c", super::domain::URI, "uri"]).output();
+            let asked = virsh.args(["-q", "-c", super::libvirt::URI, "uri"]).output();
             asked.expect("virsh runs").status.success()
         });
     }
