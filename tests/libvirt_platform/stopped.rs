@@ -97,7 +97,9 @@ async fn one_chain_of_a_qcow2_with_a_data_file_goes_through_stop_and_start() {
         Bare::define(&env, "2", &disk.replacen("/><target", &format!("{store}<target"), 1), "");
     let error = backup(&elsewhere, &request(1)).await.unwrap_err();
     assert_eq!(error.kind(), Kind::Unsupported);
-    assert!(error.to_string().contains("another data file"), "{error:?}");
+    let itself = env.path("vda.raw");
+    let named = format!(" in /other, and the image names {}", itself.display());
+    assert!(error.to_string().contains(&named), "{error:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
