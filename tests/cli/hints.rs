@@ -4,7 +4,7 @@
 use std::process::{Child, Stdio};
 
 use crate::fixture::Fixture;
-use crate::support::{Outcome, SmallDisk, libvirt, wait_until};
+use crate::support::{Outcome, SmallDisk, wait_until};
 
 /// An image opened for writing, as by a VM that runs; ended when dropped.
 struct InUse(Child);
@@ -72,7 +72,7 @@ fn quiet_does_not_hide_that_a_new_repository_has_no_key() {
 #[test]
 fn who_may_not_use_libvirt_is_told_who_may() {
     let fixture = Fixture::new();
-    libvirt::ensure_libvirt(&fixture.env);
+    crate::support::libvirt::ensure_libvirt(&fixture.env);
     let outcome = as_ordinary_user(&fixture, &["plan", "--domain", "foo"]);
     let outcome = outcome.fails_with(&["qemu:///system", "group 'libvirt'", "--connect"]);
     assert_eq!(outcome.code, Some(6), "{outcome:?}");
@@ -273,7 +273,7 @@ fn a_file_system_that_is_read_only_is_not_a_matter_of_who_runs_it() {
 #[test]
 fn a_libvirt_that_is_not_reached_is_a_matter_of_the_connection() {
     let fixture = Fixture::new();
-    libvirt::ensure_libvirt(&fixture.env);
+    crate::support::libvirt::ensure_libvirt(&fixture.env);
     // Nobody listens on port 1.
     let ssh = "qemu+ssh://root@127.0.0.1:1/system";
     let plan = |uri: &'static str| ["plan", "--domain", "foo", "--connect", uri];
