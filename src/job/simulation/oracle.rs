@@ -6,7 +6,7 @@ use super::steps::request;
 use super::world::{DEPOTS, Fate, World};
 use crate::block::{BlockSource, Buffer};
 use crate::error::Result;
-use crate::platform::simulated::guest::Instant;
+use crate::platform::simulated::guest::{Instant, Pace};
 use crate::platform::simulated::image::Content;
 use crate::platform::{BackupMode, Quiesce};
 use crate::repo::{Manifest, Repository};
@@ -20,7 +20,8 @@ impl World<'_> {
         let guest = self.guest.lock();
         let open = &guest.open;
         let none = open.jobs.is_empty() && open.exports.is_empty() && open.scratch.is_empty();
-        none && open.server.is_none() && !guest.is_frozen(self.time.now_ms())
+        let runs = !guest.is_frozen(self.time.now_ms()) && guest.pace != Pace::PausedByUs;
+        none && open.server.is_none() && runs
     }
 
     /// The next backups find and undo what is left, and succeed; all points restore.

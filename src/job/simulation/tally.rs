@@ -25,6 +25,9 @@ const FLOORS: [(&str, u64); 17] = [
     ("store: broke its promise", 100),
 ];
 
+/// Calls that only some backups make, or some that were killed.
+const CALLS: [(Place, u64); 2] = [("guest: pause", 2_000), ("guest: resume what was left", 50)];
+
 /// Calls from which on a place must have seen every sort of fault.
 const CALLS_MIN: u64 = 50_000;
 
@@ -81,6 +84,9 @@ impl Tally {
         let short = FLOORS.iter().filter(|(what, floor)| count(what) < *floor);
         let short: Vec<_> = short.map(|(what, floor)| (what, count(what), floor)).collect();
         assert!(short.is_empty(), "too few (found, wanted): {short:?}\n{self:?}");
+        let calls = |place: Place| self.calls.get(place).copied().unwrap_or(0);
+        let rare: Vec<_> = CALLS.iter().filter(|(place, floor)| calls(place) < *floor).collect();
+        assert!(rare.is_empty(), "too few calls: {rare:?}\n{self:?}");
         let often = self.calls.iter().filter(|(_, calls)| **calls >= CALLS_MIN);
         let pairs = often.flat_map(|(place, _)| EVERYWHERE.map(|word| (*place, word)));
         let spared: Vec<_> = pairs.filter(|pair| !self.faults.contains_key(pair)).collect();

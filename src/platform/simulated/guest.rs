@@ -44,6 +44,14 @@ pub(crate) struct Freeze {
     pub(crate) guarded: bool,
 }
 
+/// Whether it runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Pace {
+    Runs,
+    PausedByUs,
+    PausedByOthers,
+}
+
 /// What reads of a snapshot yield.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum JobState {
@@ -89,6 +97,7 @@ pub(crate) struct Guest {
     pub(crate) has_agent: bool,
     pub(crate) disks: Vec<Disk>,
     pub(crate) freeze: Option<Freeze>,
+    pub(crate) pace: Pace,
     pub(crate) open: Open,
     /// Counts its QEMUs.
     pub(crate) boot: u64,
@@ -155,6 +164,7 @@ impl Guest {
             has_agent: !dice.once_in(4),
             disks: Vec::new(),
             freeze: None,
+            pace: Pace::Runs,
             open: Open::default(),
             boot: 0,
             instants: BTreeMap::new(),
@@ -169,6 +179,9 @@ impl Guest {
         }
         for _ in 0..8 {
             guest.write();
+        }
+        if guest.dice.once_in(16) {
+            guest.pace = Pace::PausedByOthers;
         }
         guest
     }
@@ -195,9 +208,15 @@ impl Guest {
         self.freeze.is_some_and(|freeze| !freeze.guarded || now_ms < freeze.until_ms)
     }
 
+    /// It goes on, as whoever had it stand still says.
+    pub(super) fn resume(&mut self) {
+        assert_ne!(self.pace, Pace::PausedByOthers, "who knows why it stands still");
+        self.pace = Pace::Runs;
+    }
+
     /// It goes on with what it does.
     pub(crate) fn write(&mut self) {
-        if self.disks.is_empty() {
+        if self.disks.is_empty() || self.pace != Pace::Runs {
             return;
         }
         let disk = self.dice.below(self.disks.len());
@@ -338,6 +357,7 @@ impl Guest {
     pub(crate) fn restart(&mut self, ending: Ending) {
         self.boot += 1;
         self.freeze = None;
+        self.pace = Pace::Runs;
         self.open.jobs.clear();
         self.open.exports.clear();
         self.open.server = None;
@@ -368,6 +388,9 @@ impl Guest {
             } else {
                 self.freeze = None;
             }
+        }
+        if self.pace == Pace::PausedByUs && !self.dice.once_in(3) {
+            self.resume();
         }
     }
 }

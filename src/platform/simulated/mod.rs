@@ -2,11 +2,12 @@
 //! a process that may end at every call to it. Tests only; `job::simulation` plays with it.
 //!
 //! ```text
-//!  reconcile ► survey ► scratch ► server ► freeze ► TRANSACTION ► thaw ► export ► reads ► still valid?
-//!      each a call through [`life::Life`], with the guest at work behind it        ► commit | abort
+//!  reconcile ► survey ► scratch ► server ► freeze ► pause ► TRANSACTION ► resume ► thaw ► export
+//!      each a call through [`life::Life`], with the guest at work behind it ► reads ► still valid? ► commit | abort
 //! ```
 //!
-//! The journal is the real one, and tells what cannot be seen: that the guest may be frozen.
+//! The journal is the real one, and tells what cannot be seen: that the guest may be frozen,
+//! and that it stands still for us.
 //!
 //! What is simulated is what QEMU promises and what it does not: the bitmap of an instant marks every
 //! write that QEMU sees, and no other; a killed QEMU leaves bitmaps inconsistent; a resize does not
@@ -172,6 +173,14 @@ impl Simulated {
             });
             thawed = thaw.await.is_ok();
         }
+        let mut resumed = true;
+        if journal.earlier().any(|run| run.has(Phase::Pause)) && recovery.undo("a pause") {
+            let resume = self.line.ask("guest: resume what was left", |guest| {
+                guest.resume();
+                Ok(())
+            });
+            resumed = resume.await.is_ok();
+        }
         let left = self.line.ask("guest: look for leftovers", |guest| {
             let open = &guest.open;
             let points = open.jobs.keys().chain(&open.exports).chain(&open.scratch);
@@ -199,6 +208,7 @@ impl Simulated {
         for (point, judged) in runs {
             let over = Phase::ALL.into_iter().filter(|phase| match phase {
                 Phase::Freeze => thawed,
+                Phase::Pause => resumed,
                 Phase::Bitmap => judged,
                 _ => true,
             });

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 
-use super::guest::{Freeze, Guest, Instant, Job, JobState};
+use super::guest::{Freeze, Guest, Instant, Job, JobState, Pace};
 use super::source::{Export, Releasing};
 use super::{Line, Simulated, checkpoint};
 use crate::block::BlockSource;
@@ -29,6 +29,8 @@ pub(super) struct Snapshot {
     journal: Journal,
     /// Whether the guest is thawed for certain.
     is_thawed: bool,
+    /// Whether it runs for certain, if we had it stand still.
+    is_resumed: bool,
     point: PointId,
     repository: String,
     guest_first: bool,
@@ -63,6 +65,7 @@ pub(super) async fn open(
         line,
         journal,
         is_thawed: true,
+        is_resumed: true,
         point: request.point,
         repository: request.repository.clone(),
         guest_first: request.guest_first,
@@ -100,12 +103,7 @@ impl Snapshot {
         self.journal.note(phases.map(Entry::of))?;
         let frozen = self.freeze(request).await?;
         self.taken = request.clock.now();
-        let (repository, disks) = (&self.repository, &self.disks);
-        let taken = self.line.ask("guest: transaction", |guest| {
-            guest.take(point, repository, disks);
-            Ok(())
-        });
-        let taken = taken.await;
+        let taken = self.take(request).await;
         if frozen {
             self.quiescence = self.thaw().await;
         }
@@ -119,6 +117,53 @@ impl Snapshot {
             Ok(())
         };
         self.line.ask("guest: export", export).await
+    }
+
+    /// The instant; of a guest that is put first, while it stands still.
+    async fn take(&mut self, request: &SnapshotRequest) -> Result<()> {
+        let paused = request.guest_first && self.pause().await?;
+        let (point, repository, disks) = (self.point, &self.repository, &self.disks);
+        let taken = self.line.ask("guest: transaction", |guest| {
+            guest.take(point, repository, disks);
+            Ok(())
+        });
+        let taken = taken.await;
+        if paused {
+            self.resume().await;
+        }
+        taken
+    }
+
+    /// Whether it stands still for us, and not for somebody else.
+    async fn pause(&mut self) -> Result<bool> {
+        if self.line.ask("guest: does it run", |guest| Ok(guest.pace)).await? != Pace::Runs {
+            return Ok(false);
+        }
+        self.journal.note([Entry::of(Phase::Pause)])?;
+        let paused = self.line.ask("guest: pause", |guest| {
+            guest.pace = Pace::PausedByUs;
+            Ok(())
+        });
+        let paused = paused.await;
+        if paused.is_err() {
+            // It may have happened all the same.
+            self.resume().await;
+        }
+        paused.map(|()| true)
+    }
+
+    async fn resume(&mut self) {
+        self.is_resumed = false;
+        for _ in 0..THAWS {
+            let resumed = self.line.ask("guest: resume", |guest| {
+                guest.resume();
+                Ok(())
+            });
+            if resumed.await.is_ok() {
+                self.is_resumed = true;
+                return;
+            }
+        }
     }
 
     /// Whether a thaw is owed.
@@ -183,10 +228,16 @@ impl Snapshot {
     /// Closes this run's part of the journal, but for what may not be over.
     fn close_journal(&mut self, undone: Result<()>) -> Result<()> {
         undone?;
-        if self.is_thawed {
+        let is_over = |phase: &Phase| match phase {
+            Phase::Freeze => self.is_thawed,
+            Phase::Pause => self.is_resumed,
+            _ => true,
+        };
+        let over: Vec<_> = Phase::ALL.into_iter().filter(is_over).collect();
+        if over.len() == Phase::ALL.len() {
             self.journal.finish()
         } else {
-            self.journal.undone(self.point, &Phase::all_but(Phase::Freeze))
+            self.journal.undone(self.point, &over)
         }
     }
 }
