@@ -15,6 +15,7 @@ mod fixture;
 mod help;
 mod hints;
 mod journey;
+mod json;
 mod killed;
 mod killed_images;
 mod memory;
