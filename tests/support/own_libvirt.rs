@@ -25,6 +25,7 @@ impl OwnLibvirt {
         }
         let thread = std::thread::current();
         let name = thread.name().expect("the runner names the thread of a test");
+        assert_ne!(name, "main", "--test-threads=1 leaves the name of the test unknown");
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/support/own_libvirt.sh");
         let status = Command::new("unshare")
             .args(["--mount", "--pid", "--fork", "--kill-child", "--mount-proc"])
