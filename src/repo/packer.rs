@@ -16,6 +16,7 @@
 use std::collections::BTreeMap;
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use tokio::sync::{Semaphore, mpsc, watch};
@@ -37,6 +38,9 @@ const QUEUE_BYTES: usize = 8 << 20;
 
 /// Packs of one packer that are open or becoming durable at once.
 const OPEN_PACKS_MAX: usize = 3;
+
+/// How long packs that are given up may take to end by themselves: it takes moments.
+const ABORT: Duration = Duration::from_secs(5);
 
 /// Takes in the entries of a pack that is durable.
 #[async_trait]
@@ -247,14 +251,19 @@ impl Packer {
         self.target.failure.check()
     }
 
-    /// Drops what is being written: unfinished objects vanish, finished packs are garbage.
+    /// Drops what is being written: unfinished objects vanish, finished packs are garbage. Waits for a
+    /// store that is slow for [`ABORT`] at most.
     pub async fn abort(&self) {
         let mut tasks = {
             let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
             state.open = None;
             std::mem::take(&mut state.tasks)
         };
-        tasks.shutdown().await;
+        // Each finds its queue closed, and removes what it wrote.
+        let ended = async { while tasks.join_next().await.is_some() {} };
+        if tokio::time::timeout(ABORT, ended).await.is_err() {
+            tasks.shutdown().await;
+        }
     }
 
     fn open_pack(&self, number: u64, tasks: &mut JoinSet<()>) -> OpenPack {

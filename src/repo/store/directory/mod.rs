@@ -13,9 +13,11 @@
 //! clock is the time stamp of a file made for the purpose.
 //!
 //! Blocking calls run on the runtime's blocking threads, and none is waited for without end
-//! (patience.rs). What a killed process leaves in `tmp/` is
-//! never seen as an object and removed by [`ObjectStore::sweep`]; room that it held has no name
-//! (room.rs), and is free as soon as it is gone.
+//! (patience.rs): those that may take long as long as the store answers others. Only the reads of
+//! [`BlockingObjects`] are their caller's, who waits for them or leaves them to their thread.
+//!
+//! What a killed process leaves in `tmp/` is never seen as an object and removed by
+//! [`ObjectStore::sweep`]; room that it held has no name (room.rs), and is free as soon as it is gone.
 
 mod patience;
 mod room;
@@ -84,10 +86,16 @@ impl DirectoryStore {
         calls.run(move || Root::open(&path, patience)).await.map(Self::of)
     }
 
-    /// Makes the directory, or takes one that is empty, for a new repository.
+    /// Makes the directory, or takes one that is empty, for a new repository. Each call is waited for
+    /// as long as [`ANSWER`].
     pub async fn init(path: &Path, parents: Parents) -> Result<Self> {
+        Self::init_with(path, parents, ANSWER).await
+    }
+
+    /// The same with another longest wait for a call, as in [`DirectoryStore::open_with`].
+    pub async fn init_with(path: &Path, parents: Parents, answer: Duration) -> Result<Self> {
         let path = path.to_owned();
-        let patience = patience(&path, ANSWER);
+        let patience = patience(&path, answer);
         let calls = Arc::clone(&patience);
         calls.run(move || Root::init(&path, parents, patience)).await.map(Self::of)
     }
@@ -103,6 +111,19 @@ impl DirectoryStore {
     ) -> StoreResult<T> {
         let root = Arc::clone(&self.root);
         self.root.patience.run(move || work(&root)).await
+    }
+
+    /// The same for work that takes long where there is much to do.
+    async fn run_long<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Root) -> StoreResult<T> + Send + 'static,
+    ) -> StoreResult<T> {
+        let (root, asked) = (Arc::clone(&self.root), Arc::clone(&self.root));
+        let sign = move || {
+            let root = Arc::clone(&asked);
+            move || root.now().map(drop)
+        };
+        self.root.patience.run_long(move || work(&root), sign).await
     }
 }
 
@@ -183,13 +204,12 @@ impl ObjectStore for DirectoryStore {
     /// Journals keep the order of deletions mostly, but not where an fsync of one directory
     /// overtakes the others (btrfs' log, ext4's fast commits).
     async fn settle_deletions(&self) -> StoreResult<()> {
-        let root = Arc::clone(&self.root);
-        let sync = move || {
+        let sync = |root: &Root| {
             let synced = rustix::fs::syncfs(&root.dir);
             synced.map_err(|e| root.error("syncing", "deletions", e.into()))
         };
         // Whatever anybody wrote to the file system is part of it.
-        self.root.patience.run_long(sync).await
+        self.run_long(sync).await
     }
 
     async fn now(&self) -> StoreResult<Timestamp> {
@@ -197,8 +217,7 @@ impl ObjectStore for DirectoryStore {
     }
 
     async fn sweep(&self, before: Timestamp) -> StoreResult<u64> {
-        let root = Arc::clone(&self.root);
-        self.root.patience.run_long(move || root.sweep(before)).await
+        self.run_long(move |root| root.sweep(before)).await
     }
 
     async fn reserve(&self, bytes: u64) -> StoreResult<Box<dyn Reservation>> {

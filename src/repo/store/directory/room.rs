@@ -14,10 +14,14 @@ use rustix::fs::{AtFlags, FallocateFlags};
 use rustix::io::Errno;
 
 use super::super::{Reservation, StoreResult};
+use super::patience::Aside;
 use super::root::Root;
 
 /// Room that is taken.
-pub(super) struct Room {
+pub(super) struct Room(Aside<Held>);
+
+/// The file that takes it.
+struct Held {
     root: Arc<Root>,
     /// None once the room was given back.
     file: Option<File>,
@@ -31,11 +35,13 @@ impl Room {
         let (file, path) = root.create_temporary("room")?;
         let removed = rustix::fs::unlinkat(&root.dir, path.as_str(), AtFlags::empty());
         let is_named = removed.is_err();
-        let taken = Self { root: Arc::clone(root), file: Some(file), path, is_named };
-        taken.allocate(bytes)?;
-        Ok(taken)
+        let held = Held { root: Arc::clone(root), file: Some(file), path, is_named };
+        held.allocate(bytes)?;
+        Ok(Self(Aside::new(held)))
     }
+}
 
+impl Held {
     /// File systems that cannot allocate what lies behind the end of a file may allocate it by making
     /// the file longer (NFS 4.2); others have no way at all (NFS before that, many of FUSE).
     fn allocate(&self, bytes: u64) -> StoreResult<()> {
@@ -66,14 +72,14 @@ impl Room {
 
 #[async_trait]
 impl Reservation for Room {
-    async fn release(mut self: Box<Self>) -> StoreResult<()> {
+    async fn release(self: Box<Self>) -> StoreResult<()> {
         // What was large takes a while to close.
-        let root = Arc::clone(&self.root);
-        root.patience.run(move || self.give_back()).await
+        let root = Arc::clone(&self.0.root);
+        root.patience.run(move || self.0.into_inner().give_back()).await
     }
 }
 
-impl Drop for Room {
+impl Drop for Held {
     fn drop(&mut self) {
         // Nobody is left to tell; the sweep removes what stays.
         let _ = self.give_back();

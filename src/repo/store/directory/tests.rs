@@ -167,6 +167,74 @@ async fn what_cannot_be_removed_keeps_nothing_else_from_being_swept() {
     assert_eq!(left, ["foreign"]);
 }
 
+/// Keeps the only blocking thread of a runtime until it is dropped, as a file system that hangs keeps all
+/// of them.
+fn hang() -> std::sync::mpsc::Sender<()> {
+    let (end, ended) = std::sync::mpsc::channel();
+    tokio::task::spawn_blocking(move || ended.recv());
+    end
+}
+
+fn runtime_of_one_blocking_thread() -> tokio::runtime::Runtime {
+    let mut runtime = tokio::runtime::Builder::new_current_thread();
+    runtime.enable_all().max_blocking_threads(1).build().unwrap()
+}
+
+/// How many files without a name as an object there are.
+fn unfinished(dir: &tempfile::TempDir) -> usize {
+    std::fs::read_dir(dir.path().join("repo/tmp")).unwrap().count()
+}
+
+/// A pack that was open when a run was given up was once removed by a thread of the runtime: on two
+/// cores that was the only one, and hung with the file system before the VM was let go.
+#[test]
+fn what_is_dropped_asks_the_file_system_on_no_thread_of_the_runtime() {
+    runtime_of_one_blocking_thread().block_on(async {
+        let (store, dir) = open(Way::Rename);
+        let mut writer = store.create(&ObjectName::pack(&[1; 16])).await.unwrap();
+        writer.write(b"part").await.unwrap();
+        let held = store.reserve(1 << 20).await.unwrap();
+        let files = || {
+            std::fs::read_dir("/proc/self/fd")
+                .unwrap()
+                .filter(|fd| {
+                    let fd = std::fs::read_link(fd.as_ref().unwrap().path()).unwrap_or_default();
+                    fd.starts_with(dir.path().join("repo/tmp"))
+                })
+                .count()
+        };
+        assert_eq!((unfinished(&dir), files()), (1, 2));
+        let hang = hang();
+        drop((writer, held));
+        assert_eq!((unfinished(&dir), files()), (1, 2), "they were closed or removed here");
+        drop(hang);
+        while (unfinished(&dir), files()) != (0, 0) {
+            tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+        }
+    });
+}
+
+/// A manifest that was given up could appear when nothing held the chunks of the point any more.
+#[test]
+fn what_is_given_up_before_it_is_durable_never_gets_its_name() {
+    runtime_of_one_blocking_thread().block_on(async {
+        let (_, dir) = open(Way::Rename);
+        let answer = std::time::Duration::from_millis(50);
+        let store = DirectoryStore::open_with(&dir.path().join("repo"), answer).await.unwrap();
+        let name = ObjectName::pack(&[1; 16]);
+        let mut writer = store.create(&name).await.unwrap();
+        writer.write(b"late").await.unwrap();
+        let hang = hang();
+        let error = writer.finish().await.unwrap_err();
+        assert!(matches!(error, StoreError::Silent { .. }), "{error:?}");
+        drop(hang);
+        while unfinished(&dir) > 0 {
+            tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+        }
+        assert!(store.stat(&name).await.unwrap_err().is_not_found());
+    });
+}
+
 #[tokio::test]
 async fn stray_files_are_not_objects() {
     let (store, dir) = open(Way::Rename);

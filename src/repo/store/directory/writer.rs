@@ -21,10 +21,11 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use async_trait::async_trait;
-use rustix::fs::{Advice, AtFlags, OFlags, RenameFlags};
+use rustix::fs::{Advice, AtFlags, OFlags, RenameFlags, Stat};
 use rustix::io::Errno;
 
 use super::super::{ObjectInfo, ObjectName, ObjectWriter, StoreError, StoreResult};
+use super::patience::Aside;
 use super::root::{Root, TEMPORARY};
 use super::{FILE_MODE, info};
 use crate::block::file::{Bypass, Gather};
@@ -51,7 +52,7 @@ impl Way {
 /// An object being written. The file moves into each blocking call and back; a caller who drops
 /// a future meanwhile leaves nobody to hand it back to, and it is removed.
 pub(super) struct Writer {
-    temporary: Option<Temporary>,
+    temporary: Option<Aside<Temporary>>,
 }
 
 /// A temporary file, removed when dropped.
@@ -90,10 +91,10 @@ impl Writer {
             flushing_bytes: 0,
             state: State::Present,
         };
-        Ok(Self { temporary: Some(temporary) })
+        Ok(Self { temporary: Some(Aside::new(temporary)) })
     }
 
-    fn take(&mut self) -> StoreResult<Temporary> {
+    fn take(&mut self) -> StoreResult<Aside<Temporary>> {
         self.temporary.take().ok_or_else(used_up)
     }
 }
@@ -113,27 +114,41 @@ impl ObjectWriter for Writer {
             let gathered = &mut self.temporary.as_mut().ok_or_else(used_up)?.gathered;
             rest = gathered.fill(rest);
             if gathered.is_full() {
-                let mut temporary = self.take()?;
-                let root = Arc::clone(&temporary.root);
-                let work = move || temporary.write_gathered().map(|()| temporary);
-                self.temporary = Some(root.patience.run(work).await?);
+                let temporary = self.take()?;
+                let (temporary, ()) = apart(temporary, Temporary::write_gathered).await?;
+                self.temporary = Some(temporary);
             }
         }
         Ok(())
     }
 
     async fn finish(mut self: Box<Self>) -> StoreResult<ObjectInfo> {
-        let temporary = self.take()?;
+        let (temporary, stat) = apart(self.take()?, Temporary::make_durable).await?;
+        // A call of its own: what is given up, or dropped, until here never gets its name.
         let root = Arc::clone(&temporary.root);
-        root.patience.run(move || temporary.finish()).await
+        root.patience.run(move || temporary.into_inner().give_name(&stat)).await
     }
 
     async fn abort(mut self: Box<Self>) -> StoreResult<()> {
         // After a failed write the file is removed already.
-        let Some(mut temporary) = self.temporary.take() else { return Ok(()) };
+        let Some(temporary) = self.temporary.take() else { return Ok(()) };
         let root = Arc::clone(&temporary.root);
-        root.patience.run(move || temporary.remove()).await
+        root.patience.run(move || temporary.into_inner().remove()).await
     }
+}
+
+/// Works on the file on a blocking thread, which also removes it if that fails.
+async fn apart<T: Send + 'static>(
+    temporary: Aside<Temporary>,
+    work: impl FnOnce(&mut Temporary) -> StoreResult<T> + Send + 'static,
+) -> StoreResult<(Aside<Temporary>, T)> {
+    let root = Arc::clone(&temporary.root);
+    let work = move || {
+        let mut temporary = temporary.into_inner();
+        let done = work(&mut temporary)?;
+        Ok((Aside::new(temporary), done))
+    };
+    root.patience.run(work).await
 }
 
 impl Temporary {
@@ -162,12 +177,16 @@ impl Temporary {
         Ok(())
     }
 
-    fn finish(mut self) -> StoreResult<ObjectInfo> {
+    fn make_durable(&mut self) -> StoreResult<Stat> {
         self.write_gathered()?;
         self.file.sync_all().map_err(|e| self.root.error("syncing", self.name.as_str(), e))?;
         let stat = rustix::fs::fstat(&self.file)
             .map_err(|e| self.root.error("looking at", self.name.as_str(), e.into()))?;
         self.root.make_parents(&self.name)?;
+        Ok(stat)
+    }
+
+    fn give_name(mut self, stat: &Stat) -> StoreResult<ObjectInfo> {
         if let Err(error) = self.publish() {
             // Most likely the directory vanished: what is known of directories is stale.
             self.root.forget_directories();
@@ -176,7 +195,7 @@ impl Temporary {
         let text = self.name.as_str();
         let directory = &text[..text.rfind('/').map_or(0, |at| at + 1)];
         self.root.sync(directory)?;
-        Ok(info(&self.name, &stat))
+        Ok(info(&self.name, stat))
     }
 
     /// Gives the file its name in the first way that works here.
