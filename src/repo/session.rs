@@ -1,12 +1,20 @@
 //! A run: everything one backup writes, up to the manifest that makes it a restore point.
 //!
+//! ```text
+//!                    make_point                                 end
+//!  Writing ──► manifest is being stored ──► Committed  ──► indexes are merged, lease ends
+//!     │                   └ no answer, or late ► Unsure ──► point is forgotten, lease lapses
+//!     └ error, or given up ───────────────────────────────► packs are given up, lease ends
+//! ```
+//!
 //! *Commit order*: chunks and tree nodes durable → index durable → lease re-checked → manifest (the
 //! commit point). A crash before the manifest leaves garbage for the collector, never a point that
 //! cannot be restored; an error of any write surfaces at the latest in [`Run::commit`].
 //!
 //! A run holds a lease from before it looks at anything until its manifest is there, and dedups
 //! against no pack that was condemned when it began; `gc` waits for it. Its bases must still be
-//! points when it commits.
+//! points when it commits. While a manifest of which nobody knows may appear, the lease has to hold:
+//! it is not ended then.
 //!
 //! Chunks are known when the index knows them, or when this run has claimed them: a claim is made
 //! before the blob is stored, and a run with a failed write never commits. What the index knows is
@@ -269,11 +277,23 @@ impl Default for RunOptions {
     }
 }
 
-/// A backup in progress in this repository. Ends with [`Run::commit`] or [`Run::abort`]; dropping
-/// it leaves garbage for the collector.
+/// A backup in progress in this repository. Ends with [`Run::end`], with or without
+/// [`Run::make_point`] before it; dropping it leaves garbage for the collector.
 pub struct Run {
     shared: Arc<RunShared>,
     lease: Lease,
+    stage: Stage,
+}
+
+/// How far a run is.
+#[derive(Clone, Copy, Debug)]
+enum Stage {
+    /// There is no manifest.
+    Writing,
+    /// There may be one, or it may appear yet.
+    Unsure(PointId),
+    /// The point exists.
+    Committed(PointId),
 }
 
 impl Run {
@@ -304,7 +324,7 @@ impl Run {
             durable,
             failure,
         };
-        Self { shared: Arc::new(shared), lease }
+        Self { shared: Arc::new(shared), lease, stage: Stage::Writing }
     }
 
     /// What the lease does by itself every few minutes, for a test whose clock stands still.
@@ -350,28 +370,22 @@ impl Run {
         Ok(writer.finish().await?.0)
     }
 
-    /// Makes everything durable, then the manifest: afterwards the point exists.
-    ///
-    /// Fails with [`Kind::Timeout`] when the lease was lost, with [`Kind::NoBase`] when a point it
-    /// builds on was forgotten meanwhile; then there is no point.
-    pub async fn commit(self, point: PointId, draft: ManifestDraft) -> Result<Manifest> {
-        let result = self.commit_under_lease(point, draft).await;
-        if result.is_ok() {
-            if let Err(error) = self.merge_index().await {
-                tracing::warn!(%error, "cannot merge small index segments");
-            }
-            if let Err(error) = catalog::merge_tier(&self.shared.blobs, point).await {
-                tracing::warn!(%error, "cannot merge small catalog segments");
-            }
+    /// [`Run::make_point`] and [`Run::end`], where nothing waits for the point but for the run as well.
+    pub async fn commit(mut self, point: PointId, draft: ManifestDraft) -> Result<Manifest> {
+        let made = self.make_point(point, draft).await;
+        if let Err(error) = self.end().await {
+            tracing::warn!(%error, "cannot end the run");
         }
-        // Committed or not: a run that cannot say that it is over lapses.
-        if let Err(error) = self.lease.end().await {
-            tracing::warn!(error = %error, "cannot end the run's lease");
-        }
-        result
+        made
     }
 
-    async fn commit_under_lease(&self, point: PointId, draft: ManifestDraft) -> Result<Manifest> {
+    /// Makes everything durable, then the manifest: afterwards the point exists, and whoever waits for
+    /// that goes first, [`Run::end`] later. Once for a run.
+    ///
+    /// Fails with [`Kind::Timeout`] when the lease was lost, with [`Kind::NoBase`] when a point it
+    /// builds on was forgotten meanwhile; then there is no point. Where the store does not answer there
+    /// may be one, which [`Run::end`] sees to. Not cancel-safe.
+    pub async fn make_point(&mut self, point: PointId, draft: ManifestDraft) -> Result<Manifest> {
         self.shared.chunks.flush().await?;
         self.shared.nodes.flush().await?;
         let entries = std::mem::take(&mut self.shared.durable.lock().entries);
@@ -382,15 +396,54 @@ impl Run {
         self.check_bases(&draft).await?;
         blobs.damaged.record_all().await?;
         let renewed = self.lease.check().await?;
-        let manifest = points::store_manifest(blobs, point, draft).await?;
+        let manifest = match points::store_manifest(blobs, point, draft).await {
+            Ok(manifest) => manifest,
+            Err(error) => {
+                if error.kind() == Kind::Timeout {
+                    self.stage = Stage::Unsure(point);
+                }
+                return Err(error);
+            }
+        };
         // The manifest is visible: was it in time?
+        self.stage = Stage::Unsure(point);
         let late = blobs.store.now().await?.duration_since(renewed).unsigned_abs();
         if late > LEASE_OF_WRITER {
-            forget::forget(&*blobs.store, &blobs.keys, point).await?;
             let message = "storing the manifest took so long that its chunks may be gone";
             return Err(Error::new(Kind::Timeout, message).hint("run the backup again"));
         }
+        self.stage = Stage::Committed(point);
         Ok(manifest)
+    }
+
+    /// Ends the run. A point that was made stays, whatever fails here. Without one, unfinished packs
+    /// vanish and finished ones are garbage for the collector; a point of which nobody knows whether it
+    /// is one is forgotten, and the collector waits until nothing of it can appear any more. Not
+    /// cancel-safe.
+    pub async fn end(self) -> Result<()> {
+        let RunShared { blobs, chunks, nodes, .. } = &*self.shared;
+        match self.stage {
+            Stage::Writing => {
+                tokio::join!(chunks.abort(), nodes.abort());
+            }
+            Stage::Unsure(point) => {
+                let forgotten = forget::forget(&*blobs.store, &blobs.keys, point).await;
+                return forgotten.map_err(|error| {
+                    let point = point.short();
+                    error.context(format!("point {point} may be listed, and need not be whole"))
+                });
+            }
+            Stage::Committed(point) => {
+                if let Err(error) = self.merge_index().await {
+                    tracing::warn!(%error, "cannot merge small index segments");
+                }
+                if let Err(error) = catalog::merge_tier(blobs, point).await {
+                    tracing::warn!(%error, "cannot merge small catalog segments");
+                }
+            }
+        }
+        // A run that cannot say that it is over lapses.
+        self.lease.end().await
     }
 
     /// Keeps the number of index segments low. The point is there already: nothing depends on it.
@@ -424,17 +477,13 @@ impl Run {
         }
         Ok(())
     }
-
-    /// Gives the run up: unfinished packs vanish, finished ones are garbage for the collector.
-    pub async fn abort(self) -> Result<()> {
-        self.shared.chunks.abort().await;
-        self.shared.nodes.abort().await;
-        self.lease.end().await
-    }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::run::Survey;
+    use super::super::store::Folder;
+    use super::super::store::memory::{Fault, MemoryStore, Operation};
     use super::super::tests::{draft, open, point, store};
     use super::*;
 
@@ -448,5 +497,51 @@ mod tests {
         drop(claim);
         let error = run.commit(point(1), draft()).await.unwrap_err();
         assert_eq!(error.kind(), Kind::Cancelled, "{error:?}");
+    }
+
+    fn is_of(operation: &Operation, folder: Folder) -> bool {
+        matches!(operation, Operation::Finish(name) if name.as_str().starts_with(folder.prefix()))
+    }
+
+    /// Whether the collector waits for a run.
+    async fn is_waited_for(store: &MemoryStore) -> bool {
+        Survey::take(store).await.unwrap().live().next().is_some()
+    }
+
+    /// The run was over for the collector, which freed what the point needed before it appeared.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn while_a_manifest_may_yet_appear_the_collector_waits_and_the_point_is_forgotten() {
+        let store = store();
+        let repository = open(&store, content::LEAF_BYTES).await;
+        let run = repository.begin_run(RunOptions::default()).await.unwrap();
+        store.set_fault_hook(|op| is_of(op, Folder::Points).then_some(Fault::Silent));
+        let error = run.commit(point(1), draft()).await.unwrap_err();
+        assert_eq!(error.kind(), Kind::Timeout, "{error:?}");
+        assert!(is_waited_for(&store).await);
+        assert!(store.names().contains(&forget::tombstone(point(1))));
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_manifest_of_which_nobody_knows_whether_it_was_in_time_is_no_point() {
+        for fault in [Fault::Silent, Fault::Fail] {
+            let store = store();
+            let repository = open(&store, content::LEAF_BYTES).await;
+            let run = repository.begin_run(RunOptions::default()).await.unwrap();
+            store.set_fault_hook(move |op| (*op == Operation::Now).then_some(fault));
+            run.commit(point(1), draft()).await.unwrap_err();
+            store.clear_fault_hook();
+            assert!(repository.point_names(None).await.unwrap().is_empty(), "{fault:?}");
+            assert!(is_waited_for(&store).await);
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_run_that_fails_before_its_manifest_is_waited_for_by_nobody() {
+        let store = store();
+        let repository = open(&store, content::LEAF_BYTES).await;
+        let run = repository.begin_run(RunOptions::default()).await.unwrap();
+        store.set_fault_hook(|op| is_of(op, Folder::Points).then_some(Fault::Full));
+        assert_eq!(run.commit(point(1), draft()).await.unwrap_err().kind(), Kind::NoSpace);
+        assert!(!is_waited_for(&store).await);
     }
 }

@@ -146,7 +146,7 @@ async fn a_chunk_counts_as_durable_when_its_pack_is_in_the_store() {
     let run = repository.begin_run(RunOptions::default()).await.unwrap();
     let writer = run.disk_writer(CHUNK, None);
     assert_eq!(writer.store(0, noise(5)).await.unwrap().durability, Durability::Now);
-    run.abort().await.unwrap();
+    run.end().await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -202,7 +202,7 @@ async fn what_is_kept_of_a_base_is_foreseen_with_several_reads_at_once() {
     assert!(all.load(Ordering::Relaxed) > NODES as usize, "each node is read");
     assert!(most.load(Ordering::Relaxed) > 1, "one at a time");
     store.clear_fault_hook();
-    run.abort().await.unwrap();
+    run.end().await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -363,7 +363,7 @@ async fn an_aborted_run_leaves_no_point_and_no_index() {
     let repository = open(&store, CHUNK).await;
     let run = repository.begin_run(RunOptions::default()).await.unwrap();
     write_all(&run, &conformance::pattern(1 << 20), CHUNK).await;
-    run.abort().await.unwrap();
+    run.end().await.unwrap();
     for folder in [Folder::Points, Folder::Index, Folder::Packs] {
         assert!(objects(&store, folder).await.is_empty(), "{folder:?}");
     }

@@ -1,12 +1,14 @@
 //! A backup: one instant of a VM becomes one point of the repository.
 //!
 //! ```text
-//!  lock ► run ► snapshot ► artefacts, disks ► still valid? ► manifest ► commit snapshot
+//!  lock ► run ► snapshot ► artefacts, disks ► still valid? ► manifest ► commit snapshot ► end run
 //!                   │            │                 │            │             └ error: warning, the
 //!                   │            └─────────────────┴────────────┘               point is complete
 //!                   │                              ▼ error, or stopped
-//!                   └ error ► abort run      abort snapshot ► abort run
+//!                   └ error ► end run        abort snapshot ► end run
 //! ```
+//!
+//! The snapshot ends before the run: it is the guest that must not wait for the repository.
 //!
 //! A guest that comes first pays for what is not stored yet only ([`release`]).
 //!
@@ -190,7 +192,7 @@ impl Backup<'_> {
             clock: Arc::clone(&self.env.clock),
         };
         if let Err(error) = self.look_for_damage(request.mode).await {
-            self.abort_run().await;
+            end_run(self.run, self.control).await;
             return Err(error);
         }
         self.control.set_phase("taking the snapshot");
@@ -198,7 +200,7 @@ impl Backup<'_> {
         let mut snapshot = match opened {
             Ok(snapshot) => snapshot,
             Err(error) => {
-                self.abort_run().await;
+                end_run(self.run, self.control).await;
                 return Err(error);
             }
         };
@@ -208,9 +210,8 @@ impl Backup<'_> {
             Ok((draft, report)) => self.commit(snapshot, draft, report).await,
             Err(error) => {
                 let error = self.cause(snapshot.as_mut(), error).await;
-                // The snapshot first: it is the guest that must not wait for the repository.
-                self.abort_snapshot(snapshot).await;
-                self.abort_run().await;
+                abort_snapshot(snapshot, self.control).await;
+                end_run(self.run, self.control).await;
                 Err(error)
             }
         }
@@ -298,13 +299,14 @@ impl Backup<'_> {
         draft: ManifestDraft,
         mut report: Report,
     ) -> Result<Report> {
-        let Self { run, point, control, env, .. } = self;
+        let Self { mut run, point, control, env, .. } = self;
         control.set_phase("storing the point");
         let draft = ManifestDraft { finished: env.clock.now(), ..draft };
         let journals = env.journals();
         journals.before(Phase::Manifest);
-        if let Err(error) = run.commit(point, draft).await {
+        if let Err(error) = run.make_point(point, draft).await {
             abort_snapshot(snapshot, control).await;
+            end_run(run, control).await;
             return Err(error);
         }
         journals.after(Phase::Manifest);
@@ -312,18 +314,20 @@ impl Backup<'_> {
         if let Err(error) = snapshot.commit().await {
             report.unfinished = Some(error.in_one_line());
         }
+        control.set_phase("ending the run");
+        if let Err(error) = run.end().await {
+            // It lapses, and the point is there.
+            tracing::warn!(%error, "cannot end the run");
+        }
         Ok(report)
     }
+}
 
-    async fn abort_snapshot(&self, snapshot: Box<dyn VmSnapshot>) {
-        abort_snapshot(snapshot, self.control).await;
-    }
-
-    async fn abort_run(self) {
-        if let Err(error) = self.run.abort().await {
-            let text = format!("gc has to remove what this run stored: {}", error.in_one_line());
-            self.control.notice(NoticeLevel::Warning, text);
-        }
+/// Ends a run that made no point.
+async fn end_run(run: Run, control: &Control) {
+    if let Err(error) = run.end().await {
+        let text = format!("gc has to remove what this run stored: {}", error.in_one_line());
+        control.notice(NoticeLevel::Warning, text);
     }
 }
 

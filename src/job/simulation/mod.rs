@@ -22,6 +22,7 @@
 //! Counted and asserted at the end: each sort of fault at each await point, and every way a disk may
 //! be read. Several hosts at a time on one repository are `repo::model`'s.
 
+mod last;
 mod late;
 mod oracle;
 mod steps;

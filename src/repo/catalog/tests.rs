@@ -313,7 +313,7 @@ async fn a_summary_whose_manifest_is_still_to_come_is_not_collected() {
     }
     let knows = |catalog: Catalog| catalog.segments.iter().any(|s| s.vms().contains_key(&uuid(2)));
     assert!(knows(Catalog::open(blobs).await.unwrap()));
-    run.abort().await.unwrap();
+    run.end().await.unwrap();
     bed.collect().await;
     assert!(!knows(Catalog::open(blobs).await.unwrap()), "nobody can commit it any more");
 }

@@ -283,7 +283,7 @@ async fn a_run_that_began_later_stores_again_what_is_condemned() {
     bed.pass(MINUTE);
     assert!(collect(&collector).await.packs_waiting > 0);
     bed.pass(LEASE_OF_WRITER + MINUTE);
-    old.abort().await.unwrap();
+    old.end().await.unwrap();
     let stale = bed.open().await;
     let new = stale.begin_run(RunOptions::default()).await.unwrap();
     let stored = write(&new, &[1, 2, 3], None).await;

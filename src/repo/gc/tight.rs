@@ -140,7 +140,7 @@ async fn a_collection_that_has_to_wait_gives_back_the_room_it_tried_to_use() {
     }
     let after = bed.store.used_bytes();
     assert!(after < before + 64 * 1024, "{before} to {after}");
-    run.abort().await.unwrap();
+    run.end().await.unwrap();
     bed.pass(MINUTE);
     let report = collect_small(&repository, &control).await;
     assert!(bed.store.used_bytes() < before / 2, "{report:?}");
@@ -186,7 +186,7 @@ async fn beside_others_nothing_is_moved_unless_much_more_room_stays_for_them() {
     bed.store.set_capacity(bed.store.used_bytes() + 1024 * MIB);
     let report = collect_small(&repository, &Control::new()).await;
     assert!(report.bytes_repacked >= ALL_THAT_MOVES, "{report:?}");
-    run.abort().await.unwrap();
+    run.end().await.unwrap();
     assert_all_hold(&repository, &kept).await;
 }
 

@@ -259,7 +259,7 @@ impl World {
         let backup = self.backups.remove(ready[self.dice.below(ready.len())]);
         if self.dice.once_in(12) {
             let Backup { process, run, .. } = backup;
-            let (done, disturbed) = self.attend((process, depth), run.abort()).await;
+            let (done, disturbed) = self.attend((process, depth), run.end()).await;
             expect(done, disturbed, &[]);
         } else if backup.written.is_none() {
             self.write(backup, depth).await;

@@ -5,6 +5,7 @@ use std::fmt;
 use std::io;
 use std::ops::Bound;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use async_trait::async_trait;
 
@@ -47,6 +48,8 @@ pub enum Fault {
     LoseAnswer,
     /// The store is full: the call fails and has no effect.
     Full,
+    /// The store does not answer: the call is given up, and has had no effect by then.
+    Silent,
 }
 
 type Hook = Arc<dyn Fn(&Operation) -> Option<Fault> + Send + Sync>;
@@ -154,6 +157,9 @@ impl MemoryStore {
             }
             Some(Fault::Full) => {
                 Err(StoreError::io(what(), io::Error::from(io::ErrorKind::StorageFull)))
+            }
+            Some(Fault::Silent) => {
+                Err(StoreError::Silent { store: self.describe(), limit: Duration::ZERO })
             }
             Some(Fault::LoseAnswer) => {
                 effect(&mut self.lock())?;
