@@ -30,16 +30,24 @@ impl Hold {
     }
 
     /// Fails with [`Kind::Timeout`] when the hold was lost: what is missing may have been collected.
+    /// Whether it was cannot be asked of a store that fails, which is an error too.
     pub async fn check(&self) -> Result<()> {
         let Some(lease) = &self.0 else { return Ok(()) };
         match lease.check().await {
             // The repository became read-only: as if there had been no hold.
             Err(error) if cannot_write(&error) => Ok(()),
-            Err(error) if error.kind() == Kind::Timeout => Err(error.context(
+            Err(error) if lease.is_lost().await => Err(error.context(
                 "the hold on the repository was lost while points were read: what is missing may \
                  have been removed by 'gc', and need not be damaged",
             )),
             checked => checked.map(drop),
+        }
+    }
+
+    async fn is_lost(&self) -> bool {
+        match &self.0 {
+            Some(lease) => lease.is_lost().await,
+            None => false,
         }
     }
 
@@ -48,7 +56,7 @@ impl Hold {
         let done = match done {
             Err(error) if matches!(error.kind(), Kind::Corrupt | Kind::NotFound) => {
                 match self.check().await {
-                    Err(lost) if lost.kind() == Kind::Timeout => {
+                    Err(lost) if self.is_lost().await => {
                         tracing::warn!(%error, "failed after the hold was lost");
                         Err(lost)
                     }
@@ -69,4 +77,31 @@ impl Hold {
 
 fn cannot_write(error: &Error) -> bool {
     matches!(error.kind(), Kind::Permission | Kind::NoSpace)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::store::Folder;
+    use super::super::store::memory::{Fault, Operation};
+    use super::super::tests::{open, store};
+    use super::*;
+    use crate::content::LEAF_BYTES;
+
+    /// Damage was told as a hold that was lost, because the store did not answer when it was asked for that.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_store_that_does_not_answer_hides_no_damage() {
+        let store = store();
+        let repository = open(&store, LEAF_BYTES).await;
+        let hold = Hold::begin(&repository, &Control::new()).await.unwrap();
+        store.set_fault_hook(|op| match op {
+            Operation::Create(name) if name.as_str().starts_with(Folder::Runs.prefix()) => {
+                Some(Fault::Silent)
+            }
+            _ => None,
+        });
+        let asked = hold.check().await.unwrap_err();
+        assert!(!asked.to_string().contains("was lost"), "{asked}");
+        let done: Result<()> = Err(Error::new(Kind::Corrupt, "a chunk is damaged"));
+        assert_eq!(hold.end(done).await.unwrap_err().kind(), Kind::Corrupt);
+    }
 }

@@ -130,6 +130,11 @@ impl Lease {
         self.held.look().await
     }
 
+    /// Whether it is known to be lost. A store that does not answer is no sign of it.
+    pub async fn is_lost(&self) -> bool {
+        self.held.state.lock().await.lost
+    }
+
     /// Ends the run: the collector need not wait for it any more.
     pub async fn end(self) -> Result<()> {
         self.renewing.abort();
