@@ -12,7 +12,7 @@ use crate::repo::config::ChunkSize;
 use crate::repo::keys::{
     self, AddOptions, COPIES_MAY_REMAIN, InitOptions, Kdf, SlotInfo, SlotKind,
 };
-use crate::repo::store::directory::{ANSWER, DirectoryStore, Parents};
+use crate::repo::store::directory::{DirectoryStore, Parents};
 
 /// What a repository is.
 #[derive(Clone, Debug, Serialize)]
@@ -94,7 +94,7 @@ async fn make(
     credentials: &Credentials,
     env: &Env,
 ) -> Result<()> {
-    let store = DirectoryStore::init(location, parents).await?;
+    let store = DirectoryStore::init_with(location, parents, env.repository_answer).await?;
     let options =
         InitOptions { chunk: ChunkSize::DEFAULT, kdf: Kdf::RFC_9106, now: env.clock.now() };
     keys::init(&store, credentials, options).await?;
@@ -102,8 +102,8 @@ async fn make(
 }
 
 /// What the repository at `location` is.
-pub async fn info(location: &Path, credentials: &Credentials) -> Result<Info> {
-    let store = open_store(location, ANSWER).await?;
+pub async fn info(location: &Path, credentials: &Credentials, env: &Env) -> Result<Info> {
+    let store = open_store(location, env).await?;
     let unlocked = keys::open(&store, credentials).await?;
     Ok(Info {
         id: unlocked.config.id.to_string(),
@@ -122,7 +122,7 @@ pub async fn add(
     new: &Credentials,
     (env, control): Surroundings<'_>,
 ) -> Result<Key> {
-    let store = open_store(location, ANSWER).await?;
+    let store = open_store(location, env).await?;
     let unlocked = keys::open(&store, credentials).await?;
     let options = AddOptions { kdf: Kdf::RFC_9106, label: "", now: env.clock.now() };
     let added = keys::add(&store, &unlocked, new, options).await?;
@@ -137,9 +137,9 @@ pub async fn remove(
     location: &Path,
     credentials: &Credentials,
     id: &str,
-    control: &Control,
+    (env, control): Surroundings<'_>,
 ) -> Result<Key> {
-    let store = open_store(location, ANSWER).await?;
+    let store = open_store(location, env).await?;
     keys::open(&store, credentials).await?;
     let slot = keys::remove(&store, id).await?;
     tell_of_copies(control);

@@ -129,13 +129,13 @@ impl RepositoryChoice {
 
 /// Opens the repository at `location`.
 pub async fn open(location: &Path, credentials: &Credentials, env: &Env) -> Result<Repository> {
-    let store = Arc::new(open_store(location, env.repository_answer).await?);
+    let store = Arc::new(open_store(location, env).await?);
     Repository::open(store, credentials, env.workers.clone()).await
 }
 
 /// Opens the place of a repository that has to be there.
-async fn open_store(location: &Path, answer: Duration) -> Result<DirectoryStore> {
-    DirectoryStore::open_with(location, answer).await.map_err(|error| match error.kind() {
+async fn open_store(location: &Path, env: &Env) -> Result<DirectoryStore> {
+    DirectoryStore::open_with(location, env.repository_answer).await.map_err(|error| match error.kind() {
         Kind::NotFound => error.context(format!("no repository in {}", location.display())).hint(
             "check the path and that its disk is mounted, or make one with 'vmbackup repo init'",
         ),

@@ -40,6 +40,25 @@ fn a_password_is_changed_by_adding_one_and_removing_the_other() {
     assert_eq!(env.vmbackup(&["list", "--password-file", old]).fails().code, Some(11));
 }
 
+/// Whatever was set, what asks for keys once waited for ten minutes.
+#[test]
+fn a_repository_that_does_not_answer_is_waited_for_as_long_as_was_asked_for() {
+    let env = TestEnv::new();
+    env.init_repo();
+    // Who opens it waits for somebody to write.
+    let config = env.repo().join("config");
+    fs::remove_file(&config).unwrap();
+    env.run("mkfifo", &[&config]).ok();
+    let key = env.path("key");
+    fs::write(&key, [7; 32]).unwrap();
+    let add = ["repo", "key", "add", "--new-key-file", key.to_str().unwrap()];
+    for args in [&["list"][..], &["repo", "info"], &add, &["repo", "key", "remove", "ab"]] {
+        let outcome = Outcome::of(env.vmbackup_command(args).env("VMBACKUP_REPO_TIMEOUT", "1s"));
+        assert_eq!(outcome.code, Some(15), "{args:?}: {outcome:?}");
+        outcome.fails_with(&["has not answered for 1 s"]);
+    }
+}
+
 #[test]
 fn a_key_that_is_named_wins_over_a_password_of_the_environment() {
     let env = TestEnv::new();

@@ -18,7 +18,11 @@ pub(crate) struct Args {
 }
 
 pub(crate) async fn run(args: Args, context: &Context) -> Result<()> {
-    let info = context.unlock(&args.repository, keys::info).await?;
+    let info = context
+        .unlock(&args.repository, async |location, given| {
+            keys::info(location, given, &context.env).await
+        })
+        .await?;
     context.output.document("repo-info", &info, |info| describe(info, context))
 }
 

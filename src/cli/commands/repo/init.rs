@@ -45,7 +45,7 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<()> {
         Credentials::Password(password.ok_or_else(no_terminal)?)
     };
     keys::init(&location, &credentials, &context.env).await?;
-    let info = keys::info(&location, &credentials).await?;
+    let info = keys::info(&location, &credentials, &context.env).await?;
     context.output.document("repo-init", &info, describe)
 }
 

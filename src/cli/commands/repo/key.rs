@@ -59,7 +59,8 @@ async fn add(args: AddArgs, context: &Context) -> Result<()> {
     // asked for the old one a second time.
     let (location, given) = context
         .unlock(&args.repository, async |location, given| {
-            keys::info(location, given).await.map(|_| (location.to_owned(), given.clone()))
+            keys::info(location, given, &context.env).await?;
+            Ok((location.to_owned(), given.clone()))
         })
         .await?;
     let new =
@@ -76,7 +77,7 @@ async fn add(args: AddArgs, context: &Context) -> Result<()> {
 
 async fn remove(args: RemoveArgs, context: &Context) -> Result<()> {
     let remove = async |location: &Path, given: &Credentials| {
-        keys::remove(location, given, &args.key, &context.control).await
+        keys::remove(location, given, &args.key, (&context.env, &context.control)).await
     };
     let key = context.watch(context.unlock(&args.repository, remove)).await?;
     context.output.document("repo-key-remove", &key, |key| format!("removed key {}\n", key.id))
