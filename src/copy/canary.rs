@@ -23,9 +23,9 @@ use crate::error::{Error, Kind, Result};
 /// Size of the block, and the most of them looked at for one that is not zero already.
 const CANARY: (u64, usize) = (4096, 64);
 
-/// How long a stop waits until the block is as it was: four small requests, of which a disk that spins
-/// up takes some seconds for one.
-const ANSWER: Duration = Duration::from_secs(30);
+/// How long a stop waits for requests that are under way. Until the block is as it was: four small ones, of
+/// which a disk that spins up takes some seconds for one.
+pub(super) const ANSWER: Duration = Duration::from_secs(30);
 
 /// What became of the block.
 #[derive(Debug)]

@@ -7,7 +7,8 @@
 //!
 //! The same plan, policy, errors and report as the pipeline. As many threads as cores keep a copy
 //! within the page cache busy; a read that waits for a disk, or writes past the cache, bring in more,
-//! because a disk wants many requests at a time. A stop is noticed between steps.
+//! because a disk wants many requests at a time. A stop is noticed between steps, and waits [`ANSWER`] at
+//! most for the one that a thread is at: a file system that hangs keeps the thread, not the copy.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -16,6 +17,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
+use super::canary::ANSWER;
 use super::plan::{Planner, Step};
 use super::sparse::runs;
 use super::step::Copying;
@@ -84,15 +86,13 @@ pub(super) async fn run(
         Ok(report)
     };
     let copied: Result<Report> = copied.await;
-    if copied.is_err() {
-        shared.stop.store(true, Ordering::Relaxed);
-        // A thread that failed knows more than whoever waited for it.
-        let ended = threads.running.join_all().await;
-        if let Some(first) = ended.into_iter().find_map(Result::err) {
-            return Err(first);
+    let report = match copied {
+        Ok(report) => report,
+        Err(error) => {
+            shared.stop.store(true, Ordering::Relaxed);
+            return Err(threads.end(error).await);
         }
-    }
-    let report = copied?;
+    };
     if options.flush == Flush::AtEnd {
         control.run(job.flush()).await?;
     }
@@ -154,6 +154,22 @@ impl Threads {
             });
         }
     }
+
+    /// Waits for threads that were told to stop because of `error`. Why, in the end.
+    async fn end(mut self, error: Error) -> Error {
+        let mut first = None;
+        let ended = async {
+            while let Some(part) = self.running.join_next().await {
+                first = first.take().or(part.map_err(died).flatten().err());
+            }
+        };
+        if tokio::time::timeout(ANSWER, ended).await.is_err() && first.is_none() {
+            let Copying { source_name, sink_name, .. } = &*self.shared.job;
+            return error.context(format!("{source_name} or {sink_name} does not answer"));
+        }
+        // A thread that failed knows more than whoever waited for it.
+        first.unwrap_or(error)
+    }
 }
 
 impl Shared {
@@ -207,6 +223,10 @@ impl Shared {
                 })?;
                 if waited == Waited::ForDisk {
                     self.cold.store(true, Ordering::Relaxed);
+                }
+                if self.stop.load(Ordering::Relaxed) {
+                    // Nobody may wait for this thread any more.
+                    return Ok(Report::default());
                 }
                 let mut report = self.write(range, bytes)?;
                 report.read_bytes = span.len();
@@ -274,3 +294,6 @@ fn add(sum: &mut Report, part: Report) {
 fn died(error: tokio::task::JoinError) -> Error {
     Error::new(Kind::Internal, "a thread of the copy died").source(error)
 }
+
+#[cfg(test)]
+mod tests;

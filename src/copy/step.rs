@@ -18,7 +18,7 @@ pub(super) struct Copying {
     pub(super) shape: Shape,
     pub(super) unchanged: Unchanged,
     pub(super) source_name: String,
-    sink_name: String,
+    pub(super) sink_name: String,
     pub(super) zeroes: ZeroPolicy,
     /// Block size in which data is searched for zeroes.
     pub(super) detect_bytes: Option<u64>,

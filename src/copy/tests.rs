@@ -92,7 +92,7 @@ impl BlockSink for ChunkSink {
     }
 }
 
-async fn run(
+pub(super) async fn run(
     source: Arc<dyn BlockSource>,
     sink: Arc<dyn BlockSink>,
     options: &Options,
@@ -105,7 +105,7 @@ async fn run(
     Ok(report)
 }
 
-fn options() -> Options {
+pub(super) fn options() -> Options {
     Options::new("the source", "the sink")
 }
 
@@ -425,63 +425,6 @@ async fn the_root_computed_on_the_way_is_that_of_the_source() {
         let expected =
             content_root(source, &options(), &workers, &control, &progress).await.unwrap();
         assert_eq!(root, expected, "{size}");
-    }
-}
-
-/// Reads fail from the middle of the disk on; files fail through the same door.
-struct FailingReads {
-    inner: FileSource,
-    from: u64,
-}
-
-#[async_trait]
-impl BlockSource for FailingReads {
-    fn geometry(&self) -> Geometry {
-        self.inner.geometry()
-    }
-
-    async fn extents(&self, range: ByteRange) -> Result<crate::block::ExtentMap> {
-        self.inner.extents(range).await
-    }
-
-    async fn read(&self, _offset: u64, _buffer: Buffer) -> Result<Buffer> {
-        unreachable!("files are copied by threads")
-    }
-
-    fn blocking(&self) -> Option<Arc<dyn crate::block::BlockingRead>> {
-        Some(Arc::new(Failing { inner: self.inner.blocking().unwrap(), from: self.from }))
-    }
-}
-
-struct Failing {
-    inner: Arc<dyn crate::block::BlockingRead>,
-    from: u64,
-}
-
-impl crate::block::BlockingRead for Failing {
-    fn read_at(&self, offset: u64, bytes: &mut [u8]) -> Result<crate::block::Waited> {
-        if offset >= self.from {
-            return Err(Error::new(Kind::Io, "fails on purpose"));
-        }
-        self.inner.read_at(offset, bytes)
-    }
-}
-
-/// Far more steps than wait for the threads: whoever plans must not wait for ever.
-#[tokio::test]
-async fn a_failing_read_of_a_file_ends_the_copy_with_its_place() {
-    let dir = tempfile::tempdir().unwrap();
-    let (from, to) = (dir.path().join("a.raw"), dir.path().join("b.raw"));
-    std::fs::write(&from, vec![1; 64 << 20]).unwrap();
-    for budget in [4096, 16 << 20] {
-        let inner = FileSource::open(&from, Access::Once).unwrap();
-        let source = Arc::new(FailingReads { inner, from: 1 << 20 });
-        let new = NewFile::create(&to, 64 << 20, Existing::Refuse).unwrap();
-        let options =
-            Options { request_bytes: Some(65536), budget: Budget::new(budget), ..options() };
-        let error = run(source, new.sink(), &options).await.unwrap_err();
-        assert_eq!(error.kind(), Kind::Io, "{error:?}");
-        assert!(error.to_string().contains("of the source"), "{error}");
     }
 }
 

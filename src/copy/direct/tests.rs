@@ -1,0 +1,147 @@
+//! What threads that read and write do when one of them fails or hangs.
+
+use std::os::unix::fs::FileExt;
+use std::sync::mpsc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+
+use super::super::copy;
+use super::super::tests::{options, run};
+use super::*;
+use crate::block::file::{Access, Existing, FileSource, NewFile};
+use crate::block::{BlockSource, Budget, ExtentMap, Geometry};
+
+/// Reads fail from the middle of the disk on; files fail through the same door.
+struct FailingReads {
+    inner: FileSource,
+    from: u64,
+}
+
+#[async_trait]
+impl BlockSource for FailingReads {
+    fn geometry(&self) -> Geometry {
+        self.inner.geometry()
+    }
+
+    async fn extents(&self, range: ByteRange) -> Result<ExtentMap> {
+        self.inner.extents(range).await
+    }
+
+    async fn read(&self, _offset: u64, _buffer: Buffer) -> Result<Buffer> {
+        unreachable!("files are copied by threads")
+    }
+
+    fn blocking(&self) -> Option<Arc<dyn BlockingRead>> {
+        Some(Arc::new(Failing { inner: self.inner.blocking().unwrap(), from: self.from }))
+    }
+}
+
+struct Failing {
+    inner: Arc<dyn BlockingRead>,
+    from: u64,
+}
+
+impl BlockingRead for Failing {
+    fn read_at(&self, offset: u64, bytes: &mut [u8]) -> Result<Waited> {
+        if offset >= self.from {
+            return Err(Error::new(Kind::Io, "fails on purpose"));
+        }
+        self.inner.read_at(offset, bytes)
+    }
+}
+
+/// Far more steps than wait for the threads: whoever plans must not wait for ever.
+#[tokio::test]
+async fn a_failing_read_of_a_file_ends_the_copy_with_its_place() {
+    let dir = tempfile::tempdir().unwrap();
+    let (from, to) = (dir.path().join("a.raw"), dir.path().join("b.raw"));
+    std::fs::write(&from, vec![1; 64 << 20]).unwrap();
+    for budget in [4096, 16 << 20] {
+        let inner = FileSource::open(&from, Access::Once).unwrap();
+        let source = Arc::new(FailingReads { inner, from: 1 << 20 });
+        let new = NewFile::create(&to, 64 << 20, Existing::Refuse).unwrap();
+        let options =
+            Options { request_bytes: Some(65536), budget: Budget::new(budget), ..options() };
+        let error = run(source, new.sink(), &options).await.unwrap_err();
+        assert_eq!(error.kind(), Kind::Io, "{error:?}");
+        assert!(error.to_string().contains("of the source"), "{error}");
+    }
+}
+
+/// Reads hang until the sender is dropped.
+struct Hanging(Mutex<mpsc::Receiver<()>>);
+
+impl BlockingRead for Hanging {
+    fn read_at(&self, _offset: u64, bytes: &mut [u8]) -> Result<Waited> {
+        let _ = self.0.lock().unwrap().recv();
+        bytes.fill(1);
+        Ok(Waited::ForDisk)
+    }
+}
+
+struct HangingReads {
+    inner: FileSource,
+    hanging: Arc<Hanging>,
+}
+
+#[async_trait]
+impl BlockSource for HangingReads {
+    fn geometry(&self) -> Geometry {
+        self.inner.geometry()
+    }
+
+    async fn extents(&self, range: ByteRange) -> Result<ExtentMap> {
+        self.inner.extents(range).await
+    }
+
+    async fn read(&self, _offset: u64, _buffer: Buffer) -> Result<Buffer> {
+        unreachable!("files are copied by threads")
+    }
+
+    fn blocking(&self) -> Option<Arc<dyn BlockingRead>> {
+        Some(Arc::clone(&self.hanging) as _)
+    }
+}
+
+/// A stop once waited for the threads that read, and they for a file system that hung.
+#[tokio::test(start_paused = true)]
+async fn a_stop_ends_a_copy_whose_file_system_hangs_and_nothing_is_written_afterwards() {
+    let dir = tempfile::tempdir().unwrap();
+    let (from, to) = (dir.path().join("a.raw"), dir.path().join("b.raw"));
+    std::fs::write(&from, vec![1; 1 << 20]).unwrap();
+    let (answer, hung) = mpsc::channel();
+    let hanging = Arc::new(Hanging(Mutex::new(hung)));
+    let inner = FileSource::open(&from, Access::Once).unwrap();
+    let source = Arc::new(HangingReads { inner, hanging: Arc::clone(&hanging) });
+    let new = NewFile::create(&to, 1 << 20, Existing::Refuse).unwrap();
+    let control = Control::new();
+    let progress = control.add_disk("vda", 1 << 20);
+    let sink = new.sink();
+    let options = options();
+    let mut copied = std::pin::pin!(copy(source, sink, &options, &control, &progress));
+    let mut stopped: Option<tokio::time::Instant> = None;
+    let error = loop {
+        tokio::select! {
+            biased;
+            copied = &mut copied => break copied.unwrap_err(),
+            () = tokio::task::yield_now() => tokio::time::advance(Duration::from_secs(1)).await,
+        }
+        if stopped.is_none() && hanging.0.try_lock().is_err() {
+            stopped = Some(tokio::time::Instant::now());
+            control.cancel();
+        }
+    };
+    let waited = stopped.expect("it hung").elapsed();
+    assert!(waited < ANSWER * 2, "{waited:?}");
+    assert_eq!(error.kind(), Kind::Cancelled);
+    assert!(error.to_string().contains("the source or the sink does not answer"), "{error}");
+    drop(answer);
+    // The threads end, and let go of what they shared.
+    while Arc::strong_count(&hanging) > 1 {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let mut content = vec![1; 1 << 20];
+    std::fs::File::from(new.descriptor().unwrap()).read_exact_at(&mut content, 0).unwrap();
+    assert!(content.iter().all(|byte| *byte == 0), "it was written");
+}
