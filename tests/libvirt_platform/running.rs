@@ -11,7 +11,7 @@ use vmbackup::platform::{BackupMode, KnownPoint, Platform, Quiesce};
 use vmbackup::vm::{ArtifactKind, Consistency, FullReason, ReadMode};
 
 use crate::bare::{Bare, Taken, backup, data_file, image, known, point, qcow2, request, take};
-use crate::support::{Outcome, TestEnv};
+use crate::support::{Outcome, TestEnv, wait_until};
 
 const MIB: u64 = 1 << 20;
 
@@ -256,6 +256,45 @@ async fn a_stopped_domain_ends_the_snapshot() {
     assert_eq!(bare.bitmaps(), [bare.checkpoint(point(2))]);
 }
 
+fn has_backup_job(bare: &Bare<'_>) -> bool {
+    let info = bare.virsh(&["domjobinfo", &bare.name]);
+    info.stdout.lines().any(|line| line.starts_with("Operation:") && line.contains("Backup"))
+}
+
+/// A backup job as somebody else begins it.
+fn begin_foreign_job(bare: &Bare<'_>) {
+    let xml = bare.env.path("foreign.xml");
+    // With a scratch file: libvirt 9.0 has no default name for it.
+    let text = format!(
+        "<domainbackup mode='pull'><server transport='unix' socket='{}'/>\
+         <disks><disk name='vda' type='file'><scratch file='{}'/></disk></disks></domainbackup>",
+        bare.env.open_dir("foreign").join("nbd.sock").display(),
+        bare.env.path("foreign-scratch.qcow2").display()
+    );
+    std::fs::write(&xml, text).unwrap();
+    bare.virsh(&["backup-begin", &bare.name, &xml.to_string_lossy()]).ok();
+}
+
+/// Found in review: whatever the domain was doing by then was ended, a migration as well.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_of_somebody_else_in_the_place_of_ours_is_left_alone() {
+    let env = TestEnv::new();
+    let bare = Bare::start(&env, &qcow2(&env, 'a', "8M"));
+    let platform = bare.platform().await;
+    let mut snapshot = platform.open_snapshot(&request(1), &Control::new()).await.unwrap();
+    bare.virsh(&["domjobabort", &bare.name]).ok();
+    wait_until("the job is gone", 30, || !has_backup_job(&bare));
+    begin_foreign_job(&bare);
+    assert_eq!(snapshot.still_valid().await.unwrap_err().kind(), Kind::SnapshotLost);
+    // Its checkpoint may have to stay as long as that.
+    let _ = snapshot.abort().await;
+    assert!(has_backup_job(&bare), "somebody else's backup was ended");
+    bare.virsh(&["domjobabort", &bare.name]).ok();
+    wait_until("the job is gone", 30, || !has_backup_job(&bare));
+    backup(&bare, &request(2)).await.unwrap();
+    assert_eq!(bare.bitmaps(), [bare.checkpoint(point(2))]);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_foreign_job_is_busy_and_a_killed_run_of_ours_is_cleared_away() {
     let env = TestEnv::new();
@@ -271,16 +310,7 @@ async fn a_foreign_job_is_busy_and_a_killed_run_of_ours_is_cleared_away() {
     assert_eq!(taken[0].read, full(FullReason::FirstBackup));
     assert_eq!(bare.bitmaps(), [bare.checkpoint(point(3))]);
 
-    let xml = env.path("foreign.xml");
-    // With a scratch file: libvirt 9.0 has no default name for it.
-    let text = format!(
-        "<domainbackup mode='pull'><server transport='unix' socket='{}'/>\
-         <disks><disk name='vda' type='file'><scratch file='{}'/></disk></disks></domainbackup>",
-        env.open_dir("foreign").join("nbd.sock").display(),
-        env.path("foreign-scratch.qcow2").display()
-    );
-    std::fs::write(&xml, text).unwrap();
-    bare.virsh(&["backup-begin", &bare.name, &xml.to_string_lossy()]).ok();
+    begin_foreign_job(&bare);
     let error = backup(&bare, &request(4)).await.unwrap_err();
     assert_eq!(error.kind(), Kind::Busy);
     assert!(error.hint_text().unwrap().contains("domjobabort"));

@@ -81,12 +81,16 @@ impl HangingDisk {
         run("python3", &["-c", PULL_OUT], &self.mounted);
     }
 
-    /// Brings it back, with what it held when it went. Nobody may use it any more: the kernel has one file
-    /// system of a device at a time.
+    /// Brings it back, with what it held when it went. Nobody here may use it any more.
     pub(crate) fn put_back(&self) {
         run("umount", &[], &self.mounted);
         let image = self.mounted.with_extension("img");
-        run("mount", &["-o", "loop", image.to_str().expect("text")], &self.mounted);
+        // A device of its own: in other namespaces, of domains that others began, the old one is still there.
+        let device = Command::new("losetup").args(["--find", "--show"]).arg(image).output();
+        let device = String::from_utf8(device.expect("losetup runs").stdout).expect("a path");
+        run("mount", &[device.trim()], &self.mounted);
+        // Goes with the mount.
+        run("losetup", &["--detach"], Path::new(device.trim()));
     }
 
     /// How many processes ask whether it answers.

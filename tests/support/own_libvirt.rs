@@ -31,7 +31,7 @@ impl OwnLibvirt {
             .args(["--mount", "--pid", "--fork", "--kill-child", "--mount-proc"])
             .arg(script)
             .arg(std::env::current_exe().expect("a path"))
-            .args(["--exact", name, "--nocapture"])
+            .args(["--exact", name, "--nocapture", "--include-ignored"])
             .env(INSIDE, std::process::id().to_string())
             .stdin(Stdio::null())
             .status();

@@ -69,6 +69,12 @@ pub fn take_over(old: &Path, new: &File) -> Result<()> {
         }
         return Ok(());
     };
+    if was.data.mode() & ALL & !kept != 0 {
+        tracing::warn!(
+            path = %old.display(),
+            "only its owner's rights are kept: a group may give its name to other files"
+        );
+    }
     was.give(new, kept).map_err(|e| not_kept(old, e))
 }
 

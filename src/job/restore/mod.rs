@@ -182,14 +182,16 @@ async fn restore(
     let started = env.clock.now();
     let manifest = points::manifest(repository, &request.point, env).await?;
     let chosen = points::choose_disks(&manifest, &request.disks)?;
+    let vm = &manifest.body.vm;
+    let lock = || VmLock::acquire_after(request.wait, &env.state_dir, vm, "restore", control);
     if request.define.as_ref().is_some_and(|define| define.as_name.is_none()) {
-        recover::before_restore(&manifest.body.vm, repository, surroundings).await?;
+        // Whoever is waited for may be killed.
+        drop(lock().await?);
+        recover::before_restore(vm, repository, surroundings).await?;
     }
     // Nobody backs up or restores it meanwhile.
-    let lock =
-        VmLock::acquire_after(request.wait, &env.state_dir, &manifest.body.vm, "restore", control);
     let lock = match &request.define {
-        Some(_) => Some(lock.await?),
+        Some(_) => Some(lock().await?),
         None => None,
     };
     let of_vm = lock.as_ref().map_or(reconcile::Lock::Take, |_| reconcile::Lock::Held);

@@ -32,6 +32,9 @@ const END_TIMEOUT: Duration = Duration::from_secs(300);
 /// among those that have ended, and ends the job when it is told once more.
 const ABORT_AGAIN: Duration = Duration::from_secs(5);
 
+/// Longest wait for libvirt to know again what a domain does.
+const STATUS_TIMEOUT: Duration = Duration::from_secs(90);
+
 /// How often a job that libvirt cannot describe is asked for again.
 const STATUS_POLL: Duration = Duration::from_millis(500);
 
@@ -164,7 +167,7 @@ fn parse(xml: &str) -> Result<ActiveJob> {
 /// or libvirt never lets another job begin; so it is waited for, and then the domain is busy.
 pub(super) async fn status(domain: &DomainHandle) -> Result<JobStatus> {
     let what = "ask for the job of";
-    let deadline = tokio::time::Instant::now() + END_TIMEOUT;
+    let deadline = tokio::time::Instant::now() + STATUS_TIMEOUT;
     loop {
         let error = match domain.raw_call(what, ffi::job_status).await? {
             Ok(status) => return Ok(status),
@@ -238,19 +241,22 @@ pub(super) async fn instead(domain: &DomainHandle, error: Error) -> Error {
         .source(error)
 }
 
-/// Ends the job and waits until it is gone; a guest that stands still because scratch ran full runs
-/// on. No job is success. A guest whose scratch hangs stands still until it answers: it is asked first
-/// ([`super::teardown`]).
-pub(super) async fn end(domain: &DomainHandle) -> Result<()> {
-    let ours = active(domain).await?.map(|job| job.owner);
-    abort(domain).await?;
+/// Ends the job of `point` and waits until it is gone; a guest that stands still because scratch ran full
+/// runs on. No job is success, and so is one of anybody else, which may have taken its place. A guest whose
+/// scratch hangs stands still until it answers: it is asked first ([`super::teardown`]).
+pub(super) async fn end(domain: &DomainHandle, point: PointId) -> Result<()> {
     let begun = tokio::time::Instant::now();
-    let mut told = begun;
-    // Somebody else's may follow at once, and is not told to end.
-    while active(domain).await?.map(|job| job.owner) == ours && ours.is_some() {
-        if told.elapsed() >= ABORT_AGAIN {
-            abort(domain).await?;
-            told = tokio::time::Instant::now();
+    let mut told = None;
+    loop {
+        let is_time = told.is_none_or(|told: tokio::time::Instant| told.elapsed() >= ABORT_AGAIN);
+        let is_there = if is_time {
+            told = Some(tokio::time::Instant::now());
+            abort(domain, point).await?
+        } else {
+            active(domain).await?.is_some_and(|job| job.point == Some(point))
+        };
+        if !is_there {
+            break;
         }
         if begun.elapsed() >= END_TIMEOUT {
             return Err(Error::new(
@@ -279,12 +285,28 @@ pub(super) async fn end(domain: &DomainHandle) -> Result<()> {
     Ok(())
 }
 
-async fn abort(domain: &DomainHandle) -> Result<()> {
+/// Has libvirt end the job if it is that of `point`; whether it is there. libvirt ends whatever the domain is
+/// doing, a migration as well: so it is looked at right before, in the same call.
+async fn abort(domain: &DomainHandle, point: PointId) -> Result<bool> {
     let what = "end the backup job of";
-    match domain.raw_call(what, ffi::abort_job).await? {
-        Ok(()) => Ok(()),
+    let told = domain.raw_call(what, move |domain| {
+        let job = ffi::backup_xml(domain)?;
+        if parse(&job).ok().and_then(|job| job.point) != Some(point) {
+            return Ok(false);
+        }
+        ffi::abort_job(domain).map(|()| true)
+    });
+    match told.await? {
+        Ok(is_there) => Ok(is_there),
         // No job, or no running domain any more.
-        Err(error) if code(&error) == Some(ErrorNumber::OperationInvalid) => Ok(()),
+        Err(error)
+            if matches!(
+                code(&error),
+                Some(ErrorNumber::NoDomainBackup | ErrorNumber::OperationInvalid)
+            ) =>
+        {
+            Ok(false)
+        }
         Err(error) => Err(domain.wrap(what, error)),
     }
 }

@@ -125,6 +125,8 @@ enum Begun {
     Asked,
     /// It was not answered: it may exist now or at any time, and is undone when it does.
     Unanswered,
+    /// The way to libvirt ended meanwhile: as before, but nobody here undoes it then.
+    CutOff,
 }
 
 /// What of a failed opening is undone.
@@ -337,7 +339,7 @@ impl Opening {
             Ok(domain) => self.domain = domain,
             Err(error) => tracing::warn!(?error, "what a failed backup left cannot be looked for"),
         }
-        if self.begun == Begun::Asked {
+        if matches!(self.begun, Begun::Asked | Begun::CutOff) {
             match self.undo_job().await {
                 Err(error) => {
                     let error = self.scratch.stays(&self.domain, error).await.in_one_line();
@@ -347,7 +349,16 @@ impl Opening {
                     stays.extend([Phase::Job, Phase::Scratch, Phase::Socket, Phase::Checkpoint]);
                 }
                 // libvirt creates the checkpoint before the export: it can exist without the job.
-                Ok(()) => {
+                Ok(was_there) => {
+                    // The journal has it for the next run.
+                    if self.begun == Begun::CutOff && !was_there {
+                        stays.extend([
+                            Phase::Job,
+                            Phase::Scratch,
+                            Phase::Socket,
+                            Phase::Checkpoint,
+                        ]);
+                    }
                     if let Err(error) = self.checkpoints().discard(self.request.point).await {
                         tracing::warn!(?error, "the checkpoint of a failed backup remains");
                         stays.push(Phase::Checkpoint);
@@ -383,15 +394,17 @@ impl Opening {
         undone
     }
 
-    /// Ends the job if it is there, and removes what it leaves.
-    async fn undo_job(&self) -> Result<()> {
+    /// Ends the job if it is there, and removes what it leaves; whether it was.
+    async fn undo_job(&self) -> Result<bool> {
         let point = self.request.point;
-        if job::active(&self.domain).await?.is_some_and(|job| job.point == Some(point)) {
+        let was_there =
+            job::active(&self.domain).await?.is_some_and(|job| job.point == Some(point));
+        if was_there {
             let patience = self.watch.as_ref().map_or(STALL, Watch::patience);
-            self.scratch.end_job(&self.domain, patience).await?;
+            self.scratch.end_job((&self.domain, point), patience).await?;
         }
         self.remove_files(point).await;
-        Ok(())
+        Ok(was_there)
     }
 
     fn into_snapshot(self, opened: Opened) -> RunningSnapshot {

@@ -143,8 +143,9 @@ impl Leftovers<'_> {
             if !self.recovery.undo(format!("backup job of domain '{name}'")) {
                 return Ok(());
             }
-            let ended = match self.scratch_answers(|run| Some(run.point) == active.point).await {
-                Ok(()) => job::end(self.domain).await,
+            let point = active.point.expect("a job in the journal carries its point");
+            let ended = match self.scratch_answers(|run| run.point == point).await {
+                Ok(()) => job::end(self.domain, point).await,
                 hangs => hangs,
             };
             if let Err(error) = ended {

@@ -207,9 +207,9 @@ impl RunningSnapshot {
     async fn try_end_job(&mut self) -> Result<()> {
         let patience = self.watch.as_ref().map_or(STALL, Watch::patience);
         self.domain = self.domain.revived().await?;
-        let mut ended = self.scratch.end_job(&self.domain, patience).await;
+        let mut ended = self.scratch.end_job((&self.domain, self.point), patience).await;
         if ended.is_err() && self.reconnect().await? {
-            ended = self.scratch.end_job(&self.domain, patience).await;
+            ended = self.scratch.end_job((&self.domain, self.point), patience).await;
         }
         ended
     }

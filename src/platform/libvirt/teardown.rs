@@ -20,6 +20,7 @@ use super::connection::{DomainHandle, Host};
 use super::job;
 use crate::error::{Error, Kind, Result};
 use crate::platform::space::{BEFORE, Question, aside};
+use crate::vm::PointId;
 
 /// How long scratch that does not answer is waited for, by the watch before the backup is given up and
 /// at the end of a run: write-back holds it up for some ten seconds on a busy host, and a job that stays
@@ -61,9 +62,13 @@ impl Scratch {
         }
     }
 
-    /// Ends the job when scratch takes writes; [`Kind::Timeout`], with the job as it was, if that is
+    /// Ends the job of a point when scratch takes writes; [`Kind::Timeout`], with the job as it was, if that is
     /// not so within `limit`. It is asked once at least.
-    pub(super) async fn end_job(&self, domain: &DomainHandle, limit: Duration) -> Result<()> {
+    pub(super) async fn end_job(
+        &self,
+        (domain, point): (&DomainHandle, PointId),
+        limit: Duration,
+    ) -> Result<()> {
         let until = Instant::now() + limit;
         while let Err(hangs) = self.answers().await {
             // The watch ends it at once where scratch is full.
@@ -75,7 +80,7 @@ impl Scratch {
             }
             tracing::warn!(error = %hangs, "the backup job cannot be ended yet; tried again");
         }
-        job::end(domain).await
+        job::end(domain, point).await
     }
 
     /// What it means that the job was not ended because of `error`.

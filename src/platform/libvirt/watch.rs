@@ -254,7 +254,7 @@ impl Watched {
     async fn end(&mut self) {
         loop {
             let error = match self.domain.revived().await {
-                Ok(domain) => match job::end(&domain).await {
+                Ok(domain) => match job::end(&domain, self.point).await {
                     Ok(()) => return,
                     Err(error) => error,
                 },

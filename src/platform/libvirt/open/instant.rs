@@ -129,6 +129,9 @@ impl Opening {
             }
             Err(error) => error,
         };
+        if !self.domain.host.is_alive() {
+            self.begun = Begun::CutOff;
+        }
         let retry = code(&error) == Some(ErrorNumber::CheckpointInconsistent)
             && self.request.mode != BackupMode::Incremental;
         if !retry {
