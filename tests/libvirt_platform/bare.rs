@@ -66,6 +66,11 @@ impl<'env> Bare<'env> {
         assert!(!outcome.stdout.contains("rror"), "{outcome:?}");
     }
 
+    /// Whether a backup job is active.
+    pub(crate) fn has_backup_job(&self) -> bool {
+        self.virsh(&["domjobinfo", &self.name]).stdout.contains("Backup")
+    }
+
     /// Names of the checkpoints libvirt has metadata of.
     pub(crate) fn checkpoints(&self) -> Vec<String> {
         libvirt::checkpoints(self.env, &self.name)

@@ -131,13 +131,13 @@ async fn the_end_of_a_backup_waits_for_scratch_that_takes_no_writes_for_a_while(
     let (committed, there) = tokio::join!(snapshot.commit(), async {
         // More than the first question takes.
         tokio::time::sleep(Duration::from_secs(14)).await;
-        let there = answers(&env, &bare.name) && has_backup_job(&bare);
+        let there = answers(&env, &bare.name) && bare.has_backup_job();
         disk.lock().expect("whole").answer();
         there
     });
     assert!(there, "the job was told to end");
     committed.expect("commits");
-    assert!(!has_backup_job(&bare) && disk.lock().expect("whole").files().is_empty());
+    assert!(!bare.has_backup_job() && disk.lock().expect("whole").files().is_empty());
     assert_eq!(bare.bitmaps(), [bare.checkpoint(wanted.point)]);
 }
 
@@ -171,7 +171,7 @@ async fn an_open_that_fails_while_scratch_hangs_leaves_the_job_alone_and_says_so
     let words = [&*bare.name, scratch.to_str().expect("text"), "'vmbackup recover'"];
     let whole = |text: &String| words.iter().all(|word| text.contains(word));
     assert!(told.iter().any(whole), "{told:?}");
-    assert!(answers(&env, &bare.name) && has_backup_job(&bare));
+    assert!(answers(&env, &bare.name) && bare.has_backup_job());
 
     options.journals = Journals::new(journal.clone(), None);
     drop(platform);
@@ -183,7 +183,7 @@ async fn an_open_that_fails_while_scratch_hangs_leaves_the_job_alone_and_says_so
     wanted.point = request(2).point;
     let next = platform.open_snapshot(&wanted, &Control::new()).await;
     next.expect("the job of the first is not in the way").abort().await.expect("aborts");
-    assert!(!has_backup_job(&bare) && disk.files().is_empty());
+    assert!(!bare.has_backup_job() && disk.files().is_empty());
 }
 
 /// It was asked on a thread that had other things to do, and for as long as it hung.
@@ -224,10 +224,6 @@ async fn scratch_that_hangs_when_a_backup_begins_is_named_in_time() {
     assert_eq!(error.kind(), Kind::Timeout, "{error:?}");
     assert!(error.to_string().contains(disk.path.to_str().expect("text")), "{error}");
     assert!(error.hint_text().is_some_and(|hint| hint.contains("--scratch-dir")), "{error:?}");
-    assert!(!has_backup_job(&bare));
+    assert!(!bare.has_backup_job());
     disk.answer();
-}
-
-fn has_backup_job(bare: &Bare<'_>) -> bool {
-    bare.virsh(&["domjobinfo", &bare.name]).stdout.contains("Backup")
 }

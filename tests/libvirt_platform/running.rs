@@ -256,11 +256,6 @@ async fn a_stopped_domain_ends_the_snapshot() {
     assert_eq!(bare.bitmaps(), [bare.checkpoint(point(2))]);
 }
 
-fn has_backup_job(bare: &Bare<'_>) -> bool {
-    let info = bare.virsh(&["domjobinfo", &bare.name]);
-    info.stdout.lines().any(|line| line.starts_with("Operation:") && line.contains("Backup"))
-}
-
 /// A backup job as somebody else begins it.
 fn begin_foreign_job(bare: &Bare<'_>) {
     let xml = bare.env.path("foreign.xml");
@@ -271,7 +266,7 @@ fn begin_foreign_job(bare: &Bare<'_>) {
         bare.env.open_dir("foreign").join("nbd.sock").display(),
         bare.env.path("foreign-scratch.qcow2").display()
     );
-    std::fs::write(&xml, text).unwrap();
+    std::fs::write(&xml, text).expect("own directory");
     bare.virsh(&["backup-begin", &bare.name, &xml.to_string_lossy()]).ok();
 }
 
@@ -283,14 +278,14 @@ async fn a_job_of_somebody_else_in_the_place_of_ours_is_left_alone() {
     let platform = bare.platform().await;
     let mut snapshot = platform.open_snapshot(&request(1), &Control::new()).await.unwrap();
     bare.virsh(&["domjobabort", &bare.name]).ok();
-    wait_until("the job is gone", 30, || !has_backup_job(&bare));
+    wait_until("the job is gone", 30, || !bare.has_backup_job());
     begin_foreign_job(&bare);
     assert_eq!(snapshot.still_valid().await.unwrap_err().kind(), Kind::SnapshotLost);
     // Its checkpoint may have to stay as long as that.
     let _ = snapshot.abort().await;
-    assert!(has_backup_job(&bare), "somebody else's backup was ended");
+    assert!(bare.has_backup_job(), "somebody else's backup was ended");
     bare.virsh(&["domjobabort", &bare.name]).ok();
-    wait_until("the job is gone", 30, || !has_backup_job(&bare));
+    wait_until("the job is gone", 30, || !bare.has_backup_job());
     backup(&bare, &request(2)).await.unwrap();
     assert_eq!(bare.bitmaps(), [bare.checkpoint(point(2))]);
 }

@@ -237,10 +237,6 @@ async fn a_job_that_ends_while_the_connection_is_cut_is_noticed() {
     assert_eq!(bare.bitmaps(), Vec::<String>::new());
 }
 
-fn has_backup_job(bare: &Bare<'_>) -> bool {
-    bare.virsh(&["domjobinfo", &bare.name]).stdout.contains("Backup")
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn a_daemon_that_is_away_for_seconds_costs_no_backup() {
     let env = TestEnv::new();
@@ -251,7 +247,7 @@ async fn a_daemon_that_is_away_for_seconds_costs_no_backup() {
     snapshot.still_valid().await.expect("the job is still there");
     proxy.stop_for(Duration::from_secs(3));
     snapshot.commit().await.expect("commits");
-    assert!(!has_backup_job(&bare));
+    assert!(!bare.has_backup_job());
 }
 
 /// The daemon goes away for some seconds just when it has begun the job.
@@ -266,7 +262,7 @@ async fn a_connection_that_ends_when_the_job_has_begun_costs_no_backup() {
     let mut snapshot = opened.expect("it is connected anew");
     snapshot.still_valid().await.expect("still valid");
     snapshot.abort().await.expect("aborts");
-    assert!(!has_backup_job(&bare));
+    assert!(!bare.has_backup_job());
     assert_eq!(bare.bitmaps(), Vec::<String>::new());
     assert_eq!(std::fs::read_dir(env.path("state/journal")).expect("there").count(), 0);
 }
@@ -280,7 +276,7 @@ async fn a_job_that_could_not_be_ended_stays_on_record_and_is_ended_by_the_next_
     let known = known(point(1), &*snapshot);
     proxy.stop();
     snapshot.commit().await.expect_err("nobody could end the job");
-    assert!(has_backup_job(&bare));
+    assert!(bare.has_backup_job());
 
     let platform = bare.platform().await;
     let mut wanted = request(2);
@@ -288,7 +284,7 @@ async fn a_job_that_could_not_be_ended_stays_on_record_and_is_ended_by_the_next_
     wanted.known_points = vec![known];
     let next = platform.open_snapshot(&wanted, &Control::new()).await.expect("ends what is ours");
     next.commit().await.expect("commits");
-    assert!(!has_backup_job(&bare));
+    assert!(!bare.has_backup_job());
 }
 
 /// What is to be told of a job that runs on was only logged, where nobody looks.
@@ -302,7 +298,7 @@ async fn a_job_that_a_failed_open_could_not_end_is_told_of_with_its_scratch_and_
     let control = Control::new();
     let opened = platform.open_snapshot(&request(1), &control).await;
     opened.err().expect("the connection is gone");
-    assert!(has_backup_job(&bare));
+    assert!(bare.has_backup_job());
     let told: Vec<String> = control.notices_from(0).into_iter().map(|told| told.text).collect();
     let words = [&*bare.name, "the guest's writes still go", "/var/lib/libvirt/qemu", "recover'"];
     let whole = |text: &String| words.iter().all(|word| text.contains(word));
@@ -310,7 +306,7 @@ async fn a_job_that_a_failed_open_could_not_end_is_told_of_with_its_scratch_and_
 
     let next = bare.platform().await.open_snapshot(&request(2), &Control::new()).await;
     next.expect("the job of the first is not in the way").abort().await.expect("aborts");
-    assert!(!has_backup_job(&bare));
+    assert!(!bare.has_backup_job());
 }
 
 /// The room was not looked at while libvirt was asked for anything.
@@ -344,7 +340,7 @@ async fn scratch_is_watched_although_libvirt_is_slow_to_answer() {
         }
     };
     assert_eq!(error.kind(), Kind::NoSpace, "{error:?}");
-    assert!(!has_backup_job(&bare));
+    assert!(!bare.has_backup_job());
     assert!(small.files().is_empty());
 }
 
