@@ -146,12 +146,7 @@ async fn images_that_lead_elsewhere_are_refused() {
         assert!(error.to_string().contains("not a local file"), "{error:?}");
         assert!(error.hint_text().unwrap().contains("while it runs"), "{error:?}");
     }
-    let secret = ["--object", "secret,id=s,data=x", "-f", "qcow2"];
-    let mut create = vec!["create"];
-    create.extend(secret);
-    create.extend(["-o", "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"]);
-    create.extend(["e.qcow2", "1M"]);
-    images.run("qemu-img", &create);
+    images.luks("e.qcow2");
     let error = refusal(&images, "e.qcow2", "qcow2").await;
     assert!(error.to_string().contains("encrypted"), "{error:?}");
     let url = "nbd:localhost:1:exportname=x";

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -51,12 +51,23 @@ impl Images {
         self.run("qemu-img", &["create", "-f", "qcow2", "-o", &options, name, "4M"]);
     }
 
+    /// A qcow2 image that is encrypted inside.
+    pub fn luks(&self, name: &str) {
+        let options = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10";
+        let secret = ["--object", "secret,id=s,data=x", "-o", options];
+        let create = [&["create", "-f", "qcow2"], &secret[..], &[name, "1M"]].concat();
+        // As in tests/support/luks.rs: a fast machine is an error for some versions, now and then.
+        let mut made = (0..20).map(|_| self.output("qemu-img", &create).status.success());
+        assert!(made.any(|success| success), "qemu-img {create:?}");
+    }
+
+    fn output(&self, program: &str, args: &[&str]) -> Output {
+        let output = Command::new(program).args(args).current_dir(self.0.path()).output();
+        output.unwrap_or_else(|e| panic!("{program} is needed: {e}"))
+    }
+
     pub fn run(&self, program: &str, args: &[&str]) -> String {
-        let output = Command::new(program)
-            .args(args)
-            .current_dir(self.0.path())
-            .output()
-            .unwrap_or_else(|e| panic!("{program} is needed: {e}"));
+        let output = self.output(program, args);
         let err = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "{program} {args:?}: {err}");
         String::from_utf8_lossy(&output.stdout).into_owned()
