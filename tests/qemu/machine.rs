@@ -13,6 +13,20 @@ use vmbackup::vm::PointId;
 pub(crate) const UUID: &str = "c0ffee00-0000-4000-8000-00000000000a";
 pub(crate) const SIZE: u64 = 16 << 20;
 
+/// Whether the QEMU here has what came with a version; says so if it does not.
+#[allow(clippy::print_stderr, reason = "says why nothing was tested")]
+pub(crate) fn qemu_is_since(major: u32, minor: u32) -> bool {
+    let said = Command::new("qemu-system-x86_64").arg("--version").output().unwrap();
+    let said = String::from_utf8(said.stdout).unwrap();
+    let version = said.split_whitespace().nth(3).unwrap();
+    let mut numbers = version.split('.').map(|number| number.parse::<u32>().unwrap_or(0));
+    let is_since = (numbers.next(), numbers.next()) >= (Some(major), Some(minor));
+    if !is_since {
+        eprintln!("not tested: QEMU {version} is older than {major}.{minor}");
+    }
+    is_since
+}
+
 /// What the VM does by itself.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Guest {

@@ -15,7 +15,7 @@ use vmbackup::error::Kind;
 use vmbackup::platform::qemu::Qemu;
 use vmbackup::platform::{SnapshotRequest, VmSnapshot};
 
-use crate::machine::{Guest, Machine, SIZE, noise};
+use crate::machine::{Guest, Machine, SIZE, noise, qemu_is_since};
 use crate::reading::{Points, open};
 use crate::support::{Process, SmallDisk, TestEnv};
 
@@ -30,17 +30,8 @@ const LATE_PACKS: u64 = 3;
 const SMALL_MIB: u64 = 16;
 
 /// Whether the QEMU here is asked to give scratch back; says so if it is not.
-#[allow(clippy::print_stderr, reason = "says why nothing was tested")]
 fn gives_scratch_back() -> bool {
-    let said = std::process::Command::new("qemu-system-x86_64").arg("--version").output().unwrap();
-    let said = String::from_utf8(said.stdout).unwrap();
-    let version = said.split_whitespace().nth(3).unwrap();
-    let mut numbers = version.split('.').map(|number| number.parse::<u32>().unwrap_or(0));
-    let is_new = (numbers.next(), numbers.next()) >= (Some(9), Some(1));
-    if !is_new {
-        eprintln!("not tested: QEMU {version} is older than 9.1");
-    }
-    is_new
+    qemu_is_since(9, 1)
 }
 
 /// A program that backs up a machine.
