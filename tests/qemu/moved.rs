@@ -9,7 +9,7 @@ use vmbackup::error::Kind;
 use vmbackup::platform::qemu::Qemu;
 use vmbackup::platform::{SnapshotRequest, VmSnapshot};
 
-use crate::machine::{Guest, Machine};
+use crate::machine::{Guest, Machine, qemu_is_since};
 use crate::reading::{Points, open};
 
 /// A VM and an open snapshot of it.
@@ -29,10 +29,16 @@ async fn is_lost(snapshot: &mut dyn VmSnapshot) {
     assert!(lost.to_string().contains("migrated"), "{lost:?}");
 }
 
-async fn migrated(machine: &Machine) {
+/// Waits until a migration has ended, and gives how: `completed`, `failed`, ….
+async fn end_of_migration(machine: &Machine) -> String {
     let deadline = Instant::now() + Duration::from_secs(60);
-    while machine.side.query_migrate().await.unwrap()["status"] != "completed" {
-        assert!(Instant::now() < deadline, "{:?}", machine.side.query_migrate().await);
+    loop {
+        let told = machine.side.query_migrate().await.unwrap();
+        let status = told["status"].as_str().unwrap_or_default();
+        if ["completed", "failed", "cancelled"].contains(&status) {
+            return status.to_owned();
+        }
+        assert!(Instant::now() < deadline, "{told:?}");
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
 }
@@ -61,7 +67,13 @@ async fn a_vm_that_is_elsewhere_after_the_last_read_has_lost_the_instant() {
     }
     let to = json!({ "uri": format!("exec:cat >{}", machine.path("state").display()) });
     machine.side.execute_raw("migrate", to).await.unwrap();
-    migrated(&machine).await;
+    if end_of_migration(&machine).await == "failed" {
+        // 7.2 cannot inactivate the images under a backup job: the guest is where it was.
+        assert!(!qemu_is_since(10, 0));
+        assert!(machine.runs().await);
+        snapshot.abort().await.unwrap();
+        return machine.holds_only(&[]).await;
+    }
     assert_eq!(machine.side.query_status().await.unwrap().status, "postmigrate");
     is_lost(snapshot.as_mut()).await;
     // Let go on here, it is the same: it may have run there.
@@ -82,7 +94,7 @@ async fn a_migration_that_began_and_ended_during_the_backup_loses_the_instant_an
         machine.side.execute_raw("migrate-set-capabilities", on).await.unwrap();
         let to = json!({ "uri": format!("exec:cat >{}", machine.path("state").display()) });
         machine.side.execute_raw("migrate", to).await.unwrap();
-        migrated(&machine).await;
+        assert_eq!(end_of_migration(&machine).await, "completed");
         assert!(machine.runs().await);
         is_lost(snapshot.as_mut()).await;
         snapshot.abort().await.unwrap();
