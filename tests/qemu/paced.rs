@@ -5,6 +5,10 @@ use crate::support::{NbdLog, NbdServer, Process, TestEnv, is_listening, wait_unt
 
 const MIB: usize = 1 << 20;
 
+/// Until that has paid: three measurements of nine requests. A QEMU before 8.0, which is read by clusters,
+/// gets more of them for this disk, and then more than two at once.
+const READS: usize = 27;
+
 /// The same of libvirt: tests/libvirt/paced.rs.
 #[test]
 fn a_running_vm_is_not_read_by_many_requests_at_once_before_that_has_paid() {
@@ -41,5 +45,5 @@ fn a_running_vm_is_not_read_by_many_requests_at_once_before_that_has_paid() {
     env.vmbackup(&[&["full"], &from[..]].concat()).ok();
     let reads = NbdLog::of(&log);
     assert!(reads.bytes("Read") >= 8 * MIB, "{}", reads.0);
-    assert!(reads.open("Read").1 <= 2, "{}", reads.0);
+    assert!(reads.until("Read", READS).open("Read").1 <= 2, "{}", reads.0);
 }

@@ -12,6 +12,13 @@ impl NbdLog {
         Self(std::fs::read_to_string(path).expect("nbdkit writes its log"))
     }
 
+    /// The log until so many requests of a kind had begun.
+    pub(crate) fn until(&self, kind: &str, count: usize) -> Self {
+        let last = self.requests(kind).nth(count - 1).expect("so many requests");
+        let end = self.0.find(last).expect("its own line") + last.len();
+        Self(self.0[..end].to_owned())
+    }
+
     /// The lines with which requests of a kind begin: `Read`, `Write`, `Flush`, ….
     pub(crate) fn requests<'a>(&'a self, kind: &str) -> impl Iterator<Item = &'a str> {
         let begin = format!(" {kind} id=");
