@@ -1,6 +1,8 @@
 //! A domain without a guest system, and a repository of nothing but known points.
 
 use std::collections::HashSet;
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -123,6 +125,8 @@ pub(crate) fn data_file(env: &TestEnv, size: &str) -> String {
     let options = format!("data_file={},data_file_raw=on", data.display());
     let image = image.to_string_lossy();
     env.run("qemu-img", &["create", "-q", "-f", "qcow2", "-o", &options, &image, size]).ok();
+    // Before 10.10 libvirt knows of no data files, and gives this one to nobody.
+    std::fs::set_permissions(&data, Permissions::from_mode(0o666)).expect("own file");
     format!(
         "<disk type='file' device='disk'><driver name='qemu' type='qcow2' discard='unmap'/>\
          <source file='{image}'/><target dev='vda' bus='virtio'/></disk>"

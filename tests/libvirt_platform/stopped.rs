@@ -67,6 +67,7 @@ async fn one_chain_goes_through_stop_and_start() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[allow(clippy::print_stderr, reason = "says what was not tested")]
 async fn one_chain_of_a_qcow2_with_a_data_file_goes_through_stop_and_start() {
     let env = TestEnv::new();
     let disk = data_file(&env, "8M");
@@ -95,6 +96,11 @@ async fn one_chain_of_a_qcow2_with_a_data_file_goes_through_stop_and_start() {
     let store = store.replacen("/>", ">", 1) + "</source>";
     let elsewhere =
         Bare::define(&env, "2", &disk.replacen("/><target", &format!("{store}<target"), 1), "");
+    if !elsewhere.virsh(&["dumpxml", &elsewhere.name]).text().contains("<dataStore") {
+        // What it does not know it leaves out, and QEMU takes the file of the header.
+        eprintln!("not tested: a libvirt before 10.10 has no data files in descriptions");
+        return;
+    }
     let error = backup(&elsewhere, &request(1)).await.unwrap_err();
     assert_eq!(error.kind(), Kind::Unsupported);
     let itself = env.path("vda.raw");
