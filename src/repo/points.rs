@@ -171,11 +171,11 @@ async fn read_many(
 ///
 /// Two runs of one domain that commit at the same moment may take the same number; their order is
 /// then that of their ids, the same for every reader.
-pub async fn store_manifest(
+pub async fn prepare_manifest(
     blobs: &Blobs,
     point: PointId,
     draft: ManifestDraft,
-) -> Result<Manifest> {
+) -> Result<(Manifest, ObjectName, Vec<u8>)> {
     let domain = draft.vm.uuid;
     // Forgotten points count too: a number is not used again while its manifest is there.
     let mut last = 0;
@@ -190,6 +190,6 @@ pub async fn store_manifest(
     let name = PointName { domain, sequence: manifest.sequence, point }.object();
     let json = serde_json::to_vec(&manifest)
         .map_err(|e| Error::new(Kind::Internal, "a manifest cannot be written").source(e))?;
-    blobs.store.put(&name, blobs.keys.seal_object(ObjectType::Point, &name, &json)).await?;
-    Ok(manifest)
+    let object = blobs.keys.seal_object(ObjectType::Point, &name, &json);
+    Ok((manifest, name, object))
 }

@@ -396,17 +396,18 @@ impl Run {
         self.check_bases(&draft).await?;
         blobs.damaged.record_all().await?;
         let renewed = self.lease.check().await?;
-        let manifest = match points::store_manifest(blobs, point, draft).await {
-            Ok(manifest) => manifest,
-            Err(error) => {
-                if error.kind() == Kind::Timeout {
-                    self.stage = Stage::Unsure(point);
-                }
-                return Err(error);
-            }
-        };
-        // The manifest is visible: was it in time?
+        let (manifest, name, object) = points::prepare_manifest(blobs, point, draft).await?;
+        // From here on it may appear, whatever the store says: a name that was given before what follows
+        // failed, or by a server whose answer was lost. Not where there was no room for it.
         self.stage = Stage::Unsure(point);
+        if let Err(error) = blobs.store.put(&name, object).await {
+            let error = Error::from(error);
+            if error.kind() == Kind::NoSpace {
+                self.stage = Stage::Writing;
+            }
+            return Err(error);
+        }
+        // The manifest is visible: was it in time?
         let late = blobs.store.now().await?.duration_since(renewed).unsigned_abs();
         if late > LEASE_OF_WRITER {
             let message = "storing the manifest took so long that its chunks may be gone";
@@ -519,6 +520,20 @@ mod tests {
         assert_eq!(error.kind(), Kind::Timeout, "{error:?}");
         assert!(is_waited_for(&store).await);
         assert!(store.names().contains(&forget::tombstone(point(1))));
+    }
+
+    /// Found in review: only where the store was silent it was forgotten.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_manifest_that_appears_although_the_store_said_otherwise_is_no_point() {
+        let store = store();
+        let repository = open(&store, content::LEAF_BYTES).await;
+        let run = repository.begin_run(RunOptions::default()).await.unwrap();
+        store.set_fault_hook(|op| is_of(op, Folder::Points).then_some(Fault::LoseAnswer));
+        run.commit(point(1), draft()).await.unwrap_err();
+        store.clear_fault_hook();
+        assert!(store.names().iter().any(|name| name.as_str().starts_with("points/")));
+        assert!(repository.point_names(None).await.unwrap().is_empty());
+        assert!(is_waited_for(&store).await);
     }
 
     #[tokio::test(flavor = "multi_thread")]

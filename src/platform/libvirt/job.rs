@@ -290,14 +290,22 @@ pub(super) async fn end(domain: &DomainHandle, point: PointId) -> Result<()> {
 async fn abort(domain: &DomainHandle, point: PointId) -> Result<bool> {
     let what = "end the backup job of";
     let told = domain.raw_call(what, move |domain| {
-        let job = ffi::backup_xml(domain)?;
-        if parse(&job).ok().and_then(|job| job.point) != Some(point) {
-            return Ok(false);
+        let job = match parse(&ffi::backup_xml(domain)?) {
+            Ok(job) => job,
+            Err(error) => return Ok(Err(error)),
+        };
+        if job.point != Some(point) {
+            return Ok(Ok(false));
         }
-        ffi::abort_job(domain).map(|()| true)
+        match ffi::abort_job(domain) {
+            // It ends by itself, or the domain does: seen by who looks again.
+            Err(error) if code(&error) == Some(ErrorNumber::OperationInvalid) => {}
+            told => told?,
+        }
+        Ok(Ok(true))
     });
     match told.await? {
-        Ok(is_there) => Ok(is_there),
+        Ok(is_there) => is_there,
         // No job, or no running domain any more.
         Err(error)
             if matches!(

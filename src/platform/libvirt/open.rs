@@ -342,7 +342,11 @@ impl Opening {
         if matches!(self.begun, Begun::Asked | Begun::CutOff) {
             match self.undo_job().await {
                 Err(error) => {
-                    let error = self.scratch.stays(&self.domain, error).await.in_one_line();
+                    let error = self
+                        .scratch
+                        .stays((&self.domain, self.request.point), error)
+                        .await
+                        .in_one_line();
                     let text = format!("what the failed snapshot left is not all removed: {error}");
                     control.notice(NoticeLevel::Warning, text);
                     undone = Undone::AllButTheJob;

@@ -192,7 +192,7 @@ impl RunningSnapshot {
         let ended = self.try_end_job().await;
         self.watch = None;
         if let Err(error) = ended {
-            return Err(self.scratch.stays(&self.domain, error).await);
+            return Err(self.scratch.stays((&self.domain, self.point), error).await);
         }
         if self.domain.host.is_local() {
             if let Server::Unix(socket) = &self.server {

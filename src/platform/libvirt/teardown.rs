@@ -72,7 +72,7 @@ impl Scratch {
         let until = Instant::now() + limit;
         while let Err(hangs) = self.answers().await {
             // The watch ends it at once where scratch is full.
-            if job::active(domain).await?.is_none() {
+            if job::active(domain).await?.is_none_or(|job| job.point != Some(point)) {
                 break;
             }
             if Instant::now() >= until {
@@ -84,9 +84,13 @@ impl Scratch {
     }
 
     /// What it means that the job was not ended because of `error`.
-    pub(super) async fn stays(&self, domain: &DomainHandle, error: Error) -> Error {
+    pub(super) async fn stays(
+        &self,
+        (domain, point): (&DomainHandle, PointId),
+        error: Error,
+    ) -> Error {
         match job::active(domain).await {
-            Ok(None) => return error,
+            Ok(job) if job.as_ref().and_then(|job| job.point) != Some(point) => return error,
             Err(gone) if gone.kind() == Kind::NotFound => return error,
             // Taken to be there where libvirt does not tell.
             _ => {}

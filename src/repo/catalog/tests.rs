@@ -20,6 +20,11 @@ use crate::repo::store::{ObjectName, ObjectStore};
 use crate::repo::{CollectOptions, ManifestDraft, Repository, RunOptions};
 use crate::workers::Workers;
 
+async fn store_manifest(blobs: &Blobs, point: PointId, draft: ManifestDraft) {
+    let (_, name, object) = points::prepare_manifest(blobs, point, draft).await.unwrap();
+    blobs.store.put(&name, object).await.unwrap();
+}
+
 struct Bed {
     clock: Arc<ManualClock>,
     store: Arc<MemoryStore>,
@@ -131,7 +136,7 @@ impl Bed {
     /// Commits a point, the way a run does.
     async fn commit(&self, n: u64, vm: u64, name: &str) {
         let blobs = &self.repository.blobs;
-        points::store_manifest(blobs, point(n), draft(vm, name)).await.unwrap();
+        store_manifest(blobs, point(n), draft(vm, name)).await;
         merge_tier(blobs, point(n)).await.unwrap();
         self.clock.advance(Duration::from_secs(1));
     }
@@ -324,7 +329,7 @@ async fn writers_that_merge_at_once_lose_nothing() {
     let blobs = &bed.repository.blobs;
     for n in 0..20 {
         let body = draft(n % 2, "foo");
-        points::store_manifest(blobs, point(n), body).await.unwrap();
+        store_manifest(blobs, point(n), body).await;
     }
     let turn = PointId([0; 16]);
     let (a, b, c) =

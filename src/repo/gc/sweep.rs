@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeSet, HashSet};
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::mark::{Marker, Standing};
 use super::{Collector, Forgotten, Looked, MERGE_ENTRIES_MAX, SEGMENTS_MAX, State};
@@ -49,8 +50,13 @@ pub(super) fn stays(error: &Error) -> String {
     )
 }
 
+/// How long after its point was forgotten a manifest may appear and still be known as forgotten: a server
+/// that was asked to name it may do so when it is back from a repair.
+const MANIFEST_LATE_MAX: Duration = Duration::from_secs(24 * 60 * 60);
+
 impl Collector<'_> {
-    /// Deletes the manifests of forgotten points, then their tombstones.
+    /// Deletes the manifests of forgotten points, then their tombstones. One without a manifest stays for
+    /// a while: of a run to which the store did not answer, whose manifest may yet appear.
     pub(super) async fn drop_forgotten(&self, forgotten: &[Forgotten]) -> Result<usize> {
         let manifests = forgotten.iter().filter_map(|point| point.name);
         for name in manifests.clone() {
@@ -60,8 +66,11 @@ impl Collector<'_> {
             // Else a power cut might bring a manifest back without its tombstone.
             self.blobs.store.settle_deletions().await?;
         }
-        for Forgotten { point, .. } in forgotten {
-            self.delete(&tombstone(*point)).await?;
+        let now = self.blobs.store.now().await?;
+        for Forgotten { point, since, name } in forgotten {
+            if name.is_some() || now.duration_since(*since).unsigned_abs() > MANIFEST_LATE_MAX {
+                self.delete(&tombstone(*point)).await?;
+            }
         }
         Ok(manifests.count())
     }

@@ -163,6 +163,24 @@ pub(in crate::repo) async fn collect(repository: &Repository) -> CollectReport {
     repository.collect(CollectOptions::default(), &Control::new()).await.unwrap()
 }
 
+/// Of a point whose manifest may yet appear: it was listed when it did, and its chunks were gone.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_tombstone_of_a_point_without_a_manifest_stays_for_a_day() {
+    let bed = Bed::new().await;
+    let repository = bed.open().await;
+    repository.forget(point(1)).await.unwrap();
+    bed.pass(23 * 60 * MINUTE);
+    collect(&repository).await;
+    add_point(&repository, 1, &[1, 2, 3, 4, 5, 6]).await;
+    assert!(repository.point_names(None).await.unwrap().is_empty());
+    collect(&repository).await;
+    assert_eq!((bed.count(Folder::Points), bed.count(Folder::Tombstones)), (0, 0));
+    repository.forget(point(2)).await.unwrap();
+    bed.pass(25 * 60 * MINUTE);
+    collect(&repository).await;
+    assert_eq!(bed.count(Folder::Tombstones), 0);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn what_only_a_forgotten_point_needs_goes_and_the_rest_stays() {
     let bed = Bed::new().await;

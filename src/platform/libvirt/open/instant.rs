@@ -129,9 +129,6 @@ impl Opening {
             }
             Err(error) => error,
         };
-        if !self.domain.host.is_alive() {
-            self.begun = Begun::CutOff;
-        }
         let retry = code(&error) == Some(ErrorNumber::CheckpointInconsistent)
             && self.request.mode != BackupMode::Incremental;
         if !retry {
@@ -178,6 +175,9 @@ impl Opening {
             tracing::warn!(?ended, ?deleted, "a backup job began too late and was ended");
         };
         let answer = self.domain.call_or_undo(BEGIN_TIMEOUT, begin, undo).await;
+        if answer.as_ref().is_some_and(Result::is_err) && !self.domain.host.is_alive() {
+            self.begun = Begun::CutOff;
+        }
         answer.ok_or_else(|| {
             self.begun = Begun::Unanswered;
             Error::new(
