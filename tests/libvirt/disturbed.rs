@@ -114,22 +114,26 @@ fn a_guest_that_reboots_in_the_middle_costs_nothing() {
     });
 }
 
-/// libvirt refuses to take it out; a guest can let go of its device all the same, or somebody at the monitor.
+/// Takes the second disk out as a guest can, or somebody at the monitor: libvirt refuses to.
+#[track_caller]
+fn unplug(domain: &Domain<'_>) {
+    let detach = ["detach-disk", domain.name(), "vdb", "--live"];
+    domain.virsh(&detach).fails_with(&["active block job"]);
+    let unplug = r#"{"execute":"device_del","arguments":{"id":"virtio-disk1"}}"#;
+    domain.virsh(&["qemu-monitor-command", domain.name(), unplug]).ok();
+    wait_until("the disk is gone", 30, || {
+        !domain.virsh(&["domblklist", domain.name()]).text().contains("vdb")
+    });
+}
+
 #[test]
 fn a_disk_that_is_unplugged_in_the_middle_costs_that_backup_only() {
     OwnLibvirt::with(|_| {
         let env = TestEnv::new();
         let (domain, mut guest, first) = begun(&env);
         guest.run("rnd vda 1000 500; rnd vdb 1000 500; sync");
-        let (outcome, taken) = take_disturbed(&env, &domain, ("backup", "after:job"), || {
-            let detach = ["detach-disk", domain.name(), "vdb", "--live"];
-            domain.virsh(&detach).fails_with(&["active block job"]);
-            let unplug = r#"{"execute":"device_del","arguments":{"id":"virtio-disk1"}}"#;
-            domain.virsh(&["qemu-monitor-command", domain.name(), unplug]).ok();
-            wait_until("the disk is gone", 30, || {
-                !domain.virsh(&["domblklist", domain.name()]).text().contains("vdb")
-            });
-        });
+        let (outcome, taken) =
+            take_disturbed(&env, &domain, ("backup", "after:job"), || unplug(&domain));
         assert_eq!(outcome.code, Some(16), "{outcome:?}");
         assert!(taken.is_none(), "{outcome:?}");
         outcome.fails_with(&["the disks of domain", "were changed meanwhile"]);
@@ -140,6 +144,22 @@ fn a_disk_that_is_unplugged_in_the_middle_costs_that_backup_only() {
         assert_eq!(report["disks"].as_array().map(Vec::len), Some(1), "{report}");
         assert_eq!(report["disks"][0]["read"]["mode"], "incremental", "{report}");
         prove(&env, &first);
+    });
+}
+
+/// When all of it is read it is not lost, and the job ends although libvirt has forgotten one of its disks.
+#[test]
+fn a_disk_that_is_unplugged_after_the_last_read_is_part_of_the_point() {
+    OwnLibvirt::with(|_| {
+        let env = TestEnv::new();
+        let (domain, mut guest, _) = begun(&env);
+        guest.run("rnd vda 1000 500; rnd vdb 1000 500; sync");
+        let (outcome, taken) =
+            take_disturbed(&env, &domain, ("incremental", "before:manifest"), || unplug(&domain));
+        outcome.ok();
+        prove(&env, &taken.expect("a point"));
+        assert_no_trace(&domain);
+        env.assert_nothing_runs("unplugged");
     });
 }
 
