@@ -167,7 +167,8 @@ async fn read_many(
     Ok(read.into_values().collect())
 }
 
-/// Stores a manifest behind the newest point of its domain: the commit point of a run.
+/// A manifest behind the newest point of its domain, and the object it is: to be stored, which is the commit
+/// point of a run. The catalog has it by then.
 ///
 /// Two runs of one domain that commit at the same moment may take the same number; their order is
 /// then that of their ids, the same for every reader.

@@ -3,7 +3,7 @@
 //! ```text
 //!                    make_point                                 end
 //!  Writing ──► manifest is being stored ──► Committed  ──► indexes are merged, lease ends
-//!     │                   └ no answer, or late ► Unsure ──► point is forgotten, lease lapses
+//!     │                   └ failed, or late ───► Unsure ──► point is forgotten, lease lapses
 //!     └ error, or given up ───────────────────────────────► packs are given up, lease ends
 //! ```
 //!
@@ -482,9 +482,10 @@ impl Run {
 
 #[cfg(test)]
 mod tests {
+    use super::super::Repository;
     use super::super::run::Survey;
-    use super::super::store::Folder;
     use super::super::store::memory::{Fault, MemoryStore, Operation};
+    use super::super::store::{Folder, ObjectName};
     use super::super::tests::{draft, open, point, store};
     use super::*;
 
@@ -509,14 +510,24 @@ mod tests {
         Survey::take(store).await.unwrap().live().next().is_some()
     }
 
-    /// The run was over for the collector, which freed what the point needed before it appeared.
-    #[tokio::test(flavor = "multi_thread")]
-    async fn while_a_manifest_may_yet_appear_the_collector_waits_and_the_point_is_forgotten() {
+    /// A run whose commit fails by a fault, which is over then: its store and repository, and the error.
+    async fn failed(
+        fault: impl Fn(&Operation) -> Option<Fault> + Send + Sync + 'static,
+    ) -> (Arc<MemoryStore>, Repository, Error) {
         let store = store();
         let repository = open(&store, content::LEAF_BYTES).await;
         let run = repository.begin_run(RunOptions::default()).await.unwrap();
-        store.set_fault_hook(|op| is_of(op, Folder::Points).then_some(Fault::Silent));
+        store.set_fault_hook(fault);
         let error = run.commit(point(1), draft()).await.unwrap_err();
+        store.clear_fault_hook();
+        (store, repository, error)
+    }
+
+    /// The run was over for the collector, which freed what the point needed before it appeared.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn while_a_manifest_may_yet_appear_the_collector_waits_and_the_point_is_forgotten() {
+        let silent = |op: &Operation| is_of(op, Folder::Points).then_some(Fault::Silent);
+        let (store, _, error) = failed(silent).await;
         assert_eq!(error.kind(), Kind::Timeout, "{error:?}");
         assert!(is_waited_for(&store).await);
         assert!(store.names().contains(&forget::tombstone(point(1))));
@@ -525,13 +536,10 @@ mod tests {
     /// Found in review: only where the store was silent it was forgotten.
     #[tokio::test(flavor = "multi_thread")]
     async fn a_manifest_that_appears_although_the_store_said_otherwise_is_no_point() {
-        let store = store();
-        let repository = open(&store, content::LEAF_BYTES).await;
-        let run = repository.begin_run(RunOptions::default()).await.unwrap();
-        store.set_fault_hook(|op| is_of(op, Folder::Points).then_some(Fault::LoseAnswer));
-        run.commit(point(1), draft()).await.unwrap_err();
-        store.clear_fault_hook();
-        assert!(store.names().iter().any(|name| name.as_str().starts_with("points/")));
+        let lost = |op: &Operation| is_of(op, Folder::Points).then_some(Fault::LoseAnswer);
+        let (store, repository, _) = failed(lost).await;
+        let is_manifest = |name: &ObjectName| name.as_str().starts_with(Folder::Points.prefix());
+        assert!(store.names().iter().any(is_manifest));
         assert!(repository.point_names(None).await.unwrap().is_empty());
         assert!(is_waited_for(&store).await);
     }
@@ -539,12 +547,8 @@ mod tests {
     #[tokio::test(flavor = "multi_thread")]
     async fn a_manifest_of_which_nobody_knows_whether_it_was_in_time_is_no_point() {
         for fault in [Fault::Silent, Fault::Fail] {
-            let store = store();
-            let repository = open(&store, content::LEAF_BYTES).await;
-            let run = repository.begin_run(RunOptions::default()).await.unwrap();
-            store.set_fault_hook(move |op| (*op == Operation::Now).then_some(fault));
-            run.commit(point(1), draft()).await.unwrap_err();
-            store.clear_fault_hook();
+            let late = move |op: &Operation| (*op == Operation::Now).then_some(fault);
+            let (store, repository, _) = failed(late).await;
             assert!(repository.point_names(None).await.unwrap().is_empty(), "{fault:?}");
             assert!(is_waited_for(&store).await);
         }
@@ -552,11 +556,9 @@ mod tests {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn a_run_that_fails_before_its_manifest_is_waited_for_by_nobody() {
-        let store = store();
-        let repository = open(&store, content::LEAF_BYTES).await;
-        let run = repository.begin_run(RunOptions::default()).await.unwrap();
-        store.set_fault_hook(|op| is_of(op, Folder::Points).then_some(Fault::Full));
-        assert_eq!(run.commit(point(1), draft()).await.unwrap_err().kind(), Kind::NoSpace);
+        let full = |op: &Operation| is_of(op, Folder::Points).then_some(Fault::Full);
+        let (store, _, error) = failed(full).await;
+        assert_eq!(error.kind(), Kind::NoSpace);
         assert!(!is_waited_for(&store).await);
     }
 }

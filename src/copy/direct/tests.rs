@@ -12,14 +12,14 @@ use super::*;
 use crate::block::file::{Access, Existing, FileSource, NewFile};
 use crate::block::{BlockSource, Budget, ExtentMap, Geometry};
 
-/// Reads fail from the middle of the disk on; files fail through the same door.
-struct FailingReads {
+/// A file whose reads go through another door.
+struct Behind {
     inner: FileSource,
-    from: u64,
+    door: Arc<dyn BlockingRead>,
 }
 
 #[async_trait]
-impl BlockSource for FailingReads {
+impl BlockSource for Behind {
     fn geometry(&self) -> Geometry {
         self.inner.geometry()
     }
@@ -33,10 +33,11 @@ impl BlockSource for FailingReads {
     }
 
     fn blocking(&self) -> Option<Arc<dyn BlockingRead>> {
-        Some(Arc::new(Failing { inner: self.inner.blocking().unwrap(), from: self.from }))
+        Some(Arc::clone(&self.door))
     }
 }
 
+/// Reads fail from the middle of the disk on.
 struct Failing {
     inner: Arc<dyn BlockingRead>,
     from: u64,
@@ -59,7 +60,8 @@ async fn a_failing_read_of_a_file_ends_the_copy_with_its_place() {
     std::fs::write(&from, vec![1; 64 << 20]).unwrap();
     for budget in [4096, 16 << 20] {
         let inner = FileSource::open(&from, Access::Once).unwrap();
-        let source = Arc::new(FailingReads { inner, from: 1 << 20 });
+        let door = Failing { inner: inner.blocking().unwrap(), from: 1 << 20 };
+        let source = Arc::new(Behind { inner, door: Arc::new(door) });
         let new = NewFile::create(&to, 64 << 20, Existing::Refuse).unwrap();
         let options =
             Options { request_bytes: Some(65536), budget: Budget::new(budget), ..options() };
@@ -80,30 +82,6 @@ impl BlockingRead for Hanging {
     }
 }
 
-struct HangingReads {
-    inner: FileSource,
-    hanging: Arc<Hanging>,
-}
-
-#[async_trait]
-impl BlockSource for HangingReads {
-    fn geometry(&self) -> Geometry {
-        self.inner.geometry()
-    }
-
-    async fn extents(&self, range: ByteRange) -> Result<ExtentMap> {
-        self.inner.extents(range).await
-    }
-
-    async fn read(&self, _offset: u64, _buffer: Buffer) -> Result<Buffer> {
-        unreachable!("files are copied by threads")
-    }
-
-    fn blocking(&self) -> Option<Arc<dyn BlockingRead>> {
-        Some(Arc::clone(&self.hanging) as _)
-    }
-}
-
 /// A stop once waited for the threads that read, and they for a file system that hung.
 #[tokio::test(start_paused = true)]
 async fn a_stop_ends_a_copy_whose_file_system_hangs_and_nothing_is_written_afterwards() {
@@ -113,7 +91,7 @@ async fn a_stop_ends_a_copy_whose_file_system_hangs_and_nothing_is_written_after
     let (answer, hung) = mpsc::channel();
     let hanging = Arc::new(Hanging(Mutex::new(hung)));
     let inner = FileSource::open(&from, Access::Once).unwrap();
-    let source = Arc::new(HangingReads { inner, hanging: Arc::clone(&hanging) });
+    let source = Arc::new(Behind { inner, door: Arc::clone(&hanging) as _ });
     let new = NewFile::create(&to, 1 << 20, Existing::Refuse).unwrap();
     let control = Control::new();
     let progress = control.add_disk("vda", 1 << 20);

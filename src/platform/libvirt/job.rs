@@ -191,16 +191,16 @@ pub(super) async fn status(domain: &DomainHandle) -> Result<JobStatus> {
 }
 
 /// [`Kind::Busy`] if the domain does something a backup cannot begin beside; the backup job of an
-/// earlier run of ours, which is in the journal, is for the caller to end.
+/// earlier run of ours, which is in the journal, is for the caller to end: its point.
 pub(super) async fn check_idle(
     domain: &DomainHandle,
     journal: &Journal,
-) -> Result<Option<ActiveJob>> {
+) -> Result<Option<PointId>> {
     let name = &domain.name;
     let give_up = tokio::time::Instant::now() + FOREIGN_GRACE;
     while let Some(active) = active(domain).await? {
-        if active.point.is_some_and(|point| journal.owns(point)) {
-            return Ok(Some(active));
+        if let Some(point) = active.point.filter(|point| journal.owns(*point)) {
+            return Ok(Some(point));
         }
         if tokio::time::Instant::now() < give_up {
             tokio::time::sleep(END_POLL).await;

@@ -129,6 +129,9 @@ enum Begun {
     CutOff,
 }
 
+/// What a job brings with it.
+const OF_THE_JOB: [Phase; 4] = [Phase::Job, Phase::Scratch, Phase::Socket, Phase::Checkpoint];
+
 /// What of a failed opening is undone.
 enum Undone {
     /// All that could be told.
@@ -182,7 +185,7 @@ impl Opening {
         let Instant { taken, quiescence, job_disks } =
             self.take_instant((&server, events), control).await?;
         let mut described = self.describe().await;
-        // Between the beginning of the job and its watch nobody else notices a daemon that restarts.
+        // The daemon may have been restarted since. The watch of the job connects anew for itself.
         if described.is_err() && !self.domain.host.is_alive() {
             self.domain = self.domain.revived().await?;
             described = self.describe().await;
@@ -350,18 +353,13 @@ impl Opening {
                     let text = format!("what the failed snapshot left is not all removed: {error}");
                     control.notice(NoticeLevel::Warning, text);
                     undone = Undone::AllButTheJob;
-                    stays.extend([Phase::Job, Phase::Scratch, Phase::Socket, Phase::Checkpoint]);
+                    stays.extend(OF_THE_JOB);
                 }
                 // libvirt creates the checkpoint before the export: it can exist without the job.
                 Ok(was_there) => {
                     // The journal has it for the next run.
                     if self.begun == Begun::CutOff && !was_there {
-                        stays.extend([
-                            Phase::Job,
-                            Phase::Scratch,
-                            Phase::Socket,
-                            Phase::Checkpoint,
-                        ]);
+                        stays.extend(OF_THE_JOB);
                     }
                     if let Err(error) = self.checkpoints().discard(self.request.point).await {
                         tracing::warn!(?error, "the checkpoint of a failed backup remains");
@@ -371,7 +369,7 @@ impl Opening {
             }
         }
         if self.begun == Begun::Unanswered {
-            stays.extend([Phase::Job, Phase::Scratch, Phase::Socket, Phase::Checkpoint]);
+            stays.extend(OF_THE_JOB);
         }
         for base in &self.bases.defined {
             if let Err(error) = self.checkpoints().delete(*base, Delete::Metadata).await {

@@ -139,11 +139,10 @@ impl Leftovers<'_> {
     /// It is not touched while its scratch hangs.
     async fn job(&mut self) -> Result<()> {
         let name = &self.domain.name;
-        if let Some(active) = job::check_idle(self.domain, self.journal).await? {
+        if let Some(point) = job::check_idle(self.domain, self.journal).await? {
             if !self.recovery.undo(format!("backup job of domain '{name}'")) {
                 return Ok(());
             }
-            let point = active.point.expect("a job in the journal carries its point");
             let ended = match self.scratch_answers(|run| run.point == point).await {
                 Ok(()) => job::end(self.domain, point).await,
                 hangs => hangs,

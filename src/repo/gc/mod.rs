@@ -263,7 +263,7 @@ impl Collector<'_> {
         };
         let new = self.condemn(&mut state, *cutoff).await?;
         lists.extend(new.iter().cloned());
-        state.report.forgotten += self.drop_forgotten(&forgotten).await?;
+        state.report.forgotten += self.drop_forgotten(&forgotten, readers.now).await?;
 
         let survey = Survey::take(store).await?;
         ripe.extend(self.ripe(&new, &survey));

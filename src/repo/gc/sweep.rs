@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use super::mark::{Marker, Standing};
 use super::{Collector, Forgotten, Looked, MERGE_ENTRIES_MAX, SEGMENTS_MAX, State};
+use crate::clock::Timestamp;
 use crate::error::{Error, Kind, Result, with_causes};
 use crate::repo::blobs::Blobs;
 use crate::repo::condemned::{CondemnedList, PackId};
@@ -57,7 +58,11 @@ const MANIFEST_LATE_MAX: Duration = Duration::from_secs(24 * 60 * 60);
 impl Collector<'_> {
     /// Deletes the manifests of forgotten points, then their tombstones. One without a manifest stays for
     /// a while: of a run to which the store did not answer, whose manifest may yet appear.
-    pub(super) async fn drop_forgotten(&self, forgotten: &[Forgotten]) -> Result<usize> {
+    pub(super) async fn drop_forgotten(
+        &self,
+        forgotten: &[Forgotten],
+        now: Timestamp,
+    ) -> Result<usize> {
         let manifests = forgotten.iter().filter_map(|point| point.name);
         for name in manifests.clone() {
             self.delete(&name.object()).await?;
@@ -66,7 +71,6 @@ impl Collector<'_> {
             // Else a power cut might bring a manifest back without its tombstone.
             self.blobs.store.settle_deletions().await?;
         }
-        let now = self.blobs.store.now().await?;
         for Forgotten { point, since, name } in forgotten {
             if name.is_some() || now.duration_since(*since).unsigned_abs() > MANIFEST_LATE_MAX {
                 self.delete(&tombstone(*point)).await?;
