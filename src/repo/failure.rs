@@ -4,7 +4,7 @@
 //! claimed them, so a blob that was claimed and not stored would leave a hole in whatever else
 //! relied on it: the failure therefore stays, whoever was told of it already.
 //!
-//! Set by the packers and by claims that were given up; asked by the packers and by `Run::commit`.
+//! Set by the packers and by claims that were given up; asked by the packers and by `Run::make_point`.
 
 use std::sync::{Arc, Mutex, PoisonError};
 

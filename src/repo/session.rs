@@ -9,7 +9,7 @@
 //!
 //! *Commit order*: chunks and tree nodes durable → index durable → lease re-checked → manifest (the
 //! commit point). A crash before the manifest leaves garbage for the collector, never a point that
-//! cannot be restored; an error of any write surfaces at the latest in [`Run::commit`].
+//! cannot be restored; an error of any write surfaces at the latest in [`Run::make_point`].
 //!
 //! A run holds a lease from before it looks at anything until its manifest is there, and dedups
 //! against no pack that was condemned when it began; `gc` waits for it. Its bases must still be

@@ -88,7 +88,7 @@ impl Patience {
         left.iter().filter_map(Weak::upgrade).any(|begun| begun.elapsed() >= ANSWER_BESIDE)
     }
 
-    /// Those that have not ended: no more than there are blocking threads.
+    /// Those that have not ended: they run, or wait for a thread.
     fn left(&self) -> MutexGuard<'_, Vec<Weak<Instant>>> {
         let mut left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
         left.retain(|call| call.strong_count() > 0);
