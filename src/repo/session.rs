@@ -402,7 +402,10 @@ impl Run {
         self.stage = Stage::Unsure(point);
         if let Err(error) = blobs.store.put(&name, object).await {
             let error = Error::from(error);
-            if error.kind() == Kind::NoSpace {
+            // Room may have been short only for what follows the name.
+            if error.kind() == Kind::NoSpace
+                && blobs.store.stat(&name).await.is_err_and(|error| error.is_not_found())
+            {
                 self.stage = Stage::Writing;
             }
             return Err(error);

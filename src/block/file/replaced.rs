@@ -249,6 +249,30 @@ mod tests {
         }
     }
 
+    /// Of a file that its directory's group may give another name to, only the owner stays, and what it may do.
+    #[test]
+    fn where_a_group_renames_only_the_owners_rights_are_kept() {
+        if !geteuid().is_root() {
+            return;
+        }
+        let base = tempfile::tempdir_in("/var/tmp").unwrap();
+        let (old, new) = (base.path().join("old"), tempfile::tempfile_in("/var/tmp").unwrap());
+        fs::write(&old, "").unwrap();
+        fs::set_permissions(&old, Permissions::from_mode(0o666)).unwrap();
+        let has_lists = rustix::fs::setxattr(&old, ACCESS_LIST, &list(), XattrFlags::empty());
+        for path in [base.path(), &old] {
+            std::os::unix::fs::chown(path, Some(65534), None).unwrap();
+        }
+        fs::set_permissions(base.path(), Permissions::from_mode(0o2775)).unwrap();
+        take_over(&old, &new).unwrap();
+        let now = new.metadata().unwrap();
+        assert_eq!((now.uid(), now.mode() & 0o777), (65534, 0o600));
+        if has_lists.is_ok() {
+            let listed = rustix::fs::fgetxattr(&new, ACCESS_LIST, &mut vec![0; 1024][..]);
+            assert_eq!(listed.unwrap_err(), Errno::NODATA);
+        }
+    }
+
     /// Found in review: its name was looked at again and again, and may have been of another file by
     /// then.
     #[test]

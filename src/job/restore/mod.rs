@@ -39,7 +39,7 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
-use super::lock::{VmLock, Wait};
+use super::lock::{Patience, VmLock, Wait};
 use super::{Repository, Surroundings, points, recover};
 use crate::block::file::Existing;
 use crate::control::{Control, NoticeLevel};
@@ -183,7 +183,8 @@ async fn restore(
     let manifest = points::manifest(repository, &request.point, env).await?;
     let chosen = points::choose_disks(&manifest, &request.disks)?;
     let vm = &manifest.body.vm;
-    let lock = || VmLock::acquire_after(request.wait, &env.state_dir, vm, "restore", control);
+    let patience = Patience::new(request.wait);
+    let lock = || VmLock::acquire_after(patience.left(), &env.state_dir, vm, "restore", control);
     if request.define.as_ref().is_some_and(|define| define.as_name.is_none()) {
         // Whoever is waited for may be killed.
         drop(lock().await?);
