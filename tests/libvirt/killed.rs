@@ -42,24 +42,24 @@ fn small(formats: &[DiskFormat]) -> DomainSpec {
 }
 
 /// Where a test's commands put what they may leave.
-struct Places {
+pub(crate) struct Places {
     scratch: PathBuf,
 }
 
 impl Places {
-    fn new(env: &TestEnv) -> Self {
+    pub(crate) fn new(env: &TestEnv) -> Self {
         Self { scratch: env.open_dir("scratch") }
     }
 
     /// The arguments of a backup of `domain`.
-    fn backup<'a>(&'a self, command: &'a str, domain: &'a Domain<'_>) -> Vec<&'a str> {
+    pub(crate) fn backup<'a>(&'a self, command: &'a str, domain: &'a Domain<'_>) -> Vec<&'a str> {
         let scratch = self.scratch.to_str().expect("UTF-8");
         vec![command, "--domain", domain.name(), "--scratch-dir", scratch, "--json"]
     }
 
     /// Nothing of ours is left on this machine: files, sockets, processes, journal.
     #[track_caller]
-    fn assert_empty(&self, env: &TestEnv, step: &str) {
+    pub(crate) fn assert_empty(&self, env: &TestEnv, step: &str) {
         let names = |dir: PathBuf| -> Vec<String> {
             let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
             entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
@@ -87,7 +87,7 @@ fn begun<'env>(env: &'env TestEnv, what: &str) -> (Places, Domain<'env>, Guest) 
 
 /// The guest's file systems take a write, soon.
 #[track_caller]
-fn assert_not_frozen(guest: &mut Guest, step: &str) {
+pub(crate) fn assert_not_frozen(guest: &mut Guest, step: &str) {
     let since = Instant::now();
     guest.run("echo alive >/mnt/file && sync");
     assert!(since.elapsed() < Duration::from_secs(20), "{step}: {:?}", since.elapsed());
@@ -110,7 +110,7 @@ pub(crate) fn prove(env: &TestEnv, report: &Value, oracles: &[PathBuf], step: &s
 }
 
 /// What the next command says of what it found.
-fn mentions(text: &str) -> bool {
+pub(crate) fn mentions(text: &str) -> bool {
     ["undone", "taken over"].iter().any(|word| text.contains(word))
 }
 

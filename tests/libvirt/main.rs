@@ -15,6 +15,7 @@ mod luks;
 mod online;
 mod paced;
 mod refusals;
+mod remote;
 mod restore;
 mod rig;
 mod space;

@@ -1,9 +1,7 @@
 //! A remote host: this one, through an SSH daemon of the test's own on a free port, or through a
 //! program that carries libvirt's words alone.
 
-use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;
-use std::path::PathBuf;
 
 use vmbackup::block::Buffer;
 use vmbackup::control::Control;
@@ -13,64 +11,10 @@ use vmbackup::platform::libvirt::{Libvirt, LibvirtOptions};
 use vmbackup::vm::ReadMode;
 
 use crate::bare::{Bare, backup, known, point, qcow2, request, take};
-use crate::support::{Process, TestEnv, assert_same_content, wait_until};
+use crate::support::{Ssh, TestEnv, assert_same_content};
 
-/// An SSH daemon that lets the test's key in as root.
-struct Ssh {
-    port: u16,
-    key: PathBuf,
-    daemon: Process,
-}
-
-impl Ssh {
-    fn start(env: &TestEnv) -> Self {
-        let path = |name: &str| env.path(name).to_string_lossy().into_owned();
-        for key in ["hostkey", "key"] {
-            env.run("ssh-keygen", &["-q", "-t", "ed25519", "-N", "", "-f", &path(key)]).ok();
-        }
-        std::fs::copy(env.path("key.pub"), env.path("authorized")).expect("own directory");
-        let private = std::fs::Permissions::from_mode(0o600);
-        std::fs::set_permissions(env.path("authorized"), private).expect("own file");
-        // Separated privileges want a directory that only root has; systems make it at boot.
-        std::fs::create_dir_all("/run/sshd").expect("tests run as root");
-        let port =
-            TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("bound").port();
-        let options = [
-            "Port=PORT",
-            "ListenAddress=127.0.0.1",
-            "HostKey=DIR/hostkey",
-            "UsePAM=no",
-            "AuthorizedKeysFile=DIR/authorized",
-            "StrictModes=no",
-            "PidFile=none",
-            "PermitRootLogin=prohibit-password",
-            "PasswordAuthentication=no",
-        ];
-        let mut command = env.command("/usr/sbin/sshd");
-        command.args(["-D", "-e", "-f", "/dev/null"]);
-        let dir = env.dir().to_string_lossy();
-        for option in options {
-            let option = option.replace("PORT", &port.to_string()).replace("DIR", &dir);
-            command.args(["-o", &option]);
-        }
-        let daemon = Process::spawn(&mut command);
-        wait_until("sshd", 20, || std::net::TcpStream::connect(("127.0.0.1", port)).is_ok());
-        Self { port, key: env.path("key"), daemon }
-    }
-
-    fn uri(&self) -> String {
-        let (port, key) = (self.port, self.key.display());
-        format!("qemu+ssh://root@127.0.0.1:{port}/system?keyfile={key}&no_verify=1")
-    }
-
-    fn options(&self, bare: &Bare<'_>) -> LibvirtOptions {
-        LibvirtOptions { uri: Some(self.uri()), ..bare.options() }
-    }
-
-    /// Cuts all that goes through it; it lets in who comes anew.
-    fn cut(&self, env: &TestEnv) {
-        env.run("pkill", &["-KILL", "-P", &self.daemon.id().to_string()]).ok();
-    }
+fn over(ssh: &Ssh, bare: &Bare<'_>) -> LibvirtOptions {
+    LibvirtOptions { uri: Some(ssh.uri()), ..bare.options() }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -84,7 +28,7 @@ async fn a_domain_of_a_remote_host_is_read_through_ssh() {
     bare.io(0, "write -P 7 2M 64k");
     let mut next = request(2);
     next.known_points = vec![first];
-    let remote = Libvirt::open(ssh.options(&bare)).await.expect("connects");
+    let remote = Libvirt::open(over(&ssh, &bare)).await.expect("connects");
     let mut snapshot = remote.open_snapshot(&next, &Control::new()).await.expect("opens");
     let taken = take(&mut *snapshot).await;
     assert_eq!(taken[0].read, ReadMode::Incremental { base: point(1) });
@@ -162,7 +106,7 @@ async fn a_way_to_a_remote_host_that_is_cut_in_a_read_fails_it_and_leaves_nothin
     let ssh = Ssh::start(&env);
     let bare = Bare::start(&env, &qcow2(&env, 'a', "8M"));
     bare.io(0, "write -P 6 1M 1M");
-    let remote = Libvirt::open(ssh.options(&bare)).await.expect("connects");
+    let remote = Libvirt::open(over(&ssh, &bare)).await.expect("connects");
     let mut snapshot = remote.open_snapshot(&request(1), &Control::new()).await.expect("opens");
     let source = snapshot.source(0).await.expect("opens");
     let window = || Buffer::unbudgeted(vec![0; 1 << 20]);

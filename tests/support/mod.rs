@@ -20,7 +20,9 @@ mod memory;
 mod nbd_log;
 mod outcome;
 mod own_libvirt;
+mod slow_disk;
 mod small_disk;
+mod ssh;
 mod steps;
 mod tools;
 
@@ -33,7 +35,9 @@ pub(crate) use memory::{peak_mib, with_peak_mib};
 pub(crate) use nbd_log::NbdLog;
 pub(crate) use outcome::Outcome;
 pub(crate) use own_libvirt::OwnLibvirt;
+pub(crate) use slow_disk::SlowDisk;
 pub(crate) use small_disk::SmallDisk;
+pub(crate) use ssh::Ssh;
 pub(crate) use steps::{Restored, is_asked_for, steps, stopped_takes, write_pattern};
 pub(crate) use tools::{
     NbdServer, Process, assert_same_content, virtual_size, wait_for, wait_until,
