@@ -43,7 +43,7 @@ pub(super) const PASSED_FILE: &str = "/proc/self/fd/3";
 
 /// What a child gets besides its arguments.
 #[derive(Debug)]
-pub(super) enum Passed {
+pub(crate) enum Passed {
     Nothing,
     /// A listening socket, as socket activation passes it.
     Listening(OwnedFd),
@@ -53,8 +53,8 @@ pub(super) enum Passed {
 
 /// A running child.
 #[derive(Debug)]
-pub(super) struct OwnChild {
-    pub(super) child: Child,
+pub(crate) struct OwnChild {
+    pub(crate) child: Child,
     stderr: Arc<Mutex<Vec<u8>>>,
     /// The thread that counts as parent ends when this is dropped.
     _parent: mpsc::Sender<()>,
@@ -62,7 +62,7 @@ pub(super) struct OwnChild {
 
 impl OwnChild {
     /// Starts `line`, program and arguments.
-    pub(super) async fn spawn(line: Vec<OsString>, passed: Passed) -> io::Result<Self> {
+    pub(crate) async fn spawn(line: Vec<OsString>, passed: Passed) -> io::Result<Self> {
         let runtime = tokio::runtime::Handle::current();
         let (done, child) = oneshot::channel();
         let (keep, kept) = mpsc::channel::<()>();
@@ -83,7 +83,7 @@ impl OwnChild {
     }
 
     /// What it has said on standard error, after it has ended.
-    pub(super) async fn last_words(&self) -> String {
+    pub(crate) async fn last_words(&self) -> String {
         // The pipe is read by another task: give it a moment to see the end.
         for _ in 0..LAST_WORDS.0 {
             if !self.said().is_empty() {
@@ -128,5 +128,22 @@ async fn collect(mut stream: impl tokio::io::AsyncRead + Unpin, kept: Arc<Mutex<
         let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
         let room = STDERR_BYTES_MAX.saturating_sub(kept.len());
         kept.extend_from_slice(&piece[..read.min(room)]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A talkative ssh filled its pipe and stood still, and the backup with it.
+    #[tokio::test]
+    async fn more_than_a_pipe_holds_is_read_and_its_beginning_kept() {
+        let line = ["sh", "-c", "echo first >&2; head -c 1000000 /dev/zero >&2; echo done >&2"];
+        let line = line.map(OsString::from).to_vec();
+        let mut own = OwnChild::spawn(line, Passed::Nothing).await.unwrap();
+        let ended = tokio::time::timeout(Duration::from_secs(20), own.child.wait());
+        assert!(ended.await.expect("it does not stand still").unwrap().success());
+        let said = own.last_words().await;
+        assert!(said.starts_with("first") && said.len() <= STDERR_BYTES_MAX);
     }
 }

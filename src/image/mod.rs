@@ -35,6 +35,7 @@ use crate::block::{BlockSource, BlockingRead, Buffer, ByteRange, ExtentMap, Geom
 use crate::error::{Error, Kind, Result};
 use crate::nbd::ClientOptions;
 
+pub(crate) use child::{OwnChild, Passed};
 pub use command::CommandServer;
 pub use device::is_device;
 pub use export::{Compression, ImageExport};
@@ -42,6 +43,7 @@ pub use identity::file_id;
 pub use info::{BitmapInfo, ImageInfo, Layer, inspect, layers};
 pub use lock::ImageLock;
 pub use new::{NewImage, NewImageOptions};
+pub(crate) use private::PrivateDir;
 pub use private::sweep_sockets;
 pub use writable::WritableImage;
 

@@ -20,7 +20,7 @@ const ATTEMPTS: u32 = 8;
 
 /// The directory.
 #[derive(Debug)]
-pub(super) struct PrivateDir {
+pub(crate) struct PrivateDir {
     directory: TempDir,
     /// Held as long as we live.
     _lock: File,
@@ -28,7 +28,7 @@ pub(super) struct PrivateDir {
 
 impl PrivateDir {
     /// Makes one where temporary files go.
-    pub(super) fn create() -> Result<Self> {
+    pub(crate) fn create() -> Result<Self> {
         let failed = |e| Error::io("cannot create a directory for a socket", e);
         let parent = tempfile::env::temp_dir();
         sweep_in(&parent);
@@ -46,7 +46,7 @@ impl PrivateDir {
     }
 
     /// Where it is.
-    pub(super) fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         self.directory.path()
     }
 }

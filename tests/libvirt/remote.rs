@@ -1,20 +1,24 @@
 //! A domain of another host: this machine, through an SSH daemon of the test's own.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::killed::{Places, assert_not_frozen, mentions, prove};
 use crate::rig::assert_no_trace;
+use crate::support::wait_until;
 use crate::support::{DiskFormat, DiskSpec, Domain, DomainSpec, Process, SlowDisk, Ssh, TestEnv};
-use crate::support::{is_asked_for, wait_until};
 
 /// Instead of a step: when a part of the second disk has been read.
 const READING: &str = "reading";
 
-/// A backup that has stopped at a step, or is at work on the second disk.
+/// A backup that has stopped at a step, or is at work on the second disk, and the socket it reads from then.
 #[track_caller]
-fn begun_until(env: &TestEnv, slow: &SlowDisk, step: &str, args: &[&str]) -> Process {
+fn begun_until(
+    (env, slow): (&TestEnv, &SlowDisk),
+    step: &str,
+    args: &[&str],
+) -> (Process, Option<PathBuf>) {
     if step != READING {
-        return env.stopped_at(step, args);
+        return (env.stopped_at(step, args), None);
     }
     slow.be_slow();
     let before = slow.read_bytes();
@@ -23,10 +27,19 @@ fn begun_until(env: &TestEnv, slow: &SlowDisk, step: &str, args: &[&str]) -> Pro
         assert!(backup.is_running(), "it ended before");
         slow.read_bytes() >= before + (1 << 20)
     });
-    let forwards =
-        env.processes().iter().any(|line| line.starts_with("ssh ") && line.contains(" -L "));
-    assert!(forwards, "{:?}", env.processes());
-    backup
+    let processes = env.processes();
+    let forward =
+        processes.iter().find_map(|line| line.split_once(" -L ")).expect("an ssh of ours");
+    let (socket, _) = forward.1.split_once(':').expect("a socket here, and one there");
+    assert!(PathBuf::from(socket).exists(), "{processes:?}");
+    (backup, Some(socket.into()))
+}
+
+/// Requires that of a run that has ended neither a process is left nor a way in.
+#[track_caller]
+fn assert_has_left(env: &TestEnv, ssh: &Ssh, step: &str) {
+    wait_until(&format!("{step}: processes end"), 20, || env.processes().is_empty());
+    wait_until(&format!("{step}: sessions end"), 20, || ssh.sessions(env).is_empty());
 }
 
 /// The socket that is forwarded lies in a directory of ours, here; scratch and the socket of the export there.
@@ -45,10 +58,12 @@ fn a_backup_of_a_remote_domain_can_be_killed_while_it_reads() {
     let uri = ssh.uri();
     let run = |command| [&places.backup(command, &domain)[..], &["--connect", &uri]].concat();
     env.vmbackup(&run("full")).ok();
-    for (at, step) in ["after:freeze", READING, READING, "after:manifest"].iter().enumerate() {
+    let killed =
+        [("after:freeze", false), (READING, true), (READING, false), ("after:manifest", true)];
+    for (at, (step, is_asked_for)) in killed.into_iter().enumerate() {
         guest.run(&format!("rnd vdb {} 20; echo {at} >/mnt/file; sync", 4096 + at * 100));
         let full = [&run("full")[..], &["--quiesce", "require"]].concat();
-        let backup = begun_until(&env, &slow, step, &full);
+        let (backup, socket) = begun_until((&env, &slow), step, &full);
         guest.run(&format!("rnd vdb {} 20", 4130 + at * 100));
         backup.signal("KILL");
         backup.wait();
@@ -56,26 +71,30 @@ fn a_backup_of_a_remote_domain_can_be_killed_while_it_reads() {
         assert_eq!(domain.state(), "running", "{step}");
         assert_not_frozen(&mut guest, step);
         // What it had here ends by itself, and its sessions there.
-        env.assert_nothing_runs(step);
-        ssh.assert_nobody_is_in(&env, step);
+        assert_has_left(&env, &ssh, step);
 
         let mut said = String::new();
-        if is_asked_for(at) {
+        if is_asked_for {
             let recover = ["recover", "--domain", domain.name(), "--connect", &uri];
             said.push_str(&env.vmbackup(&recover).ok().stdout);
             assert!(!domain.has_backup_job(), "{step}: {said}");
             assert_no_trace(&domain);
             assert_eq!(domain.sockets(), Vec::<PathBuf>::new(), "{step}");
-            places.assert_empty(&env, step);
+            // Of a job that was not answered, and of a point that took nobody's place yet, it is kept.
+            if step == READING {
+                places.assert_empty(&env, step);
+            }
         }
+        // What a mounted file system writes when nobody looks is not in the oracle's instant.
+        guest.run("umount /mnt && sync");
         let next = env.vmbackup(&run("incremental"));
         said.push_str(&next.stderr);
         assert!(mentions(&said), "{step}: {said}");
         let report = next.json();
-        guest.run("sync");
         domain.suspend();
         let oracles = domain.oracles(&at.to_string());
         domain.resume();
+        guest.run("mount /dev/vda /mnt");
         prove(&env, &report, &oracles, step);
         assert_no_trace(&domain);
         let point = report["point"].as_str().expect("a point id");
@@ -83,7 +102,8 @@ fn a_backup_of_a_remote_domain_can_be_killed_while_it_reads() {
         assert!(held.len() == 1 && held[0].contains(point), "{step}: {held:?}");
         assert_eq!(domain.sockets(), Vec::<PathBuf>::new(), "{step}");
         places.assert_empty(&env, step);
-        env.assert_nothing_runs(step);
-        ssh.assert_nobody_is_in(&env, step);
+        let directory = socket.as_deref().and_then(Path::parent);
+        assert!(directory.is_none_or(|path| !path.exists()), "{step}: {directory:?}");
+        assert_has_left(&env, &ssh, step);
     }
 }

@@ -2,6 +2,7 @@
 //! program that carries libvirt's words alone.
 
 use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
 
 use vmbackup::block::Buffer;
 use vmbackup::control::Control;
@@ -39,6 +40,7 @@ async fn a_domain_of_a_remote_host_is_read_through_ssh() {
     snapshot.commit().await.expect("commits");
     assert_eq!(bare.bitmaps(), [bare.checkpoint(point(2))]);
     assert_eq!(bare.checkpoints(), Vec::<String>::new());
+    assert_eq!(bare.sockets(), Vec::<PathBuf>::new());
 
     bare.virsh(&["destroy", &bare.name]).ok();
     let error = remote.open_snapshot(&request(3), &Control::new()).await.err().expect("refused");

@@ -67,10 +67,4 @@ impl Ssh {
         let listed = env.run("pgrep", &["-a", "-P", &self.daemon.id().to_string()]);
         listed.stdout.lines().map(str::to_owned).collect()
     }
-
-    /// Requires that whoever came in has left.
-    #[track_caller]
-    pub(crate) fn assert_nobody_is_in(&self, env: &TestEnv, step: &str) {
-        wait_until(&format!("{step}: sessions end"), 20, || self.sessions(env).is_empty());
-    }
 }

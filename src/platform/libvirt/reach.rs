@@ -3,21 +3,17 @@
 //! On this machine QEMU's unix socket is connected to. On a remote host the same socket is
 //! forwarded by `ssh -L`, with the host part of the libvirt URI: who may drive libvirt there over
 //! SSH may read the socket, nothing is opened on the network, and no option is needed. The ssh
-//! process lives as long as the snapshot.
+//! process lives as long as the snapshot, and no longer than we do.
 
-use std::fs::Permissions;
-use std::os::unix::fs::PermissionsExt;
+use std::ffi::OsString;
 use std::path::Path;
-use std::process::Stdio;
 use std::time::Duration;
-
-use tokio::io::{AsyncRead, AsyncReadExt};
-use tokio::process::{Child, Command};
 
 use super::connection::{Host, remote_host};
 use super::job::Server;
 use super::names::socket_path;
 use crate::error::{Error, Kind, Result};
+use crate::image::{OwnChild, Passed, PrivateDir};
 use crate::nbd::{Address, NbdUri};
 use crate::vm::PointId;
 
@@ -26,9 +22,6 @@ const SSH_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How often the forwarded socket is looked for.
 const SSH_POLL: Duration = Duration::from_millis(20);
-
-/// Most of ssh's messages kept for the error.
-const SSH_MESSAGE_BYTES_MAX: usize = 4096;
 
 /// Lowest port of the range TCP exports use, and how many there are: where QEMU migrations take
 /// theirs (qemu.conf, `migration_port_min`) ends at 49215.
@@ -70,8 +63,8 @@ pub(super) fn server(
 /// An open way to the exports; closed when dropped.
 pub(super) struct Reach {
     address: Address,
-    /// The forwarding ssh (killed on drop) and the directory of its socket.
-    _forward: Option<(Child, tempfile::TempDir)>,
+    /// The forwarding ssh (ends with its handle) and the directory of its socket.
+    _forward: Option<(OwnChild, PrivateDir)>,
 }
 
 impl Reach {
@@ -87,11 +80,7 @@ impl Reach {
             }
             (Server::Unix(socket), Some(_)) => socket,
         };
-        let directory = tempfile::Builder::new()
-            .prefix("vmbackup-")
-            .permissions(Permissions::from_mode(0o700))
-            .tempdir()
-            .map_err(|e| Error::io("cannot make a temporary directory", e))?;
+        let directory = PrivateDir::create()?;
         let local = directory.path().join("nbd.sock");
         let child = forward(host.uri(), &local, socket).await?;
         Ok(Self { address: Address::Unix(local), _forward: Some((child, directory)) })
@@ -162,29 +151,23 @@ fn split_port(target: &str) -> (&str, Option<&str>) {
     }
 }
 
-async fn forward(uri: &str, local: &Path, remote: &Path) -> Result<Child> {
-    let mut command = Command::new("ssh");
+async fn forward(uri: &str, local: &Path, remote: &Path) -> Result<OwnChild> {
     let target = remote_host(uri).unwrap_or_default();
-    command.args(ssh_args(uri, local, remote));
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).kill_on_drop(true);
-    let mut child = command
-        .spawn()
-        .map_err(|error| Error::io("cannot run ssh", error).hint("install openssh-client"))?;
-    let stderr = child.stderr.take().expect("it was piped");
-    let saying = tokio::spawn(listen_to(stderr));
+    let line = ["ssh".to_owned()].into_iter().chain(ssh_args(uri, local, remote));
+    let mut ssh = OwnChild::spawn(line.map(OsString::from).collect(), Passed::Nothing)
+        .await
+        .map_err(|error| Error::io("cannot run ssh", error))?;
     let listening = async {
         loop {
             if local.exists() {
                 return Ok(());
             }
-            if let Some(status) = child.try_wait().map_err(|e| Error::io("ssh was lost", e))? {
-                // What cannot be read is not said; the status is.
-                let said = saying.await.unwrap_or_default();
+            if let Some(status) = ssh.child.try_wait().map_err(|e| Error::io("ssh was lost", e))? {
+                let said = ssh.last_words().await;
                 return Err(Error::new(
                     Kind::Connection,
                     format!(
-                        "cannot forward the disks' socket from {target}: ssh ended ({status}): {}",
-                        said.trim()
+                        "cannot forward the disks' socket from {target}: ssh ended ({status}): {said}"
                     ),
                 )
                 .hint(format!(
@@ -195,7 +178,7 @@ async fn forward(uri: &str, local: &Path, remote: &Path) -> Result<Child> {
         }
     };
     match tokio::time::timeout(SSH_TIMEOUT, listening).await {
-        Ok(result) => result.map(|()| child),
+        Ok(result) => result.map(|()| ssh),
         Err(_) => Err(Error::new(
             Kind::Timeout,
             format!("ssh to {target} did not forward the disks' socket in {SSH_TIMEOUT:?}"),
@@ -203,36 +186,9 @@ async fn forward(uri: &str, local: &Path, remote: &Path) -> Result<Child> {
     }
 }
 
-/// Reads what ssh says until it has ended: it must not come to wait for a reader, with the disks
-/// behind it. How that began is kept.
-async fn listen_to(mut stderr: impl AsyncRead + Unpin) -> String {
-    let (mut kept, mut piece) = (Vec::new(), [0; 1024]);
-    while let Ok(len @ 1..) = stderr.read(&mut piece).await {
-        let said = &piece[..len];
-        tracing::debug!(said = %String::from_utf8_lossy(said).trim_end(), "ssh");
-        let room = SSH_MESSAGE_BYTES_MAX - kept.len();
-        kept.extend_from_slice(&said[..len.min(room)]);
-    }
-    String::from_utf8_lossy(&kept).into_owned()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    /// A talkative ssh filled its pipe and stood still, and the backup with it.
-    #[tokio::test]
-    async fn more_than_a_pipe_holds_is_read_and_its_beginning_kept() {
-        let mut command = Command::new("sh");
-        command.args(["-c", "echo first >&2; head -c 1000000 /dev/zero >&2; echo done"]);
-        command.stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
-        let mut child = command.spawn().unwrap();
-        let saying = tokio::spawn(listen_to(child.stderr.take().unwrap()));
-        let ended = tokio::time::timeout(Duration::from_secs(20), child.wait());
-        assert!(ended.await.expect("it does not stand still").unwrap().success());
-        let said = saying.await.unwrap();
-        assert!(said.starts_with("first") && said.len() <= SSH_MESSAGE_BYTES_MAX);
-    }
 
     /// The option opened a port also where SSH would have carried the data.
     #[test]

@@ -12,11 +12,10 @@
 
 use std::path::Path;
 
-use virt::domain::Domain;
-
 use super::checkpoint::{Check, Checkpoints, Delete};
 use super::connection::DomainHandle;
 use super::lock::DomainLock;
+use super::names::domain_dir;
 use super::quiesce::{self, Frost};
 use super::survey::Survey;
 use super::teardown::Scratch;
@@ -73,9 +72,12 @@ pub(super) async fn processes(
     request: &SnapshotRequest,
     recovery: &mut Recovery,
 ) -> Result<Frost> {
-    let running = domain.call("ask for the state of", Domain::is_active).await?;
+    let asked =
+        domain.call("ask for the state of", |domain| Ok((domain.is_active()?, domain.id())));
+    let (running, id) = asked.await?;
     let (journal, guardian) = (&mut lock.journal, request.guardian.as_deref());
-    let mut left = Leftovers { domain, journal, guardian, running, recovery };
+    let id = id.filter(|_| running);
+    let mut left = Leftovers { domain, journal, guardian, running, id, recovery };
     let frost = left.guest().await?;
     if running {
         left.job().await?;
@@ -95,6 +97,8 @@ struct Leftovers<'a> {
     guardian: Option<&'a Path>,
     /// Whether the domain has a QEMU.
     running: bool,
+    /// libvirt's number for that one.
+    id: Option<u32>,
     recovery: &'a mut Recovery,
 }
 
@@ -166,10 +170,10 @@ impl Leftovers<'_> {
     /// Removes the files of jobs that are gone: QEMU never unlinks its socket, and after a crash
     /// nobody removes scratch.
     async fn files(&mut self) -> Result<()> {
-        if !self.domain.host.is_local() {
-            return Ok(());
-        }
         let phases = [Phase::Scratch, Phase::Socket];
+        if !self.domain.host.is_local() {
+            return self.files_elsewhere(&phases);
+        }
         let stay = match self.remove(&phases).await {
             Ok(stay) => stay,
             Err(hangs) => {
@@ -184,6 +188,29 @@ impl Leftovers<'_> {
         let waits = |run: &&Run| !run.has(Phase::Job) && !stay.contains(&run.point);
         let over: Vec<PointId> = self.journal.earlier().filter(waits).map(|r| r.point).collect();
         over.into_iter().try_for_each(|point| self.journal.undone(point, &phases))
+    }
+
+    /// Those on another host cannot be looked for from here. libvirt and QEMU take them along with the
+    /// job, unless QEMU died under it: of scratch that may be there then the person is told, once.
+    fn files_elsewhere(&mut self, phases: &[Phase]) -> Result<()> {
+        let over = self.journal.earlier().filter(|run| !run.has(Phase::Job));
+        let over: Vec<Run> = over.cloned().collect();
+        let host = self.domain.host.hostname();
+        let directory = self.id.zip(self.domain.host.qemu_dir());
+        let directory = directory.map(|(id, dir)| domain_dir(&dir, id, &self.domain.name));
+        for run in over {
+            let here = |socket: &Path| socket.parent() == directory.as_deref();
+            if !run.objects(Phase::Socket).any(here) {
+                for scratch in run.objects(Phase::Scratch) {
+                    let text = format!("{} on host {host}, if it is there", scratch.display());
+                    self.recovery.note(Action::Kept, text);
+                }
+            }
+            if self.recovery.changes() {
+                self.journal.undone(run.point, phases)?;
+            }
+        }
+        Ok(())
     }
 
     async fn remove(&mut self, phases: &[Phase]) -> Result<Vec<PointId>> {
