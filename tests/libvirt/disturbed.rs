@@ -1,9 +1,13 @@
 //! What befalls a VM or its repository in the middle of a backup: either the point is that of its instant, or
 //! there is none, and the guest, what builds on the last point and the next run are none the worse for it.
 
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
 use crate::rig::{Taken, assert_no_trace, prove, prove_with, take, take_disturbed, take_stopped};
 use crate::support::{
-    DiskFormat, Domain, DomainSpec, Guest, HangingDisk, OwnLibvirt, SmallDisk, TestEnv, wait_until,
+    DiskFormat, Domain, DomainSpec, Guest, HangingDisk, OwnLibvirt, SlowDisk, SmallDisk, TestEnv,
+    assert_same_content, wait_until,
 };
 
 /// Where a run is disturbed: nothing is read yet, and everything is.
@@ -160,6 +164,70 @@ fn a_disk_that_is_unplugged_after_the_last_read_is_part_of_the_point() {
         prove(&env, &taken.expect("a point"));
         assert_no_trace(&domain);
         env.assert_nothing_runs("unplugged");
+    });
+}
+
+/// QEMU reads on what it has open, and libvirt does not know any more that it does.
+#[test]
+fn a_disk_that_is_unplugged_while_it_is_read_costs_that_backup_only() {
+    OwnLibvirt::with(|_| {
+        let env = TestEnv::new();
+        env.init_repo();
+        let disks = [DiskFormat::Qcow2, DiskFormat::Qcow2];
+        let domain = Domain::define(&env, &DomainSpec::with_disks(&disks));
+        let slow = SlowDisk::below(&env, domain.disk(1), "64M");
+        let mut guest = domain.start();
+        guest.run("fill vda 0 8");
+        let first = take(&env, &domain, &mut guest, &["full"]);
+        slow.be_slow();
+        let before = slow.read_bytes();
+        let mut backup = env.spawn_vmbackup(&["full", "--domain", domain.name()]);
+        wait_until("a part of the disk is read", 60, || {
+            assert!(backup.is_running(), "it ended before");
+            slow.read_bytes() >= before + (1 << 20)
+        });
+        unplug(&domain);
+        assert!(backup.is_running() && slow.read_bytes() < before + (48 << 20), "too late");
+        slow.be_fast();
+        let since = Instant::now();
+        let outcome = backup.wait();
+        assert!(since.elapsed() < Duration::from_secs(60), "{:?}", since.elapsed());
+        assert_eq!(outcome.code, Some(16), "{outcome:?}");
+        eprintln!("{outcome:?}");
+        assert_eq!(points(&env), 1);
+        assert_no_trace(&domain);
+        assert_eq!(domain.sockets(), Vec::<PathBuf>::new());
+        wait_until("processes end", 20, || env.processes().is_empty());
+        eprintln!("{}", env.run("ls", &["-la", "/var/lib/libvirt/qemu"]).stdout);
+        eprintln!(
+            "{}",
+            domain
+                .virsh(&[
+                    "qemu-monitor-command",
+                    domain.name(),
+                    r#"{"execute":"query-block-jobs"}"#
+                ])
+                .stdout
+        );
+        guest.run("rnd vda 900 300; sync");
+        domain.suspend();
+        let oracle = domain.oracle(0, "unplugged");
+        let args = ["incremental", "--domain", domain.name(), "--quiesce", "never", "--json"];
+        let report = env.vmbackup(&args).json();
+        domain.resume();
+        assert_eq!(report["disks"].as_array().map(Vec::len), Some(1), "{report}");
+        assert_eq!(report["disks"][0]["read"]["mode"], "incremental", "{report}");
+        let (id, to) = (report["point"].as_str().expect("a point id"), env.path("unplugged"));
+        env.vmbackup(&["restore", id, "--to", &to.to_string_lossy(), "--format", "raw"]).ok();
+        assert_same_content(&env, (&to.join("vda.raw"), "raw"), (&oracle, "raw"));
+        prove(&env, &first);
+        // The image is none the worse for it.
+        domain.destroy();
+        guest = domain.start();
+        let next = take(&env, &domain, &mut guest, &["backup"]);
+        eprintln!("{}", next.report);
+        prove(&env, &next);
+        assert_no_trace(&domain);
     });
 }
 

@@ -1,11 +1,12 @@
 //! A domain of another host: this machine, through an SSH daemon of the test's own.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::killed::{Places, assert_not_frozen, mentions, prove};
-use crate::rig::assert_no_trace;
-use crate::support::wait_until;
+use crate::rig::{assert_no_trace, prove_with, take};
 use crate::support::{DiskFormat, DiskSpec, Domain, DomainSpec, Process, SlowDisk, Ssh, TestEnv};
+use crate::support::{GuestFiles, wait_until};
 
 /// Instead of a step: when a part of the second disk has been read.
 const READING: &str = "reading";
@@ -106,4 +107,72 @@ fn a_backup_of_a_remote_domain_can_be_killed_while_it_reads() {
         assert!(directory.is_none_or(|path| !path.exists()), "{step}: {directory:?}");
         assert_has_left(&env, &ssh, step);
     }
+}
+
+/// What of a point is not its disks lies in files of that host: it is named, with what to do, and whoever
+/// restores is told what that means.
+#[test]
+fn what_cannot_be_read_of_a_remote_domain_is_named_with_what_to_do() {
+    let env = TestEnv::new();
+    let ssh = Ssh::start(&env);
+    let password = env.path("password");
+    fs::write(&password, "correct horse\n").expect("own directory");
+    let key = ["--password-file", &*password.to_string_lossy()];
+    env.vmbackup(&[&["repo", "init"], &key[..]].concat()).ok();
+    let spec = DomainSpec { uefi: true, tpm: true, ..DomainSpec::with_disks(&[DiskFormat::Qcow2]) };
+    let (domain, mut guest) = Domain::boot(&env, &spec);
+    guest.run("rnd vda 61440 100");
+    let sum = "dd if=/dev/vda bs=1k skip=61440 2>/dev/null | sha256sum";
+    let before = guest.run(sum);
+
+    let uri = ssh.uri();
+    let there = [&["--connect", &uri], &key[..]].concat();
+    let files = [
+        format!("NVRAM {}", env.path("nvram.fd").display()),
+        format!("kernel {}", env.path("vmlinuz").display()),
+        format!("initrd {}", env.path("initrd").display()),
+        format!("TPM state /var/lib/libvirt/swtpm/{}/tpm2", domain.uuid()),
+    ];
+    let host = domain.virsh(&["hostname"]).text();
+    let reason = format!("it is a file of host {host}: run vmbackup there, or copy it by hand");
+    let lines = files.iter().map(|file| format!("not captured: {file}: {reason}"));
+    let lines: Vec<String> = lines.collect();
+    let says = |said: &str| {
+        for line in &lines {
+            assert!(said.lines().any(|one| one == line), "no {line:?} in {said}");
+        }
+    };
+    says(&env.vmbackup(&[&["plan", "--domain", domain.name()], &there[..]].concat()).text());
+    let taken = take(&env, &domain, &mut guest, &[&["full"], &there[..]].concat());
+    assert_no_trace(&domain);
+    prove_with(&env, &taken, &key);
+    let show = [&["show", &taken.id], &key[..]].concat();
+    says(&env.vmbackup(&show).text());
+    let shown = env.vmbackup(&[&show[..], &["--json"]].concat()).json();
+    let kinds = shown["artifacts"].to_string();
+    for kind in ["nvram", "kernel", "initrd", "tpm"] {
+        assert!(!kinds.contains(kind), "{kind}: {kinds}");
+    }
+
+    // Stopped, even its disks are out of reach.
+    let variables = fs::read(env.path("nvram.fd")).expect("made at the first start");
+    domain.destroy();
+    let refused = env.vmbackup(&[&["full", "--domain", domain.name()], &there[..]].concat());
+    refused.fails_with(&["on another host", "virsh start --paused"]);
+
+    domain.lose();
+    let restore = ["restore", &taken.id, "--define", "--json"];
+    let report = env.vmbackup(&[&restore[..], &key[..]].concat()).json();
+    let changes = report["domain"]["changes"].to_string();
+    for what in ["NVRAM", "kernel", "initrd", "TPM state"] {
+        let told = changes.split("\",\"").any(|change| {
+            change.contains(what) && change.contains("was not captured") && change.contains("exist")
+        });
+        assert!(told, "{what}: {changes}");
+    }
+    // As whoever had copied them by hand would.
+    fs::write(env.path("nvram.fd"), variables).expect("own directory");
+    GuestFiles::into_dir(env.dir());
+    let mut guest = domain.start();
+    assert_eq!(guest.run(sum), before);
 }

@@ -247,12 +247,15 @@ impl<'a> Rewriter<'a> {
     fn boot(&mut self) {
         let Some(os) = self.root.child("os") else { return };
         for (name, path) in [("kernel", &self.options.kernel), ("initrd", &self.options.initrd)] {
-            if let (Some(element), Some(path)) = (os.child(name), path) {
-                let path = path.to_string_lossy();
-                if element.text != path {
-                    self.say(format!("{name}: {path} (was {})", element.text));
-                    self.set_text(element, &path);
-                }
+            let Some(element) = os.child(name) else { continue };
+            let Some(path) = path else {
+                self.say(format!("{name} {} was not captured and must exist", element.text));
+                continue;
+            };
+            let path = path.to_string_lossy();
+            if element.text != path {
+                self.say(format!("{name}: {path} (was {})", element.text));
+                self.set_text(element, &path);
             }
         }
         let Some(nvram) = os.child("nvram") else { return };
