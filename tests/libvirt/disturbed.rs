@@ -2,7 +2,6 @@
 //! there is none, and the guest, what builds on the last point and the next run are none the worse for it.
 
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
 
 use crate::rig::{Taken, assert_no_trace, prove, prove_with, take, take_disturbed, take_stopped};
 use crate::support::{
@@ -188,27 +187,19 @@ fn a_disk_that_is_unplugged_while_it_is_read_costs_that_backup_only() {
         });
         unplug(&domain);
         assert!(backup.is_running() && slow.read_bytes() < before + (48 << 20), "too late");
-        slow.be_fast();
-        let since = Instant::now();
+        // Not when all of it is read, which takes half a minute.
         let outcome = backup.wait();
-        assert!(since.elapsed() < Duration::from_secs(60), "{:?}", since.elapsed());
+        assert!(slow.read_bytes() < before + (48 << 20), "it read on");
         assert_eq!(outcome.code, Some(16), "{outcome:?}");
-        eprintln!("{outcome:?}");
+        outcome.fails_with(&["were changed meanwhile", "vdb was unplugged"]);
+        slow.be_fast();
         assert_eq!(points(&env), 1);
         assert_no_trace(&domain);
         assert_eq!(domain.sockets(), Vec::<PathBuf>::new());
+        let scratch = std::fs::read_dir("/var/lib/libvirt/qemu").expect("libvirt's").flatten();
+        let mut scratch = scratch.map(|entry| entry.file_name().into_string().expect("text"));
+        assert_eq!(scratch.find(|name| name.starts_with("vmb-")), None);
         wait_until("processes end", 20, || env.processes().is_empty());
-        eprintln!("{}", env.run("ls", &["-la", "/var/lib/libvirt/qemu"]).stdout);
-        eprintln!(
-            "{}",
-            domain
-                .virsh(&[
-                    "qemu-monitor-command",
-                    domain.name(),
-                    r#"{"execute":"query-block-jobs"}"#
-                ])
-                .stdout
-        );
         guest.run("rnd vda 900 300; sync");
         domain.suspend();
         let oracle = domain.oracle(0, "unplugged");
@@ -225,7 +216,6 @@ fn a_disk_that_is_unplugged_while_it_is_read_costs_that_backup_only() {
         domain.destroy();
         guest = domain.start();
         let next = take(&env, &domain, &mut guest, &["backup"]);
-        eprintln!("{}", next.report);
         prove(&env, &next);
         assert_no_trace(&domain);
     });

@@ -426,6 +426,8 @@ pub(super) enum DomainEvent {
     /// An image was written to beyond its threshold (`VIR_DOMAIN_EVENT_ID_BLOCK_THRESHOLD`), which
     /// is gone by that.
     BeyondThreshold,
+    /// A device was unplugged (`VIR_DOMAIN_EVENT_ID_DEVICE_REMOVED`).
+    DeviceRemoved,
 }
 
 /// A subscription to the events of one domain; ends when dropped. The end of the connection does
@@ -438,7 +440,7 @@ pub(super) struct Events {
 }
 
 impl Events {
-    /// Subscribes to the job ends and thresholds of `domain`.
+    /// Subscribes to the job ends, thresholds and unplugged devices of `domain`.
     pub(super) fn subscribe(connection: &Connect, domain: &Domain) -> VirtResult<Self> {
         let (sender, receiver) = mpsc::channel(EVENTS_MAX);
         let completed: unsafe extern "C" fn(
@@ -457,9 +459,16 @@ impl Events {
             c_ulonglong,
             *mut c_void,
         ) = on_beyond_threshold;
+        let removed: unsafe extern "C" fn(
+            sys::virConnectPtr,
+            sys::virDomainPtr,
+            *const c_char,
+            *mut c_void,
+        ) = on_device_removed;
         let wanted = [
             (sys::VIR_DOMAIN_EVENT_ID_JOB_COMPLETED, completed as *const ()),
             (sys::VIR_DOMAIN_EVENT_ID_BLOCK_THRESHOLD, beyond as *const ()),
+            (sys::VIR_DOMAIN_EVENT_ID_DEVICE_REMOVED, removed as *const ()),
         ];
         let mut events = Self { connection: connection.clone(), callbacks: Vec::new(), receiver };
         for (event, function) in wanted {
@@ -542,4 +551,14 @@ unsafe extern "C" fn on_beyond_threshold(
 ) {
     // SAFETY: libvirt passes the opaque pointer we registered.
     unsafe { send(opaque, DomainEvent::BeyondThreshold) };
+}
+
+unsafe extern "C" fn on_device_removed(
+    _: sys::virConnectPtr,
+    _: sys::virDomainPtr,
+    _: *const c_char,
+    opaque: *mut c_void,
+) {
+    // SAFETY: libvirt passes the opaque pointer we registered.
+    unsafe { send(opaque, DomainEvent::DeviceRemoved) };
 }

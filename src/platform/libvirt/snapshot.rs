@@ -20,7 +20,7 @@ use super::quiesce::Frost;
 use super::reach::Reach;
 use super::reconcile::drop_stale;
 use super::teardown::{STALL, Scratch, remove_left};
-use super::watch::{Watch, ended};
+use super::watch::{Watch, ended, unplugged};
 use crate::block::BlockSource;
 use crate::block::layer::pace::PacedSource;
 use crate::clock::Timestamp;
@@ -102,7 +102,10 @@ impl RunningSnapshot {
         };
         match job::active(&self.domain).await? {
             Some(active) if whole && active.point == Some(self.point) => Ok(()),
-            _ => Err(ended(&self.domain, None)),
+            _ => {
+                let unplugged = unplugged(&self.domain, &self.job_disks).await;
+                Err(unplugged.unwrap_or_else(|| ended(&self.domain, None)))
+            }
         }
     }
 

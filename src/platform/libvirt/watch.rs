@@ -9,7 +9,8 @@
 //! ```text
 //!  the job:   watching ──► somebody has ended it ─────────────────────────────────────► lost
 //!               │  └─────► connection ended ──► connect anew ──► watching, or unknown
-//!               └────────► threshold: look at the room, set the next one
+//!               ├────────► threshold: look at the room, set the next one
+//!               └────────► one of its disks was unplugged: as unknown
 //!
 //!  the room:  watching ──► short ─────────────────────────────────► end the job ──────► lost
 //!                  └─────► cannot be told, or no answer: unknown
@@ -39,6 +40,7 @@ use super::connection::DomainHandle;
 use super::ffi::{DomainEvent, Events};
 use super::job::{self, JobDisk};
 use super::teardown::{STALL, Scratch};
+use super::xml::Element;
 use crate::error::{Error, Kind, Result};
 use crate::platform::space::{self, ANSWER, POLL, Space};
 use crate::vm::PointId;
@@ -108,7 +110,7 @@ enum Over {
     Ended(Error),
     /// Scratch is almost full.
     Short(Error),
-    /// Nobody knows what becomes of job or room.
+    /// Nobody knows what becomes of job or room, or what is read is of no use.
     Unknown(Error),
 }
 
@@ -182,6 +184,12 @@ impl Watched {
                     Some(DomainEvent::BeyondThreshold) => {
                         look.notify_one();
                         thresholds = self.thresholds();
+                        Ok(())
+                    }
+                    Some(DomainEvent::DeviceRemoved) => {
+                        if let Some(error) = unplugged(&self.domain, &self.disks).await {
+                            return Over::Unknown(error);
+                        }
                         Ok(())
                     }
                     None => self.reconnect(events, &mut thresholds).await,
@@ -293,6 +301,21 @@ async fn set_thresholds(domain: DomainHandle, directory: PathBuf, disks: Vec<Job
             tracing::debug!(?error, "no threshold on this scratch image");
         }
     }
+}
+
+/// The error of a job of which a disk is not the domain's any more: QEMU keeps it open for its job on it,
+/// and libvirt does not know that. None where that is not so, or cannot be told.
+pub(super) async fn unplugged(domain: &DomainHandle, disks: &[JobDisk]) -> Option<Error> {
+    let xml = domain.call("read the description of", |domain| domain.xml_desc(0)).await.ok()?;
+    let root = Element::parse("the domain XML", &xml).ok()?;
+    let there: Vec<_> = root.child("devices")?.all("disk").collect();
+    let is_there = |disk: &&JobDisk| {
+        there.iter().any(|one| one.attr_at(&["target"], "dev") == Some(&disk.name))
+    };
+    let gone = disks.iter().find(|disk| !is_there(disk))?;
+    let (name, disk) = (&domain.name, &gone.name);
+    let what = format!("the disks of domain '{name}' were changed meanwhile: {disk} was unplugged");
+    Some(Error::new(Kind::SnapshotLost, what).hint("run the backup again"))
 }
 
 /// The error of a job that ended before we ended it.
