@@ -107,6 +107,23 @@ fn a_backup_of_a_remote_domain_can_be_killed_while_it_reads() {
         assert!(directory.is_none_or(|path| !path.exists()), "{step}: {directory:?}");
         assert_has_left(&env, &ssh, step);
     }
+
+    // With its QEMU gone as well, and the bitmaps that it had not stored.
+    let (backup, _) = begun_until((&env, &slow), READING, &run("full"));
+    backup.signal("KILL");
+    backup.wait();
+    domain.kill_qemu();
+    slow.be_fast();
+    let mut guest = domain.start();
+    let next = env.vmbackup(&run("backup")).ok();
+    assert!(next.stderr.contains("-vda.scratch") && next.stderr.contains("went down"), "{next:?}");
+    places.assert_empty(&env, "QEMU gone");
+    guest.run("rnd vdb 9000 20");
+    let report = env.vmbackup(&run("incremental")).json();
+    prove(&env, &report, &domain.oracles("gone"), "QEMU gone");
+    assert_no_trace(&domain);
+    assert_eq!(domain.bitmaps().len(), 1);
+    assert_has_left(&env, &ssh, "QEMU gone");
 }
 
 /// What of a point is not its disks lies in files of that host: it is named, with what to do, and whoever

@@ -21,7 +21,7 @@ use super::survey::Survey;
 use super::teardown::Scratch;
 use super::{LibvirtOptions, job};
 use crate::control::Control;
-use crate::error::{Kind, Result, with_causes};
+use crate::error::{Error, Kind, Result, with_causes};
 use crate::image::bitmap::{self, BitmapNames};
 use crate::journal::{Action, Item, Journal, Phase, Recovery, Run};
 use crate::platform::{Asked, KnownPoint, RecoverRequest, SnapshotRequest, remove_noted};
@@ -191,20 +191,22 @@ impl Leftovers<'_> {
     }
 
     /// Those on another host cannot be looked for from here. libvirt and QEMU take them along with the
-    /// job, unless QEMU died under it: of scratch that may be there then the person is told, once.
+    /// job, also when QEMU dies, unless the host went down with both: then the person is told, once.
     fn files_elsewhere(&mut self, phases: &[Phase]) -> Result<()> {
         let over = self.journal.earlier().filter(|run| !run.has(Phase::Job));
         let over: Vec<Run> = over.cloned().collect();
-        let host = self.domain.host.hostname();
+        let (name, host) = (&self.domain.name, self.domain.host.hostname());
         let directory = self.id.zip(self.domain.host.qemu_dir());
-        let directory = directory.map(|(id, dir)| domain_dir(&dir, id, &self.domain.name));
+        let directory = directory.map(|(id, dir)| domain_dir(&dir, id, name));
         for run in over {
-            let here = |socket: &Path| socket.parent() == directory.as_deref();
-            if !run.objects(Phase::Socket).any(here) {
-                for scratch in run.objects(Phase::Scratch) {
-                    let text = format!("{} on host {host}, if it is there", scratch.display());
-                    self.recovery.note(Action::Kept, text);
-                }
+            let of_this_qemu = |socket: &Path| socket.parent() == directory.as_deref();
+            let scratch = run.objects(Phase::Scratch).map(|path| path.display().to_string());
+            let scratch: Vec<String> = scratch.collect();
+            if !scratch.is_empty() && !run.objects(Phase::Socket).any(of_this_qemu) {
+                let files = scratch.join(", ");
+                let text =
+                    format!("{files} of domain '{name}', if host {host} went down meanwhile");
+                self.recovery.note(Action::Kept, text);
             }
             if self.recovery.changes() {
                 self.journal.undone(run.point, phases)?;
@@ -290,10 +292,8 @@ pub(super) async fn discard(
     point: PointId,
     recovery: &mut Recovery,
 ) -> Result<()> {
-    let Err(error) = checkpoints.discard(point).await else { return Ok(()) };
-    match error.kind() {
-        Kind::Busy | Kind::Timeout | Kind::Connection | Kind::Permission => Err(error),
-        _ => {
+    match checkpoints.discard(point).await {
+        Err(error) if is_of_the_bitmap(&error) => {
             let name = &checkpoints.domain.name;
             let text = format!(
                 "bitmap of domain '{name}' for point {}: {}",
@@ -303,7 +303,14 @@ pub(super) async fn discard(
             recovery.note(Action::Kept, text);
             Ok(())
         }
+        result => result,
     }
+}
+
+/// Whether a checkpoint could not be deleted because of its bitmap: QEMU was killed before it had stored
+/// it. Its metadata is gone then.
+pub(super) fn is_of_the_bitmap(error: &Error) -> bool {
+    !matches!(error.kind(), Kind::Busy | Kind::Timeout | Kind::Connection | Kind::Permission)
 }
 
 fn unknown(what: &str, point: PointId, name: &str) -> String {

@@ -18,7 +18,7 @@ use super::job::{self, JobDisk, Server};
 use super::lock::DomainLock;
 use super::quiesce::Frost;
 use super::reach::Reach;
-use super::reconcile::drop_stale;
+use super::reconcile::{drop_stale, is_of_the_bitmap};
 use super::teardown::{STALL, Scratch, remove_left};
 use super::watch::{Watch, ended, unplugged};
 use crate::block::BlockSource;
@@ -136,8 +136,12 @@ impl RunningSnapshot {
         self.lock.journal.before(Phase::Handover);
         let checkpoints = self.checkpoints();
         for point in self.defined.iter().filter(|point| **point != self.point) {
-            let dropped = checkpoints.discard(*point).await;
-            result = result.and(dropped);
+            match checkpoints.discard(*point).await {
+                Err(error) if is_of_the_bitmap(&error) => {
+                    tracing::debug!(%error, %point, "a bitmap is broken");
+                }
+                dropped => result = result.and(dropped),
+            }
         }
         for (point, disks) in &self.stale {
             if *point != self.point
