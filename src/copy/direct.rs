@@ -249,6 +249,10 @@ impl Shared {
             return Ok(report);
         };
         for run in runs(bytes, range.offset(), block_bytes) {
+            if self.stop.load(Ordering::Relaxed) {
+                // The one before may have hung: nobody may wait for this thread any more.
+                break;
+            }
             if run.zero {
                 report.zero_bytes += self.zero(run.range)?.zero_bytes;
             } else {
