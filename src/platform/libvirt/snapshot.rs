@@ -136,8 +136,11 @@ impl RunningSnapshot {
         self.lock.journal.before(Phase::Handover);
         let checkpoints = self.checkpoints();
         for point in self.defined.iter().filter(|point| **point != self.point) {
+            let name = self.chain.of_point(*point);
+            let is_base = self.job_disks.iter().any(|disk| disk.base.as_ref() == Some(&name));
             match checkpoints.discard(*point).await {
-                Err(error) if is_of_the_bitmap(&error) => {
+                // Nothing was built on it, because of that.
+                Err(error) if !is_base && is_of_the_bitmap(&error) => {
                     tracing::debug!(%error, %point, "a bitmap is broken");
                 }
                 dropped => result = result.and(dropped),
