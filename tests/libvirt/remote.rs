@@ -5,8 +5,10 @@ use std::path::{Path, PathBuf};
 
 use crate::killed::{Places, assert_not_frozen, mentions, prove};
 use crate::rig::{assert_no_trace, prove_with, take};
-use crate::support::{DiskFormat, DiskSpec, Domain, DomainSpec, Process, SlowDisk, Ssh, TestEnv};
-use crate::support::{GuestFiles, wait_until};
+use crate::support::{
+    DiskFormat, DiskSpec, Domain, DomainSpec, Guest, GuestFiles, Process, SlowDisk, Ssh, TestEnv,
+    wait_until,
+};
 
 /// Instead of a step: when a part of the second disk has been read.
 const READING: &str = "reading";
@@ -43,28 +45,51 @@ fn assert_has_left(env: &TestEnv, ssh: &Ssh, step: &str) {
     wait_until(&format!("{step}: sessions end"), 20, || ssh.sessions(env).is_empty());
 }
 
+/// A running domain of another host, of two disks, and a point of it.
+struct There<'env> {
+    places: Places,
+    ssh: Ssh,
+    domain: Domain<'env>,
+    /// Below the second disk.
+    slow: SlowDisk,
+}
+
+impl<'env> There<'env> {
+    fn begin(env: &'env TestEnv) -> (Self, Guest) {
+        env.init_repo();
+        let disk = DiskSpec { format: DiskFormat::Qcow2, size_mib: 16 };
+        let spec = DomainSpec { disks: vec![disk; 2], ..DomainSpec::with_disks(&[]) };
+        let domain = Domain::define(env, &spec);
+        let slow = SlowDisk::below(env, domain.disk(1), "24M");
+        let guest = domain.start();
+        domain.wait_for_agent();
+        let (places, ssh) = (Places::new(env), Ssh::start(env));
+        let there = Self { places, ssh, domain, slow };
+        env.vmbackup(&there.run("full", &there.ssh.uri())).ok();
+        (there, guest)
+    }
+
+    /// The arguments of a backup.
+    fn run<'a>(&'a self, command: &'a str, uri: &'a str) -> Vec<&'a str> {
+        [&self.places.backup(command, &self.domain)[..], &["--connect", uri]].concat()
+    }
+}
+
 /// The socket that is forwarded lies in a directory of ours, here; scratch and the socket of the export there.
 #[test]
 fn a_backup_of_a_remote_domain_can_be_killed_while_it_reads() {
     let env = TestEnv::new();
-    env.init_repo();
-    let (places, ssh) = (Places::new(&env), Ssh::start(&env));
-    let disk = DiskSpec { format: DiskFormat::Qcow2, size_mib: 16 };
-    let domain =
-        Domain::define(&env, &DomainSpec { disks: vec![disk; 2], ..DomainSpec::with_disks(&[]) });
-    let slow = SlowDisk::below(&env, domain.disk(1), "24M");
-    let mut guest = domain.start();
-    domain.wait_for_agent();
+    let (there, mut guest) = There::begin(&env);
+    let There { places, ssh, domain, slow } = &there;
     guest.run("mke2fs /dev/vda && mount /dev/vda /mnt && sync");
     let uri = ssh.uri();
-    let run = |command| [&places.backup(command, &domain)[..], &["--connect", &uri]].concat();
-    env.vmbackup(&run("full")).ok();
+    let run = |command| there.run(command, &uri);
     let killed =
         [("after:freeze", false), (READING, true), (READING, false), ("after:manifest", true)];
     for (at, (step, is_asked_for)) in killed.into_iter().enumerate() {
         guest.run(&format!("rnd vdb {} 20; echo {at} >/mnt/file; sync", 4096 + at * 100));
         let full = [&run("full")[..], &["--quiesce", "require"]].concat();
-        let (backup, socket) = begun_until((&env, &slow), step, &full);
+        let (backup, socket) = begun_until((&env, slow), step, &full);
         guest.run(&format!("rnd vdb {} 20", 4130 + at * 100));
         backup.signal("KILL");
         backup.wait();
@@ -72,14 +97,14 @@ fn a_backup_of_a_remote_domain_can_be_killed_while_it_reads() {
         assert_eq!(domain.state(), "running", "{step}");
         assert_not_frozen(&mut guest, step);
         // What it had here ends by itself, and its sessions there.
-        assert_has_left(&env, &ssh, step);
+        assert_has_left(&env, ssh, step);
 
         let mut said = String::new();
         if is_asked_for {
             let recover = ["recover", "--domain", domain.name(), "--connect", &uri];
             said.push_str(&env.vmbackup(&recover).ok().stdout);
             assert!(!domain.has_backup_job(), "{step}: {said}");
-            assert_no_trace(&domain);
+            assert_no_trace(domain);
             assert_eq!(domain.sockets(), Vec::<PathBuf>::new(), "{step}");
             // Of a job that was not answered, and of a point that took nobody's place yet, it is kept.
             if step == READING {
@@ -97,7 +122,7 @@ fn a_backup_of_a_remote_domain_can_be_killed_while_it_reads() {
         domain.resume();
         guest.run("mount /dev/vda /mnt");
         prove(&env, &report, &oracles, step);
-        assert_no_trace(&domain);
+        assert_no_trace(domain);
         let point = report["point"].as_str().expect("a point id");
         let held = domain.bitmaps();
         assert!(held.len() == 1 && held[0].contains(point), "{step}: {held:?}");
@@ -105,11 +130,19 @@ fn a_backup_of_a_remote_domain_can_be_killed_while_it_reads() {
         places.assert_empty(&env, step);
         let directory = socket.as_deref().and_then(Path::parent);
         assert!(directory.is_none_or(|path| !path.exists()), "{step}: {directory:?}");
-        assert_has_left(&env, &ssh, step);
+        assert_has_left(&env, ssh, step);
     }
+}
 
-    // With its QEMU gone as well, and the bitmaps that it had not stored.
-    let (backup, _) = begun_until((&env, &slow), READING, &run("full"));
+/// The bitmaps that it had not stored are gone as well.
+#[test]
+fn a_remote_backup_that_is_killed_and_its_qemu_too_is_cleared_away() {
+    let env = TestEnv::new();
+    let (there, _) = There::begin(&env);
+    let There { places, ssh, domain, slow } = &there;
+    let uri = ssh.uri();
+    let run = |command| there.run(command, &uri);
+    let (backup, _) = begun_until((&env, slow), READING, &run("full"));
     backup.signal("KILL");
     backup.wait();
     domain.kill_qemu();
@@ -121,9 +154,9 @@ fn a_backup_of_a_remote_domain_can_be_killed_while_it_reads() {
     guest.run("rnd vdb 9000 20");
     let report = env.vmbackup(&run("incremental")).json();
     prove(&env, &report, &domain.oracles("gone"), "QEMU gone");
-    assert_no_trace(&domain);
+    assert_no_trace(domain);
     assert_eq!(domain.bitmaps().len(), 1);
-    assert_has_left(&env, &ssh, "QEMU gone");
+    assert_has_left(&env, ssh, "QEMU gone");
 }
 
 /// What of a point is not its disks lies in files of that host: it is named, with what to do, and whoever
