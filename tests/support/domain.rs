@@ -224,6 +224,13 @@ impl<'env> Domain<'env> {
         Self { env, name: name.to_owned(), disks: Vec::new(), secret: None, pool: None }
     }
 
+    /// The same as another host has it, with its disks.
+    pub(crate) fn on<'other>(&self, env: &'other TestEnv, disks: &[PathBuf]) -> Domain<'other> {
+        let formats = self.disks.iter().map(|(_, format)| *format);
+        let disks = disks.iter().cloned().zip(formats).collect();
+        Domain { env, name: self.name.clone(), disks, secret: None, pool: None }
+    }
+
     /// Pauses it.
     pub(crate) fn suspend(&self) {
         self.virsh(&["suspend", &self.name]).ok();

@@ -20,6 +20,9 @@ use super::tools::{Process, wait_until};
 pub(crate) struct TestEnv {
     dir: TempDir,
     name: String,
+    repo: PathBuf,
+    /// A process in the namespaces of another host, where all commands run then.
+    host: Option<String>,
 }
 
 impl TestEnv {
@@ -44,7 +47,13 @@ impl TestEnv {
         }
         let serial = COUNT.fetch_add(1, Ordering::Relaxed);
         let id = outside_id().unwrap_or_else(|| std::process::id().to_string());
-        Self { dir, name: format!("vmbtest-{id}-{serial}") }
+        let (name, repo) = (format!("vmbtest-{id}-{serial}"), dir.path().join("repo"));
+        Self { dir, name, repo, host: None }
+    }
+
+    /// A new environment with the same repository, whose commands run in the namespaces of a process.
+    pub(super) fn on_host_of(&self, process: &str) -> Self {
+        Self { repo: self.repo.clone(), host: Some(process.to_owned()), ..Self::new() }
     }
 
     /// The directory.
@@ -72,12 +81,19 @@ impl TestEnv {
 
     /// The directory repository most tests use.
     pub(crate) fn repo(&self) -> PathBuf {
-        self.path("repo")
+        self.repo.clone()
     }
 
     /// A command with a cleared environment and this directory as its home.
     pub(crate) fn command(&self, program: impl AsRef<OsStr>) -> Command {
-        let mut command = Command::new(program);
+        let mut command = match &self.host {
+            None => Command::new(program),
+            Some(process) => {
+                let mut command = Command::new("nsenter");
+                command.args(["--target", process, "--mount", "--uts", "--"]).arg(program);
+                command
+            }
+        };
         let path = std::env::var("PATH").unwrap_or_default();
         command
             .env_clear()

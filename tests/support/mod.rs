@@ -34,7 +34,7 @@ pub(crate) use listening::is_listening;
 pub(crate) use memory::{peak_mib, with_peak_mib};
 pub(crate) use nbd_log::NbdLog;
 pub(crate) use outcome::Outcome;
-pub(crate) use own_libvirt::OwnLibvirt;
+pub(crate) use own_libvirt::{BESIDE_URI, OwnLibvirt};
 pub(crate) use slow_disk::SlowDisk;
 pub(crate) use small_disk::SmallDisk;
 pub(crate) use ssh::Ssh;

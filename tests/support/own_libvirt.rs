@@ -1,13 +1,25 @@
 //! A libvirt of a test's own, to be restarted, or to be kept from its work: all tests share the other one,
-//! and its one thread for events holds up every domain when one does.
+//! and its one thread for events holds up every domain when one does. And a second one beside it, which is
+//! another host to migrate to.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use super::env::TestEnv;
+use super::libvirt::URI;
 use super::tools::wait_until;
 
 /// In the environment of a test that has one: the process id that the test has outside.
 const INSIDE: &str = "VMBACKUP_TEST_OWN_LIBVIRT";
+
+/// Where the first host sees what the other has in `/run/libvirt`.
+const BESIDE: &str = "/run/libvirt/beside";
+
+/// The other host's libvirt, as the first host reaches it.
+pub(crate) const BESIDE_URI: &str = "qemu+unix:///system?socket=/run/libvirt/beside/libvirt-sock";
+
+/// What starts the daemon of a host, but for its pid file.
+const DAEMON: [&str; 3] = ["/usr/sbin/libvirtd", "-d", "-p"];
 
 /// The daemon. It ends with the namespace of its test.
 pub(crate) struct OwnLibvirt {
@@ -26,10 +38,9 @@ impl OwnLibvirt {
         let thread = std::thread::current();
         let name = thread.name().expect("the runner names the thread of a test");
         assert_ne!(name, "main", "--test-threads=1 leaves the name of the test unknown");
-        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/support/own_libvirt.sh");
         let status = Command::new("unshare")
             .args(["--mount", "--pid", "--fork", "--kill-child", "--mount-proc"])
-            .arg(script)
+            .arg(script())
             .arg(std::env::current_exe().expect("a path"))
             .args(["--exact", name, "--nocapture", "--include-ignored"])
             .env(INSIDE, std::process::id().to_string())
@@ -55,14 +66,34 @@ impl OwnLibvirt {
 
     /// Starts it and waits until it answers.
     pub(crate) fn start(&self) {
-        let status = Command::new("/usr/sbin/libvirtd").args(["-d", "-p", self.pid_file]).status();
-        assert!(status.expect("libvirtd runs").success(), "libvirtd did not start");
-        wait_until("libvirtd answers", 60, || {
-            let mut virsh = Command::new("virsh");
-            let asked = virsh.args(["-q", "-c", super::libvirt::URI, "uri"]).output();
-            asked.expect("virsh runs").status.success()
-        });
+        let [daemon, options @ ..] = DAEMON;
+        start(Command::new(daemon).args(options).arg(self.pid_file), URI);
     }
+
+    /// Another host, with a libvirt and a vmbackup of its own: what is run in the environment that this gives
+    /// runs there. It has the same files and processes, and the repository of `env`.
+    pub(crate) fn beside(&self, env: &TestEnv) -> TestEnv {
+        std::fs::create_dir(BESIDE).expect("a directory of this libvirt");
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "--uts"]).arg(script()).args(["--beside", BESIDE]);
+        start(command.args(DAEMON).arg(self.pid_file), BESIDE_URI);
+        let pid_file = Path::new(self.pid_file).file_name().expect("a file");
+        let daemon = std::fs::read_to_string(Path::new(BESIDE).join(pid_file));
+        env.on_host_of(daemon.expect("a running daemon has a pid file").trim())
+    }
+}
+
+fn script() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/support/own_libvirt.sh")
+}
+
+/// Starts a daemon and waits until it answers.
+fn start(daemon: &mut Command, uri: &str) {
+    assert!(daemon.status().expect("libvirtd runs").success(), "libvirtd did not start");
+    wait_until("libvirtd answers", 60, || {
+        let asked = Command::new("virsh").args(["-q", "-c", uri, "uri"]).output();
+        asked.expect("virsh runs").status.success()
+    });
 }
 
 /// The process id of the test outside of namespaces of its own, where names are made for the whole machine.
