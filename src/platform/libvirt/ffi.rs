@@ -21,7 +21,8 @@ use std::sync::OnceLock;
 use tokio::sync::mpsc;
 use virt::connect::Connect;
 use virt::domain::Domain;
-use virt::error::Error as VirtError;
+use virt::enumutil::Enum;
+use virt::error::{Error as VirtError, ErrorNumber};
 use virt::sys;
 
 use crate::freeze::FileSystem;
@@ -237,6 +238,11 @@ pub(super) struct JobStatus {
 }
 
 impl JobStatus {
+    /// Whether the domain is migrated to here.
+    pub(super) fn is_arriving(&self) -> bool {
+        self.active && self.operation == Some(sys::VIR_DOMAIN_JOB_OPERATION_MIGRATION_IN)
+    }
+
     /// The job in a word.
     pub(super) fn describe(&self) -> &'static str {
         match self.operation {
@@ -252,8 +258,20 @@ impl JobStatus {
     }
 }
 
-/// Statistics of the running job.
+/// Statistics of the running job. Of an incoming migration libvirt tells nothing but that there is one: it is
+/// the only job for which it says that they are not supported here (`qemuDomainGetJobStatsInternal`).
 pub(super) fn job_status(domain: &Domain) -> VirtResult<JobStatus> {
+    let arriving = Enum::Known(ErrorNumber::OperationUnsupported);
+    match job_statistics(domain) {
+        Err(error) if error.code() == arriving => {
+            let operation = Some(sys::VIR_DOMAIN_JOB_OPERATION_MIGRATION_IN);
+            Ok(JobStatus { active: true, operation, ..JobStatus::default() })
+        }
+        told => told,
+    }
+}
+
+fn job_statistics(domain: &Domain) -> VirtResult<JobStatus> {
     let mut kind: c_int = 0;
     let mut parameters: sys::virTypedParameterPtr = ptr::null_mut();
     let mut count: c_int = 0;

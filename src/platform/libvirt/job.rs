@@ -212,12 +212,26 @@ pub(super) async fn check_idle(
         )));
     }
     let status = status(domain).await?;
-    if !status.active {
-        return Ok(None);
-    }
+    if status.active { Err(busy(domain, &status)) } else { Ok(None) }
+}
+
+/// [`Kind::Busy`] while the domain is on its way here: until it has come libvirt answers nothing about its
+/// disks, and says so after half a minute.
+pub(super) async fn check_arrived(domain: &DomainHandle) -> Result<()> {
+    let asked = domain.call("ask for the state of", Domain::is_active).await?;
+    let status = if asked { status(domain).await? } else { JobStatus::default() };
+    if status.is_arriving() { Err(busy(domain, &status)) } else { Ok(()) }
+}
+
+fn busy(domain: &DomainHandle, status: &JobStatus) -> Error {
+    let name = &domain.name;
     let message = format!("domain '{name}' is busy with {}", status.describe());
-    Err(Error::new(Kind::Busy, message)
-        .hint(format!("'virsh domjobinfo {name}' shows it; try again when it has ended")))
+    let hint = if status.is_arriving() {
+        "try again when it has come".to_owned()
+    } else {
+        format!("'virsh domjobinfo {name}' shows it; try again when it has ended")
+    };
+    Error::new(Kind::Busy, message).hint(hint)
 }
 
 /// The error of a backup that could not begin: by what the domain does instead, if that is the cause,

@@ -27,6 +27,7 @@ pub(super) async fn plan(
     identity: VmIdentity,
     request: &SnapshotRequest,
 ) -> Result<SnapshotPlan> {
+    job::check_arrived(domain).await?;
     let survey = Survey::take(domain, request).await?;
     let mut problems = Vec::new();
     if let Err(error) = survey.set.check(&domain.name, request.repository_has_key) {
