@@ -135,6 +135,11 @@ pub(super) struct Checkpoints<'a> {
 impl Checkpoints<'_> {
     /// Finds the base of every disk. Leaves the metadata of the points in [`Bases::defined`]
     /// defined; whoever calls removes it, also after an error.
+    ///
+    /// A disk that libvirt copied into another image, on this host or to it, has the bitmap there, too,
+    /// though nowhere but in the memory of QEMU. It is no base: a bitmap of that name in an image which
+    /// was an overlay began with the overlay, later than the point. But it is looked for, so that it goes with
+    /// the point's metadata.
     pub(super) async fn find_bases(
         &self,
         disks: &[SizedDisk],
@@ -142,25 +147,30 @@ impl Checkpoints<'_> {
         bases: &mut Bases,
     ) -> Result<()> {
         let mut wanted = BTreeMap::new();
+        let mut copied = Vec::new();
         for disk in disks {
+            let name = disk.disk.name.as_str();
             match candidates(disk, &request.known_points) {
-                Ok(points) => drop(wanted.insert(disk.disk.name.as_str(), points)),
-                Err(reason) => drop(bases.disks.insert(disk.disk.name.clone(), Err(reason))),
+                Ok(points) => drop(wanted.insert(name, points)),
+                Err(reason) => {
+                    if reason == FullReason::ImageReplaced {
+                        copied.push(name);
+                    }
+                    bases.disks.insert(name.to_owned(), Err(reason));
+                }
             }
         }
         for point in request.known_points.iter().take(CANDIDATES_MAX) {
-            let open: Vec<&str> = wanted
-                .iter()
-                .filter(|(_, points)| points.contains(&point.id))
-                .map(|(name, _)| *name)
-                .collect();
-            if open.is_empty() {
+            let open = wanted.iter().filter(|(_, points)| points.contains(&point.id));
+            let asked: Vec<&str> = open.map(|(name, _)| *name).chain(copied.clone()).collect();
+            if asked.is_empty() {
                 continue;
             }
-            let valid = self.validate(point, &open, bases).await?;
-            for name in valid {
-                wanted.remove(name);
-                bases.disks.insert(name.to_owned(), Ok(point.id));
+            for name in self.validate(point, &asked, bases).await? {
+                if wanted.remove(name).is_some() {
+                    bases.disks.insert(name.to_owned(), Ok(point.id));
+                }
+                copied.retain(|other| *other != name);
             }
         }
         for (name, _) in wanted {
