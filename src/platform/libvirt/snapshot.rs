@@ -300,10 +300,15 @@ impl VmSnapshot for RunningSnapshot {
             }
         };
         result.map_err(|error| {
-            error.context(format!(
-                "the backup of domain '{}' is complete, but something of it was not cleaned up",
-                self.domain.name
-            ))
+            let name = &self.domain.name;
+            // A migration may have waited for the end of the job.
+            let what = if error.kind() == Kind::NotFound {
+                "the domain is not here any more: bitmaps of older points go with its next backup, \
+                 wherever it is"
+            } else {
+                "something of it was not cleaned up"
+            };
+            error.context(format!("the backup of domain '{name}' is complete, but {what}"))
         })
     }
 
