@@ -12,6 +12,7 @@ mod killed;
 mod killed_restore;
 mod lifecycle;
 mod luks;
+mod migrated;
 mod online;
 mod paced;
 mod refusals;

@@ -19,7 +19,8 @@ pub(crate) struct Taken {
 }
 
 impl Taken {
-    fn of(report: Value, oracles: Vec<PathBuf>) -> Self {
+    /// The point of a report.
+    pub(crate) fn of(report: Value, oracles: Vec<PathBuf>) -> Self {
         let id = report["point"].as_str().expect("a point id").to_owned();
         Self { id, report, oracles }
     }
