@@ -70,7 +70,7 @@ impl<'env> Bare<'env> {
 
     /// Whether a backup job is active.
     pub(crate) fn has_backup_job(&self) -> bool {
-        self.virsh(&["domjobinfo", &self.name]).stdout.contains("Backup")
+        libvirt::has_backup_job(self.env, &self.name)
     }
 
     /// Names of the checkpoints libvirt has metadata of.

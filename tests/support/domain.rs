@@ -253,8 +253,7 @@ impl<'env> Domain<'env> {
 
     /// Whether a backup job is active.
     pub(crate) fn has_backup_job(&self) -> bool {
-        let info = self.virsh(&["domjobinfo", &self.name]);
-        info.stdout.lines().any(|line| line.starts_with("Operation:") && line.contains("Backup"))
+        libvirt::has_backup_job(self.env, &self.name)
     }
 
     /// Bitmaps with a name that its QEMU has, asked of QEMU itself.

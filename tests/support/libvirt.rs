@@ -31,6 +31,12 @@ pub(crate) fn checkpoints(env: &TestEnv, name: &str) -> Vec<String> {
     listed.lines().map(str::to_owned).filter(|line| !line.is_empty()).collect()
 }
 
+/// Whether a backup job is active: its operation is told in a line of its own.
+pub(crate) fn has_backup_job(env: &TestEnv, name: &str) -> bool {
+    let info = virsh(env, &["domjobinfo", name]);
+    info.stdout.lines().any(|line| line.starts_with("Operation:") && line.contains("Backup"))
+}
+
 /// Bitmaps with a name that a running domain's QEMU has, asked of QEMU itself.
 pub(crate) fn bitmaps(env: &TestEnv, name: &str) -> Vec<String> {
     let ask = r#"{"execute":"query-named-block-nodes"}"#;
