@@ -1,20 +1,18 @@
 //! Scratch that runs short, and a watch that loses sight: the guest comes first.
 
-use std::io::{Read, Write};
-use std::net::Shutdown;
-use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use vmbackup::control::Control;
 use vmbackup::error::{Error, Kind};
-use vmbackup::journal::{Journals, Moment, Phase};
+use vmbackup::journal::Moment;
 use vmbackup::platform::libvirt::Libvirt;
 use vmbackup::platform::{Platform, Quiesce, VmSnapshot};
 
 use crate::bare::{Bare, known, point, qcow2, request, take};
+use crate::proxy::Proxy;
 use crate::quiesce::options;
 use crate::support::{DiskFormat, Domain, DomainSpec, Outcome, SmallDisk, TestEnv, wait_until};
 
@@ -105,108 +103,6 @@ async fn scratch_that_cannot_be_looked_at_gives_the_backup_up() {
     assert_eq!(bare.bitmaps(), Vec::<String>::new());
 }
 
-/// A way to the daemon that can be cut, as a restart of the daemon cuts it.
-#[derive(Clone)]
-struct Proxy {
-    path: PathBuf,
-    open: Arc<Mutex<Vec<UnixStream>>>,
-    refuses: Arc<AtomicBool>,
-    /// Whether what the daemon says is kept back.
-    holds: Arc<AtomicBool>,
-}
-
-impl Proxy {
-    fn start(env: &TestEnv) -> Self {
-        let path = env.path("libvirt.sock");
-        let (refuses, holds) = (Arc::default(), Arc::default());
-        let proxy = Self { path, open: Arc::default(), refuses, holds };
-        let listener = UnixListener::bind(&proxy.path).expect("own directory");
-        let (open, refuses) = (Arc::clone(&proxy.open), Arc::clone(&proxy.refuses));
-        let holds = Arc::clone(&proxy.holds);
-        // Ends with the test's process.
-        std::thread::spawn(move || {
-            for client in listener.incoming().map_while(Result::ok) {
-                if refuses.load(Ordering::SeqCst) {
-                    continue;
-                }
-                let daemon = UnixStream::connect("/run/libvirt/libvirt-sock").expect("libvirtd");
-                let clone = |stream: &UnixStream| stream.try_clone().expect("own socket");
-                open.lock().expect("whole").extend([clone(&client), clone(&daemon)]);
-                let pairs = [
-                    (clone(&client), clone(&daemon), Arc::default()),
-                    (daemon, client, Arc::clone(&holds)),
-                ];
-                for (mut from, mut to, holds) in pairs {
-                    std::thread::spawn(move || {
-                        let mut said = vec![0; 64 << 10];
-                        while let Ok(count @ 1..) = from.read(&mut said) {
-                            while holds.load(Ordering::SeqCst) {
-                                std::thread::sleep(Duration::from_millis(20));
-                            }
-                            if to.write_all(&said[..count]).is_err() {
-                                break;
-                            }
-                        }
-                        let _ = to.shutdown(Shutdown::Both);
-                    });
-                }
-            }
-        });
-        proxy
-    }
-
-    fn cut(&self) {
-        for stream in self.open.lock().expect("whole").drain(..) {
-            let _ = stream.shutdown(Shutdown::Both);
-        }
-    }
-
-    /// Cuts, and lets nobody through for a while, as a daemon that is stopped.
-    fn stop_for(&self, pause: Duration) {
-        self.stop();
-        let refuses = Arc::clone(&self.refuses);
-        std::thread::spawn(move || {
-            std::thread::sleep(pause);
-            refuses.store(false, Ordering::SeqCst);
-        });
-    }
-
-    fn stop(&self) {
-        self.refuses.store(true, Ordering::SeqCst);
-        self.cut();
-    }
-
-    /// The URI of libvirt through here.
-    fn uri(&self) -> String {
-        format!("qemu+unix:///system?socket={}", self.path.display())
-    }
-
-    /// The domain through here, with something done as soon as its job has begun.
-    async fn once_begun(
-        &self,
-        bare: &Bare<'_>,
-        begun: impl Fn() + Send + Sync + 'static,
-    ) -> Libvirt {
-        let probe = move |phase, moment| {
-            if (phase, moment) == (Phase::Job, Moment::After) {
-                begun();
-            }
-        };
-        let mut options = bare.options();
-        options.uri = Some(self.uri());
-        options.journals = Journals::new(bare.env.path("state/journal"), Some(Arc::new(probe)));
-        Libvirt::open(options).await.expect("connects")
-    }
-
-    /// A snapshot of the domain that is taken through here.
-    async fn snapshot(&self, bare: &Bare<'_>) -> Box<dyn VmSnapshot> {
-        let mut options = bare.options();
-        options.uri = Some(self.uri());
-        let platform = Libvirt::open(options).await.expect("connects");
-        platform.open_snapshot(&request(1), &Control::new()).await.expect("opens")
-    }
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn a_cut_connection_is_replaced_and_the_point_is_whole() {
     let env = TestEnv::new();
@@ -257,7 +153,8 @@ async fn a_connection_that_ends_when_the_job_has_begun_costs_no_backup() {
     let bare = Bare::start(&env, &qcow2(&env, 'a', "8M"));
     let proxy = Proxy::start(&env);
     let cut = proxy.clone();
-    let platform = proxy.once_begun(&bare, move || cut.stop_for(Duration::from_secs(4))).await;
+    let platform =
+        proxy.at_job(&bare, Moment::After, move || cut.stop_for(Duration::from_secs(4))).await;
     let opened = platform.open_snapshot(&request(1), &Control::new()).await;
     let mut snapshot = opened.expect("it is connected anew");
     snapshot.still_valid().await.expect("still valid");
@@ -294,7 +191,7 @@ async fn a_job_that_a_failed_open_could_not_end_is_told_of_with_its_scratch_and_
     let bare = Bare::start(&env, &qcow2(&env, 'a', "8M"));
     let proxy = Proxy::start(&env);
     let cut = proxy.clone();
-    let platform = proxy.once_begun(&bare, move || cut.stop()).await;
+    let platform = proxy.at_job(&bare, Moment::After, move || cut.stop()).await;
     let control = Control::new();
     let opened = platform.open_snapshot(&request(1), &control).await;
     opened.err().expect("the connection is gone");
@@ -328,7 +225,7 @@ async fn scratch_is_watched_although_libvirt_is_slow_to_answer() {
             holds.store(false, Ordering::SeqCst);
         });
     };
-    let platform = proxy.once_begun(&bare, begun).await;
+    let platform = proxy.at_job(&bare, Moment::After, begun).await;
     let mut wanted = request(1);
     wanted.scratch_dir = Some(small.path.clone());
     let error = match platform.open_snapshot(&wanted, &Control::new()).await {

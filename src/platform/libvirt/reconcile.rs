@@ -156,6 +156,8 @@ impl Leftovers<'_> {
                 self.recovery.stays(error.in_one_line());
                 return Err(error.context(what));
             }
+            // Answered or not: it has begun, and a run asks for one at a time.
+            self.journal.undone(point, &[Phase::Job])?;
             job::check_idle(self.domain, self.journal).await?;
         }
         if !self.recovery.changes() {
