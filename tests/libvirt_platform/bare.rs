@@ -68,6 +68,27 @@ impl<'env> Bare<'env> {
         assert!(!outcome.stdout.contains("rror"), "{outcome:?}");
     }
 
+    /// Has QEMU do something to a bitmap of an image behind libvirt's back (`block-dirty-bitmap-remove`).
+    pub(crate) fn change_bitmap(&self, command: &str, image: &str, name: &str) {
+        let monitor = |command: serde_json::Value| {
+            let args = ["qemu-monitor-command", &self.name, &command.to_string()];
+            let said = self.virsh(&args).json();
+            assert!(said["error"].is_null(), "{said}");
+            said["return"].clone()
+        };
+        let nodes = monitor(serde_json::json!({ "execute": "query-named-block-nodes" }));
+        let of_image = |node: &&serde_json::Value| {
+            node["drv"] == "qcow2"
+                && node["file"].as_str().is_some_and(|file| file.ends_with(image))
+        };
+        let node = nodes.as_array().expect("nodes").iter().find(of_image).expect("an open image");
+        let mut arguments = serde_json::json!({ "node": node["node-name"], "name": name });
+        if command == "block-dirty-bitmap-add" {
+            arguments["persistent"] = true.into();
+        }
+        monitor(serde_json::json!({ "execute": command, "arguments": arguments }));
+    }
+
     /// Whether a backup job is active.
     pub(crate) fn has_backup_job(&self) -> bool {
         libvirt::has_backup_job(self.env, &self.name)

@@ -108,6 +108,34 @@ async fn a_domain_that_is_undefined_and_defined_again() {
     assert_eq!(read.await, SINCE_FIRST());
 }
 
+/// The bitmaps outlive what libvirt knew of the domain.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_running_domain_that_is_undefined_and_defined_again_when_it_has_stopped() {
+    let env = TestEnv::new();
+    let read = across(&env, |bare| {
+        let xml = bare.virsh(&["dumpxml", "--inactive", &bare.name]).ok().stdout;
+        let file = bare.env.path("again.xml");
+        std::fs::write(&file, xml).unwrap();
+        bare.virsh(&["undefine", &bare.name]).ok();
+        bare.virsh(&["destroy", "--graceful", &bare.name]).ok();
+        bare.virsh(&["define", &file.to_string_lossy()]).ok();
+        bare.virsh(&["start", "--paused", &bare.name]).ok();
+    });
+    assert_eq!(read.await, SINCE_FIRST());
+}
+
+/// It holds content from before, and is not applied under a bitmap of now.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_internal_snapshot_of_the_running_domain() {
+    let env = TestEnv::new();
+    let read = across(&env, |bare| {
+        bare.virsh(&["snapshot-create-as", &bare.name, "s"]).ok();
+        bare.io(0, "write -P 2 1088k 64k");
+        bare.virsh(&["snapshot-revert", &bare.name, "s"]).fails();
+    });
+    assert_eq!(read.await, SINCE_FIRST());
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_domain_whose_memory_is_saved_and_restored() {
     let env = TestEnv::new();

@@ -22,4 +22,5 @@ mod remote;
 mod restore;
 mod running;
 mod scratch;
+mod stale;
 mod stopped;

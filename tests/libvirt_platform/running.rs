@@ -117,19 +117,8 @@ async fn one_disk_without_its_bitmap_is_read_in_full_and_the_other_is_not() {
     let bare = Bare::start(&env, &(qcow2(&env, 'a', "8M") + &qcow2(&env, 'b', "8M")));
     let (first, _) = backup(&bare, &request(1)).await.unwrap();
     // Somebody removes the bitmap of vdb behind everybody's back.
-    let nodes = bare
-        .virsh(&["qemu-monitor-command", &bare.name, r#"{"execute":"query-named-block-nodes"}"#])
-        .json();
-    let node = nodes["return"]
-        .as_array()
-        .unwrap()
-        .iter()
-        .find(|node| node["drv"] == "qcow2" && node["file"].as_str().unwrap().contains("vdb"))
-        .unwrap()["node-name"]
-        .clone();
-    let remove = serde_json::json!({"execute": "block-dirty-bitmap-remove",
-        "arguments": {"node": node, "name": bare.checkpoint(point(1))}});
-    bare.virsh(&["qemu-monitor-command", &bare.name, &remove.to_string()]).ok();
+    let name = bare.checkpoint(point(1));
+    bare.change_bitmap("block-dirty-bitmap-remove", "vdb.qcow2", &name);
 
     let mut next = request(2);
     next.known_points = vec![first];
