@@ -69,10 +69,10 @@ async fn a_bitmap_that_does_not_record_under_libvirt_is_not_believed() {
     }
 }
 
-/// A domain with a disk of 16 MiB of data, of which an audit looks at every block, and a point of it.
+/// A domain with a disk of 16 MiB of data, of which an audit looks at every block, and another, and a point.
 fn begun(env: &TestEnv) -> Bare<'_> {
     env.init_repo();
-    let bare = Bare::start(env, &qcow2(env, 'a', "16M"));
+    let bare = Bare::start(env, &(qcow2(env, 'a', "16M") + &qcow2(env, 'b', "4M")));
     bare.io(0, "write -P 1 0 16M");
     env.vmbackup(&["full", "--domain", &bare.name]).ok();
     bare
