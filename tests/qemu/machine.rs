@@ -175,6 +175,15 @@ impl Machine {
         Self::made(Guest::Still, make).await
     }
 
+    /// The same with a disk-a of qcow2 version 2.
+    pub(crate) async fn of_version_2() -> Self {
+        let make = |dir: &Path| {
+            let options = ["create", "-q", "-f", "qcow2", "-o", "compat=0.10", "a.qcow2", "16M"];
+            tool("qemu-img", &options, dir);
+        };
+        Self::made(Guest::Still, make).await
+    }
+
     async fn made(guest: Guest, make: impl FnOnce(&Path)) -> Self {
         let dir = tempfile::Builder::new().prefix("vmb-qemu-").tempdir().unwrap();
         std::fs::create_dir(dir.path().join("scratch")).unwrap();
@@ -303,8 +312,14 @@ impl Machine {
 
     /// Ends QEMU as an administrator does, and starts it again.
     pub(crate) async fn restart(&mut self) {
+        self.restart_after(|_| ()).await;
+    }
+
+    /// The same with something done while it does not run.
+    pub(crate) async fn restart_after(&mut self, act: impl FnOnce(&Path)) {
         self.side.execute_raw("quit", serde_json::json!({})).await.unwrap();
         self.child.wait().unwrap();
+        act(self.dir.path());
         self.start_again().await;
     }
 

@@ -44,3 +44,50 @@ async fn points_of_a_plain_qemu_restore_byte_for_byte() {
     points.back_up(&mut machine, BackupMode::Full, &[]).await;
     assert_eq!(machine.ours().await.len(), 4);
 }
+
+/// A bitmap under the base's name that has not recorded all along does not show it: the audit, which looks at
+/// every block of disks as small as these, finds out.
+#[tokio::test]
+async fn a_bitmap_of_the_name_of_the_base_of_a_plain_qemu_that_is_not_its_bitmap_is_caught() {
+    let env = TestEnv::new();
+    env.init_repo();
+    let machine = Machine::start().await;
+    let (monitor, scratch) = (machine.path("qmp.sock"), machine.path("scratch"));
+    let args = ["--qmp", monitor.to_str().unwrap(), "--scratch-dir", scratch.to_str().unwrap()];
+    let back_up = |command: &str| {
+        let report = env.vmbackup(&[&[command][..], &args[..], &["--json"][..]].concat()).json();
+        (report["point"].as_str().unwrap().to_owned(), report["disks"].clone())
+    };
+    machine.guest("disk-a", "write -P 1 0 16M").await;
+    back_up("full");
+    for (at, lie) in ["off and on", "made anew", "emptied"].iter().enumerate() {
+        let name = machine.ours().await.into_iter().find(|name| name.ends_with("disk-a")).unwrap();
+        let bitmap = qmp::block::BitmapRef { node: "a".into(), name };
+        let side = &machine.side;
+        if *lie == "off and on" {
+            side.bitmap_disable(&bitmap).await.unwrap();
+        }
+        machine.guest("disk-a", &format!("write -P {} {at}M 64k", 4 + at)).await;
+        match *lie {
+            "off and on" => side.bitmap_enable(&bitmap).await.unwrap(),
+            "made anew" => {
+                side.bitmap_remove(&bitmap).await.unwrap();
+                side.bitmap_add(&bitmap, &qmp::block::NewBitmap::default()).await.unwrap();
+            }
+            _ => {
+                let of = serde_json::json!({ "node": bitmap.node, "name": bitmap.name });
+                side.execute_raw("block-dirty-bitmap-clear", of).await.unwrap();
+            }
+        }
+        machine.guest("disk-a", "write -P 9 9M 64k").await;
+        let oracle = machine.oracle().await;
+        let (point, disks) = back_up("incremental");
+        assert_eq!(disks[0]["read"]["reason"], "bitmap-distrusted", "{lie}: {disks}");
+        assert_eq!(disks[1]["read"]["mode"], "incremental", "{lie}: {disks}");
+        let to = env.path(&point);
+        env.vmbackup(&["restore", &point, "--to", to.to_str().unwrap()]).ok();
+        assert!(std::fs::read(to.join("disk-a.raw")).unwrap() == oracle[0], "{lie}");
+    }
+    let (_, disks) = back_up("incremental");
+    assert_eq!(disks[0]["read"]["mode"], "incremental", "{disks}");
+}

@@ -1,11 +1,12 @@
 //! What breaks bitmaps and instants, and that it is noticed.
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
 use vmbackup::error::Kind;
-use vmbackup::platform::BackupMode;
-use vmbackup::vm::{FullReason, ReadMode};
+use vmbackup::platform::{BackupMode, SnapshotRequest};
+use vmbackup::vm::{FullReason, PointId, ReadMode};
 
 use crate::machine::Machine;
 use crate::reading::{Points, Read, open};
@@ -37,7 +38,10 @@ async fn goes_on(image: &str, machine: &mut Machine, points: &mut Points) {
 }
 
 async fn begun() -> (Machine, Points, ReadMode) {
-    let mut machine = Machine::start().await;
+    begun_on(Machine::start().await).await
+}
+
+async fn begun_on(mut machine: Machine) -> (Machine, Points, ReadMode) {
     let mut points = Points::default();
     machine.guest("disk-a", "write -P 1 0 1M").await;
     machine.guest("disk-b", "write -P 1 0 1M").await;
@@ -93,6 +97,92 @@ async fn a_bitmap_that_did_not_record_is_not_believed() {
     machine.guest("disk-a", "write -P 3 4M 64k").await;
     let modes = next(&mut machine, &mut points).await;
     assert_eq!(modes, [full(FullReason::BitmapNotRecording), incremental]);
+}
+
+/// Bitmaps of such an image are in memory only.
+#[tokio::test]
+async fn a_qcow2_of_version_2_is_tracked_until_qemu_ends() {
+    let (mut machine, mut points, incremental) = begun_on(Machine::of_version_2().await).await;
+    let modes = next(&mut machine, &mut points).await;
+    assert_eq!(modes, [incremental.clone(), incremental]);
+    machine.restart().await;
+    machine.guest("disk-a", "write -P 3 3M 64k").await;
+    let modes = next(&mut machine, &mut points).await;
+    assert_eq!(modes, [full(FullReason::BitmapMissing), full(FullReason::BitmapMissing)]);
+}
+
+/// As the bitmaps were stored with the content, they are right for it.
+#[tokio::test]
+async fn an_image_of_a_plain_qemu_that_was_rolled_back_builds_on_the_point_its_bitmap_names() {
+    let (mut machine, mut points, incremental) = begun().await;
+    let copy = |from: &'static str, to: &'static str| {
+        move |dir: &Path| {
+            std::fs::copy(dir.join(from), dir.join(to)).unwrap();
+        }
+    };
+    machine.restart_after(copy("a.qcow2", "kept")).await;
+    machine.guest("disk-a", "write -P 3 3M 64k").await;
+    next(&mut machine, &mut points).await;
+    goes_on("a.qcow2", &mut machine, &mut points).await;
+    machine.restart_after(copy("kept", "a.qcow2")).await;
+    machine.guest("disk-a", "write -P 4 4M 64k").await;
+    assert!(machine.reads("disk-a", "read -P 0 3M 64k").await);
+    let modes = next(&mut machine, &mut points).await;
+    assert_eq!(modes, [incremental, full(FullReason::BitmapMissing)]);
+    goes_on("a.qcow2", &mut machine, &mut points).await;
+
+    // Nobody knows the point any more: nothing is built on its bitmap, and it goes.
+    machine.restart_after(copy("kept", "a.qcow2")).await;
+    let mut points = Points::default();
+    let modes = next(&mut machine, &mut points).await;
+    assert_eq!(modes, [full(FullReason::FirstBackup), full(FullReason::FirstBackup)]);
+    assert_eq!(machine.ours().await.len(), 2);
+}
+
+/// It is of no point yet, and goes before the new one is made.
+#[tokio::test]
+async fn a_bitmap_of_a_plain_qemu_that_has_the_name_of_the_point_to_come_makes_room() {
+    for guest_first in [false, true] {
+        let (mut machine, mut points, incremental) = begun().await;
+        let point = machine.next_point();
+        let ours = machine.ours().await;
+        let base = ours.iter().find(|name| name.ends_with("disk-b")).unwrap();
+        let name = base.replace(&PointId([1; 16]).to_string(), &point.to_string());
+        let stale = qmp::block::BitmapRef { node: "b".into(), name };
+        let state = qmp::block::BitmapState::Disabled;
+        let disabled = qmp::block::NewBitmap { state, ..qmp::block::NewBitmap::default() };
+        machine.side.bitmap_add(&stale, &disabled).await.unwrap();
+        let oracle = machine.oracle().await;
+        let request = SnapshotRequest { guest_first, ..points.request(&machine, point) };
+        let reads = points.back_up_as(&mut machine, &request, &[]).await;
+        for (read, oracle) in reads.iter().zip(&oracle) {
+            assert_eq!(read.mode, incremental);
+            assert!(read.content == *oracle);
+        }
+        machine.holds_only(&[point]).await;
+        machine.guest("disk-b", "write -P 4 4M 64k").await;
+        goes_on("a.qcow2", &mut machine, &mut points).await;
+    }
+}
+
+/// It holds content from before, and QEMU does not apply it under a bitmap of now.
+#[tokio::test]
+async fn an_internal_snapshot_between_two_points_costs_nothing_and_is_not_applied() {
+    let (mut machine, mut points, incremental) = begun().await;
+    let snapshot = json!({ "device": "a", "name": "theirs" });
+    machine.side.execute_raw("blockdev-snapshot-internal-sync", snapshot).await.unwrap();
+    machine.guest("disk-a", "write -P 3 4M 64k").await;
+    machine
+        .restart_after(|dir| {
+            let mut apply = std::process::Command::new("qemu-img");
+            let said =
+                apply.args(["snapshot", "-a", "theirs", "a.qcow2"]).current_dir(dir).output();
+            assert!(!said.unwrap().status.success());
+        })
+        .await;
+    let modes = next(&mut machine, &mut points).await;
+    assert_eq!(modes, [incremental, full(FullReason::BitmapMissing)]);
+    goes_on("a.qcow2", &mut machine, &mut points).await;
 }
 
 #[tokio::test]
