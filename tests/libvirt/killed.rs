@@ -57,6 +57,12 @@ impl Places {
         vec![command, "--domain", domain.name(), "--scratch-dir", scratch, "--json"]
     }
 
+    /// What is on record of runs that are not over.
+    fn journals(env: &TestEnv) -> Vec<String> {
+        let entries = std::fs::read_dir(env.path("state/journal")).into_iter().flatten().flatten();
+        entries.map(|entry| std::fs::read_to_string(entry.path()).expect("a journal")).collect()
+    }
+
     /// Nothing of ours is left on this machine: files, sockets, processes, journal.
     #[track_caller]
     pub(crate) fn assert_empty(&self, env: &TestEnv, step: &str) {
@@ -91,6 +97,11 @@ pub(crate) fn assert_not_frozen(guest: &mut Guest, step: &str) {
     let since = Instant::now();
     guest.run("echo alive >/mnt/file && sync");
     assert!(since.elapsed() < Duration::from_secs(20), "{step}: {:?}", since.elapsed());
+}
+
+/// As soon as the agent, which opens what it has thawed, is done with it.
+fn unmount(guest: &mut Guest) {
+    wait_until("/mnt is not busy", 20, || guest.run("umount /mnt && echo done || true") == "done");
 }
 
 /// Requires the point to equal what the disks hold now.
@@ -145,7 +156,7 @@ fn a_backup_of_a_running_domain_can_be_killed_at_any_step() {
             assert_eq!(domain.checkpoints(), Vec::<String>::new(), "{step}");
         }
         // What a mounted file system writes when nobody looks is not in the oracle's instant.
-        guest.run("umount /mnt");
+        unmount(&mut guest);
         let next = env.vmbackup(&places.backup("incremental", &domain));
         guest.run("sync");
         said.push_str(&next.stderr);
@@ -290,28 +301,41 @@ fn a_repository_that_cannot_be_asked_keeps_every_bitmap() {
 #[ignore = "soak: a hundred backups are killed"]
 fn a_backup_of_a_running_domain_can_be_killed_at_any_moment() {
     let env = TestEnv::new();
-    let (places, domain, mut guest) = begun(&env, "fill vda 0 2 && sync");
+    let (places, domain, mut guest) = begun(&env, &format!("{MOUNTED} && fill vda 0 2 && sync"));
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     let seed = now.expect("after 1970").subsec_nanos() | 1;
     let mut state = seed;
+    let mut in_freeze = 0;
     for at in 0..100 {
         // xorshift32 (Marsaglia 2003).
         state ^= state << 13;
         state ^= state >> 17;
         state ^= state << 5;
         let moment = Duration::from_millis(u64::from(state % 2500));
-        guest.run(&format!("rnd vda {} 20; sync", 4096 + at * 100));
-        let backup = env.spawn_vmbackup(&places.backup("backup", &domain));
+        guest.run(&format!("rnd vda {} 20; echo {at} >/mnt/file; sync", 4096 + at * 100));
+        let mut args = places.backup("backup", &domain);
+        args.extend(["--quiesce", "require"]);
+        let backup = env.spawn_vmbackup(&args);
         std::thread::sleep(moment);
         backup.signal("KILL");
         backup.wait();
         let step = format!("seed {seed}, round {at}, {moment:?}");
+        in_freeze += usize::from(Places::journals(&env).iter().any(|text| text.contains("freeze")));
         assert_eq!(domain.state(), "running", "{step}");
         assert_not_frozen(&mut guest, &step);
+        if is_asked_for(at) {
+            env.vmbackup(&["recover", "--domain", domain.name()]).ok();
+        }
+        // A freeze that was asked for may come yet, and is undone then.
+        wait_until(&format!("{step}: the guardian ends"), 30, || env.processes().is_empty());
+        // What a mounted file system writes when nobody looks is not in the oracle's instant.
+        unmount(&mut guest);
         let report = env.vmbackup(&places.backup("incremental", &domain)).json();
+        guest.run("sync");
         domain.suspend();
         let oracles = domain.oracles(&at.to_string());
         domain.resume();
+        guest.run("mount /dev/vdb /mnt");
         prove(&env, &report, &oracles, &step);
         assert_no_trace(&domain);
         let point = report["point"].as_str().expect("a point id");
@@ -319,4 +343,5 @@ fn a_backup_of_a_running_domain_can_be_killed_at_any_moment() {
         assert!(held.len() == 1 && held[0].contains(point), "{step}: {held:?}");
         places.assert_empty(&env, &step);
     }
+    assert!(in_freeze > 0, "seed {seed}: none was killed between its freeze and its thaw");
 }

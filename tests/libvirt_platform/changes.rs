@@ -124,6 +124,21 @@ async fn a_running_domain_that_is_undefined_and_defined_again_when_it_has_stoppe
     assert_eq!(read.await, SINCE_FIRST());
 }
 
+/// As clusters run theirs: on whatever host, libvirt knows nothing of it once it has ended.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_domain_that_is_not_defined_anywhere_and_created_again() {
+    let env = TestEnv::new();
+    let read = across(&env, |bare| {
+        let xml = bare.virsh(&["dumpxml", "--inactive", &bare.name]).ok().stdout;
+        let file = bare.env.path("again.xml");
+        std::fs::write(&file, xml).unwrap();
+        bare.virsh(&["undefine", &bare.name]).ok();
+        bare.virsh(&["destroy", "--graceful", &bare.name]).ok();
+        bare.virsh(&["create", "--paused", &file.to_string_lossy()]).ok();
+    });
+    assert_eq!(read.await, SINCE_FIRST());
+}
+
 /// It holds content from before, and is not applied under a bitmap of now.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_internal_snapshot_of_the_running_domain() {
