@@ -108,9 +108,9 @@ fn a_bitmap_that_breaks_right_before_the_job_begins_is_not_believed() {
     let bare = begun(&env);
     for (at, how) in ["block-dirty-bitmap-disable", "block-dirty-bitmap-remove"].iter().enumerate()
     {
-        let base = bare.bitmaps().remove(0);
+        let of_base = bare.bitmaps().remove(0);
         let backup = env.stopped_at("before:job", &["backup", "--domain", &bare.name, "--json"]);
-        bare.change_bitmap(how, IMAGE, &base);
+        bare.change_bitmap(how, IMAGE, &of_base);
         bare.io(0, &format!("write -P 3 {}M 64k", 4 + at));
         backup.signal("CONT");
         let report = backup.wait().json();
@@ -119,15 +119,15 @@ fn a_bitmap_that_breaks_right_before_the_job_begins_is_not_believed() {
         goes_on(&bare);
     }
     // Who wants an incremental gets no other.
-    let (point, base) = (bare.bitmaps(), bare.bitmaps().remove(0));
+    let held = bare.bitmaps();
     let args = ["incremental", "--domain", &bare.name, "--json"];
     let backup = env.stopped_at("before:job", &args);
-    bare.change_bitmap("block-dirty-bitmap-disable", IMAGE, &base);
+    bare.change_bitmap("block-dirty-bitmap-disable", IMAGE, &held[0]);
     backup.signal("CONT");
     let outcome = backup.wait().fails();
     assert!(outcome.stderr.contains("bitmap"), "{outcome:?}");
     assert!(!bare.has_backup_job());
-    assert_eq!((bare.checkpoints(), bare.bitmaps()), (Vec::new(), point));
+    assert_eq!((bare.checkpoints(), bare.bitmaps()), (Vec::new(), held));
 }
 
 /// A bitmap under the base's name that has not recorded all along does not show it: the audit finds out.
@@ -167,8 +167,8 @@ fn a_bitmap_of_the_name_of_the_base_that_is_not_its_bitmap_is_caught_by_the_audi
 fn a_checkpoint_of_ours_without_a_bitmap_and_without_a_point_goes() {
     let env = TestEnv::new();
     let bare = begun(&env);
-    let base = bare.bitmaps().remove(0);
-    let (chain, _) = base.rsplit_once('-').expect("a name of ours");
+    let of_base = bare.bitmaps().remove(0);
+    let (chain, _) = of_base.rsplit_once('-').expect("a name of ours");
     let stale = format!("{chain}-{}", "ab".repeat(16));
     let xml = env.path("stale.xml");
     let text = format!(

@@ -149,8 +149,10 @@ async fn a_bitmap_of_a_plain_qemu_that_has_the_name_of_the_point_to_come_makes_r
         let base = ours.iter().find(|name| name.ends_with("disk-b")).unwrap();
         let name = base.replace(&PointId([1; 16]).to_string(), &point.to_string());
         let stale = qmp::block::BitmapRef { node: "b".into(), name };
-        let state = qmp::block::BitmapState::Disabled;
-        let disabled = qmp::block::NewBitmap { state, ..qmp::block::NewBitmap::default() };
+        let disabled = qmp::block::NewBitmap {
+            state: qmp::block::BitmapState::Disabled,
+            ..qmp::block::NewBitmap::default()
+        };
         machine.side.bitmap_add(&stale, &disabled).await.unwrap();
         let oracle = machine.oracle().await;
         let request = SnapshotRequest { guest_first, ..points.request(&machine, point) };
