@@ -375,7 +375,11 @@ fn judge_files(ended: &Ended<restore::Report>, instant: &Instant, directory: &st
         .map(|(name, content)| (directory.join(format!("{name}.raw")), content));
     for (path, content) in files {
         if path.exists() {
-            assert!(ended.is_done() || ended.life.is_dead, "{path:?} after a failure");
+            assert!(
+                ended.is_done() || ended.life.is_dead,
+                "{path:?} after a failure: {:?}",
+                ended.error()
+            );
             assert_file_holds(&path, content);
         } else {
             assert!(!ended.is_done(), "{path:?} is missing");

@@ -9,9 +9,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use virt::domain::Domain;
 
 use super::CheckpointMetadata;
-use super::checkpoint::{Checkpoints, Delete};
+use super::checkpoint::{Check, Checkpoints, Delete};
 use super::connection::DomainHandle;
 use super::ffi::{self, VirtResult};
 use super::job::{self, JobDisk, Server};
@@ -28,7 +29,7 @@ use crate::error::{Error, Kind, Result};
 use crate::image::bitmap::BitmapNames;
 use crate::journal::{Entry, Phase};
 use crate::nbd::{Client, ClientOptions};
-use crate::platform::{SnapshotDisk, VmSnapshot};
+use crate::platform::{KnownPoint, SnapshotDisk, VmSnapshot};
 use crate::vm::{Artifact, ExcludedDisk, NotCaptured, PointId, Quiescence};
 
 /// Between two looks at the job: an event reaches libvirt in 20 ms (libvirt 11.3, idle machine).
@@ -158,19 +159,25 @@ impl RunningSnapshot {
     }
 
     /// Removes the bitmaps of a point. Where one of them is gone libvirt (11.3) removes none: then each disk's
-    /// by itself.
+    /// by itself. One that is not usable is gone, or is found in its image by the next run.
     async fn drop_older(&self, checkpoints: &Checkpoints<'_>, point: PointId) -> Result<()> {
         let Err(error) = checkpoints.discard(point).await else { return Ok(()) };
-        if matches!(error.kind(), Kind::Busy | Kind::Timeout | Kind::Connection | Kind::Permission)
-        {
+        let waits = [Kind::Busy, Kind::Timeout, Kind::Connection, Kind::Permission];
+        let running = self.domain.call("ask for the state of", Domain::is_active).await;
+        if waits.contains(&error.kind()) || !running.unwrap_or(false) {
             return Err(error);
         }
         tracing::debug!(%error, %point, "the bitmaps of a checkpoint are not all there");
-        let disks: Vec<_> = self.disks.iter().map(|disk| disk.description.name.clone()).collect();
-        if let Err(error) = drop_stale(checkpoints, point, &disks).await {
-            tracing::debug!(%error, %point, "a stale bitmap remains");
+        let known = KnownPoint { id: point, disks: Vec::new(), checkpoint_xml: None };
+        let mut result = Ok(());
+        for disk in self.disks.iter().map(|disk| &disk.description.name) {
+            let is_usable = checkpoints.redefine(&known, &[disk], Check::Validate).await?;
+            let dropped = drop_stale(checkpoints, point, std::slice::from_ref(disk)).await;
+            if is_usable {
+                result = result.and(dropped);
+            }
         }
-        Ok(())
+        result
     }
 
     /// Closes this run's part of the journal, but for the freeze where the guest may still be
