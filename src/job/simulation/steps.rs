@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::oracle::{assert_file_holds, assert_holds};
 use super::world::{DEPOTS, Depot, Ended, Fate, World};
 use crate::block::file::Existing;
-use crate::error::Kind;
+use crate::error::{Error, Kind};
 use crate::job::backup::{self, Request, Sample};
 use crate::job::lock::Wait;
 use crate::job::source::{SnapshotOptions, SourceSpec};
@@ -362,12 +362,12 @@ impl<T> Ended<T> {
     /// Whether it may have ended as it did: it did what it should, or was disturbed.
     fn is_excused(&self, is_damaged: bool, kinds: &[Kind]) -> bool {
         let error = self.error();
-        let kind = |error: &crate::error::Error| kinds.contains(&error.kind());
+        let kind = |error: &Error| kinds.contains(&error.kind());
         is_damaged || self.was_disturbed() || error.is_none_or(kind)
     }
 }
 
-/// Whole files under their names, or none.
+/// Whole files under their names, or none; after a failure those that the error names.
 fn judge_files(ended: &Ended<restore::Report>, instant: &Instant, directory: &std::path::Path) {
     let files = instant
         .disks
@@ -375,10 +375,11 @@ fn judge_files(ended: &Ended<restore::Report>, instant: &Instant, directory: &st
         .map(|(name, content)| (directory.join(format!("{name}.raw")), content));
     for (path, content) in files {
         if path.exists() {
+            let named = |error: &Error| error.to_string().contains(&*path.to_string_lossy());
+            let error = ended.error();
             assert!(
-                ended.is_done() || ended.life.is_dead,
-                "{path:?} after a failure: {:?}",
-                ended.error()
+                ended.is_done() || ended.life.is_dead || error.is_some_and(named),
+                "{path:?} after a failure: {error:?}"
             );
             assert_file_holds(&path, content);
         } else {
