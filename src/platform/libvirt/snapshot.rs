@@ -162,9 +162,8 @@ impl RunningSnapshot {
     /// by itself. One that is not usable is gone, or is found in its image by the next run.
     async fn drop_older(&self, checkpoints: &Checkpoints<'_>, point: PointId) -> Result<()> {
         let Err(error) = checkpoints.discard(point).await else { return Ok(()) };
-        let waits = [Kind::Busy, Kind::Timeout, Kind::Connection, Kind::Permission];
         let running = self.domain.call("ask for the state of", Domain::is_active).await;
-        if waits.contains(&error.kind()) || !running.unwrap_or(false) {
+        if !is_of_the_bitmap(&error) || !running.unwrap_or(false) {
             return Err(error);
         }
         tracing::debug!(%error, %point, "the bitmaps of a checkpoint are not all there");
