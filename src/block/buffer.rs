@@ -8,6 +8,7 @@
 use std::ops::{Deref, DerefMut, Range};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use bytes::{Bytes, BytesMut};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 /// The unit in which a budget counts, so that budgets past 4 GiB fit tokio's `u32` permits.
@@ -37,19 +38,19 @@ const ALIGN_BYTES: usize = super::file::MEMORY_BYTES;
 /// small one with the memory of a large one.
 #[derive(Debug, Default)]
 struct Spare {
-    buffers: Vec<Vec<u8>>,
+    buffers: Vec<BytesMut>,
     capacity_bytes: usize,
 }
 
 impl Spare {
     /// Memory for `len` bytes: the newest that fits, else fresh.
-    fn take(&mut self, len: usize) -> Vec<u8> {
-        let Some(bytes) = self.buffers.pop() else { return Vec::new() };
+    fn take(&mut self, len: usize) -> BytesMut {
+        let Some(bytes) = self.buffers.pop() else { return BytesMut::new() };
         self.capacity_bytes -= bytes.capacity();
-        if bytes.capacity() <= len.max(PERMIT_BYTES) * 2 { bytes } else { Vec::new() }
+        if bytes.capacity() <= len.max(PERMIT_BYTES) * 2 { bytes } else { BytesMut::new() }
     }
 
-    fn give(&mut self, bytes: Vec<u8>, budget_bytes: usize) {
+    fn give(&mut self, bytes: BytesMut, budget_bytes: usize) {
         // An eighth more: what alignment and the allocator add.
         if self.capacity_bytes + bytes.capacity() <= budget_bytes / 8 * 9 {
             self.capacity_bytes += bytes.capacity();
@@ -104,17 +105,55 @@ impl Budget {
 /// Bytes on their way. Dereferences to the current *window*, at first the whole buffer.
 #[derive(Debug)]
 pub struct Buffer {
-    bytes: Vec<u8>,
+    bytes: BytesMut,
     /// The buffer within its memory.
     whole: Range<usize>,
     /// The window within the memory.
     window: Range<usize>,
-    home: Option<(Arc<Shared>, OwnedSemaphorePermit)>,
+    home: Option<Arc<Home>>,
+}
+
+/// Where the memory of a buffer goes back to, with all the pieces it was split into.
+#[derive(Debug)]
+struct Home {
+    shared: Arc<Shared>,
+    away: Mutex<Away>,
+}
+
+/// What of the budget a buffer or its pieces have: all of it, until the last of the memory is back.
+#[derive(Debug)]
+struct Away {
+    permit: OwnedSemaphorePermit,
+    /// Pieces of the memory that are back.
+    back: Vec<BytesMut>,
+}
+
+impl Home {
+    fn away(&self) -> std::sync::MutexGuard<'_, Away> {
+        self.away.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Home {
+    fn drop(&mut self) {
+        let away = self.away.get_mut().unwrap_or_else(PoisonError::into_inner);
+        away.back.sort_unstable_by_key(|piece| piece.as_ptr());
+        let pieces = std::mem::take(&mut away.back).into_iter();
+        let Some(bytes) = pieces.reduce(|mut all, piece| {
+            all.unsplit(piece);
+            all
+        }) else {
+            return;
+        };
+        self.shared.spare().give(bytes, self.shared.budget_bytes());
+        // The permit is released after the memory is back: spare memory stays below the budget.
+    }
 }
 
 impl Buffer {
     /// A buffer outside any budget: for small or test data.
     pub fn unbudgeted(bytes: Vec<u8>) -> Self {
+        let bytes = BytesMut::from(Bytes::from(bytes));
         let whole = 0..bytes.len();
         Self { window: whole.clone(), whole, bytes, home: None }
     }
@@ -139,6 +178,22 @@ impl Buffer {
         self.window = self.whole.clone();
         self
     }
+
+    /// Splits off the first `len` bytes of the *whole* buffer as a buffer of their own, without copying.
+    /// The budget has its room back when the last piece is gone.
+    ///
+    /// # Panics
+    /// When the buffer is shorter.
+    #[must_use]
+    pub fn split_to(&mut self, len: usize) -> Self {
+        assert!(len <= self.whole.len(), "a split outside the buffer");
+        let start = self.whole.start;
+        let bytes = self.bytes.split_to(start + len);
+        self.whole = 0..self.whole.len() - len;
+        self.window = self.whole.clone();
+        let whole = start..start + len;
+        Self { bytes, window: whole.clone(), whole, home: self.home.clone() }
+    }
 }
 
 /// A share of a budget without a buffer: for what is in other memory, or was made of its bytes.
@@ -155,13 +210,15 @@ impl Share {
         let mut bytes = shared.spare().take(len);
         if bytes.is_empty() {
             // Fresh memory is zero already, most of the time.
-            bytes = vec![0; len + ALIGN_BYTES];
+            bytes = BytesMut::zeroed(len + ALIGN_BYTES);
         } else {
             bytes.resize(len + ALIGN_BYTES, 0);
         }
         let start = bytes.as_ptr().align_offset(ALIGN_BYTES).min(ALIGN_BYTES);
         let whole = start..start + len;
-        Buffer { window: whole.clone(), whole, bytes, home: Some((shared, permit)) }
+        let away = Away { permit, back: Vec::new() };
+        let home = Arc::new(Home { shared, away: Mutex::new(away) });
+        Buffer { window: whole.clone(), whole, bytes, home: Some(home) }
     }
 }
 
@@ -169,13 +226,16 @@ impl Buffer {
     /// Gives the memory back, and keeps a share of the budget for `len` bytes (at most the buffer's
     /// own); none outside a budget.
     #[must_use]
-    pub fn into_share(mut self, len: usize) -> Option<Share> {
-        let (shared, mut permit) = self.home.take()?;
-        let bytes = std::mem::take(&mut self.bytes);
-        shared.spare().give(bytes, shared.budget_bytes());
-        let surplus = permit.num_permits().saturating_sub(len.div_ceil(PERMIT_BYTES).max(1));
-        drop(permit.split(surplus));
-        Some(Share { shared, permit })
+    pub fn into_share(self, len: usize) -> Option<Share> {
+        let home = self.home.clone()?;
+        let wanted = len.div_ceil(PERMIT_BYTES).max(1);
+        // Each piece takes at most what is its own: the pieces of a buffer have no more than all of it.
+        let permit = {
+            let mut away = home.away();
+            let wanted = wanted.min(away.permit.num_permits());
+            away.permit.split(wanted)?
+        };
+        Some(Share { shared: Arc::clone(&home.shared), permit })
     }
 }
 
@@ -195,10 +255,9 @@ impl DerefMut for Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        let Some((shared, _permit)) = self.home.take() else { return };
-        let bytes = std::mem::take(&mut self.bytes);
-        shared.spare().give(bytes, shared.budget_bytes());
-        // The permit is released after the memory is back: spare memory stays below the budget.
+        if let Some(home) = &self.home {
+            home.away().back.push(std::mem::take(&mut self.bytes));
+        }
     }
 }
 
@@ -239,5 +298,27 @@ mod tests {
     async fn a_request_larger_than_the_budget_gets_through_alone() {
         let budget = Budget::new(4096);
         assert_eq!(budget.take(1 << 20).await.len(), 1 << 20);
+    }
+
+    #[tokio::test]
+    async fn pieces_are_disjoint_and_have_the_memory_until_the_last_is_gone() {
+        let budget = Budget::new(64 << 10);
+        let mut rest = budget.take(64 << 10).await;
+        let memory = rest.as_ptr();
+        rest.fill(9);
+        let mut first = rest.split_to(16 << 10);
+        let second = rest.split_to(16 << 10).with_window(0..10);
+        first.fill(1);
+        assert_eq!((first.len(), second.len(), rest.len()), (16 << 10, 10, 32 << 10));
+        assert!(second.iter().chain(&*rest).all(|byte| *byte == 9));
+        let share = first.into_share(5000).unwrap();
+        drop(rest);
+        assert_eq!(budget.shared.permits.available_permits(), 0, "the memory is not back");
+        drop(second);
+        assert_eq!(budget.shared.permits.available_permits(), 14);
+        drop(share);
+        let next = budget.take(64 << 10).await;
+        assert_eq!(next.as_ptr(), memory, "the same memory in one piece");
+        assert!(next[..16 << 10].iter().all(|byte| *byte == 1));
     }
 }

@@ -26,6 +26,7 @@ pub async fn kept(
         size_bytes: geometry.size_bytes,
         cell_bytes,
         request_bytes: request_bytes.max(cell_bytes),
+        write_bytes: request_bytes.max(cell_bytes),
         requests: 1,
     };
     let mut walk = Walk::start(source, shape.range(), name.to_owned());

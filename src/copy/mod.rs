@@ -71,6 +71,10 @@ const REQUEST_BYTES_DIRECT: u64 = 256 * KIB;
 /// and what is in flight fills 20 ms of latency.
 const REQUEST_BYTES: u64 = MIB;
 
+/// Into how many writes what is read at once may be cut, for a sink that takes no larger ones: a
+/// repository takes chunks, but a server is asked for more at a time.
+const WRITES_PER_READ: u64 = 4;
+
 /// Largest request size that can be asked for: NBD servers refuse more (QEMU, nbd/server.c).
 pub const REQUEST_BYTES_MAX: u64 = 32 * MIB;
 
@@ -239,8 +243,15 @@ async fn run(
         Some(_) => None,
         None => source.blocking().zip(sink.blocking_sink()),
     };
-    let usual = if direct.is_some() { REQUEST_BYTES_DIRECT } else { REQUEST_BYTES };
-    let mut shape = Shape::between((&source.geometry(), &sink.geometry()), options, usual)?;
+    // A thread of a direct copy writes in one piece what it read, and whoever says how many requests there
+    // may be means either end.
+    let (usual, writes) = match &direct {
+        Some(_) => (REQUEST_BYTES_DIRECT, 1),
+        None if options.requests.is_some() => (REQUEST_BYTES, 1),
+        None => (REQUEST_BYTES, WRITES_PER_READ),
+    };
+    let geometries = (&source.geometry(), &sink.geometry());
+    let mut shape = Shape::between(geometries, options, (usual, writes))?;
     let size_bytes = shape.size_bytes;
     let zeroes = clear::prepare((&source, &sink), options, shape, control).await?;
     if hash.is_some() {
@@ -264,6 +275,8 @@ struct Shape {
     cell_bytes: u64,
     /// Reads do not cross multiples of this; a multiple of the cell.
     request_bytes: u64,
+    /// The same of writes: of what is read at once, [`WRITES_PER_READ`] at most are made.
+    write_bytes: u64,
     requests: usize,
 }
 
@@ -271,7 +284,7 @@ impl Shape {
     fn between(
         (source, sink): (&Geometry, &Geometry),
         options: &Options,
-        usual_bytes: u64,
+        (usual_bytes, writes): (u64, u64),
     ) -> Result<Self> {
         let cell_bytes = source.align_bytes.max(sink.align_bytes).max(1);
         let size_bytes = source.size_bytes;
@@ -299,17 +312,19 @@ impl Shape {
             );
             return Err(Error::new(Kind::Unsupported, message));
         }
-        let largest = source.request_bytes_max.min(sink.request_bytes_max).min(REQUEST_BYTES_MAX);
+        let largest = source.request_bytes_max.min(REQUEST_BYTES_MAX);
         // A run of zeroes is found within one request.
         let usual_bytes = usual_bytes.max(options.zeroes.detect_bytes().unwrap_or(0));
         let wanted = options.request_bytes.unwrap_or(usual_bytes);
-        let wanted = wanted.min(largest).max(cell_bytes);
+        let write_bytes = sink.request_bytes_max - sink.request_bytes_max % cell_bytes;
+        let wanted = wanted.min(largest).min(write_bytes.saturating_mul(writes)).max(cell_bytes);
         let both = source.in_flight.saturating_add(sink.in_flight);
         let requests = options.requests.unwrap_or(both.clamp(*REQUESTS.start(), *REQUESTS.end()));
         Ok(Self {
             size_bytes,
             cell_bytes,
             request_bytes: wanted - wanted % cell_bytes,
+            write_bytes,
             requests: requests.max(1),
         })
     }

@@ -198,7 +198,7 @@ mod tests {
     }
 
     fn shape(size_bytes: u64, cell_bytes: u64, request_bytes: u64) -> Shape {
-        Shape { size_bytes, cell_bytes, request_bytes, requests: 1 }
+        Shape { size_bytes, cell_bytes, request_bytes, write_bytes: request_bytes, requests: 1 }
     }
 
     #[test]

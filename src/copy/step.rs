@@ -1,7 +1,9 @@
 //! One step of a copy: from the source's bytes to the sink's.
 
 use std::ops::Range;
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::Poll;
 
 use super::clear::ZeroPolicy;
 use super::hash::HashSink;
@@ -122,26 +124,22 @@ impl Copying {
             None => vec![Run { range, zero: false }],
         };
         let mut report = Report::default();
-        let mut whole = Some(buffer);
-        let last_data = runs.iter().rposition(|run| !run.zero);
-        for (index, run) in runs.iter().enumerate() {
+        let mut rest = buffer;
+        for run in runs {
             if run.zero {
+                take(&mut rest, run.range);
                 report.zero_bytes += self.zero(run.range).await?.zero_bytes;
                 continue;
             }
-            let start = usize::try_from(run.range.offset() - range.offset()).expect("in memory");
-            let end = usize::try_from(run.range.end() - range.offset()).expect("in memory");
-            let part = if Some(index) == last_data {
-                let buffer = whole.take().expect("the buffer is given away once, last");
-                buffer.with_window(start..end)
-            } else {
-                // A copy outside the budget: at most once the budget in all, and waiting for the
-                // budget with a share of it in hand could wait for ever.
-                let buffer = whole.as_ref().expect("the buffer is given away last");
-                Buffer::unbudgeted(buffer[start..end].to_vec())
-            };
-            let written = self.sink.write(run.range.offset(), self.padded(run.range, part)).await;
-            written.map_err(|e| self.sink_failed("write", run.range, e))?;
+            let pieces = run.range.pieces(self.shape.write_bytes);
+            let writes = pieces.map(|piece| {
+                let bytes = self.padded(piece, take(&mut rest, piece));
+                async move {
+                    let written = self.sink.write(piece.offset(), bytes).await;
+                    written.map_err(|e| self.sink_failed("write", piece, e))
+                }
+            });
+            at_once(writes.map(Box::pin).collect()).await?;
             report.written_bytes += run.range.len();
         }
         Ok(report)
@@ -185,4 +183,29 @@ impl Copying {
         let flushed = self.sink.flush().await;
         flushed.map_err(|e| e.context(format!("cannot make {} durable", self.sink_name)))
     }
+}
+
+/// The bytes of `range`, with which the rest of a buffer begins.
+fn take(rest: &mut Buffer, range: ByteRange) -> Buffer {
+    rest.split_to(usize::try_from(range.len()).expect("in memory"))
+}
+
+/// Waits for all of them, a few, at once; the first error ends the others.
+async fn at_once(mut writes: Vec<Pin<Box<impl Future<Output = Result<()>>>>>) -> Result<()> {
+    std::future::poll_fn(|context| {
+        let mut failed = None;
+        writes.retain_mut(|write| match write.as_mut().poll(context) {
+            Poll::Ready(written) => {
+                failed = failed.take().or(written.err());
+                false
+            }
+            Poll::Pending => true,
+        });
+        match failed {
+            Some(error) => Poll::Ready(Err(error)),
+            None if writes.is_empty() => Poll::Ready(Ok(())),
+            None => Poll::Pending,
+        }
+    })
+    .await
 }

@@ -25,7 +25,7 @@ pub async fn copy_pipe(
     progress: &Arc<DiskProgress>,
 ) -> Result<Report> {
     let geometry = sink.geometry();
-    let shape = Shape::between((&geometry, &geometry), options, REQUEST_BYTES_DIRECT)?;
+    let shape = Shape::between((&geometry, &geometry), options, (REQUEST_BYTES_DIRECT, 1))?;
     // Steps only write here; what they would read from is never asked.
     let nothing: Arc<dyn BlockSource> = Arc::new(MemoryDisk::zeroed(0));
     let zeroes = clear::prepare((&nothing, &sink), options, shape, control).await?;

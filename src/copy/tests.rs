@@ -11,7 +11,7 @@ use super::*;
 use crate::block::file::{Access, Existing, FileSource, NewFile};
 use crate::block::layer::faulty::{Faults, FaultySink, FaultySource};
 use crate::block::memory::MemoryDisk;
-use crate::block::{Buffer, ZeroMode, conformance};
+use crate::block::{Buffer, ExtentMap, ZeroMode, conformance};
 
 /// A sink of whole chunks over a base, as the repository is: every chunk exactly once.
 struct ChunkSink {
@@ -225,6 +225,44 @@ async fn requests_and_bytes_in_flight_are_bounded() {
     run(source, sink.clone(), &options).await.unwrap();
     assert_eq!(sink.in_flight_max.load(Ordering::SeqCst), 1);
     assert!(*sink.content.lock().unwrap() == content);
+}
+
+/// A server is asked for more at a time than a sink of chunks takes.
+#[tokio::test]
+async fn what_is_read_at_once_is_written_in_the_requests_that_the_sink_takes() {
+    let mut content = vec![1; 4 << 20];
+    content[65536 * 5..65536 * 6].fill(0);
+    let source = Arc::new(MemoryDisk::with_content(content.clone()));
+    for (requests, reads) in [(None, 17), (Some(3), 63)] {
+        let counted = Arc::new(CountedReads { inner: source.clone(), reads: AtomicUsize::new(0) });
+        let sink = ChunkSink::over(vec![0xee; 4 << 20], 65536);
+        run(counted.clone(), sink.clone(), &Options { requests, ..options() }).await.unwrap();
+        sink.assert_complete();
+        assert!(*sink.content.lock().unwrap() == content);
+        assert_eq!(counted.reads.load(Ordering::SeqCst), reads);
+    }
+}
+
+/// Counts reads.
+struct CountedReads {
+    inner: Arc<MemoryDisk>,
+    reads: AtomicUsize,
+}
+
+#[async_trait]
+impl BlockSource for CountedReads {
+    fn geometry(&self) -> Geometry {
+        BlockSource::geometry(&*self.inner)
+    }
+
+    async fn extents(&self, range: ByteRange) -> Result<ExtentMap> {
+        self.inner.extents(range).await
+    }
+
+    async fn read(&self, offset: u64, buffer: Buffer) -> Result<Buffer> {
+        self.reads.fetch_add(1, Ordering::SeqCst);
+        self.inner.read(offset, buffer).await
+    }
 }
 
 #[tokio::test]
