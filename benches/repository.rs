@@ -19,7 +19,7 @@ use vmbackup::copy;
 use vmbackup::repo::config::ChunkSize;
 use vmbackup::repo::keys::{Credentials, InitOptions, Kdf};
 use vmbackup::repo::store::directory::{DirectoryStore, Parents};
-use vmbackup::repo::{ManifestDraft, Repository, RunOptions, StoredDisk};
+use vmbackup::repo::{ManifestDraft, Repository, StoredDisk};
 use vmbackup::vm::PointId;
 use vmbackup::workers::Workers;
 
@@ -69,7 +69,7 @@ fn cpu_seconds() -> Result<(f64, f64)> {
 async fn backup(repository: &Repository, file: &Path, number: u8) -> Result<(StoredDisk, u64)> {
     let source = Arc::new(FileSource::open(file, Access::Once)?);
     let size_bytes = source.geometry().size_bytes;
-    let run = repository.begin_run(RunOptions::default()).await?;
+    let run = repository.begin_run().await?;
     let writer = run.disk_writer(size_bytes, None);
     let options = copy::Options {
         zeroes: copy::Zeroes::Sparse { detect_bytes: None },

@@ -117,6 +117,13 @@ impl Workers {
     }
 }
 
+impl Workers {
+    /// Whether as much work waits for the threads as may: they are what the job waits for.
+    pub fn is_behind(&self) -> bool {
+        self.shared.places.available_permits() == 0
+    }
+}
+
 fn cores() -> usize {
     std::thread::available_parallelism().map_or(2, usize::from)
 }
@@ -142,6 +149,33 @@ mod tests {
         let error = workers.run::<()>(|| panic!("on purpose")).await.unwrap_err();
         assert_eq!(error.kind(), Kind::Internal);
         assert_eq!(workers.run(|| 6 * 7).await.unwrap(), 42);
+    }
+
+    #[tokio::test]
+    async fn threads_are_behind_while_all_places_in_the_queue_are_taken() {
+        let workers = Workers::new(1).unwrap();
+        let (hold, held) = std::sync::mpsc::channel::<()>();
+        let (begin, begun) = oneshot::channel();
+        let mut set = tokio::task::JoinSet::new();
+        let busy = workers.clone();
+        let work = move || {
+            begin.send(()).unwrap();
+            held.recv().unwrap_err();
+        };
+        set.spawn(async move { busy.run(work).await });
+        begun.await.unwrap();
+        for _ in 0..QUEUED_PER_THREAD {
+            assert!(!workers.is_behind());
+            let waiting = workers.clone();
+            set.spawn(async move { waiting.run(|| ()).await });
+            tokio::task::yield_now().await;
+        }
+        while !workers.is_behind() {
+            tokio::task::yield_now().await;
+        }
+        drop(hold);
+        set.join_all().await.into_iter().collect::<Result<()>>().unwrap();
+        assert!(!workers.is_behind());
     }
 
     #[tokio::test]

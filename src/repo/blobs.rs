@@ -258,25 +258,9 @@ pub fn damaged(location: &Location, what: &str) -> Error {
 }
 
 thread_local! {
-    /// Contexts are made once per worker thread.
+    /// Made once per worker thread.
     static DECOMPRESSOR: std::cell::RefCell<Option<zstd::bulk::Decompressor<'static>>> =
         const { std::cell::RefCell::new(None) };
-    static COMPRESSOR: std::cell::RefCell<Option<Compressor>> =
-        const { std::cell::RefCell::new(None) };
-}
-
-/// A context, and the memory it writes to: fresh memory for every chunk would cost a page fault for
-/// each 4 KiB of it.
-struct Compressor {
-    level: i32,
-    context: zstd::bulk::Compressor<'static>,
-    out: Vec<u8>,
-}
-
-impl Compressor {
-    fn new(level: i32) -> std::io::Result<Self> {
-        Ok(Self { level, context: zstd::bulk::Compressor::new(level)?, out: Vec::new() })
-    }
 }
 
 fn zstd_decompress(encoded: &[u8], plain: &mut [u8]) -> std::io::Result<usize> {
@@ -287,21 +271,4 @@ fn zstd_decompress(encoded: &[u8], plain: &mut [u8]) -> std::io::Result<usize> {
         };
         decompressor.decompress_to_buffer(encoded, plain)
     })
-}
-
-/// The plaintext compressed with zstd, where that saves at least a thirty-second. CPU work.
-pub fn compress(plain: &[u8], level: i32) -> Result<Option<Vec<u8>>> {
-    let worth = plain.len() - plain.len() / 32;
-    let compressed = COMPRESSOR.with_borrow_mut(|slot| -> std::io::Result<Option<Vec<u8>>> {
-        if !matches!(slot, Some(compressor) if compressor.level == level) {
-            *slot = Some(Compressor::new(level)?);
-        }
-        let compressor = slot.as_mut().expect("it was just made");
-        let out = &mut compressor.out;
-        out.clear();
-        out.reserve(zstd::zstd_safe::compress_bound(plain.len()));
-        compressor.context.compress_to_buffer(plain, out)?;
-        Ok((out.len() < worth).then(|| out.clone()))
-    });
-    compressed.map_err(|e| Error::new(Kind::Internal, "zstd cannot compress").source(e))
 }

@@ -19,6 +19,7 @@ pub mod blobs;
 pub mod catalog;
 pub mod changes;
 pub mod check;
+mod compress;
 pub mod condemned;
 pub mod config;
 pub mod damaged;
@@ -64,7 +65,7 @@ use points::Domains;
 pub use points::PointName;
 pub use reader::DiskReader;
 pub use run::Lease;
-pub use session::{ARTIFACT_BYTES_MAX, Run, RunOptions};
+pub use session::{ARTIFACT_BYTES_MAX, Run};
 pub use writer::{DiskWriter, StoredChunk, StoredDisk, WriteStats};
 
 use blobs::Blobs;
@@ -176,13 +177,13 @@ impl Repository {
 
     /// Begins a backup. Everything it relies on is looked at after its lease is visible, so choose
     /// bases after this.
-    pub async fn begin_run(&self, options: RunOptions) -> Result<Run> {
+    pub async fn begin_run(&self) -> Result<Run> {
         let Blobs { store, keys, index, .. } = &*self.blobs;
         let lease = Lease::begin(store, keys, RunKind::Backup).await?;
         let condemned = condemned::packs(&**store, keys).await?;
         index.refresh().await?;
         self.blobs.damaged.load().await?;
-        Ok(Run::new(Arc::clone(&self.blobs), self.chunk_bytes(), lease, condemned, options))
+        Ok(Run::new(Arc::clone(&self.blobs), self.chunk_bytes(), lease, condemned))
     }
 
     /// Keeps every point that is there now readable until the hold ends, also those that are

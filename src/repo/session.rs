@@ -27,9 +27,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use async_trait::async_trait;
 use tokio::sync::watch;
 
-use super::blobs::{self, Blobs};
+use super::blobs::Blobs;
 use super::catalog;
 use super::check::BaseDamage;
+use super::compress::{Search, compress};
 use super::condemned::Condemned;
 use super::durable::Durability;
 use super::failure::Failure;
@@ -113,7 +114,6 @@ pub(super) struct RunShared {
     trust: Trust,
     pub(super) blobs: Arc<Blobs>,
     pub(super) chunk_levels: u32,
-    level: i32,
     chunks: Packer,
     nodes: Packer,
     durable: Arc<Durable>,
@@ -222,7 +222,8 @@ impl RunShared {
     /// Encodes and seals a blob that was claimed: CPU work, for a worker.
     pub(super) fn seal(&self, claim: Claim, kind: BlobKind, plain: Buffer) -> Result<SealedBlob> {
         let plain_bytes = u32::try_from(plain.len()).expect("a blob is at most 4 MiB");
-        let (encoding, bytes) = match blobs::compress(&plain, self.level)? {
+        let search = if self.blobs.workers.is_behind() { Search::Coarse } else { Search::Thorough };
+        let (encoding, bytes) = match compress(&plain, search)? {
             Some(compressed) => {
                 let share = plain.into_share(compressed.len());
                 (Encoding::Zstd, BlobBytes::Owned(compressed, share))
@@ -264,19 +265,6 @@ fn with_pack(number: u64) -> Durability {
     Durability::Packs(number + 1)
 }
 
-/// How a run writes.
-#[derive(Clone, Copy, Debug)]
-pub struct RunOptions {
-    /// zstd level, 1 to 19.
-    pub compression_level: i32,
-}
-
-impl Default for RunOptions {
-    fn default() -> Self {
-        Self { compression_level: 1 }
-    }
-}
-
 /// A backup in progress in this repository. Ends with [`Run::end`], with or without
 /// [`Run::make_point`] before it; dropping it leaves garbage for the collector.
 pub struct Run {
@@ -302,7 +290,6 @@ impl Run {
         chunk_bytes: u64,
         lease: Lease,
         condemned: Condemned,
-        options: RunOptions,
     ) -> Self {
         let durable =
             Arc::new(Durable { index: Arc::clone(&blobs.index), state: Mutex::default() });
@@ -319,7 +306,6 @@ impl Run {
             chunks: Packer::new(target.clone(), ObjectType::DataPack, chunk),
             nodes: Packer::new(target, ObjectType::TreePack, 16 << 10),
             chunk_levels: (chunk_bytes / content::LEAF_BYTES).trailing_zeros(),
-            level: options.compression_level,
             blobs,
             durable,
             failure,
@@ -495,7 +481,7 @@ mod tests {
     #[tokio::test(flavor = "multi_thread")]
     async fn a_run_with_a_write_given_up_half_way_never_commits() {
         let repository = open(&store(), content::LEAF_BYTES).await;
-        let run = repository.begin_run(RunOptions::default()).await.unwrap();
+        let run = repository.begin_run().await.unwrap();
         let id = BlobId([7; 32]);
         let Known::New(claim) = run.shared.known(&id).await.unwrap() else { panic!("it is new") };
         assert!(matches!(run.shared.known(&id).await.unwrap(), Known::Yes(_)), "others rely on it");
@@ -519,7 +505,7 @@ mod tests {
     ) -> (Arc<MemoryStore>, Repository, Error) {
         let store = store();
         let repository = open(&store, content::LEAF_BYTES).await;
-        let run = repository.begin_run(RunOptions::default()).await.unwrap();
+        let run = repository.begin_run().await.unwrap();
         store.set_fault_hook(fault);
         let error = run.commit(point(1), draft()).await.unwrap_err();
         store.clear_fault_hook();

@@ -79,7 +79,7 @@ async fn a_stored_disk_conforms_as_a_source_and_survives_reopening() {
         let store = store();
         let content = conformance::pattern(1024 * 1024 + 777);
         let repository = open(&store, chunk).await;
-        let run = repository.begin_run(RunOptions::default()).await.unwrap();
+        let run = repository.begin_run().await.unwrap();
         let (stored, stats) = write_all(&run, &content, chunk).await;
         assert_eq!(stored.root, root_of(&content));
         assert_eq!(stats.written_bytes, content.len() as u64);
@@ -98,7 +98,7 @@ async fn a_stored_disk_conforms_as_a_source_and_survives_reopening() {
 async fn a_disk_writer_conforms_as_a_sink() {
     let store = store();
     let repository = open(&store, CHUNK).await;
-    let run = repository.begin_run(RunOptions::default()).await.unwrap();
+    let run = repository.begin_run().await.unwrap();
     let writer = run.disk_writer(3_000_000, None);
     let run = tokio::sync::Mutex::new(Some(run));
     let read_back = || async {
@@ -121,7 +121,7 @@ fn noise(n: u64) -> Buffer {
 async fn a_chunk_counts_as_durable_when_its_pack_is_in_the_store() {
     let store = store();
     let repository = open(&store, CHUNK).await;
-    let run = repository.begin_run(RunOptions::default()).await.unwrap();
+    let run = repository.begin_run().await.unwrap();
     let mut durable = run.durable_packs();
     let size = 300 * CHUNK;
     let writer = run.disk_writer(size, None);
@@ -143,7 +143,7 @@ async fn a_chunk_counts_as_durable_when_its_pack_is_in_the_store() {
     writer.zero(rest, ZeroMode::Sparse).await.unwrap();
     writer.finish().await.unwrap();
     run.commit(point(1), draft()).await.unwrap();
-    let run = repository.begin_run(RunOptions::default()).await.unwrap();
+    let run = repository.begin_run().await.unwrap();
     let writer = run.disk_writer(CHUNK, None);
     assert_eq!(writer.store(0, noise(5)).await.unwrap().durability, Durability::Now);
     run.end().await.unwrap();
@@ -153,7 +153,7 @@ async fn a_chunk_counts_as_durable_when_its_pack_is_in_the_store() {
 async fn a_chunk_whose_pack_the_store_does_not_take_never_counts_as_durable() {
     let store = store();
     let repository = open(&store, CHUNK).await;
-    let run = repository.begin_run(RunOptions::default()).await.unwrap();
+    let run = repository.begin_run().await.unwrap();
     let durable = run.durable_packs();
     let writer = run.disk_writer(300 * CHUNK, None);
     store.set_fault_hook(|op| matches!(op, Operation::Finish(_)).then_some(Fault::Fail));
@@ -171,7 +171,7 @@ async fn what_is_kept_of_a_base_is_foreseen_with_several_reads_at_once() {
     const NODES: u64 = 40;
     let (store, node_bytes) = (store(), 256 * CHUNK);
     let repository = open(&store, CHUNK).await;
-    let run = repository.begin_run(RunOptions::default()).await.unwrap();
+    let run = repository.begin_run().await.unwrap();
     let writer = run.disk_writer(NODES * node_bytes, None);
     for node in 0..NODES {
         writer.store(node * node_bytes, noise(node)).await.unwrap();
@@ -181,7 +181,7 @@ async fn what_is_kept_of_a_base_is_foreseen_with_several_reads_at_once() {
     let (base, _) = writer.finish().await.unwrap();
     run.commit(point(1), draft()).await.unwrap();
     let repository = open(&store, CHUNK).await;
-    let run = repository.begin_run(RunOptions::default()).await.unwrap();
+    let run = repository.begin_run().await.unwrap();
     let writer = run.disk_writer(NODES * node_bytes, Some(&base));
     let mut seams = writer.seams();
     (0..NODES).for_each(|node| seams.keep(ByteRange::new(node * node_bytes, CHUNK)));
@@ -210,11 +210,11 @@ async fn a_second_disk_of_the_same_content_stores_nothing_but_is_complete() {
     let store = store();
     let content = conformance::pattern(8 << 20);
     let repository = open(&store, CHUNK).await;
-    let run = repository.begin_run(RunOptions::default()).await.unwrap();
+    let run = repository.begin_run().await.unwrap();
     let (first, _) = write_all(&run, &content, CHUNK).await;
     run.commit(point(1), draft()).await.unwrap();
     let packs = objects(&store, Folder::Packs).await.len();
-    let run = repository.begin_run(RunOptions::default()).await.unwrap();
+    let run = repository.begin_run().await.unwrap();
     let (second, stats) = write_all(&run, &content, CHUNK).await;
     let manifest = run.commit(point(2), draft()).await.unwrap();
     assert_eq!(manifest.sequence, 2);
@@ -227,7 +227,7 @@ async fn an_incremental_of_a_16_tib_disk_costs_what_changed() {
     let store = store();
     let repository = open(&store, CHUNK).await;
     let size = 16_u64 << 40;
-    let run = repository.begin_run(RunOptions::default()).await.unwrap();
+    let run = repository.begin_run().await.unwrap();
     let base = run.disk_writer(size, None);
     let data = conformance::pattern(CHUNK as usize);
     base.write(0, Buffer::unbudgeted(data.clone())).await.unwrap();
@@ -235,7 +235,7 @@ async fn an_incremental_of_a_16_tib_disk_costs_what_changed() {
     let (base, _) = base.finish().await.unwrap();
     run.commit(point(1), draft()).await.unwrap();
 
-    let run = repository.begin_run(RunOptions::default()).await.unwrap();
+    let run = repository.begin_run().await.unwrap();
     let next = run.disk_writer(size, Some(&base));
     let at = 7_u64 << 40;
     next.keep(ByteRange::between(0, at)).await.unwrap();
@@ -256,7 +256,7 @@ async fn keeping_everything_is_the_base_itself() {
     let store = store();
     let content = conformance::pattern(1 << 20);
     let repository = open(&store, CHUNK).await;
-    let run = repository.begin_run(RunOptions::default()).await.unwrap();
+    let run = repository.begin_run().await.unwrap();
     let (base, _) = write_all(&run, &content, CHUNK).await;
     let next = run.disk_writer(1 << 20, Some(&base));
     next.keep(ByteRange::new(0, 1 << 20)).await.unwrap();
@@ -287,7 +287,7 @@ async fn changes_between_disks_are_the_chunks_that_differ_whatever_their_sizes()
     use crate::block::ExtentKind::{Data, Unchanged, Zero};
     let store = store();
     let repository = open(&store, CHUNK).await;
-    let run = repository.begin_run(RunOptions::default()).await.unwrap();
+    let run = repository.begin_run().await.unwrap();
     // 300 chunks have a tree of two heights, 10 one of one.
     let large = write_chunks(&run, 300 * CHUNK + 10, &[(1, 1), (2, 9), (299, 3), (300, 3)]).await;
     let small = write_chunks(&run, 10 * CHUNK - 5, &[(1, 1), (2, 2), (4, 4)]).await;
@@ -333,7 +333,7 @@ async fn changes_between_disks_are_the_chunks_that_differ_whatever_their_sizes()
 async fn a_disk_with_a_missing_chunk_does_not_finish() {
     let store = store();
     let repository = open(&store, CHUNK).await;
-    let run = repository.begin_run(RunOptions::default()).await.unwrap();
+    let run = repository.begin_run().await.unwrap();
     let writer = run.disk_writer(2 * CHUNK, None);
     writer.write(0, Buffer::unbudgeted(vec![1; CHUNK as usize])).await.unwrap();
     assert_eq!(writer.finish().await.unwrap_err().kind(), Kind::Internal);
@@ -344,7 +344,7 @@ async fn a_missing_pack_is_an_error_that_names_pack_and_offset() {
     let store = store();
     let content = conformance::pattern(2 << 20);
     let repository = open(&store, CHUNK).await;
-    let run = repository.begin_run(RunOptions::default()).await.unwrap();
+    let run = repository.begin_run().await.unwrap();
     let (stored, _) = write_all(&run, &content, CHUNK).await;
     run.commit(point(1), draft()).await.unwrap();
     let packs = objects(&store, Folder::Packs).await;
@@ -361,7 +361,7 @@ async fn a_missing_pack_is_an_error_that_names_pack_and_offset() {
 async fn an_aborted_run_leaves_no_point_and_no_index() {
     let store = store();
     let repository = open(&store, CHUNK).await;
-    let run = repository.begin_run(RunOptions::default()).await.unwrap();
+    let run = repository.begin_run().await.unwrap();
     write_all(&run, &conformance::pattern(1 << 20), CHUNK).await;
     run.end().await.unwrap();
     for folder in [Folder::Points, Folder::Index, Folder::Packs] {
@@ -385,7 +385,7 @@ proptest! {
             let mut base: Option<StoredDisk> = None;
             let mut points: Vec<(StoredDisk, Vec<u8>)> = Vec::new();
             for (number, step) in steps.iter().enumerate() {
-                let run = repository.begin_run(RunOptions::default()).await.unwrap();
+                let run = repository.begin_run().await.unwrap();
                 let writer = run.disk_writer(size as u64, base.as_ref());
                 let range = ByteRange::new(0, size as u64);
                 for (piece, (action, fill)) in range.pieces(CHUNK).zip(step) {
@@ -424,7 +424,7 @@ async fn a_run_that_lost_a_pack_never_commits_even_if_every_write_is_repeated() 
     let store = store();
     let content = conformance::pattern(8 << 20);
     let repository = open(&store, CHUNK).await;
-    let run = repository.begin_run(RunOptions::default()).await.unwrap();
+    let run = repository.begin_run().await.unwrap();
     store.set_fault_hook(|op| matches!(op, Operation::Write(_)).then_some(Fault::Full));
     let writer = run.disk_writer(content.len() as u64, None);
     for (number, piece) in content.chunks(CHUNK as usize).enumerate() {
@@ -448,7 +448,7 @@ async fn a_damaged_manifest_hides_its_own_point_only() {
     let store = store();
     let repository = open(&store, CHUNK).await;
     for number in 1..=3 {
-        let run = repository.begin_run(RunOptions::default()).await.unwrap();
+        let run = repository.begin_run().await.unwrap();
         run.commit(point(number), draft()).await.unwrap();
     }
     let names = repository.point_names(None).await.unwrap();
@@ -470,7 +470,7 @@ async fn no_flipped_bit_is_ever_restored() {
         for seed in 0..24_usize {
             let store = store();
             let repository = open(&store, CHUNK).await;
-            let run = repository.begin_run(RunOptions::default()).await.unwrap();
+            let run = repository.begin_run().await.unwrap();
             let (stored, _) = write_all(&run, &content, CHUNK).await;
             run.commit(point(1), draft()).await.unwrap();
             let all = objects(&store, folder).await;

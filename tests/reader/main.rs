@@ -18,9 +18,7 @@ use vmbackup::copy;
 use vmbackup::repo::config::ChunkSize;
 use vmbackup::repo::keys::{Credentials, InitOptions, Kdf, Secret};
 use vmbackup::repo::store::directory::{DirectoryStore, Parents};
-use vmbackup::repo::{
-    CheckOptions, Depth, ManifestDraft, Repair, Repository, RunOptions, StoredDisk,
-};
+use vmbackup::repo::{CheckOptions, Depth, ManifestDraft, Repair, Repository, StoredDisk};
 use vmbackup::vm::PointId;
 use vmbackup::workers::Workers;
 
@@ -99,7 +97,7 @@ async fn store(
         [] => MemoryDisk::with_content(content),
         _ => MemoryDisk::changed_since_base(content, changed),
     };
-    let run = repository.begin_run(RunOptions::default()).await.expect("begins");
+    let run = repository.begin_run().await.expect("begins");
     let writer = run.disk_writer(size, base.first());
     let control = Control::new();
     let options =

@@ -41,7 +41,7 @@ use crate::error::{Error, Kind, Result};
 use crate::journal::Phase;
 use crate::platform::{BackupMode, Platform, SnapshotRequest, VmSnapshot};
 use crate::repo::seal::random;
-use crate::repo::{BaseDamage, ManifestDraft, Repository, Run, RunOptions};
+use crate::repo::{BaseDamage, ManifestDraft, Repository, Run};
 use crate::vm::{Audit, ExcludedDisk, NotCaptured, PointId, Quiescence, ReadMode, VmIdentity};
 
 /// What to back up, and how.
@@ -142,7 +142,7 @@ pub(super) async fn run_on(
     let _lock = VmLock::acquire_after(request.wait, &env.state_dir, &vm, &what, control).await?;
     restores::before_run(&vm, restores::Lock::Held, env, control).await;
     let bases = Bases::read(repository, vm.uuid).await?;
-    let run = repository.begin_run(RunOptions::default()).await?;
+    let run = repository.begin_run().await?;
     let point = PointId(random());
     let samples = (request.audit, request.verify_source);
     let releasers = Mutex::default();

@@ -5,7 +5,6 @@ use std::sync::Arc;
 use serde_json::json;
 
 use super::*;
-use crate::repo::RunOptions;
 use crate::repo::config::ChunkSize;
 use crate::repo::keys::{Credentials, InitOptions, Kdf};
 use crate::repo::store::ObjectStore;
@@ -53,7 +52,7 @@ async fn repository(store: &Arc<MemoryStore>) -> Repository {
 async fn with_points(store: &Arc<MemoryStore>, count: u8) -> Repository {
     let repository = repository(store).await;
     for n in 1..=count {
-        let run = repository.begin_run(RunOptions::default()).await.unwrap();
+        let run = repository.begin_run().await.unwrap();
         let stored = run.store_bytes(&[n; 4096]).await.unwrap();
         run.commit(point(n), draft(&stored)).await.unwrap();
     }

@@ -17,7 +17,7 @@ use crate::repo::seal::ObjectType;
 use crate::repo::store::directory::{DirectoryStore, Parents};
 use crate::repo::store::memory::{MemoryStore, Operation};
 use crate::repo::store::{ObjectName, ObjectStore};
-use crate::repo::{CollectOptions, ManifestDraft, Repository, RunOptions};
+use crate::repo::{CollectOptions, ManifestDraft, Repository};
 use crate::workers::Workers;
 
 async fn store_manifest(blobs: &Blobs, point: PointId, draft: ManifestDraft) {
@@ -307,7 +307,7 @@ async fn a_damaged_block_costs_a_look_at_the_manifests_until_the_collector_ran()
 async fn a_summary_whose_manifest_is_still_to_come_is_not_collected() {
     let bed = Bed::new().await;
     bed.commit(1, 1, "foo").await;
-    let run = bed.repository.begin_run(RunOptions::default()).await.unwrap();
+    let run = bed.repository.begin_run().await.unwrap();
     bed.clock.advance(Duration::from_secs(1));
     let blobs = &bed.repository.blobs;
     let manifest = Manifest { point: point(2), sequence: 1, body: draft(2, "bar") };

@@ -11,7 +11,7 @@ use crate::repo::gc::tests::draft;
 use crate::repo::keys::{Credentials, InitOptions, Kdf};
 use crate::repo::store::memory::MemoryStore;
 use crate::repo::store::{ObjectStore, ReadRange};
-use crate::repo::{Repository, RunOptions, StoredDisk};
+use crate::repo::{Repository, StoredDisk};
 use crate::workers::Workers;
 
 const STRUCTURE: CheckOptions = CheckOptions { depth: Depth::Structure, repair: Repair::Nothing };
@@ -29,7 +29,7 @@ async fn bed() -> (Arc<MemoryStore>, Vec<StoredDisk>) {
         Repository::init(as_store, &Credentials::None, options, workers).await.unwrap();
     let mut disks = Vec::new();
     for (n, contents) in [(1, [1, 2, 3, 4]), (2, [1, 2, 5, 6])] {
-        let run = repository.begin_run(RunOptions::default()).await.unwrap();
+        let run = repository.begin_run().await.unwrap();
         let writer = run.disk_writer(4 * LEAF_BYTES, None);
         for (at, content) in (0..).zip(contents) {
             let bytes = vec![content; usize::try_from(LEAF_BYTES).unwrap()];

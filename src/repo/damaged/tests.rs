@@ -12,7 +12,7 @@ use crate::repo::gc::tests::{
 };
 use crate::repo::store::ReadRange;
 use crate::repo::store::memory::{Fault, Operation};
-use crate::repo::{CheckOptions, CheckReport, Depth, Repair, Repository, RunOptions, StoredDisk};
+use crate::repo::{CheckOptions, CheckReport, Depth, Repair, Repository, StoredDisk};
 
 const DATA: CheckOptions = CheckOptions { depth: Depth::Data, repair: Repair::Nothing };
 const STRUCTURE: CheckOptions = CheckOptions { depth: Depth::Structure, repair: Repair::Nothing };
@@ -128,7 +128,7 @@ async fn an_incremental_that_touches_the_damaged_chunk_heals_it() {
     harm(&bed, &packs(&bed, 2).await.remove(0), Harm::Rot).await;
     check(&bed, DATA).await;
     let repository = bed.open().await;
-    let run = repository.begin_run(RunOptions::default()).await.unwrap();
+    let run = repository.begin_run().await.unwrap();
     // The chunk is written again with the content it had, the others are kept.
     let new = write(&run, &[1, 2, 3], Some(&(old.clone(), vec![9, 2, 3]))).await;
     run.commit(point(2), draft(&new, Some(point(1)))).await.unwrap();
@@ -142,10 +142,10 @@ async fn an_incremental_that_touches_the_damaged_chunk_heals_it() {
 async fn what_is_damaged_of_a_base_is_known_from_the_second_question_on() {
     let bed = Bed::new().await;
     let old = add_point(&bed.open().await, 1, &[1, 2, 3]).await;
-    let sound = bed.open().await.begin_run(RunOptions::default()).await.unwrap();
+    let sound = bed.open().await.begin_run().await.unwrap();
     harm(&bed, &packs(&bed, 2).await.remove(0), Harm::Rot).await;
     check(&bed, DATA).await;
-    let run = bed.open().await.begin_run(RunOptions::default()).await.unwrap();
+    let run = bed.open().await.begin_run().await.unwrap();
     let control = Control::new();
     let damage = run.base_damage().await.unwrap();
     let ranges = damage.of(&old, &control).await.unwrap();
@@ -260,8 +260,8 @@ async fn of_two_copies_the_collector_keeps_the_sound_one_whichever_it_met_first(
     for round in 0..6 {
         let bed = Bed::new().await;
         let (one, other) = (bed.open().await, bed.open().await);
-        let a = one.begin_run(RunOptions::default()).await.unwrap();
-        let b = other.begin_run(RunOptions::default()).await.unwrap();
+        let a = one.begin_run().await.unwrap();
+        let b = other.begin_run().await.unwrap();
         let contents = [1, 2, 3];
         let stored = write(&a, &contents, None).await;
         write(&b, &contents, None).await;
@@ -289,8 +289,8 @@ async fn writers_and_a_collector_beside_each_other_heal_and_lose_nothing() {
     check(&bed, DATA).await;
     bed.pass(MINUTE);
     let (one, other, collector) = (bed.open().await, bed.open().await, bed.open().await);
-    let a = one.begin_run(RunOptions::default()).await.unwrap();
-    let b = other.begin_run(RunOptions::default()).await.unwrap();
+    let a = one.begin_run().await.unwrap();
+    let b = other.begin_run().await.unwrap();
     let (first, second) = tokio::join!(write(&a, &contents, None), write(&b, &contents, None));
     collect(&collector).await;
     a.commit(point(2), draft(&first, None)).await.unwrap();
@@ -326,7 +326,7 @@ async fn a_store_that_takes_no_record_fails_no_reader_but_every_run() {
     assert_eq!(error.kind(), Kind::Corrupt, "{error:?}");
     assert!(refused.load(Ordering::Relaxed));
     // A collector that knows of no damage might keep the damaged copy of the two.
-    let run = repository.begin_run(RunOptions::default()).await.unwrap();
+    let run = repository.begin_run().await.unwrap();
     let stored = write(&run, &[1, 2, 3], None).await;
     let refused = run.commit(point(2), draft(&stored, None)).await.unwrap_err();
     assert!(format!("{refused:?}").contains("cannot record that"), "{refused:?}");

@@ -15,7 +15,7 @@ use crate::repo::keys::{Credentials, InitOptions, Kdf};
 use crate::repo::run::LEASE;
 use crate::repo::store::ObjectStore;
 use crate::repo::store::memory::{Fault, MemoryStore, Operation};
-use crate::repo::{ManifestDraft, Repository, Run, RunOptions, StoredDisk};
+use crate::repo::{ManifestDraft, Repository, Run, StoredDisk};
 use crate::workers::Workers;
 
 /// Every test's VM has a disk of so many chunks; a chunk's content is a number (0: zeroes).
@@ -118,7 +118,7 @@ pub(in crate::repo) async fn add_point(
     n: u8,
     contents: &[u8],
 ) -> StoredDisk {
-    let run = repository.begin_run(RunOptions::default()).await.unwrap();
+    let run = repository.begin_run().await.unwrap();
     let stored = write(&run, contents, None).await;
     run.commit(point(n), draft(&stored, None)).await.unwrap();
     stored
@@ -274,7 +274,7 @@ async fn a_run_that_began_before_is_waited_for_and_what_it_needs_survives() {
     let (writer, collector) = (bed.open().await, bed.open().await);
     add_point(&writer, 1, &[1, 2, 3, 4, 5, 6]).await;
     bed.pass(MINUTE);
-    let run = writer.begin_run(RunOptions::default()).await.unwrap();
+    let run = writer.begin_run().await.unwrap();
     // It dedups against the point that is forgotten in the meantime.
     let stored = write(&run, &[1, 2, 3, 4, 5, 6], None).await;
     collector.forget(point(1)).await.unwrap();
@@ -296,14 +296,14 @@ async fn a_run_that_began_later_stores_again_what_is_condemned() {
     let (writer, collector) = (bed.open().await, bed.open().await);
     add_point(&writer, 1, &[1, 2, 3]).await;
     bed.pass(MINUTE);
-    let old = writer.begin_run(RunOptions::default()).await.unwrap();
+    let old = writer.begin_run().await.unwrap();
     collector.forget(point(1)).await.unwrap();
     bed.pass(MINUTE);
     assert!(collect(&collector).await.packs_waiting > 0);
     bed.pass(LEASE_OF_WRITER + MINUTE);
     old.end().await.unwrap();
     let stale = bed.open().await;
-    let new = stale.begin_run(RunOptions::default()).await.unwrap();
+    let new = stale.begin_run().await.unwrap();
     let stored = write(&new, &[1, 2, 3], None).await;
     // The list is carried out while the later run is still at work.
     let report = collect(&collector).await;
@@ -317,7 +317,7 @@ async fn a_backup_whose_base_was_forgotten_does_not_commit() {
     let bed = Bed::new().await;
     let repository = bed.open().await;
     let base = add_point(&repository, 1, &[1, 2, 3]).await;
-    let run = repository.begin_run(RunOptions::default()).await.unwrap();
+    let run = repository.begin_run().await.unwrap();
     let stored = write(&run, &[1, 2, 9], Some(&(base, vec![1, 2, 3]))).await;
     repository.forget(point(1)).await.unwrap();
     let error = run.commit(point(2), draft(&stored, Some(point(1)))).await.unwrap_err();
@@ -329,7 +329,7 @@ async fn a_backup_whose_base_was_forgotten_does_not_commit() {
 async fn what_a_run_without_a_manifest_left_goes() {
     let bed = Bed::new().await;
     let repository = bed.open().await;
-    let run = repository.begin_run(RunOptions::default()).await.unwrap();
+    let run = repository.begin_run().await.unwrap();
     let stored = write(&run, &[1, 2, 3], None).await;
     bed.pass(LEASE_OF_WRITER + MINUTE);
     let error = run.commit(point(1), draft(&stored, None)).await.unwrap_err();
@@ -345,7 +345,7 @@ async fn a_killed_run_holds_the_collector_up_only_until_its_lease_is_over() {
     let bed = Bed::new().await;
     let repository = bed.open().await;
     add_point(&repository, 1, &[1, 2, 3]).await;
-    drop(repository.begin_run(RunOptions::default()).await.unwrap());
+    drop(repository.begin_run().await.unwrap());
     repository.forget(point(1)).await.unwrap();
     bed.pass(MINUTE);
     assert!(collect(&repository).await.waiting_for.is_empty(), "nothing is old enough to condemn");
@@ -496,7 +496,7 @@ async fn play(steps: Vec<Step>) {
         bed.pass(Duration::from_secs(1));
         match step {
             Step::Begin { host } => {
-                let run = views[host].begin_run(RunOptions::default()).await.unwrap();
+                let run = views[host].begin_run().await.unwrap();
                 works[host] = Some(Work { run, base: None, written: None });
             }
             Step::Write { host, contents } => {
@@ -564,7 +564,7 @@ async fn what_was_condemned_before_a_reader_began_waits_for_it_all_the_same() {
     let (writer, collector) = (bed.open().await, bed.open().await);
     add_point(&writer, 1, &[1, 2, 3]).await;
     bed.pass(MINUTE);
-    let older = writer.begin_run(RunOptions::default()).await.unwrap();
+    let older = writer.begin_run().await.unwrap();
     let stored = write(&older, &[1, 2, 3], None).await;
     collector.forget(point(1)).await.unwrap();
     bed.pass(MINUTE);

@@ -8,7 +8,7 @@ use crate::block::{BlockSink, Buffer};
 use crate::content::LEAF_BYTES;
 use crate::control::NoticeLevel;
 use crate::repo::store::memory::{Fault, Operation};
-use crate::repo::{Repository, Run, RunOptions, StoredDisk};
+use crate::repo::{Repository, Run, StoredDisk};
 
 /// Pairs of a point that goes and one that stays, which needs a part of the other's pack.
 const PAIRS: u8 = 12;
@@ -127,7 +127,7 @@ async fn a_collection_converges_with_room_for_a_few_packs_and_less() {
 async fn a_collection_that_has_to_wait_gives_back_the_room_it_tried_to_use() {
     let bed = Bed::new().await;
     let (repository, kept) = mostly_garbage(&bed).await;
-    let run = bed.open().await.begin_run(RunOptions::default()).await.unwrap();
+    let run = bed.open().await.begin_run().await.unwrap();
     bed.pass(MINUTE);
     let before = bed.store.used_bytes();
     // It does not know before it runs into it.
@@ -172,7 +172,7 @@ async fn beside_others_nothing_is_moved_unless_much_more_room_stays_for_them() {
     // What is wholly dead goes now: no list is pending later.
     let only_dead = CollectOptions { repack_dead_percent: 100, ..CollectOptions::default() };
     assert!(repository.collect(only_dead, &Control::new()).await.unwrap().packs_deleted > 0);
-    let run = bed.open().await.begin_run(RunOptions::default()).await.unwrap();
+    let run = bed.open().await.begin_run().await.unwrap();
     bed.pass(MINUTE);
     let packs = count_packs(&bed);
     // All of it would fit, and twice; but the others need room, too.
@@ -337,13 +337,13 @@ async fn a_type_of_pack_that_does_not_fit_keeps_none_of_the_other_from_moving() 
     let bed = Bed::new().await;
     let repository = bed.open().await;
     // A pack of 72 KiB of nodes that are needed and 56 KiB that no point has.
-    let run = repository.begin_run(RunOptions::default()).await.unwrap();
+    let run = repository.begin_run().await.unwrap();
     let trees = write_sparse(&run, 0..9 * 256).await;
     write_sparse(&run, 10_000..10_000 + 7 * 256).await;
     run.commit(point(1), draft(&trees, None)).await.unwrap();
     bed.pass(MINUTE);
     // A pack of ten chunks that no point has, and a small one.
-    let run = repository.begin_run(RunOptions::default()).await.unwrap();
+    let run = repository.begin_run().await.unwrap();
     let small = write_sparse(&run, 20_000..20_001).await;
     super::tests::write(&run, &[1, 2, 3, 4, 5, 6, 7, 8, 9, 10], None).await;
     run.commit(point(2), draft(&small, None)).await.unwrap();
@@ -375,7 +375,7 @@ async fn a_collection_that_fails_for_want_of_room_removes_what_needs_none_to_go(
     let options = CollectOptions { pack_bytes: 2 * MIB, ..CollectOptions::default() };
     repository.collect(options, &Control::new()).await.unwrap_err();
     bed.store.clear_fault_hook();
-    drop(bed.open().await.begin_run(RunOptions::default()).await.unwrap());
+    drop(bed.open().await.begin_run().await.unwrap());
     bed.pass(crate::repo::run::LEASE + MINUTE);
     repository.forget(point(0)).await.unwrap();
     bed.pass(MINUTE);

@@ -11,7 +11,7 @@ use crate::repo::gc::tests::{Bed, MINUTE, add_point, chunk, draft, point, write}
 use crate::repo::run::LEASE_OF_WRITER;
 use crate::repo::store::ObjectStore;
 use crate::repo::store::memory::{Fault, Operation};
-use crate::repo::{CheckOptions, Depth, Repair, Repository, RunOptions, StoredDisk};
+use crate::repo::{CheckOptions, Depth, Repair, Repository, StoredDisk};
 
 /// All of a disk as a copy reads it: what its extents call zero is not read.
 async fn salvage(repository: &Repository, stored: &StoredDisk) -> Result<(Vec<u8>, Vec<Loss>)> {
@@ -76,7 +76,7 @@ async fn just_what_is_damaged_is_lost() {
 async fn tall_disk(bed: &Bed) -> (StoredDisk, Vec<u8>) {
     let size_bytes = 700 * LEAF_BYTES;
     let mut expected = vec![0; usize::try_from(size_bytes).unwrap()];
-    let run = bed.open().await.begin_run(RunOptions::default()).await.unwrap();
+    let run = bed.open().await.begin_run().await.unwrap();
     let writer = run.disk_writer(size_bytes, None);
     let mut from = 0;
     for (content, at) in [(1, 100), (2, 300), (3, 600)] {
@@ -239,7 +239,7 @@ fn a_list_is_sorted_and_nothing_is_on_it_twice() {
 async fn two_disks_with_one_chunk_lose_it_both() {
     let bed = Bed::new().await;
     let repository = bed.open().await;
-    let run = repository.begin_run(RunOptions::default()).await.unwrap();
+    let run = repository.begin_run().await.unwrap();
     let stored = write(&run, &[4, 4, 4], None).await;
     run.commit(point(1), draft(&stored, None)).await.unwrap();
     let pack = packs(&bed, 2).await.remove(0);

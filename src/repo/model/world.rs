@@ -16,7 +16,7 @@ use crate::error::{Kind, Result};
 use crate::repo::gc::tests::{Bed, draft, point};
 use crate::repo::points::PointName;
 use crate::repo::store::ObjectStore;
-use crate::repo::{CollectOptions, Credentials, Lease, Repository, Run, RunOptions, StoredDisk};
+use crate::repo::{CollectOptions, Credentials, Lease, Repository, Run, StoredDisk};
 use crate::vm::PointId;
 use crate::workers::Workers;
 
@@ -229,7 +229,7 @@ impl World {
     async fn begin(&mut self, process: usize, depth: usize) {
         let repository = self.repository(process);
         let work = async move {
-            let run = repository.begin_run(RunOptions::default()).await?;
+            let run = repository.begin_run().await?;
             let names = repository.point_names(None).await?;
             Ok((run, names))
         };
