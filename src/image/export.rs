@@ -1,5 +1,6 @@
 //! An image file of any format as a disk, through a qemu-nbd of its own.
 
+use std::ffi::OsString;
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -37,9 +38,22 @@ impl ImageExport {
     /// Serves the image of these layers read-only, read as `options` say; ranges that their bitmap
     /// calls clean are Unchanged.
     pub(super) async fn read(layers: &[Layer], options: ClientOptions) -> Result<Self> {
+        Self::read_nodes(layers, node::options(layers), options).await
+    }
+
+    /// The same without locks.
+    pub(super) async fn look(layers: &[Layer], options: ClientOptions) -> Result<Self> {
+        Self::read_nodes(layers, Some(node::without_locks(layers)), options).await
+    }
+
+    async fn read_nodes(
+        layers: &[Layer],
+        node: Option<OsString>,
+        options: ClientOptions,
+    ) -> Result<Self> {
         let bitmaps: Vec<_> = options.changes.iter().cloned().collect();
         let Layer { path, format, .. } = layers.first().expect("an image has a layer");
-        let (mode, bitmaps, node) = (ServeMode::Read, &bitmaps[..], node::options(layers));
+        let (mode, bitmaps) = (ServeMode::Read, &bitmaps[..]);
         let serve = Serve { path, format, open: None, node, mode, bitmaps };
         Self::start(serve, options).await
     }

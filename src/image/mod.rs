@@ -10,6 +10,7 @@
 //! after the last read; the VM cannot start meanwhile.
 
 pub mod bitmap;
+mod changed;
 mod child;
 mod command;
 mod device;
@@ -35,6 +36,7 @@ use crate::block::{BlockSource, BlockingRead, Buffer, ByteRange, ExtentMap, Geom
 use crate::error::{Error, Kind, Result};
 use crate::nbd::ClientOptions;
 
+pub use changed::changed_bytes;
 pub(crate) use child::{OwnChild, Passed};
 pub use command::CommandServer;
 pub use device::is_device;

@@ -4,6 +4,9 @@
 //! directory it was started in (10.0, `qcow2_do_open`), while libvirt takes that from the directory of
 //! the image, as we do. Told of every node it opens the very files that were checked and locked, and
 //! looks at no name in a header. Images without a data file are opened by path and format.
+//!
+//! Who only wants a look opens them without locks (`force-share`, QEMU 2.10; every node below takes it
+//! over): a VM that starts meanwhile is not in the way, and does not find the image in use.
 
 use std::ffi::OsString;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -16,7 +19,15 @@ use super::info::Layer;
 /// the format say all.
 pub(super) fn options(layers: &[Layer]) -> Option<OsString> {
     layers.iter().find(|layer| layer.data_file.is_some())?;
-    let mut options = Vec::new();
+    Some(nodes(layers, Vec::new()))
+}
+
+/// The same of any layers, for reading without locks.
+pub(super) fn without_locks(layers: &[Layer]) -> OsString {
+    nodes(layers, vec![b"force-share=on".to_vec()])
+}
+
+fn nodes(layers: &[Layer], mut options: Vec<Vec<u8>>) -> OsString {
     for (depth, layer) in layers.iter().enumerate() {
         let node = "backing.".repeat(depth);
         options.push(format!("{node}driver={}", layer.format).into_bytes());
@@ -28,7 +39,7 @@ pub(super) fn options(layers: &[Layer]) -> Option<OsString> {
             options.push([name, doubled(file)].concat());
         }
     }
-    Some(OsString::from_vec(options.join(&b',')))
+    OsString::from_vec(options.join(&b','))
 }
 
 /// A path in an option string: each comma twice.

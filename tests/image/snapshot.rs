@@ -104,6 +104,8 @@ async fn an_image_with_a_data_file_keeps_its_chain_in_itself() {
     images.qemu_io("a.qcow2", "write -P 7 1M 64k");
     let plan = vm.plan(&request(FULL, 2, KNOWN)).await.unwrap();
     assert!(plan.disks[0].expected_bytes >= Some(3 << 20), "{plan:?}");
+    let plan = vm.plan(&request(INCREMENTAL, 2, KNOWN)).await.unwrap();
+    assert_eq!(plan.disks[0].expected_bytes, Some(64 << 10), "{plan:?}");
     let mut snapshot = open(&vm, &request(INCREMENTAL, 2, KNOWN)).await.unwrap();
     assert_eq!(snapshot.disks()[0].read, ReadMode::Incremental { base: point(1) });
     let source = snapshot.source(0).await.unwrap();
@@ -118,6 +120,29 @@ async fn an_image_with_a_data_file_keeps_its_chain_in_itself() {
     let _running = images.vm("d.raw", "raw");
     let plan = vm.plan(&request(AUTO, 4, KNOWN)).await.unwrap();
     assert!(plan.problems.iter().any(|problem| problem.what.contains("d.raw")), "{plan:?}");
+}
+
+/// With a lock it would see nothing of an image in use, and a VM that starts meanwhile would not.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_plan_counts_what_changed_without_a_lock() {
+    let images = Images::new();
+    images.raw("b.raw");
+    images.run("qemu-img", &["create", "-f", "qcow2", "-b", "b.raw", "-F", "raw", "a.qcow2"]);
+    let vm = vm(&images, &[("a.qcow2", "qcow2")]);
+    take(&vm, &request(FULL, 1, &[])).await;
+    images.qemu_io("a.qcow2", "write -P 7 1M 64k");
+    images.qemu_io("a.qcow2", "write -z 2M 64k");
+    let plan = vm.plan(&request(INCREMENTAL, 2, KNOWN)).await.unwrap();
+    assert_eq!(plan.disks[0].expected_bytes, Some(64 << 10), "{plan:?}");
+    let running = images.vm("b.raw", "raw");
+    let plan = vm.plan(&request(INCREMENTAL, 2, KNOWN)).await.unwrap();
+    assert_eq!(plan.disks[0].expected_bytes, Some(64 << 10), "{plan:?}");
+    assert!(plan.problems.iter().any(|problem| problem.what.contains("b.raw")), "{plan:?}");
+    drop(running);
+    // Who writes to the image itself is named; what its bitmaps mark meanwhile nobody else can tell.
+    let _running = images.vm("a.qcow2", "qcow2");
+    let plan = vm.plan(&request(INCREMENTAL, 2, KNOWN)).await.unwrap();
+    assert!(plan.problems.iter().any(|problem| problem.what.contains("a.qcow2")), "{plan:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -53,6 +53,7 @@ async fn one_chain_goes_through_stop_and_start() {
     let plan = bare.platform().await.plan(&next).await.unwrap();
     assert!(!plan.running);
     assert_eq!(plan.disks[0].read, Some(ReadMode::Incremental { base: point(2) }));
+    assert_eq!(plan.disks[0].expected_bytes, Some(65536));
     let (third, taken) = backup(&bare, &next).await.unwrap();
     assert_eq!(taken[0].changed, [(3 * MIB, 3 * MIB + 65536)]);
     assert_eq!(bitmaps(&env), [bare.checkpoint(point(3))]);

@@ -1,12 +1,12 @@
 //! What a backup of the images would do. Changes nothing, takes no lock.
 
 use crate::error::{Error, Kind, Result};
-use crate::image::{ImageLock, Layer, layers};
+use crate::image::{ImageLock, Layer, changed_bytes, layers};
 use crate::platform::{
     EXCLUDED_BY_OPTION, PlannedDisk, Platform, Problem, SnapshotPlan, SnapshotRequest,
     nothing_to_read,
 };
-use crate::vm::{DiskDescription, DiskLayer, ExcludedDisk, ReadMode};
+use crate::vm::{DiskDescription, DiskLayer, ExcludedDisk};
 
 use super::checkpoint::Checkpoints;
 use super::snapshot::description;
@@ -34,10 +34,9 @@ pub(super) async fn plan(images: &Images, request: &SnapshotRequest) -> Result<S
         problems.extend(used.map(|error| Problem::fatal(&error)));
         let checkpoints = Checkpoints::new(request, identity.uuid, &disk.name)?;
         let read = checkpoints.read_mode(disk, &layers, request);
-        let expected_bytes = match read {
-            ReadMode::Full { .. } => allocated_bytes(&layers),
-            // How much a bitmap marks is known once it is opened.
-            ReadMode::Incremental { .. } => None,
+        let expected_bytes = match checkpoints.base_of(&read) {
+            Some(bitmap) => changed_bytes(&layers, &bitmap).await,
+            None => allocated_bytes(&layers),
         };
         let description = describe(disk, &layers);
         disks.push(PlannedDisk { description, read: Some(read), expected_bytes });

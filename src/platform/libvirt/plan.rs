@@ -121,9 +121,13 @@ async fn look(
     });
     match stopped::reads(domain, survey, request).await {
         Ok(reads) => {
-            let names = survey.disks.iter().map(|disk| disk.disk.name.clone());
-            bases.disks = names.zip(reads).collect();
-            Ok(Some(BTreeMap::new()))
+            let mut changed = BTreeMap::new();
+            for (disk, (read, changed_bytes)) in survey.disks.iter().zip(reads) {
+                let name = &disk.disk.name;
+                changed.extend(changed_bytes.map(|bytes| (name.clone(), bytes)));
+                bases.disks.insert(name.clone(), read);
+            }
+            Ok(Some(changed))
         }
         Err(error) => {
             problems.push(Problem::fatal(&error));

@@ -31,7 +31,7 @@ use crate::clock::Timestamp;
 use crate::control::{Control, NoticeLevel};
 use crate::error::{Error, Kind, Result};
 use crate::image::bitmap::{self, BitmapNames};
-use crate::image::{self, Layer, LockedImage, file_id, layers};
+use crate::image::{self, Layer, LockedImage, changed_bytes, file_id, layers};
 use crate::journal::{Entry, Mode, Phase, Place, Recovery, Run};
 use crate::platform::{BackupMode, SnapshotDisk, SnapshotRequest, VmSnapshot, base};
 use crate::vm::{
@@ -72,15 +72,26 @@ pub(super) struct StoppedSnapshot {
     lock: DomainLock,
 }
 
-/// What would be read of each disk, and why. Changes nothing.
+/// What would be read of each disk, why, and how much of one that is read since a point, where that can be
+/// told. Changes nothing.
 pub(super) async fn reads(
     domain: &DomainHandle,
     survey: &Survey,
     request: &SnapshotRequest,
-) -> Result<Vec<Result<PointId, FullReason>>> {
+) -> Result<Vec<(Result<PointId, FullReason>, Option<u64>)>> {
     let names = BitmapNames::new(&request.repository, domain.uuid)?;
-    let parts = look(domain, survey, request, &names).await?;
-    Ok(parts.into_iter().map(|part| part.read).collect())
+    let mut reads = Vec::new();
+    for part in look(domain, survey, request, &names).await? {
+        let changed_bytes = match part.read {
+            Ok(base) => {
+                let found = layers(&part.path, &part.format).await?;
+                changed_bytes(&found, &names.of_point(base)).await
+            }
+            Err(_) => None,
+        };
+        reads.push((part.read, changed_bytes));
+    }
+    Ok(reads)
 }
 
 /// Opens a snapshot of a domain that is not running.
