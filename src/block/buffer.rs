@@ -6,7 +6,7 @@
 //! never handed out uninitialised; whoever fills a buffer proves that it filled all of it.
 
 use std::ops::{Deref, DerefMut, Range};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use bytes::{Bytes, BytesMut};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -98,7 +98,7 @@ impl Budget {
             .acquire_many_owned(permits)
             .await
             .expect("the semaphore of a budget is never closed");
-        Share { shared: Arc::clone(&self.shared), permit }
+        Share { shared: Arc::clone(&self.shared), permit: Some(permit), home: Weak::new() }
     }
 }
 
@@ -120,7 +120,8 @@ struct Home {
     away: Mutex<Away>,
 }
 
-/// What of the budget a buffer or its pieces have: all of it, until the last of the memory is back.
+/// What of the budget a buffer and its pieces have, less what shares of them have: none of it is free until
+/// the last of the memory is back.
 #[derive(Debug)]
 struct Away {
     permit: OwnedSemaphorePermit,
@@ -200,13 +201,24 @@ impl Buffer {
 #[derive(Debug)]
 pub struct Share {
     shared: Arc<Shared>,
-    permit: OwnedSemaphorePermit,
+    permit: Option<OwnedSemaphorePermit>,
+    /// Where its room goes back to as long as pieces of the memory it was taken for are away.
+    home: Weak<Home>,
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        if let Some((home, permit)) = self.home.upgrade().zip(self.permit.take()) {
+            home.away().permit.merge(permit);
+        }
+    }
 }
 
 impl Share {
     /// A buffer of `len` bytes, which the share was taken for.
-    pub fn into_buffer(self, len: usize) -> Buffer {
-        let Self { shared, permit } = self;
+    pub fn into_buffer(mut self, len: usize) -> Buffer {
+        let shared = Arc::clone(&self.shared);
+        let permit = self.permit.take().expect("it has one until it is dropped");
         let mut bytes = shared.spare().take(len);
         if bytes.is_empty() {
             // Fresh memory is zero already, most of the time.
@@ -228,14 +240,14 @@ impl Buffer {
     #[must_use]
     pub fn into_share(self, len: usize) -> Option<Share> {
         let home = self.home.clone()?;
-        let wanted = len.div_ceil(PERMIT_BYTES).max(1);
-        // Each piece takes at most what is its own: the pieces of a buffer have no more than all of it.
+        let wanted = len.min(self.whole.len()).div_ceil(PERMIT_BYTES).max(1);
         let permit = {
             let mut away = home.away();
             let wanted = wanted.min(away.permit.num_permits());
             away.permit.split(wanted)?
         };
-        Some(Share { shared: Arc::clone(&home.shared), permit })
+        let home_of = Arc::downgrade(&home);
+        Some(Share { shared: Arc::clone(&home.shared), permit: Some(permit), home: home_of })
     }
 }
 
@@ -313,10 +325,15 @@ mod tests {
         assert!(second.iter().chain(&*rest).all(|byte| *byte == 9));
         let share = first.into_share(5000).unwrap();
         drop(rest);
-        assert_eq!(budget.shared.permits.available_permits(), 0, "the memory is not back");
-        drop(second);
-        assert_eq!(budget.shared.permits.available_permits(), 14);
+        let other = second.into_share(100).unwrap();
+        assert_eq!(budget.shared.permits.available_permits(), 13);
+        drop((share, other));
+        assert_eq!(budget.shared.permits.available_permits(), 16);
+        let mut rest = budget.take(64 << 10).await;
+        let share = rest.split_to(16 << 10).into_share(5000).unwrap();
         drop(share);
+        assert_eq!(budget.shared.permits.available_permits(), 0, "the memory is not back");
+        drop(rest);
         let next = budget.take(64 << 10).await;
         assert_eq!(next.as_ptr(), memory, "the same memory in one piece");
         assert!(next[..16 << 10].iter().all(|byte| *byte == 1));

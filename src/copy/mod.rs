@@ -88,10 +88,11 @@ pub struct Options {
     pub source_name: String,
     /// What the sink is called in errors.
     pub sink_name: String,
-    /// Requests in flight; as many as both ends find useful if not given.
+    /// Requests in flight at either end; as many reads as both ends find useful if not given, and up to
+    /// [`WRITES_PER_READ`] writes for each.
     pub requests: Option<usize>,
-    /// Size of one read and write, made to fit both ends; what suits them, and the search for zeroes,
-    /// if not given.
+    /// Size of one read, made to fit both ends (a sink that takes less at a time is written to in several
+    /// requests); what suits them, and the search for zeroes, if not given.
     pub request_bytes: Option<u64>,
     /// Bound on bytes in flight, perhaps shared with the other disks of a job.
     pub budget: Budget,
@@ -275,7 +276,7 @@ struct Shape {
     cell_bytes: u64,
     /// Reads do not cross multiples of this; a multiple of the cell.
     request_bytes: u64,
-    /// The same of writes: of what is read at once, [`WRITES_PER_READ`] at most are made.
+    /// The same of writes.
     write_bytes: u64,
     requests: usize,
 }

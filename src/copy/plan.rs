@@ -163,7 +163,10 @@ impl Planner {
             (Step::Zero(a), Step::Zero(b)) => same_unit(a, b, RUN_BYTES).map(Step::Zero),
             (Step::Read { range: a, span: x }, Step::Read { range: b, span: y }) => {
                 let range = same_unit(a, b, self.shape.request_bytes)?;
-                Some(Step::Read { range, span: hull(x, y) })
+                // Known zeroes are read only within what is written at once.
+                let write_bytes = self.shape.write_bytes;
+                let at_once = (a.end() - 1) / write_bytes == b.offset() / write_bytes;
+                (at_once || x.end() == y.offset()).then(|| Step::Read { range, span: hull(x, y) })
             }
             _ => None,
         }
@@ -195,6 +198,25 @@ mod tests {
             }
         }
         steps
+    }
+
+    #[test]
+    fn what_is_read_for_several_writes_has_no_known_zeroes_between_them() {
+        let kinds = [ExtentKind::Data, ExtentKind::Zero];
+        // Data at the beginning of each of four chunks, whole chunks after that.
+        let beginnings = (0..4).flat_map(|n| kinds.map(|kind| (n, kind)));
+        let mut map = ExtentMap::starting_at(0);
+        for (_, kind) in beginnings {
+            map.push(if kind == ExtentKind::Data { 1 } else { 3 }, kind);
+        }
+        map.push(16, ExtentKind::Data);
+        let steps = plan(&map, Shape { write_bytes: 4, ..shape(32, 4, 16) });
+        let read = |start, len, span| Step::Read {
+            range: ByteRange::new(start, len),
+            span: ByteRange::new(start, span),
+        };
+        let of_each = (0..4).map(|n| read(4 * n, 4, 1));
+        assert_eq!(steps, of_each.chain([read(16, 16, 16)]).collect::<Vec<_>>());
     }
 
     fn shape(size_bytes: u64, cell_bytes: u64, request_bytes: u64) -> Shape {

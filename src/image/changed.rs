@@ -28,3 +28,30 @@ async fn count(layers: &[Layer], bitmap: &str) -> Result<u64> {
     image.stop().await?;
     Ok(changed_bytes)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+    use crate::image::layers;
+
+    #[tokio::test]
+    async fn who_looks_keeps_nobody_from_writing_and_who_reads_does() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("a.qcow2");
+        let does = |program: &str, arguments: &[&str]| {
+            let done = Command::new(program).args(arguments).arg(&path).output();
+            done.unwrap().status.success()
+        };
+        assert!(does("qemu-img", &["create", "-q", "-o", "size=1M", "-f", "qcow2"]));
+        let write = || does("qemu-io", &["-f", "qcow2", "-c", "write -q 0 64k"]);
+        let found = layers(&path, "qcow2").await.unwrap();
+        let look = ImageExport::look(&found, ClientOptions::default()).await.unwrap();
+        assert!(write());
+        look.stop().await.unwrap();
+        let read = ImageExport::read(&found, ClientOptions::default()).await.unwrap();
+        assert!(!write());
+        read.stop().await.unwrap();
+    }
+}

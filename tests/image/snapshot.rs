@@ -122,9 +122,8 @@ async fn an_image_with_a_data_file_keeps_its_chain_in_itself() {
     assert!(plan.problems.iter().any(|problem| problem.what.contains("d.raw")), "{plan:?}");
 }
 
-/// With a lock it would see nothing of an image in use, and a VM that starts meanwhile would not.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_plan_counts_what_changed_without_a_lock() {
+async fn a_plan_counts_what_changed_also_beside_a_vm() {
     let images = Images::new();
     images.raw("b.raw");
     images.run("qemu-img", &["create", "-f", "qcow2", "-b", "b.raw", "-F", "raw", "a.qcow2"]);

@@ -36,8 +36,7 @@ const GAIN: f64 = 1.6;
 /// Half the requests may bring so many times fewer bytes. Less than [`GAIN`], or both would pay.
 const LOSS: f64 = 1.4;
 
-/// A measurement takes at least so long and so many requests: 256 KiB each, with a millisecond for
-/// one, are 8 MiB a second at worst.
+/// A measurement takes at least so long and so many requests, of 1 MiB at most.
 const WINDOW: Duration = Duration::from_millis(20);
 const WINDOW_READS: usize = 8;
 

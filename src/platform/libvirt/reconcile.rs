@@ -12,10 +12,11 @@
 
 use std::path::Path;
 
+use virt::domain::Domain;
+
 use super::checkpoint::{Check, Checkpoints, Delete};
 use super::connection::DomainHandle;
 use super::lock::DomainLock;
-use super::names::domain_dir;
 use super::quiesce::{self, Frost};
 use super::survey::Survey;
 use super::teardown::Scratch;
@@ -72,12 +73,9 @@ pub(super) async fn processes(
     request: &SnapshotRequest,
     recovery: &mut Recovery,
 ) -> Result<Frost> {
-    let asked =
-        domain.call("ask for the state of", |domain| Ok((domain.is_active()?, domain.id())));
-    let (running, id) = asked.await?;
+    let running = domain.call("ask for the state of", Domain::is_active).await?;
     let (journal, guardian) = (&mut lock.journal, request.guardian.as_deref());
-    let id = id.filter(|_| running);
-    let mut left = Leftovers { domain, journal, guardian, running, id, recovery };
+    let mut left = Leftovers { domain, journal, guardian, running, active: None, recovery };
     let frost = left.guest().await?;
     if running {
         left.job().await?;
@@ -97,8 +95,8 @@ struct Leftovers<'a> {
     guardian: Option<&'a Path>,
     /// Whether the domain has a QEMU.
     running: bool,
-    /// libvirt's number for that one.
-    id: Option<u32>,
+    /// The point of the job of ours that was there.
+    active: Option<PointId>,
     recovery: &'a mut Recovery,
 }
 
@@ -143,7 +141,8 @@ impl Leftovers<'_> {
     /// It is not touched while its scratch hangs.
     async fn job(&mut self) -> Result<()> {
         let name = &self.domain.name;
-        if let Some(point) = job::check_idle(self.domain, self.journal).await? {
+        self.active = job::check_idle(self.domain, self.journal).await?;
+        if let Some(point) = self.active {
             if !self.recovery.undo(format!("backup job of domain '{name}'")) {
                 return Ok(());
             }
@@ -198,13 +197,11 @@ impl Leftovers<'_> {
         let over = self.journal.earlier().filter(|run| !run.has(Phase::Job));
         let over: Vec<Run> = over.cloned().collect();
         let (name, host) = (&self.domain.name, self.domain.host.hostname());
-        let directory = self.id.zip(self.domain.host.qemu_dir());
-        let directory = directory.map(|(id, dir)| domain_dir(&dir, id, name));
         for run in over {
-            let of_this_qemu = |socket: &Path| socket.parent() == directory.as_deref();
             let scratch = run.objects(Phase::Scratch).map(|path| path.display().to_string());
             let scratch: Vec<String> = scratch.collect();
-            if !scratch.is_empty() && !run.objects(Phase::Socket).any(of_this_qemu) {
+            // A job that was there until now has taken its files along.
+            if !scratch.is_empty() && self.active != Some(run.point) {
                 let files = scratch.join(", ");
                 let text =
                     format!("{files} of domain '{name}', if host {host} went down meanwhile");
@@ -309,8 +306,8 @@ pub(super) async fn discard(
     }
 }
 
-/// Whether a checkpoint could not be deleted because of its bitmap: QEMU was killed before it had stored
-/// it. Its metadata is gone then.
+/// Whether a checkpoint could not be deleted for something that does not pass by itself: of a domain that is
+/// there and runs, because of its bitmap, as when QEMU was killed before it had stored it.
 pub(super) fn is_of_the_bitmap(error: &Error) -> bool {
     !matches!(error.kind(), Kind::Busy | Kind::Timeout | Kind::Connection | Kind::Permission)
 }

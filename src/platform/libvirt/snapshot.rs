@@ -171,9 +171,11 @@ impl RunningSnapshot {
         let mut result = Ok(());
         for disk in self.disks.iter().map(|disk| &disk.description.name) {
             let is_usable = checkpoints.redefine(&known, &[disk], Check::Validate).await?;
-            let dropped = drop_stale(checkpoints, point, std::slice::from_ref(disk)).await;
-            if is_usable {
-                result = result.and(dropped);
+            match drop_stale(checkpoints, point, std::slice::from_ref(disk)).await {
+                Err(error) if !is_usable && is_of_the_bitmap(&error) => {
+                    tracing::debug!(%error, %point, %disk, "a bitmap that is not usable");
+                }
+                dropped => result = result.and(dropped),
             }
         }
         result

@@ -174,6 +174,8 @@ impl Watched {
         // Beside all else: libvirt may take a minute for each of its calls.
         let mut thresholds = self.thresholds();
         let error = loop {
+            // What was seen may mean that a disk is gone.
+            let mut unplugged_since = false;
             let seen = tokio::select! {
                 () = &mut thresholds => {
                     thresholds = Box::pin(pending());
@@ -187,21 +189,26 @@ impl Watched {
                         Ok(())
                     }
                     Some(DomainEvent::DeviceRemoved) => {
-                        if let Some(error) = unplugged(&self.domain, &self.disks).await {
-                            return Over::Unknown(error);
-                        }
+                        unplugged_since = true;
                         Ok(())
                     }
-                    None => self.reconnect(events, &mut thresholds).await,
+                    None => {
+                        unplugged_since = true;
+                        self.reconnect(events, &mut thresholds).await
+                    }
                 },
                 _ = tick.tick() => if self.domain.host.is_alive() {
                     Ok(())
                 } else {
+                    unplugged_since = true;
                     self.reconnect(events, &mut thresholds).await
                 },
             };
             if let Err(error) = seen {
                 break error;
+            }
+            if unplugged_since && let Some(error) = unplugged(&self.domain, &self.disks).await {
+                return Over::Unknown(error);
             }
         };
         match error.kind() {
@@ -304,10 +311,13 @@ async fn set_thresholds(domain: DomainHandle, directory: PathBuf, disks: Vec<Job
 }
 
 /// The error of a job of which a disk is not the domain's any more: QEMU keeps it open for its job on it,
-/// and libvirt does not know that. None where that is not so, or cannot be told.
+/// and libvirt does not know that. None where that is not so, or cannot be told, as of a domain that has
+/// stopped.
 pub(super) async fn unplugged(domain: &DomainHandle, disks: &[JobDisk]) -> Option<Error> {
-    let xml = domain.call("read the description of", |domain| domain.xml_desc(0)).await.ok()?;
-    let root = Element::parse("the domain XML", &xml).ok()?;
+    let asked = domain.call("read the description of", |domain| {
+        if domain.is_active()? { domain.xml_desc(0).map(Some) } else { Ok(None) }
+    });
+    let root = Element::parse("the domain XML", &asked.await.ok()??).ok()?;
     let there: Vec<_> = root.child("devices")?.all("disk").collect();
     let is_there = |disk: &&JobDisk| {
         there.iter().any(|one| one.attr_at(&["target"], "dev") == Some(&disk.name))
