@@ -154,16 +154,16 @@ mod tests {
     #[tokio::test]
     async fn threads_are_behind_while_all_places_in_the_queue_are_taken() {
         let workers = Workers::new(1).unwrap();
-        let (hold, held) = std::sync::mpsc::channel::<()>();
-        let (begin, begun) = oneshot::channel();
+        let (hold, until) = std::sync::mpsc::channel::<()>();
+        let (busy_now, started) = oneshot::channel();
         let mut set = tokio::task::JoinSet::new();
         let busy = workers.clone();
         let work = move || {
-            begin.send(()).unwrap();
-            held.recv().unwrap_err();
+            busy_now.send(()).unwrap();
+            until.recv().unwrap_err();
         };
         set.spawn(async move { busy.run(work).await });
-        begun.await.unwrap();
+        started.await.unwrap();
         for _ in 0..QUEUED_PER_THREAD {
             assert!(!workers.is_behind());
             let waiting = workers.clone();
