@@ -37,6 +37,7 @@ use crate::error::{Error, Kind, Result};
 use crate::nbd::ClientOptions;
 
 pub use changed::changed_bytes;
+#[cfg(feature = "libvirt")]
 pub(crate) use child::{OwnChild, Passed};
 pub use command::CommandServer;
 pub use device::is_device;
@@ -45,6 +46,7 @@ pub use identity::file_id;
 pub use info::{BitmapInfo, ImageInfo, Layer, inspect, layers};
 pub use lock::ImageLock;
 pub use new::{NewImage, NewImageOptions};
+#[cfg(feature = "libvirt")]
 pub(crate) use private::PrivateDir;
 pub use private::sweep_sockets;
 pub use writable::WritableImage;
