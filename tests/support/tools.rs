@@ -39,11 +39,12 @@ impl Process {
         child.try_wait().expect("own child").is_none()
     }
 
-    /// Waits until it has stopped itself at a step.
+    /// Waits until it has stopped itself at a step: longer than libvirt lets events of a guest's agent, each of
+    /// which waits half a minute for a job that was left, hold up the end of that.
     #[track_caller]
     pub(crate) fn wait_until_stopped(&self, step: &str) {
         let stat = format!("/proc/{}/stat", self.id());
-        wait_until(&format!("the step {step}"), 60, || {
+        wait_until(&format!("the step {step}"), 150, || {
             let text = fs::read_to_string(&stat).expect("a child is there until waited for");
             let state = text.rsplit_once(") ").expect("a state").1.chars().next();
             assert!(state != Some('Z'), "it ended before {step}");
