@@ -202,12 +202,11 @@ mod tests {
 
     #[test]
     fn what_is_read_for_several_writes_has_no_known_zeroes_between_them() {
-        let kinds = [ExtentKind::Data, ExtentKind::Zero];
         // Data at the beginning of each of four chunks, whole chunks after that.
-        let beginnings = (0..4).flat_map(|n| kinds.map(|kind| (n, kind)));
         let mut map = ExtentMap::starting_at(0);
-        for (_, kind) in beginnings {
-            map.push(if kind == ExtentKind::Data { 1 } else { 3 }, kind);
+        for _ in 0..4 {
+            map.push(1, ExtentKind::Data);
+            map.push(3, ExtentKind::Zero);
         }
         map.push(16, ExtentKind::Data);
         let steps = plan(&map, Shape { write_bytes: 4, ..shape(32, 4, 16) });

@@ -93,16 +93,22 @@ async fn a_disk_that_is_copied_to_another_place() {
     assert_eq!(read.await, REPLACED);
 }
 
+/// A file with what the domain is defined by.
+fn description(bare: &Bare<'_>) -> String {
+    let xml = bare.virsh(&["dumpxml", "--inactive", &bare.name]).ok().stdout;
+    let file = bare.env.path("again.xml");
+    std::fs::write(&file, xml).expect("own directory");
+    file.to_string_lossy().into_owned()
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_domain_that_is_undefined_and_defined_again() {
     let env = TestEnv::new();
     let read = across(&env, |bare| {
-        let xml = bare.virsh(&["dumpxml", "--inactive", &bare.name]).ok().stdout;
-        let file = bare.env.path("again.xml");
-        std::fs::write(&file, xml).unwrap();
+        let file = description(bare);
         bare.virsh(&["destroy", "--graceful", &bare.name]).ok();
         bare.virsh(&["undefine", &bare.name]).ok();
-        bare.virsh(&["define", &file.to_string_lossy()]).ok();
+        bare.virsh(&["define", &file]).ok();
         bare.virsh(&["start", "--paused", &bare.name]).ok();
     });
     assert_eq!(read.await, SINCE_FIRST());
@@ -113,12 +119,10 @@ async fn a_domain_that_is_undefined_and_defined_again() {
 async fn a_running_domain_that_is_undefined_and_defined_again_when_it_has_stopped() {
     let env = TestEnv::new();
     let read = across(&env, |bare| {
-        let xml = bare.virsh(&["dumpxml", "--inactive", &bare.name]).ok().stdout;
-        let file = bare.env.path("again.xml");
-        std::fs::write(&file, xml).unwrap();
+        let file = description(bare);
         bare.virsh(&["undefine", &bare.name]).ok();
         bare.virsh(&["destroy", "--graceful", &bare.name]).ok();
-        bare.virsh(&["define", &file.to_string_lossy()]).ok();
+        bare.virsh(&["define", &file]).ok();
         bare.virsh(&["start", "--paused", &bare.name]).ok();
     });
     assert_eq!(read.await, SINCE_FIRST());
@@ -129,12 +133,10 @@ async fn a_running_domain_that_is_undefined_and_defined_again_when_it_has_stoppe
 async fn a_domain_that_is_not_defined_anywhere_and_created_again() {
     let env = TestEnv::new();
     let read = across(&env, |bare| {
-        let xml = bare.virsh(&["dumpxml", "--inactive", &bare.name]).ok().stdout;
-        let file = bare.env.path("again.xml");
-        std::fs::write(&file, xml).unwrap();
+        let file = description(bare);
         bare.virsh(&["undefine", &bare.name]).ok();
         bare.virsh(&["destroy", "--graceful", &bare.name]).ok();
-        bare.virsh(&["create", "--paused", &file.to_string_lossy()]).ok();
+        bare.virsh(&["create", "--paused", &file]).ok();
     });
     assert_eq!(read.await, SINCE_FIRST());
 }

@@ -164,15 +164,16 @@ async fn forward(uri: &str, local: &Path, remote: &Path) -> Result<OwnChild> {
             }
             if let Some(status) = ssh.child.try_wait().map_err(|e| Error::io("ssh was lost", e))? {
                 let said = ssh.last_words().await;
-                return Err(Error::new(
-                    Kind::Connection,
-                    format!(
-                        "cannot forward the disks' socket from {target}: ssh ended ({status}): {said}"
-                    ),
-                )
-                .hint(format!(
-                    "'ssh -o BatchMode=yes {target} true' must work without a password"
-                )));
+                let what = format!(
+                    "cannot forward the disks' socket from {target}: ssh ended ({status}): {said}"
+                );
+                // What a child ends with whose program is not there.
+                let hint = if status.code() == Some(127) {
+                    "install openssh-client".to_owned()
+                } else {
+                    format!("'ssh -o BatchMode=yes {target} true' must work without a password")
+                };
+                return Err(Error::new(Kind::Connection, what).hint(hint));
             }
             tokio::time::sleep(SSH_POLL).await;
         }
