@@ -142,9 +142,9 @@ impl Phase {
         Self::Discard,
     ];
 
-    /// All but one of them.
-    pub fn all_but(kept: Self) -> Vec<Self> {
-        Self::ALL.into_iter().filter(|phase| *phase != kept).collect()
+    /// All but some of them.
+    pub fn all_but(kept: &[Self]) -> Vec<Self> {
+        Self::ALL.into_iter().filter(|phase| !kept.contains(phase)).collect()
     }
 
     /// Its name, as in the file.
@@ -508,35 +508,26 @@ impl Journal {
         self.write()
     }
 
-    /// Writes down, in the place of the last earlier run for `repository`, which checkpoints the next one
-    /// is to drop; nothing if there was none.
-    pub fn leave_to_next(&mut self, repository: &str, points: &[PointId]) -> Result<()> {
-        let current = self.current;
-        let earlier = |run: &&mut Run| Some(run.point) != current && run.repository == repository;
-        let Some(run) = self.runs.iter_mut().rfind(earlier) else { return Ok(()) };
-        let objects = points.iter().map(|point| point.to_string().into()).collect();
-        run.add(Entry { phase: Phase::Handover, objects });
+    /// Writes down, at the last run for `repository`, whose checkpoints are to be dropped: by that run, or else
+    /// by the next one. Takes the place of what all of them had for it; nothing if there was no run.
+    pub fn hand_over(&mut self, repository: &str, points: &[PointId]) -> Result<()> {
+        let mut last = None;
+        for run in self.runs.iter_mut().filter(|run| run.repository == repository) {
+            run.remove(&[Phase::Handover]);
+            last = Some(run);
+        }
+        if let (Some(run), [_, ..]) = (last, points) {
+            let objects = points.iter().map(|point| point.to_string().into()).collect();
+            run.add(Entry { phase: Phase::Handover, objects });
+        }
         self.write()
     }
 
-    /// Points whose checkpoints an earlier run for `repository` was about to drop.
+    /// Points whose checkpoints earlier runs for `repository` were about to drop.
     pub fn handed_over(&self, repository: &str) -> Vec<PointId> {
         let runs = self.earlier().filter(|run| run.repository == repository);
         let objects = runs.flat_map(|run| run.objects(Phase::Handover));
         objects.filter_map(|point| point.to_str()?.parse().ok()).collect()
-    }
-
-    /// Says that this was done, for the repository of the current run.
-    pub fn finish_handover(&mut self) -> Result<()> {
-        let current = self.current;
-        let of_current = self.runs.iter().find(|run| Some(run.point) == current);
-        let Some(repository) = of_current.map(|run| run.repository.clone()) else {
-            return Ok(());
-        };
-        for run in self.runs.iter_mut().filter(|run| run.repository == repository) {
-            run.remove(&[Phase::Handover]);
-        }
-        self.write()
     }
 
     /// Says that nothing of the current run is left to undo.

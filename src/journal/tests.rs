@@ -113,6 +113,35 @@ fn runs_for_another_repository_stay_open_when_one_has_judged_its_own() {
 }
 
 #[test]
+fn what_is_handed_over_is_kept_for_its_repository_until_nothing_of_it_is_left() {
+    let dir = tempfile::tempdir().unwrap();
+    let journals = journals(dir.path());
+    let [a, b, c] = [1, 2, 3].map(|id| PointId([id; 16]));
+    let mut journal = journals.open(VM).unwrap();
+    // Nobody's.
+    journal.hand_over("00c0ffee", &[a]).unwrap();
+    assert_eq!(journals.vms().unwrap(), Vec::<Uuid>::new());
+    for (id, repository, points) in [(4, "0000cafe", &[c][..]), (5, "00c0ffee", &[a, b])] {
+        let mut journal = journals.open(VM).unwrap();
+        journal.begin(Run { repository: repository.into(), ..run(id) });
+        journal.hand_over(repository, points).unwrap();
+    }
+    let mut journal = journals.open(VM).unwrap();
+    assert_eq!(journal.handed_over("00c0ffee"), [a, b]);
+    journal.begin(run(6));
+    journal.hand_over("00c0ffee", &[b]).unwrap();
+    journal.undone(PointId([6; 16]), &Phase::all_but(&[Phase::Handover])).unwrap();
+    let mut journal = journals.open(VM).unwrap();
+    assert_eq!(journal.handed_over("00c0ffee"), [b]);
+    assert_eq!(journal.earlier().count(), 2, "the run that had them before is over");
+    for repository in ["00c0ffee", "0000cafe"] {
+        assert_eq!(journals.vms().unwrap(), [VM]);
+        journal.hand_over(repository, &[]).unwrap();
+    }
+    assert_eq!(journals.vms().unwrap(), Vec::<Uuid>::new());
+}
+
+#[test]
 fn a_file_that_cannot_be_removed_is_said_to_stay() {
     let dir = tempfile::tempdir().unwrap();
     let journals = journals(dir.path());

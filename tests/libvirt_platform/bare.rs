@@ -10,9 +10,11 @@ use std::time::Duration;
 use vmbackup::block::{BlockSource, ExtentKind, read_all};
 use vmbackup::control::Control;
 use vmbackup::error::Result;
-use vmbackup::journal::Journals;
+use vmbackup::journal::{Journals, Mode};
 use vmbackup::platform::libvirt::{CheckpointMetadata, Libvirt, LibvirtOptions};
-use vmbackup::platform::{BackupMode, KnownPoint, Platform, Quiesce, SnapshotRequest, VmSnapshot};
+use vmbackup::platform::{
+    Asked, BackupMode, KnownPoint, Platform, Quiesce, RecoverRequest, SnapshotRequest, VmSnapshot,
+};
 use vmbackup::vm::{ArtifactKind, PointId, ReadMode, Uuid};
 
 use crate::support::{Outcome, TestEnv, libvirt};
@@ -107,6 +109,11 @@ impl<'env> Bare<'env> {
     /// The bitmaps QEMU has on the named disk's node, asked of QEMU itself.
     pub(crate) fn bitmaps(&self) -> Vec<String> {
         libvirt::bitmaps(self.env, &self.name)
+    }
+
+    /// How many VMs have a journal.
+    pub(crate) fn journals(&self) -> usize {
+        std::fs::read_dir(self.env.path("state/journal")).expect("there").count()
     }
 
     pub(crate) fn options(&self) -> LibvirtOptions {
@@ -218,6 +225,14 @@ pub(crate) async fn backup(
     let known = known(request.point, &*snapshot);
     snapshot.commit().await?;
     Ok((known, taken))
+}
+
+/// Recovers the domain, for a repository of which `snapshot` is a request. What was found, in lines.
+pub(crate) async fn recover(bare: &Bare<'_>, snapshot: SnapshotRequest) -> String {
+    let request = RecoverRequest { snapshot, repository: Asked::Yes, mode: Mode::Undo };
+    let platform = bare.platform().await;
+    let items = platform.recover(&request, &Control::new()).await.expect("recovers");
+    items.into_iter().map(|item| item.what + "\n").collect()
 }
 
 /// One disk as a backup saw it.

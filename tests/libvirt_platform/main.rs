@@ -13,6 +13,7 @@ mod bases;
 mod changes;
 mod devices;
 mod foreign;
+mod handover;
 mod hanging;
 mod late;
 mod plugged;

@@ -104,16 +104,21 @@ impl Proxy {
     /// Cuts, and lets nobody through for a while, as a daemon that is stopped.
     pub(crate) fn stop_for(&self, pause: Duration) {
         self.stop();
-        let refuses = Arc::clone(&self.refuses);
+        let stopped = self.clone();
         std::thread::spawn(move || {
             std::thread::sleep(pause);
-            refuses.store(false, Ordering::SeqCst);
+            stopped.go_on();
         });
     }
 
     pub(crate) fn stop(&self) {
         self.refuses.store(true, Ordering::SeqCst);
         self.cut();
+    }
+
+    /// Lets who comes anew through again.
+    pub(crate) fn go_on(&self) {
+        self.refuses.store(false, Ordering::SeqCst);
     }
 
     fn calls(&self) -> MutexGuard<'_, Calls> {
@@ -148,15 +153,15 @@ impl Proxy {
         format!("qemu+unix:///system?socket={}", self.path.display())
     }
 
-    /// The domain through here, with something done right before or after the call that begins its job.
-    pub(crate) async fn at_job(
+    /// The domain through here, with something done at a step.
+    pub(crate) async fn at(
         &self,
         bare: &Bare<'_>,
-        at: Moment,
+        step: (Phase, Moment),
         act: impl Fn() + Send + Sync + 'static,
     ) -> Libvirt {
         let probe = move |phase, moment| {
-            if (phase, moment) == (Phase::Job, at) {
+            if (phase, moment) == step {
                 act();
             }
         };

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use vmbackup::control::Control;
 use vmbackup::error::{Error, Kind};
-use vmbackup::journal::Moment;
+use vmbackup::journal::{Moment, Phase};
 use vmbackup::platform::libvirt::Libvirt;
 use vmbackup::platform::{Platform, Quiesce, VmSnapshot};
 
@@ -153,8 +153,8 @@ async fn a_connection_that_ends_when_the_job_has_begun_costs_no_backup() {
     let bare = Bare::start(&env, &qcow2(&env, 'a', "8M"));
     let proxy = Proxy::start(&env);
     let cut = proxy.clone();
-    let platform =
-        proxy.at_job(&bare, Moment::After, move || cut.stop_for(Duration::from_secs(4))).await;
+    let begun = move || cut.stop_for(Duration::from_secs(4));
+    let platform = proxy.at(&bare, (Phase::Job, Moment::After), begun).await;
     let opened = platform.open_snapshot(&request(1), &Control::new()).await;
     let mut snapshot = opened.expect("it is connected anew");
     snapshot.still_valid().await.expect("still valid");
@@ -191,7 +191,7 @@ async fn a_job_that_a_failed_open_could_not_end_is_told_of_with_its_scratch_and_
     let bare = Bare::start(&env, &qcow2(&env, 'a', "8M"));
     let proxy = Proxy::start(&env);
     let cut = proxy.clone();
-    let platform = proxy.at_job(&bare, Moment::After, move || cut.stop()).await;
+    let platform = proxy.at(&bare, (Phase::Job, Moment::After), move || cut.stop()).await;
     let control = Control::new();
     let opened = platform.open_snapshot(&request(1), &control).await;
     opened.err().expect("the connection is gone");
@@ -225,7 +225,7 @@ async fn scratch_is_watched_although_libvirt_is_slow_to_answer() {
             holds.store(false, Ordering::SeqCst);
         });
     };
-    let platform = proxy.at_job(&bare, Moment::After, begun).await;
+    let platform = proxy.at(&bare, (Phase::Job, Moment::After), begun).await;
     let mut wanted = request(1);
     wanted.scratch_dir = Some(small.path.clone());
     let error = match platform.open_snapshot(&wanted, &Control::new()).await {

@@ -24,7 +24,7 @@ use super::disks::Disk;
 use super::error::code;
 use super::ffi;
 use super::xml::{Element, escaped};
-use crate::error::{Kind, Result};
+use crate::error::{Error, Kind, Result};
 use crate::image::bitmap::BitmapNames;
 use crate::platform::{BackupMode, KnownPoint, SnapshotRequest, base};
 use crate::vm::{DiskDescription, FullReason, PointId, ReadMode};
@@ -230,15 +230,11 @@ impl Checkpoints<'_> {
             Ok(()) => Ok(true),
             Err(error) => {
                 let wrapped = self.domain.wrap(what, error);
-                match wrapped.kind() {
-                    Kind::Busy | Kind::Timeout | Kind::Connection | Kind::Permission => {
-                        Err(wrapped)
-                    }
-                    _ => {
-                        tracing::debug!(error = ?wrapped, name, ?disks, "no usable bitmap");
-                        Ok(false)
-                    }
+                if passes(&wrapped) {
+                    return Err(wrapped);
                 }
+                tracing::debug!(error = ?wrapped, name, ?disks, "no usable bitmap");
+                Ok(false)
             }
         }
     }
@@ -300,15 +296,22 @@ impl Checkpoints<'_> {
             .await
     }
 
-    /// Deletes a checkpoint with its bitmaps; where that fails (a broken bitmap, a stopped domain)
-    /// at least its metadata goes, and the error is returned.
+    /// Deletes a checkpoint with its bitmaps; where that fails for good (a broken bitmap, a stopped domain)
+    /// at least its metadata goes, and the error is returned. Until then its metadata is what a bitmap that
+    /// QEMU has not stored is found by.
     pub(super) async fn discard(&self, point: PointId) -> Result<()> {
         let deleted = self.delete(point, Delete::Bitmaps).await;
-        if deleted.is_err() {
+        if deleted.as_ref().is_err_and(|error| !passes(error)) {
             self.delete(point, Delete::Metadata).await?;
         }
         deleted
     }
+}
+
+/// Whether what failed may succeed another time. Other errors are of the checkpoint: its bitmap is not
+/// there or broken, as when QEMU was killed before it had stored it, or its domain does not run.
+pub(super) fn passes(error: &Error) -> bool {
+    matches!(error.kind(), Kind::Busy | Kind::Timeout | Kind::Connection | Kind::Permission)
 }
 
 /// Whether a redefinition asks QEMU for the bitmaps.

@@ -423,6 +423,7 @@ impl Opening {
         RunningSnapshot {
             domain: self.domain,
             chain: self.chain,
+            repository: self.request.repository,
             point: self.request.point,
             metadata: self.metadata,
             all: self.survey.set.all,

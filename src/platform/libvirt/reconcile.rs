@@ -14,7 +14,7 @@ use std::path::Path;
 
 use virt::domain::Domain;
 
-use super::checkpoint::{Check, Checkpoints, Delete};
+use super::checkpoint::{Check, Checkpoints, Delete, passes};
 use super::connection::DomainHandle;
 use super::lock::DomainLock;
 use super::quiesce::{self, Frost};
@@ -22,7 +22,7 @@ use super::survey::Survey;
 use super::teardown::Scratch;
 use super::{LibvirtOptions, job};
 use crate::control::Control;
-use crate::error::{Error, Kind, Result, with_causes};
+use crate::error::{Kind, Result, with_causes};
 use crate::image::bitmap::{self, BitmapNames};
 use crate::journal::{Action, Item, Journal, Phase, Recovery, Run};
 use crate::platform::{Asked, KnownPoint, RecoverRequest, SnapshotRequest, remove_noted};
@@ -247,7 +247,8 @@ async fn marks(
     // the next backup finds out; the others it finds by nothing but their metadata, which goes now, as
     // long as QEMU has not stored their bitmaps.
     if existing.len() > 1 && recovery.changes() {
-        journal.leave_to_next(&request.repository, &existing)?;
+        let before = journal.handed_over(&request.repository);
+        journal.hand_over(&request.repository, &[before, existing].concat())?;
     }
     for point in listed {
         if request.exists(point) {
@@ -292,7 +293,7 @@ pub(super) async fn discard(
     recovery: &mut Recovery,
 ) -> Result<()> {
     match checkpoints.discard(point).await {
-        Err(error) if is_of_the_bitmap(&error) => {
+        Err(error) if !passes(&error) => {
             let name = &checkpoints.domain.name;
             let text = format!(
                 "bitmap of domain '{name}' for point {}: {}",
@@ -304,12 +305,6 @@ pub(super) async fn discard(
         }
         result => result,
     }
-}
-
-/// Whether a checkpoint could not be deleted for something that does not pass by itself: of a domain that is
-/// there and runs, because of its bitmap, as when QEMU was killed before it had stored it.
-pub(super) fn is_of_the_bitmap(error: &Error) -> bool {
-    !matches!(error.kind(), Kind::Busy | Kind::Timeout | Kind::Connection | Kind::Permission)
 }
 
 fn unknown(what: &str, point: PointId, name: &str) -> String {
@@ -332,7 +327,8 @@ pub(super) fn image_bitmaps(survey: &Survey, chain: &BitmapNames) -> Vec<(PointI
 }
 
 /// Removes the bitmaps of `point` from `disks` of a running domain: defines them for libvirt first.
-/// A bitmap that is broken beyond this is found again by the next run; the first error is returned.
+/// A bitmap that is broken beyond this is found again by the next run, and the first error is returned;
+/// at once is one that passes.
 pub(super) async fn drop_stale(
     checkpoints: &Checkpoints<'_>,
     point: PointId,
@@ -341,12 +337,13 @@ pub(super) async fn drop_stale(
     let known = KnownPoint { id: point, disks: Vec::new(), checkpoint_xml: None };
     let mut result = Ok(());
     for disk in disks {
-        let dropped = match checkpoints.redefine(&known, &[disk], Check::Trust).await {
-            Ok(true) => checkpoints.discard(point).await,
-            Ok(false) => Ok(()),
-            Err(error) => Err(error),
-        };
-        result = result.and(dropped);
+        if !checkpoints.redefine(&known, &[disk], Check::Trust).await? {
+            continue;
+        }
+        match checkpoints.discard(point).await {
+            Err(error) if passes(&error) => return Err(error),
+            dropped => result = result.and(dropped),
+        }
     }
     result
 }

@@ -4,7 +4,7 @@
 //! without any error, so a read counts only if the job was active *after* it
 //! ([`VmSnapshot::still_valid`]).
 
-use std::path::PathBuf;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,14 +12,14 @@ use async_trait::async_trait;
 use virt::domain::Domain;
 
 use super::CheckpointMetadata;
-use super::checkpoint::{Check, Checkpoints, Delete};
+use super::checkpoint::{Check, Checkpoints, Delete, passes};
 use super::connection::DomainHandle;
 use super::ffi::{self, VirtResult};
 use super::job::{self, JobDisk, Server};
 use super::lock::DomainLock;
 use super::quiesce::Frost;
 use super::reach::Reach;
-use super::reconcile::{drop_stale, is_of_the_bitmap};
+use super::reconcile::drop_stale;
 use super::teardown::{STALL, Scratch, remove_left};
 use super::watch::{Watch, ended, unplugged};
 use crate::block::BlockSource;
@@ -27,7 +27,7 @@ use crate::block::layer::pace::PacedSource;
 use crate::clock::Timestamp;
 use crate::error::{Error, Kind, Result};
 use crate::image::bitmap::BitmapNames;
-use crate::journal::{Entry, Phase};
+use crate::journal::Phase;
 use crate::nbd::{Client, ClientOptions};
 use crate::platform::{KnownPoint, SnapshotDisk, VmSnapshot};
 use crate::vm::{Artifact, ExcludedDisk, NotCaptured, PointId, Quiescence};
@@ -35,10 +35,15 @@ use crate::vm::{Artifact, ExcludedDisk, NotCaptured, PointId, Quiescence};
 /// Between two looks at the job: an event reaches libvirt in 20 ms (libvirt 11.3, idle machine).
 const SETTLE: Duration = Duration::from_millis(50);
 
+/// Points that are to be dropped, each with the disks that it may have a bitmap on.
+type Older = Vec<(PointId, Vec<String>)>;
+
 /// The transaction.
 pub(super) struct RunningSnapshot {
     pub(super) domain: DomainHandle,
     pub(super) chain: BitmapNames,
+    /// The repository's id.
+    pub(super) repository: String,
     pub(super) point: PointId,
     pub(super) metadata: CheckpointMetadata,
     /// All target names of the domain.
@@ -119,60 +124,80 @@ impl RunningSnapshot {
         self.check_active().await
     }
 
-    /// Writes down which checkpoints go: once their metadata is gone nobody finds a bitmap that QEMU
-    /// has not stored yet.
-    fn note_handover(&mut self) -> Result<()> {
-        let older = self.defined.iter().chain(self.stale.iter().map(|(point, _)| point));
-        let older = older.filter(|point| **point != self.point);
-        let objects: Vec<PathBuf> = older.map(|point| point.to_string().into()).collect();
-        if objects.is_empty() {
-            return Ok(());
-        }
-        self.lock.journal.note([Entry { phase: Phase::Handover, objects }])
+    /// What the new checkpoint takes the place of.
+    fn older(&self) -> Older {
+        let all: Vec<String> =
+            self.disks.iter().map(|disk| disk.description.name.clone()).collect();
+        let defined = self.defined.iter().map(|point| (*point, all.clone()));
+        let older: BTreeMap<_, _> = self.stale.iter().cloned().chain(defined).collect();
+        older.into_iter().filter(|(point, _)| *point != self.point).collect()
     }
 
-    /// Removes what older checkpoints have left, and closes the journal.
-    async fn hand_over(&mut self) -> Result<()> {
-        let mut result = Ok(());
+    /// Writes down which checkpoints are to go: once their metadata is gone nobody finds a bitmap that QEMU
+    /// has not stored yet.
+    fn note_handover(&mut self, older: &Older) -> Result<()> {
+        let points: Vec<PointId> = older.iter().map(|(point, _)| *point).collect();
+        self.lock.journal.hand_over(&self.repository, &points)
+    }
+
+    /// Removes what older checkpoints have left, and closes the journal but for those that are the next run's.
+    async fn hand_over(&mut self, mut older: Older) -> Result<()> {
         self.lock.journal.before(Phase::Handover);
-        let checkpoints = self.checkpoints();
-        for point in self.defined.iter().filter(|point| **point != self.point) {
-            let dropped = self.drop_older(&checkpoints, *point).await;
-            result = result.and(dropped);
+        let dropped = self.drop_all_anew(&mut older).await;
+        self.lock.journal.after(Phase::Handover);
+        let noted = self.note_handover(&older);
+        dropped.and(noted).and(self.close_journal().await)
+    }
+
+    /// [`Self::drop_all`], once more over a new connection if the old one has ended.
+    async fn drop_all_anew(&mut self, older: &mut Older) -> Result<()> {
+        let dropped = self.drop_all(older).await;
+        if dropped.is_ok() || !self.reconnect().await? {
+            return dropped;
         }
-        for (point, disks) in &self.stale {
-            if *point != self.point
-                && !self.defined.contains(point)
-                && let Err(error) = drop_stale(&checkpoints, *point, disks).await
-            {
-                tracing::debug!(%error, %point, "a stale bitmap remains");
+        // What libvirt still knows of them is not known here.
+        self.defined.clear();
+        let again = self.drop_all(older).await;
+        if dropped.as_ref().is_err_and(passes) { again } else { dropped.and(again) }
+    }
+
+    /// Drops `older` points, which leaves those that are yet to be dropped when something failed for a reason
+    /// that passes; then libvirt's record of this one.
+    async fn drop_all(&self, older: &mut Older) -> Result<()> {
+        let mut result = Ok(());
+        while let Some((point, disks)) = older.last() {
+            match self.drop_older(*point, disks).await {
+                Err(error) if passes(&error) => return result.and(Err(error)),
+                dropped => result = result.and(dropped),
             }
+            older.pop();
         }
         if self.metadata == CheckpointMetadata::Remove {
-            let forgotten = checkpoints.delete(self.point, Delete::Metadata).await;
+            let forgotten = self.checkpoints().delete(self.point, Delete::Metadata).await;
             result = result.and(forgotten);
         }
-        self.lock.journal.after(Phase::Handover);
-        let handed_over = self.lock.journal.finish_handover();
-        result = result.and(handed_over);
-        result.and(self.close_journal().await)
+        result
     }
 
     /// Removes the bitmaps of a point. Where one of them is gone libvirt (11.3) removes none: then each disk's
     /// by itself. One that is not usable is gone, or is found in its image by the next run.
-    async fn drop_older(&self, checkpoints: &Checkpoints<'_>, point: PointId) -> Result<()> {
-        let Err(error) = checkpoints.discard(point).await else { return Ok(()) };
-        let running = self.domain.call("ask for the state of", Domain::is_active).await;
-        if !is_of_the_bitmap(&error) || !running.unwrap_or(false) {
-            return Err(error);
+    async fn drop_older(&self, point: PointId, disks: &[String]) -> Result<()> {
+        let checkpoints = self.checkpoints();
+        if self.defined.contains(&point) {
+            let Err(error) = checkpoints.discard(point).await else { return Ok(()) };
+            tracing::debug!(%error, %point, "the bitmaps of a checkpoint are not all there");
+            let runs = self.domain.call("ask for the state of", Domain::is_active);
+            if passes(&error) || !runs.await? {
+                return Err(error);
+            }
         }
-        tracing::debug!(%error, %point, "the bitmaps of a checkpoint are not all there");
         let known = KnownPoint { id: point, disks: Vec::new(), checkpoint_xml: None };
         let mut result = Ok(());
-        for disk in self.disks.iter().map(|disk| &disk.description.name) {
+        for disk in disks {
             let is_usable = checkpoints.redefine(&known, &[disk], Check::Validate).await?;
-            match drop_stale(checkpoints, point, std::slice::from_ref(disk)).await {
-                Err(error) if !is_usable && is_of_the_bitmap(&error) => {
+            match drop_stale(&checkpoints, point, std::slice::from_ref(disk)).await {
+                Err(error) if passes(&error) => return Err(error),
+                Err(error) if !is_usable => {
                     tracing::debug!(%error, %point, %disk, "a bitmap that is not usable");
                 }
                 dropped => result = result.and(dropped),
@@ -181,16 +206,18 @@ impl RunningSnapshot {
         result
     }
 
-    /// Closes this run's part of the journal, but for the freeze where the guest may still be
-    /// frozen: then the next run thaws.
+    /// Closes this run's part of the journal, but for what is handed over to the next one and the freeze where
+    /// the guest may still be frozen: then that one thaws.
     async fn close_journal(&mut self) -> Result<()> {
-        if !self.frost.is_there().await {
+        let mut kept = vec![Phase::Handover];
+        if self.frost.is_there().await {
+            let name = &self.domain.name;
+            tracing::warn!("the guest of domain '{name}' may still be frozen");
+            kept.push(Phase::Freeze);
+        } else {
             self.lock.journal.undone_earlier(&[Phase::Freeze])?;
-            return self.lock.journal.finish();
         }
-        let name = &self.domain.name;
-        tracing::warn!("the guest of domain '{name}' may still be frozen");
-        self.lock.journal.undone(self.point, &Phase::all_but(Phase::Freeze))
+        self.lock.journal.undone(self.point, &Phase::all_but(&kept))
     }
 
     /// The same, over a new connection if the old one has ended.
@@ -303,12 +330,13 @@ impl VmSnapshot for RunningSnapshot {
 
     async fn commit(mut self: Box<Self>) -> Result<()> {
         let ended = self.end_job().await;
-        let noted = self.note_handover();
+        let older = self.older();
+        let noted = self.note_handover(&older);
         // A job that may still run stays in the journal: the next run knows it for ours and ends it.
         // The hand-over is left to that one, too: before it touches bitmaps QEMU waits for what hangs
         // in scratch (`bdrv_drain_all` in `qmp_transaction`).
         let result = match ended {
-            Ok(()) => noted.and(self.hand_over().await),
+            Ok(()) => noted.and(self.hand_over(older).await),
             Err(error) => {
                 if let Err(error) = noted {
                     tracing::warn!(?error, "what is to be handed over is not written down");

@@ -416,11 +416,13 @@ impl VmSnapshot for StoppedSnapshot {
         }
         self.lock.journal.after(Phase::Handover);
         if result.is_ok() {
-            // Bitmaps of runs that never committed are among those removed.
+            // Bitmaps of runs that never committed are among those removed, and those that were handed over:
+            // what was in the memory of a QEMU alone has ended with it.
             let mut quiet = Recovery::new(Mode::Undo);
-            let judged = Some(&self.repository);
-            result = reconcile::close(&mut self.lock.journal, judged, &mut quiet)
-                .and_then(|()| self.lock.journal.finish());
+            let (journal, repository) = (&mut self.lock.journal, &self.repository);
+            result = reconcile::close(journal, Some(repository), &mut quiet)
+                .and_then(|()| journal.hand_over(repository, &[]))
+                .and_then(|()| journal.finish());
         }
         result.map_err(|error| {
             error.context(format!(

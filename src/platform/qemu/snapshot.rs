@@ -187,7 +187,7 @@ impl Snapshot {
             // What remains is found by name.
             (false, _) => Ok(()),
             (true, true) => self.journal.finish(),
-            (true, false) => self.journal.undone(self.point, &Phase::all_but(Phase::Freeze)),
+            (true, false) => self.journal.undone(self.point, &Phase::all_but(&[Phase::Freeze])),
         }
     }
 
