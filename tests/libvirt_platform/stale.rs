@@ -124,8 +124,9 @@ fn a_bitmap_that_breaks_right_before_the_job_begins_is_not_believed() {
     let backup = env.stopped_at("before:job", &args);
     bare.change_bitmap("block-dirty-bitmap-disable", IMAGE, &held[0]);
     backup.signal("CONT");
-    let outcome = backup.wait().fails();
-    assert!(outcome.stderr.contains("bitmap"), "{outcome:?}");
+    let outcome = backup.wait();
+    let outcome = outcome.fails_with(&["bitmap", "take a full backup first: 'vmbackup full'"]);
+    assert_eq!(outcome.code, Some(17), "{outcome:?}");
     assert!(!bare.has_backup_job());
     assert_eq!((bare.checkpoints(), bare.bitmaps()), (Vec::new(), held));
 }

@@ -30,6 +30,10 @@ use crate::platform::{BackupMode, SnapshotDisk, SnapshotRequest, VmSnapshot, tel
 use crate::vm::{Artifact, ArtifactKind, FullReason, PointId, Quiescence};
 use instant::Instant;
 
+/// What to do where an incremental has nothing to build on.
+pub(super) const TAKE_FULL: &str =
+    "take a full backup first: 'vmbackup full', or use 'vmbackup backup'";
+
 /// Refuses a promise that libvirt cannot keep: its jobs have no way to break before the guest's write
 /// fails (libvirt 11.3 sets no `on-cbw-error`), and the watch may be slower than the guest.
 pub(super) fn check_guest_first(request: &SnapshotRequest) -> Result<()> {
@@ -315,7 +319,7 @@ impl Opening {
                 reasons.join("; ")
             ),
         )
-        .hint("take a full backup first: 'vmbackup full', or use 'vmbackup backup'"))
+        .hint(TAKE_FULL))
     }
 
     /// Removes what a job that is gone left on this host: QEMU never unlinks its socket, and libvirt

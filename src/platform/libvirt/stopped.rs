@@ -24,6 +24,7 @@ use super::artifacts;
 use super::checkpoint::{SizedDisk, read_mode};
 use super::connection::DomainHandle;
 use super::lock::DomainLock;
+use super::open::TAKE_FULL;
 use super::reconcile;
 use super::survey::Survey;
 use crate::block::BlockSource;
@@ -319,8 +320,7 @@ impl StoppedSnapshot {
         let reasons: Vec<_> = reasons.map(FullReason::describe).collect();
         let (name, reasons) = (&self.domain.name, reasons.join("; "));
         let message = format!("no disk of domain '{name}' has anything to build on ({reasons})");
-        Err(Error::new(Kind::NoBase, message)
-            .hint("take a full backup first: 'vmbackup full', or use 'vmbackup backup'"))
+        Err(Error::new(Kind::NoBase, message).hint(TAKE_FULL))
     }
 
     /// The description and what it names: as the domain cannot start, all of it is of one instant.

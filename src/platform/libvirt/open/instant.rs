@@ -8,7 +8,7 @@ use std::time::Duration;
 use virt::domain::Domain;
 use virt::error::ErrorNumber;
 
-use super::{Begun, Opening};
+use super::{Begun, Opening, TAKE_FULL};
 use crate::clock::Timestamp;
 use crate::control::{Control, NoticeLevel};
 use crate::error::{Error, Kind, Result, with_causes};
@@ -191,7 +191,7 @@ impl Opening {
         })
     }
 
-    /// Adds the directories to an error they may be the cause of.
+    /// Adds to an error what may be its cause, or the next step.
     fn explain(&self, error: Error) -> Error {
         match error.kind() {
             Kind::Permission => {
@@ -210,6 +210,8 @@ impl Opening {
                      that was mounted before with --scratch-dir, or restart the domain",
                 )
             }
+            // A bitmap broke after it was looked at.
+            Kind::NoBase => error.hint(TAKE_FULL),
             Kind::NoSpace => error.hint(format!(
                 "free space in {} or name another directory with --scratch-dir",
                 self.places.scratch.display()
