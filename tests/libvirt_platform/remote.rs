@@ -4,48 +4,38 @@
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 
-use vmbackup::block::Buffer;
 use vmbackup::control::Control;
 use vmbackup::error::Kind;
 use vmbackup::platform::Platform;
 use vmbackup::platform::libvirt::{Libvirt, LibvirtOptions};
-use vmbackup::vm::ReadMode;
 
-use crate::bare::{Bare, backup, known, point, qcow2, request, take};
-use crate::support::{Ssh, TestEnv, assert_same_content};
+use crate::bare::{Bare, qcow2, request, take};
+use crate::stale::prove;
+use crate::support::{SlowDisk, Ssh, TestEnv, wait_until};
 
-fn over(ssh: &Ssh, bare: &Bare<'_>) -> LibvirtOptions {
-    LibvirtOptions { uri: Some(ssh.uri()), ..bare.options() }
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_domain_of_a_remote_host_is_read_through_ssh() {
+#[test]
+fn a_domain_of_a_remote_host_is_read_through_ssh() {
     let env = TestEnv::new();
-    let ssh = Ssh::start(&env);
-    let bare = Bare::start(&env, &qcow2(&env, 'a', "8M"));
+    env.init_repo();
+    let (ssh, bare) = (Ssh::start(&env), Bare::start(&env, &qcow2(&env, 'a', "8M")));
     bare.io(0, "write -P 6 1M 1M");
     // A point taken on the host serves as the base of one taken from afar.
-    let (first, _) = backup(&bare, &request(1)).await.expect("backs up");
+    env.vmbackup(&["full", "--domain", &bare.name]).ok();
     bare.io(0, "write -P 7 2M 64k");
-    let mut next = request(2);
-    next.known_points = vec![first];
-    let remote = Libvirt::open(over(&ssh, &bare)).await.expect("connects");
-    let mut snapshot = remote.open_snapshot(&next, &Control::new()).await.expect("opens");
-    let taken = take(&mut *snapshot).await;
-    assert_eq!(taken[0].read, ReadMode::Incremental { base: point(1) });
-    assert_eq!(taken[0].changed, [(2 << 20, (2 << 20) + 65536)]);
-    assert_eq!((taken[0].bytes[1 << 20], taken[0].bytes[2 << 20]), (6, 7));
-    snapshot.still_valid().await.expect("still valid");
-    let _ = known(point(2), &*snapshot);
-    snapshot.commit().await.expect("commits");
-    assert_eq!(bare.bitmaps(), [bare.checkpoint(point(2))]);
+    let uri = ssh.uri();
+    let there = ["--domain", &bare.name, "--connect", &uri, "--json"];
+    let report = env.vmbackup(&[&["incremental"], &there[..]].concat()).json();
+    // The chunk that has changed.
+    assert_eq!(report["disks"][0]["read_bytes"], 256 << 10, "{report}");
+    prove(&bare, &report);
+    let id = report["point"].as_str().expect("a point id");
+    assert!(bare.bitmaps().len() == 1 && bare.bitmaps()[0].contains(id), "{:?}", bare.bitmaps());
     assert_eq!(bare.checkpoints(), Vec::<String>::new());
     assert_eq!(bare.sockets(), Vec::<PathBuf>::new());
+    assert!(env.path("known_hosts").exists());
 
     bare.virsh(&["destroy", &bare.name]).ok();
-    let error = remote.open_snapshot(&request(3), &Control::new()).await.err().expect("refused");
-    assert_eq!(error.kind(), Kind::Unsupported);
-    assert!(error.to_string().contains("on another host"), "{error}");
+    env.vmbackup(&[&["full"], &there[..]].concat()).fails_with(&["on another host"]);
 }
 
 /// A way to the same libvirt that can carry nothing else.
@@ -84,42 +74,42 @@ fn a_way_to_a_remote_host_that_is_cut_between_two_steps_costs_nothing() {
     let ssh = Ssh::start(&env);
     let bare = Bare::start(&env, &qcow2(&env, 'a', "8M"));
     bare.io(0, "write -P 6 1M 1M");
-    bare.io(0, "flush");
-    let (uri, oracle) = (ssh.uri(), env.path("oracle.raw"));
-    let image = env.path("vda.qcow2").to_string_lossy().into_owned();
-    env.run("qemu-img", &["convert", "-U", "-O", "raw", &image, &oracle.to_string_lossy()]).ok();
+    let uri = ssh.uri();
     for step in ["after:job", "before:manifest", "after:manifest"] {
         let backup =
             env.stopped_at(step, &["full", "--domain", &bare.name, "--connect", &uri, "--json"]);
         ssh.cut(&env);
         backup.signal("CONT");
         let report = backup.wait().json();
-        let (id, to) = (report["point"].as_str().expect("a point id"), env.path(step));
-        env.vmbackup(&["restore", id, "--to", &to.to_string_lossy(), "--format", "raw"]).ok();
-        assert_same_content(&env, (&to.join("vda.raw"), "raw"), (&oracle, "raw"));
+        prove(&bare, &report);
+        let id = report["point"].as_str().expect("a point id");
         assert!(bare.bitmaps().len() == 1 && bare.bitmaps()[0].contains(id), "{step}");
         env.assert_nothing_runs(step);
     }
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_way_to_a_remote_host_that_is_cut_in_a_read_fails_it_and_leaves_nothing_there() {
+#[test]
+fn a_way_to_a_remote_host_that_is_cut_in_a_read_fails_it_and_leaves_nothing_there() {
     let env = TestEnv::new();
-    let ssh = Ssh::start(&env);
-    let bare = Bare::start(&env, &qcow2(&env, 'a', "8M"));
-    bare.io(0, "write -P 6 1M 1M");
-    let remote = Libvirt::open(over(&ssh, &bare)).await.expect("connects");
-    let mut snapshot = remote.open_snapshot(&request(1), &Control::new()).await.expect("opens");
-    let source = snapshot.source(0).await.expect("opens");
-    let window = || Buffer::unbudgeted(vec![0; 1 << 20]);
-    let read = source.read(1 << 20, window()).await.expect("reads");
-    assert_eq!(read[0], 6);
+    env.init_repo();
+    let (ssh, disk) = (Ssh::start(&env), qcow2(&env, 'a', "24M"));
+    let slow = SlowDisk::below(&env, &env.path("vda.qcow2"), "24M");
+    let bare = Bare::start(&env, &disk);
+    slow.be_slow();
+    let uri = ssh.uri();
+    let before = slow.read_bytes();
+    let mut backup = env.spawn_vmbackup(&["full", "--domain", &bare.name, "--connect", &uri]);
+    wait_until("a part of the disk is read", 60, || {
+        assert!(backup.is_running(), "it ended before");
+        slow.read_bytes() >= before + (1 << 20)
+    });
     ssh.cut(&env);
-    let error = source.read(1 << 20, window()).await.expect_err("there is no way");
-    assert_eq!(error.kind(), Kind::Connection, "{error}");
-    drop(source);
-    snapshot.abort().await.expect("it is connected anew");
-    assert_eq!(bare.bitmaps(), Vec::<String>::new());
-    assert_eq!(bare.checkpoints(), Vec::<String>::new());
+    let outcome = backup.wait();
+    assert_eq!(outcome.code, Some(13), "{outcome:?}");
+    // To undo it libvirt was connected to anew.
     assert!(!bare.has_backup_job());
+    assert_eq!((bare.bitmaps(), bare.checkpoints()), (Vec::new(), Vec::new()));
+    assert_eq!((bare.sockets(), bare.journals()), (Vec::new(), 0));
+    wait_until("processes end", 20, || env.processes().is_empty());
+    wait_until("sessions end", 20, || ssh.sessions(&env).is_empty());
 }

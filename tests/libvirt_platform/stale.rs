@@ -80,7 +80,7 @@ fn begun(env: &TestEnv) -> Bare<'_> {
 
 /// Restores a point: it equals what the image holds, which nobody writes to meanwhile.
 #[track_caller]
-fn prove(bare: &Bare<'_>, report: &Value) {
+pub(crate) fn prove(bare: &Bare<'_>, report: &Value) {
     let (env, point) = (bare.env, report["point"].as_str().expect("a point id"));
     bare.io(0, "flush");
     let (image, to, oracle) = (env.path(IMAGE), env.path(point), env.path("oracle.raw"));

@@ -84,7 +84,7 @@ impl TestEnv {
         self.repo.clone()
     }
 
-    /// A command with a cleared environment and this directory as its home.
+    /// A command with a cleared environment and this directory as its home. Programs in `bin` there come first.
     pub(crate) fn command(&self, program: impl AsRef<OsStr>) -> Command {
         let mut command = match &self.host {
             None => Command::new(program),
@@ -97,7 +97,7 @@ impl TestEnv {
         let path = std::env::var("PATH").unwrap_or_default();
         command
             .env_clear()
-            .env("PATH", format!("{path}:/usr/sbin:/sbin"))
+            .env("PATH", format!("{}:{path}:/usr/sbin:/sbin", self.path("bin").display()))
             .env("LC_ALL", "C.UTF-8")
             .env("TZ", "UTC")
             .env("HOME", self.path("home"))

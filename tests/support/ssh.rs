@@ -1,4 +1,8 @@
 //! A way to this machine as if it were another: an SSH daemon of the test's own on a free port.
+//!
+//! What the commands of the test's environment learn of hosts is kept in its directory: ssh would write to the
+//! home that the user has by passwd, whatever the environment says, and no parameter of libvirt's URIs tells it
+//! another file.
 
 use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;
@@ -48,10 +52,19 @@ impl Ssh {
         }
         let daemon = Process::spawn(&mut command);
         wait_until("sshd", 20, || std::net::TcpStream::connect(("127.0.0.1", port)).is_ok());
+        let (program, hosts) = (env.path("bin/ssh"), env.path("known_hosts"));
+        let script = format!(
+            "#!/bin/sh\nexec /usr/bin/ssh -o UserKnownHostsFile={} \"$@\"\n",
+            hosts.display()
+        );
+        std::fs::create_dir(env.path("bin")).expect("own directory");
+        std::fs::write(&program, script).expect("own directory");
+        let executable = std::fs::Permissions::from_mode(0o755);
+        std::fs::set_permissions(&program, executable).expect("own file");
         Self { port, key: env.path("key"), daemon }
     }
 
-    /// This machine's libvirt, as one that is elsewhere.
+    /// This machine's libvirt, as one that is elsewhere: for commands of the test's environment.
     pub(crate) fn uri(&self) -> String {
         let (port, key) = (self.port, self.key.display());
         format!("qemu+ssh://root@127.0.0.1:{port}/system?keyfile={key}&no_verify=1")
