@@ -48,6 +48,11 @@ sweep() {
     is_left "${name##*/}" || continue
     rmdir "$name" 2>/dev/null || true
   done
+  # Those of domains whose libvirt was killed as well.
+  for name in /sys/fs/cgroup/{,*/}machine/qemu-*-vmbtest-*; do
+    is_left "vmbtest-${name##*-vmbtest-}" || continue
+    find "$name" -type d -delete 2>/dev/null || true
+  done
 }
 
 start() {

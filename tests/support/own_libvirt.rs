@@ -46,6 +46,7 @@ impl OwnLibvirt {
             .env(INSIDE, std::process::id().to_string())
             .stdin(Stdio::null())
             .status();
+        remove_cgroups();
         assert!(status.expect("unshare runs").success(), "it failed in namespaces of its own");
     }
 
@@ -81,6 +82,14 @@ impl OwnLibvirt {
         let daemon = std::fs::read_to_string(Path::new(BESIDE).join(pid_file));
         env.on_host_of(daemon.expect("a running daemon has a pid file").trim())
     }
+}
+
+/// Removes the control groups of domains that ended with their libvirt, which else would have done it.
+fn remove_cgroups() {
+    let of_test = format!("*/machine/qemu-*-vmbtest-{}-*", std::process::id());
+    let find = ["/sys/fs/cgroup", "-type", "d", "-path", &of_test, "-delete"];
+    // Those of others come and go meanwhile, of which it complains.
+    Command::new("find").args(find).stderr(Stdio::null()).status().expect("find runs");
 }
 
 fn script() -> PathBuf {
