@@ -5,7 +5,7 @@
 //! room. Readers see no difference.
 
 use zstd::bulk::Compressor;
-use zstd::zstd_safe::{CParameter, compress_bound};
+use zstd::zstd_safe::{CParameter, ParamSwitch, compress_bound};
 
 use crate::error::{Error, Kind, Result};
 
@@ -18,8 +18,8 @@ const LEVEL: i32 = 1;
 pub(super) enum Search {
     /// As level 1 does.
     Thorough,
-    /// In steps of four bytes instead of two, and for matches of at least 7 instead of 6: 1.17 times as fast;
-    /// what comes out is 4 % larger for log lines, 10 % for files of Debian (as above).
+    /// In steps of four bytes instead of two, and for matches of at least 7 instead of 6, in a larger table:
+    /// 1.2 times as fast; what comes out is 2 % larger for log lines, 10 % for files of Debian (as above).
     Coarse,
 }
 
@@ -38,17 +38,21 @@ thread_local! {
 
 impl Context {
     fn new() -> std::io::Result<Self> {
-        let zstd = Compressor::new(LEVEL)?;
+        let mut zstd = Compressor::new(LEVEL)?;
+        // Left to itself, zstd takes wider steps for leave to keep what is between matches as it is, and a third
+        // more comes out (`ZSTD_literalsCompressionIsDisabled`, zstd 1.5.7).
+        zstd.set_parameter(CParameter::LiteralCompressionMode(ParamSwitch::Enable))?;
         Ok(Self { search: Search::Thorough, zstd, out: Vec::new() })
     }
 
     fn search(&mut self, search: Search) -> std::io::Result<()> {
         if search != self.search {
             // Nothing is what the level says (zstd.h, "Compression parameters").
-            let (match_bytes, step) = match search {
-                Search::Thorough => (0, 0),
-                Search::Coarse => (7, 3),
+            let (table_bits, match_bytes, step) = match search {
+                Search::Thorough => (0, 0, 0),
+                Search::Coarse => (15, 7, 3),
             };
+            self.zstd.set_parameter(CParameter::HashLog(table_bits))?;
             self.zstd.set_parameter(CParameter::MinMatch(match_bytes))?;
             self.zstd.set_parameter(CParameter::TargetLength(step))?;
             self.search = search;
@@ -95,7 +99,8 @@ mod tests {
         let plain = text();
         let of = |search| compress(&plain, search).unwrap().unwrap();
         let (thorough, coarse) = (of(Search::Thorough), of(Search::Coarse));
-        assert!(thorough.len() < coarse.len(), "{} and {}", thorough.len(), coarse.len());
+        let (least, most) = (thorough.len(), thorough.len() * 6 / 5);
+        assert!((least + 1..most).contains(&coarse.len()), "{least} and {}", coarse.len());
         // A thread goes from one to the other and back.
         assert_eq!(of(Search::Thorough), thorough);
         for frame in [thorough, coarse] {

@@ -356,6 +356,12 @@ impl Run {
         Ok(writer.finish().await?.0)
     }
 
+    /// Waits until all that was stored so far is durable, though not yet in the index. Not cancel-safe.
+    pub async fn flush(&self) -> Result<()> {
+        self.shared.chunks.flush().await?;
+        self.shared.nodes.flush().await
+    }
+
     /// [`Run::make_point`] and [`Run::end`], where nothing waits for the point but for the run as well.
     pub async fn commit(mut self, point: PointId, draft: ManifestDraft) -> Result<Manifest> {
         let made = self.make_point(point, draft).await;
@@ -372,8 +378,7 @@ impl Run {
     /// builds on was forgotten meanwhile; then there is no point. Where the store does not answer there
     /// may be one, which [`Run::end`] sees to. Not cancel-safe.
     pub async fn make_point(&mut self, point: PointId, draft: ManifestDraft) -> Result<Manifest> {
-        self.shared.chunks.flush().await?;
-        self.shared.nodes.flush().await?;
+        self.flush().await?;
         let entries = std::mem::take(&mut self.shared.durable.lock().entries);
         self.shared.durable.spill(entries).await?;
         // A claim may have been given up after its packer was flushed.

@@ -274,7 +274,9 @@ impl Backup<'_> {
         }
         self.control.set_phase("checking the snapshot");
         self.control.check()?;
-        snapshot.still_valid().await?;
+        // The platform waits for news of the job, the repository for its store.
+        let (valid, durable) = tokio::join!(snapshot.still_valid(), self.run.flush());
+        valid.and(durable)?;
         let report = Report {
             point: self.point,
             vm: self.vm.clone(),
