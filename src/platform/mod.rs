@@ -30,6 +30,7 @@ pub mod qemu;
 #[cfg(test)]
 pub(crate) mod simulated;
 mod space;
+mod written;
 
 use std::collections::HashSet;
 use std::path::PathBuf;

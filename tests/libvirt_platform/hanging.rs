@@ -12,7 +12,7 @@ use vmbackup::platform::{Asked, Platform, Quiesce, RecoverRequest, SnapshotReque
 use crate::bare::{Bare, qcow2, request, take};
 use crate::quiesce::options;
 use crate::support::{
-    DiskFormat, Domain, DomainSpec, Guest, HangingDisk, Outcome, TestEnv, wait_until,
+    DiskFormat, Domain, DomainSpec, Guest, HangingDisk, Outcome, SlowWrites, TestEnv, wait_until,
 };
 
 /// Whether QEMU answers. One that waits for a disk answers nobody.
@@ -226,4 +226,34 @@ async fn scratch_that_hangs_when_a_backup_begins_is_named_in_time() {
     assert!(error.hint_text().is_some_and(|hint| hint.contains("--scratch-dir")), "{error:?}");
     assert!(!bare.has_backup_job());
     disk.answer();
+}
+
+/// QEMU writes scratch back before it closes it, and frees it if nobody else has it open: the guest stood
+/// still for as long as that takes.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_guest_does_not_wait_for_what_went_to_scratch_when_its_job_ends() {
+    let env = TestEnv::new();
+    let slow = SlowWrites::mount(&env.path("."));
+    let spec = DomainSpec::with_disks(&[DiskFormat::Qcow2, DiskFormat::Qcow2]);
+    let (domain, mut guest) = Domain::boot(&env, &spec);
+    guest.run("fill vda 0 32");
+    let mut wanted = request(1);
+    wanted.quiesce = Quiesce::Never;
+    wanted.scratch_dir = Some(slow.path.clone());
+    let platform = Libvirt::open(options(&env, &domain)).await.expect("connects");
+    let snapshot = platform.open_snapshot(&wanted, &Control::new()).await.expect("opens");
+    guest.run("fill vda 0 24");
+    let begun = Instant::now();
+    let commit = tokio::spawn(snapshot.commit());
+    let mut longest = Duration::ZERO;
+    while !commit.is_finished() {
+        let asked = Instant::now();
+        guest.run("rnd vdb 0 8");
+        longest = longest.max(asked.elapsed());
+    }
+    commit.await.expect("no panic").expect("commits");
+    // At 8 MiB a second.
+    assert!(begun.elapsed() > Duration::from_secs(2), "not slow: {:?}", begun.elapsed());
+    assert!(longest < Duration::from_secs(1), "the guest waited for {longest:?}");
+    assert!(!domain.has_backup_job());
 }

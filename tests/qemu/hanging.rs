@@ -4,6 +4,7 @@
 
 use std::io::Write;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -15,7 +16,7 @@ use vmbackup::platform::{Platform, SnapshotRequest};
 
 use crate::machine::{Guest, Machine};
 use crate::reading::{Points, open};
-use crate::support::{HangingDisk, TestEnv};
+use crate::support::{HangingDisk, SlowWrites, TestEnv};
 
 /// How many backups have a directory in it.
 fn runs(disk: &HangingDisk) -> usize {
@@ -145,4 +146,41 @@ async fn jobs_whose_scratch_is_full_end_at_once_although_it_takes_no_writes() {
     snapshot.abort().await.unwrap();
     assert_eq!(runs(&disk), 0);
     machine.holds_only(&[]).await;
+}
+
+/// QEMU writes a node back before it closes it, and answers nobody meanwhile.
+#[tokio::test]
+async fn what_went_to_scratch_is_on_disk_before_qemu_and_its_guest_would_wait_for_it() {
+    let mut machine = Machine::with(Guest::Idle).await;
+    let slow = SlowWrites::mount(&machine.path("."));
+    machine.guest("disk-a", "write -P 1 0 24M").await;
+    let point = machine.next_point();
+    let request = Points::default().request(&machine, point);
+    let request = SnapshotRequest { scratch_dir: Some(slow.path.clone()), ..request };
+    let platform = machine.platform().await;
+    let snapshot = open(&platform, &request).await;
+    machine.guest("disk-a", "write -P 2 0 24M").await;
+    let ended = AtomicBool::new(false);
+    let (took, longest) = tokio::join!(
+        async {
+            let begun = Instant::now();
+            snapshot.commit().await.unwrap();
+            ended.store(true, Ordering::SeqCst);
+            begun.elapsed()
+        },
+        async {
+            let mut longest = Duration::ZERO;
+            while !ended.load(Ordering::SeqCst) {
+                let asked = Instant::now();
+                assert!(machine.runs().await);
+                longest = longest.max(asked.elapsed());
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            longest
+        }
+    );
+    // At 8 MiB a second.
+    assert!(took > Duration::from_secs(2), "the disk was not slow: {took:?}");
+    assert!(longest < Duration::from_secs(1), "QEMU waited for {longest:?} of {took:?}");
+    machine.holds_only(&[point]).await;
 }

@@ -243,8 +243,12 @@ impl RunningSnapshot {
     /// Ends the job and removes what QEMU leaves of it. Scratch is watched until it has ended.
     async fn end_job(&mut self) -> Result<()> {
         self.reach = None;
+        let held = self.scratch.written(&self.job_disks).await;
         let ended = self.try_end_job().await;
         self.watch = None;
+        if let Some(held) = held {
+            held.let_go().await;
+        }
         if let Err(error) = ended {
             return Err(self.scratch.stays((&self.domain, self.point), error).await);
         }

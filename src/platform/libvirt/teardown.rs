@@ -17,9 +17,10 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::connection::{DomainHandle, Host};
-use super::job;
+use super::job::{self, JobDisk};
 use crate::error::{Error, Kind, Result};
 use crate::platform::space::{BEFORE, Question, aside};
+use crate::platform::written::Held;
 use crate::vm::PointId;
 
 /// How long scratch that does not answer is waited for, by the watch before the backup is given up and
@@ -53,6 +54,15 @@ impl Scratch {
             Some(question) => question.answers().await,
             None => Ok(()),
         }
+    }
+
+    /// What the disks' guest has overwritten, on disk and held, so that it does not wait for that when the job
+    /// ends; none where scratch does not answer, or is elsewhere.
+    pub(super) async fn written(&self, disks: &[JobDisk]) -> Option<Held> {
+        let directory = self.local()?;
+        self.answers().await.ok()?;
+        let files = disks.iter().map(|disk| disk.scratch.clone()).collect();
+        Some(Held::written(directory, files).await)
     }
 
     /// Waits until it takes writes, however long that is. Cancel-safe.
