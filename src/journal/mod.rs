@@ -458,10 +458,12 @@ impl Journal {
         call(self.probe.as_ref(), phase, Moment::After);
     }
 
-    /// The directories in which earlier runs noted scratch, of those `of` names.
-    pub fn scratch_directories(&self, of: impl Fn(&Run) -> bool) -> BTreeSet<&Path> {
-        let runs = self.earlier().filter(|run| of(run));
-        runs.flat_map(|run| run.objects(Phase::Scratch)).filter_map(Path::parent).collect()
+    /// The directories in which earlier runs noted scratch.
+    pub fn scratch_directories(&self) -> BTreeSet<&Path> {
+        self.earlier()
+            .flat_map(|run| run.objects(Phase::Scratch))
+            .filter_map(Path::parent)
+            .collect()
     }
 
     /// The files and directories that earlier runs noted for `phases`, by the directory they are in,

@@ -151,9 +151,8 @@ async fn jobs_whose_scratch_is_full_end_at_once_although_it_takes_no_writes() {
 /// QEMU writes a node back before it closes it, and answers nobody meanwhile.
 #[tokio::test]
 async fn what_went_to_scratch_is_on_disk_before_qemu_and_its_guest_would_wait_for_it() {
-    let mut machine = Machine::with(Guest::Idle).await;
+    let mut machine = Machine::filled(Guest::Idle, 32).await;
     let slow = SlowWrites::mount(&machine.path("."));
-    machine.guest("disk-a", "write -P 1 0 24M").await;
     let point = machine.next_point();
     let request = Points::default().request(&machine, point);
     let request = SnapshotRequest { scratch_dir: Some(slow.path.clone()), ..request };

@@ -45,7 +45,7 @@ impl Recover<'_> {
             let found = format!("another run has found VM '{name}' since");
             return Err(Stopped::AtWork(Error::new(Kind::Busy, found)));
         }
-        for directory in journal.scratch_directories(|_| true) {
+        for directory in journal.scratch_directories() {
             control.run(self.directories.answers(directory, self.mode)).await?;
         }
         let files = [Phase::Scratch, Phase::Socket];

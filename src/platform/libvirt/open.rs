@@ -7,6 +7,8 @@
 
 mod instant;
 
+use std::path::PathBuf;
+
 use super::checkpoint::{Bases, Checkpoints, Delete, read_mode};
 use super::connection::DomainHandle;
 use super::job::{self, JobDisk, Server};
@@ -331,9 +333,12 @@ impl Opening {
         if let Ok(socket) = socket_path(&self.places.socket, point) {
             remove_left(vec![socket]).await;
         }
+        remove_left(self.scratch_files(point)).await;
+    }
+
+    fn scratch_files(&self, point: PointId) -> Vec<PathBuf> {
         let disks = self.survey.disks.iter().map(|disk| &disk.disk.name);
-        remove_left(disks.map(|disk| scratch_path(&self.places.scratch, point, disk)).collect())
-            .await;
+        disks.map(|disk| scratch_path(&self.places.scratch, point, disk)).collect()
     }
 
     /// Undoes what was done, as far as it can be; what cannot be is logged, stays in the journal and
@@ -407,7 +412,8 @@ impl Opening {
             job::active(&self.domain).await?.is_some_and(|job| job.point == Some(point));
         if was_there {
             let patience = self.watch.as_ref().map_or(STALL, Watch::patience);
-            self.scratch.end_job((&self.domain, point), patience).await?;
+            let files = self.scratch_files(point);
+            self.scratch.end_job((&self.domain, point), files, patience).await?;
         }
         self.remove_files(point).await;
         Ok(was_there)

@@ -11,6 +11,7 @@
 //! are theirs to judge.
 
 use std::path::Path;
+use std::time::Duration;
 
 use virt::domain::Domain;
 
@@ -146,11 +147,7 @@ impl Leftovers<'_> {
             if !self.recovery.undo(format!("backup job of domain '{name}'")) {
                 return Ok(());
             }
-            let ended = match self.scratch_answers(|run| run.point == point).await {
-                Ok(()) => job::end(self.domain, point).await,
-                hangs => hangs,
-            };
-            if let Err(error) = ended {
+            if let Err(error) = self.end_job(point).await {
                 let what = format!("cannot end the job an earlier backup left on domain '{name}'");
                 self.recovery.stays(error.in_one_line());
                 return Err(error.context(what));
@@ -166,6 +163,19 @@ impl Leftovers<'_> {
         let over = |run: &&Run| run.objects(Phase::Job).any(|o| o == Path::new(BEGUN));
         let over: Vec<PointId> = self.journal.earlier().filter(over).map(|run| run.point).collect();
         over.into_iter().try_for_each(|point| self.journal.undone(point, &[Phase::Job]))
+    }
+
+    /// Not while its scratch hangs.
+    async fn end_job(&self, point: PointId) -> Result<()> {
+        let runs = self.journal.earlier().filter(|run| run.point == point);
+        let files = runs.flat_map(|run| run.objects(Phase::Scratch)).map(Path::to_owned);
+        let files: Vec<_> = files.collect();
+        let Some(directory) = files.first().and_then(|file| file.parent()).map(Path::to_owned)
+        else {
+            return job::end(self.domain, point).await;
+        };
+        let scratch = Scratch::new(&self.domain.host, directory);
+        scratch.end_job((self.domain, point), files, Duration::ZERO).await
     }
 
     /// Removes the files of jobs that are gone: QEMU never unlinks its socket, and after a crash
@@ -216,14 +226,14 @@ impl Leftovers<'_> {
 
     async fn remove(&mut self, phases: &[Phase]) -> Result<Vec<PointId>> {
         if self.recovery.changes() {
-            self.scratch_answers(|_| true).await?;
+            self.scratch_answers().await?;
         }
         remove_noted(self.journal, phases, self.recovery).await
     }
 
     /// [`Kind::Timeout`] if a directory in which earlier runs noted scratch takes no writes.
-    async fn scratch_answers(&self, of: impl Fn(&Run) -> bool) -> Result<()> {
-        for directory in self.journal.scratch_directories(of) {
+    async fn scratch_answers(&self) -> Result<()> {
+        for directory in self.journal.scratch_directories() {
             Scratch::new(&self.domain.host, directory.to_owned()).answers().await?;
         }
         Ok(())

@@ -5,6 +5,7 @@
 //! ([`VmSnapshot::still_valid`]).
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -243,12 +244,8 @@ impl RunningSnapshot {
     /// Ends the job and removes what QEMU leaves of it. Scratch is watched until it has ended.
     async fn end_job(&mut self) -> Result<()> {
         self.reach = None;
-        let held = self.scratch.written(&self.job_disks).await;
         let ended = self.try_end_job().await;
         self.watch = None;
-        if let Some(held) = held {
-            held.let_go().await;
-        }
         if let Err(error) = ended {
             return Err(self.scratch.stays((&self.domain, self.point), error).await);
         }
@@ -256,18 +253,23 @@ impl RunningSnapshot {
             if let Server::Unix(socket) = &self.server {
                 remove_left(vec![socket.clone()]).await;
             }
-            let scratch = self.job_disks.iter().map(|disk| disk.scratch.clone());
-            remove_left(scratch.collect()).await;
+            remove_left(self.scratch_files()).await;
         }
         Ok(())
+    }
+
+    fn scratch_files(&self) -> Vec<PathBuf> {
+        self.job_disks.iter().map(|disk| disk.scratch.clone()).collect()
     }
 
     async fn try_end_job(&mut self) -> Result<()> {
         let patience = self.watch.as_ref().map_or(STALL, Watch::patience);
         self.domain = self.domain.revived().await?;
-        let mut ended = self.scratch.end_job((&self.domain, self.point), patience).await;
+        let files = self.scratch_files();
+        let mut ended =
+            self.scratch.end_job((&self.domain, self.point), files.clone(), patience).await;
         if ended.is_err() && self.reconnect().await? {
-            ended = self.scratch.end_job((&self.domain, self.point), patience).await;
+            ended = self.scratch.end_job((&self.domain, self.point), files, patience).await;
         }
         ended
     }

@@ -17,7 +17,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::connection::{DomainHandle, Host};
-use super::job::{self, JobDisk};
+use super::job;
 use crate::error::{Error, Kind, Result};
 use crate::platform::space::{BEFORE, Question, aside};
 use crate::platform::written::Held;
@@ -56,15 +56,6 @@ impl Scratch {
         }
     }
 
-    /// What the disks' guest has overwritten, on disk and held, so that it does not wait for that when the job
-    /// ends; none where scratch does not answer, or is elsewhere.
-    pub(super) async fn written(&self, disks: &[JobDisk]) -> Option<Held> {
-        let directory = self.local()?;
-        self.answers().await.ok()?;
-        let files = disks.iter().map(|disk| disk.scratch.clone()).collect();
-        Some(Held::written(directory, files).await)
-    }
-
     /// Waits until it takes writes, however long that is. Cancel-safe.
     pub(super) async fn until_it_answers(&self) {
         while let Err(error) = self.answers().await {
@@ -72,25 +63,30 @@ impl Scratch {
         }
     }
 
-    /// Ends the job of a point when scratch takes writes; [`Kind::Timeout`], with the job as it was, if that is
-    /// not so within `limit`. It is asked once at least.
+    /// Ends the job of a point when scratch takes writes, and its `files` are on disk; [`Kind::Timeout`], with
+    /// the job as it was, if it takes none within `limit`. It is asked once at least.
     pub(super) async fn end_job(
         &self,
         (domain, point): (&DomainHandle, PointId),
+        files: Vec<PathBuf>,
         limit: Duration,
     ) -> Result<()> {
         let until = Instant::now() + limit;
         while let Err(hangs) = self.answers().await {
             // The watch ends it at once where scratch is full.
             if job::active(domain).await?.is_none_or(|job| job.point != Some(point)) {
-                break;
+                return job::end(domain, point).await;
             }
             if Instant::now() >= until {
                 return Err(hangs);
             }
             tracing::warn!(error = %hangs, "the backup job cannot be ended yet; tried again");
         }
-        job::end(domain, point).await
+        let Some(directory) = self.local() else { return job::end(domain, point).await };
+        let held = Held::written(directory, files).await;
+        let ended = job::end(domain, point).await;
+        held.let_go().await;
+        ended
     }
 
     /// What it means that the job was not ended because of `error`.

@@ -111,7 +111,7 @@ async fn go_on(
 /// the points of which it stays.
 async fn scratch(journal: &Journal, base: &Path, recovery: &mut Recovery) -> Vec<PointId> {
     let removed = async {
-        for other in journal.scratch_directories(|_| true) {
+        for other in journal.scratch_directories() {
             if other != base {
                 work_dir::answers(other).await?;
             }
