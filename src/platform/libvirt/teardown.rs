@@ -19,7 +19,7 @@ use tokio::time::Instant;
 use super::connection::{DomainHandle, Host};
 use super::job;
 use crate::error::{Error, Kind, Result};
-use crate::platform::space::{BEFORE, Question, aside};
+use crate::platform::space::{ANSWER, BEFORE, POLL, Question, aside, check_aside};
 use crate::platform::written::Held;
 use crate::vm::PointId;
 
@@ -83,9 +83,15 @@ impl Scratch {
             tracing::warn!(error = %hangs, "the backup job cannot be ended yet; tried again");
         }
         let Some(directory) = self.local() else { return job::end(domain, point).await };
-        let held = Held::written(directory, files).await;
+        let held = tokio::select! {
+            held = Held::written(directory, files) => Some(held),
+            // The guest's next write may fail. Nobody else watches where the run was killed.
+            () = until_low(directory) => None,
+        };
         let ended = job::end(domain, point).await;
-        held.let_go().await;
+        if let Some(held) = held {
+            held.let_go().await;
+        }
         ended
     }
 
@@ -110,6 +116,13 @@ impl Scratch {
         error.context(what).hint(
             "run 'vmbackup recover' as soon as the directory can be written to and libvirt answers",
         )
+    }
+}
+
+/// Waits until scratch is short of room, or nobody can tell. Cancel-safe.
+async fn until_low(directory: &Path) {
+    while check_aside(directory, ANSWER).await.is_ok() {
+        tokio::time::sleep(POLL).await;
     }
 }
 

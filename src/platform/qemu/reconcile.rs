@@ -14,7 +14,7 @@
 //! has an NBD export. Bitmaps of other repositories are theirs to judge; ours are removed only if
 //! it is known which points exist. Called by `open::open` and `Qemu::recover`.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use qmp::Monitor;
@@ -252,8 +252,7 @@ async fn leftovers(monitor: &Monitor, journal: &Journal) -> Result<Things> {
         Filter::found(name, &devices, noted)
     });
     let scratch = nodes.iter().filter(|node| Temp::Scratch.is(node.name()));
-    let files: Vec<PathBuf> = scratch.map(|node| PathBuf::from(&node.file)).collect();
-    let directories = files.iter().filter_map(|file| file.parent());
+    let directories = scratch.filter_map(|node| Path::new(&node.file).parent());
     let mut directories: Vec<_> = directories.map(Path::to_owned).collect();
     directories.dedup();
     let directories = directories.into_iter().map(Question::new).collect();
@@ -267,7 +266,6 @@ async fn leftovers(monitor: &Monitor, journal: &Journal) -> Result<Things> {
         moving: Arc::default(),
         jobs: jobs.into_iter().map(|job| job.id).filter(|id| Temp::Job.is(id)).collect(),
         scratch: node_names(Temp::Scratch),
-        files,
         changes,
     };
     let any = !(things.exports.is_empty() && things.scratch.is_empty() && things.jobs.is_empty());

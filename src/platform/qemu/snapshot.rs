@@ -35,6 +35,7 @@ use crate::image::bitmap::BitmapNames;
 use crate::journal::{Journal, Phase};
 use crate::nbd::{Client, ClientOptions, NbdUri, Timeouts};
 use crate::platform::space::Space;
+use crate::platform::written::Held;
 use crate::platform::{SnapshotDisk, SnapshotRequest, VmSnapshot};
 use crate::vm::{Artifact, Consistency, ExcludedDisk, NotCaptured, PointId, Quiescence, ReadMode};
 
@@ -67,6 +68,8 @@ pub(super) struct Snapshot {
     pub(super) point: PointId,
     pub(super) names: BitmapNames,
     pub(super) work_dir: WorkDir,
+    /// Files in it.
+    pub(super) scratch_files: Vec<PathBuf>,
     pub(super) journal: Journal,
     /// What keeps what the guest overwrites.
     pub(super) keeper: Keeper,
@@ -139,6 +142,7 @@ impl Snapshot {
             point: request.point,
             names,
             work_dir,
+            scratch_files: Vec::new(),
             journal,
             keeper: Keeper::of(qemu, request),
             access: reclaim::access(qemu, request),
@@ -215,6 +219,10 @@ impl Snapshot {
             Keeper::Jobs => END_JOBS,
             Keeper::Filters => END_FILTERS,
         };
+        // A pause ends first.
+        if self.things.pause.is_none() {
+            self.write_back().await;
+        }
         let until = Instant::now() + patience;
         loop {
             match self.things.take_down(&self.monitor).await {
@@ -224,6 +232,15 @@ impl Snapshot {
                 }
                 result => return result,
             }
+        }
+    }
+
+    /// Has scratch on disk before QEMU, and its guest with it, waits for that.
+    async fn write_back(&self) {
+        // It is asked again, and for longer, by what follows.
+        if self.things.scratch_answers().await.is_ok() {
+            let directory = self.work_dir.scratch_dir();
+            Held::written(directory, self.scratch_files.clone()).await.let_go().await;
         }
     }
 

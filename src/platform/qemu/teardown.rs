@@ -10,7 +10,6 @@
 //! full: its jobs end at once ([`Things::give_up`] with [`Scratch::Answers`]), because the guest's
 //! next write may fail.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -26,7 +25,6 @@ use super::pause;
 use super::work_dir::Question;
 use crate::error::{Error, Kind, Result};
 use crate::journal::Recovery;
-use crate::platform::written::Held;
 
 /// Longest wait for QEMU to let go of an export or end a job: requests in flight end first.
 const LET_GO: Duration = Duration::from_secs(30);
@@ -64,8 +62,6 @@ pub(super) struct Things {
     pub(super) moving: Arc<Mutex<()>>,
     /// Scratch nodes.
     pub(super) scratch: Vec<String>,
-    /// Their files.
-    pub(super) files: Vec<PathBuf>,
     /// Merged bitmaps.
     pub(super) changes: Vec<BitmapRef>,
 }
@@ -118,7 +114,6 @@ impl Things {
             first.note(Err(hangs));
             return first.into();
         }
-        self.write_back().await;
         first.note(self.end_exports(monitor).await);
         if self.server.is_some() {
             first.note(stop_server(monitor).await);
@@ -143,14 +138,6 @@ impl Things {
             first.note(remove_bitmap(monitor, bitmap).await);
         }
         first.into()
-    }
-
-    /// Has scratch, which has answered, on disk before QEMU, and its guest with it, waits for that.
-    async fn write_back(&self) {
-        for file in &self.files {
-            let directory = file.parent().unwrap_or(file);
-            Held::written(directory, vec![file.clone()]).await.let_go().await;
-        }
     }
 
     /// Fails with [`Kind::Timeout`] if scratch takes no writes now. Cancel-safe.
