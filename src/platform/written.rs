@@ -13,9 +13,14 @@ use std::time::{Duration, Instant};
 use rustix::fs::{Mode, OFlags, fdatasync, open};
 
 use super::space::aside;
+use crate::error::Result;
 
-/// How long write-back is waited for: what it has not done by then, QEMU waits for.
-const WRITE_BACK: Duration = Duration::from_secs(60);
+/// How long write-back is waited for. A slow disk under much scratch takes minutes; one that takes longer
+/// hangs, and so would QEMU in its own flush, with its guest.
+const WRITE_BACK: Duration = Duration::from_secs(600);
+
+/// When the person is told what is waited for.
+const TELL: Duration = Duration::from_secs(10);
 
 /// A flush that took no longer left nothing behind that would be worth another.
 const SHORT: Duration = Duration::from_millis(50);
@@ -32,18 +37,27 @@ pub(super) struct Held {
 
 impl Held {
     /// Writes `files` of `directory`, which has answered, back, and holds them. One that cannot be opened is
-    /// left to QEMU: it is gone, or nobody's but QEMU's.
-    pub(super) async fn written(directory: &Path, files: Vec<PathBuf>) -> Self {
+    /// left to QEMU: it is gone, or nobody's but QEMU's. Fails with [`Kind::Timeout`] where the disk hangs:
+    /// QEMU had better not let go of them now. Cancel-safe.
+    ///
+    /// [`Kind::Timeout`]: crate::error::Kind::Timeout
+    pub(super) async fn written(directory: &Path, files: Vec<PathBuf>) -> Result<Self> {
         let written = aside(directory, WRITE_BACK, move || {
             let files: Vec<File> = files.iter().filter_map(|path| open_file(path)).collect();
             files.iter().for_each(write_back);
             files
         });
-        let files = written.await.unwrap_or_else(|error| {
-            tracing::warn!(%error, "scratch is not written back; the guest may wait for it");
-            Vec::new()
-        });
-        Self { directory: directory.to_owned(), files }
+        let tell = async {
+            tokio::time::sleep(TELL).await;
+            let directory = directory.display();
+            tracing::warn!("scratch in {directory} is being written back, before its job is ended");
+            std::future::pending().await
+        };
+        let files = tokio::select! {
+            files = written => files?,
+            never = tell => never,
+        };
+        Ok(Self { directory: directory.to_owned(), files })
     }
 
     /// Lets go of the files: where they were unlinked, this frees them.
@@ -80,5 +94,29 @@ fn write_back(file: &File) {
         if begun.elapsed() <= SHORT {
             return;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use rustix::fs::{CWD, FileType, mknodat};
+
+    use super::*;
+
+    /// A pipe would be waited for, and what a link leads to is not QEMU's.
+    #[tokio::test]
+    async fn only_files_are_held() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let at = |name: &str| directory.path().join(name);
+        std::fs::write(at("file"), "scratch").expect("own directory");
+        symlink(at("file"), at("link")).expect("own directory");
+        mknodat(CWD, at("pipe"), FileType::Fifo, Mode::RWXU, 0).expect("own directory");
+        let paths = ["file", "link", "pipe", "gone", "."].map(at);
+        let held = Held::written(directory.path(), paths.into()).await.expect("it answers");
+        assert_eq!(held.files.len(), 1);
+        assert_eq!(held.files[0].metadata().expect("open").len(), 7);
+        held.let_go().await;
     }
 }

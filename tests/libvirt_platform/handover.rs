@@ -1,7 +1,9 @@
 //! The way to libvirt ends where a new point is to take the place of an older one, whose bitmap only QEMU's
 //! memory has: no image names it.
 
-use std::process::Command;
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::time::Duration;
 
 use vmbackup::control::Control;
 use vmbackup::error::{Kind, Result};
@@ -98,6 +100,54 @@ async fn what_cannot_be_handed_over_is_left_to_the_next_backup_however_often() {
     let (_, read) = backup(&bare, &next(4, &points)).await.expect("backs up");
     assert!(read.iter().all(|disk| disk.read == ReadMode::Incremental { base: point(3) }));
     assert_only(&bare, 4);
+}
+
+/// Lets a QEMU go on.
+struct Stopped(String);
+
+impl Stopped {
+    fn signal(&self, signal: &str) {
+        let status = Command::new("kill").args([signal, &self.0]).status();
+        assert!(status.expect("kill runs").success(), "QEMU is gone");
+    }
+}
+
+impl Drop for Stopped {
+    fn drop(&mut self) {
+        self.signal("-CONT");
+    }
+}
+
+/// libvirt waits 30 seconds for its turn.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_libvirt_has_no_time_for_is_left_to_the_next_backup() {
+    let env = TestEnv::new();
+    let bare = started(&env);
+    let proxy = Proxy::start(&env);
+    let mut points = vec![backup(&bare, &request(1)).await.expect("backs up").0];
+    let pid = std::fs::read_to_string(format!("/run/libvirt/qemu/{}.pid", bare.name));
+    let qemu = Arc::new(Stopped(pid.expect("it runs").trim().to_owned()));
+    let (name, stopped) = (bare.name.clone(), Arc::clone(&qemu));
+    // Somebody's command that takes its time.
+    let busy = move |_: &Proxy| {
+        stopped.signal("-STOP");
+        let command = ["qemu-monitor-command", &name, r#"{"execute":"query-status"}"#];
+        let mut virsh = Command::new("virsh");
+        virsh.args(["-q", "-c", libvirt::URI]).args(command).stdout(Stdio::null());
+        let mut virsh = virsh.spawn().expect("virsh runs");
+        std::thread::spawn(move || virsh.wait());
+        std::thread::sleep(Duration::from_millis(500));
+    };
+    let (taken, committed) = disturbed((&bare, &proxy), &next(2, &points), busy).await;
+    qemu.signal("-CONT");
+    let error = committed.expect_err("nobody else gets a turn");
+    assert!(matches!(error.kind(), Kind::Timeout | Kind::Busy), "{error:?}");
+    assert!(error.to_string().contains("is complete, but"), "{error}");
+    assert_eq!((bare.bitmaps().len(), bare.journals()), (2, 1));
+    points.insert(0, taken);
+    let (_, read) = backup(&bare, &next(3, &points)).await.expect("backs up");
+    assert!(read.iter().all(|disk| disk.read == ReadMode::Incremental { base: point(2) }));
+    assert_only(&bare, 3);
 }
 
 #[tokio::test(flavor = "multi_thread")]

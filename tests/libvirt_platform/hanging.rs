@@ -245,17 +245,35 @@ async fn the_guest_does_not_wait_for_what_went_to_scratch_when_its_job_ends() {
     let platform = Libvirt::open(options(&env, &domain)).await.expect("connects");
     let snapshot = platform.open_snapshot(&wanted, &Control::new()).await.expect("opens");
     guest.run("fill vda 0 24");
+    goes_on_beside(&mut guest, snapshot.commit()).await.expect("commits");
+    assert!(!domain.has_backup_job());
+
+    // Nor when it was killed, and somebody else ends it.
+    wanted.point = request(2).point;
+    drop(platform.open_snapshot(&wanted, &Control::new()).await.expect("opens"));
+    guest.run("fill vda 0 24");
+    let (repository, mode) = (Asked::Yes, Mode::Undo);
+    let recover = RecoverRequest { snapshot: wanted, repository, mode };
+    let recover = async move { platform.recover(&recover, &Control::new()).await };
+    goes_on_beside(&mut guest, recover).await.expect("recovers");
+    assert!(!domain.has_backup_job());
+}
+
+/// Requires that the guest goes on while something waits for a disk of 8 MiB a second.
+async fn goes_on_beside<T: Send + 'static>(
+    guest: &mut Guest,
+    waits: impl Future<Output = T> + Send + 'static,
+) -> T {
     let begun = Instant::now();
-    let commit = tokio::spawn(snapshot.commit());
+    let waits = tokio::spawn(waits);
     let mut longest = Duration::ZERO;
-    while !commit.is_finished() {
+    while !waits.is_finished() {
         let asked = Instant::now();
         guest.run("rnd vdb 0 8");
         longest = longest.max(asked.elapsed());
     }
-    commit.await.expect("no panic").expect("commits");
-    // At 8 MiB a second.
+    let done = waits.await.expect("no panic");
     assert!(begun.elapsed() > Duration::from_secs(2), "not slow: {:?}", begun.elapsed());
     assert!(longest < Duration::from_secs(1), "the guest waited for {longest:?}");
-    assert!(!domain.has_backup_job());
+    done
 }

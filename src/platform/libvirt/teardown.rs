@@ -64,7 +64,8 @@ impl Scratch {
     }
 
     /// Ends the job of a point when scratch takes writes, and its `files` are on disk; [`Kind::Timeout`], with
-    /// the job as it was, if it takes none within `limit`. It is asked once at least.
+    /// the job as it was, if it takes none within `limit`, or is not written back ([`Held::written`]). It is
+    /// asked once at least.
     pub(super) async fn end_job(
         &self,
         (domain, point): (&DomainHandle, PointId),
@@ -84,7 +85,7 @@ impl Scratch {
         }
         let Some(directory) = self.local() else { return job::end(domain, point).await };
         let held = tokio::select! {
-            held = Held::written(directory, files) => Some(held),
+            held = Held::written(directory, files) => Some(held?),
             // The guest's next write may fail. Nobody else watches where the run was killed.
             () = until_low(directory) => None,
         };

@@ -221,7 +221,7 @@ impl Snapshot {
         };
         // A pause ends first.
         if self.things.pause.is_none() {
-            self.write_back().await;
+            self.write_back().await?;
         }
         let until = Instant::now() + patience;
         loop {
@@ -236,12 +236,13 @@ impl Snapshot {
     }
 
     /// Has scratch on disk before QEMU, and its guest with it, waits for that.
-    async fn write_back(&self) {
+    async fn write_back(&self) -> Result<()> {
         // It is asked again, and for longer, by what follows.
         if self.things.scratch_answers().await.is_ok() {
             let directory = self.work_dir.scratch_dir();
-            Held::written(directory, self.scratch_files.clone()).await.let_go().await;
+            Held::written(directory, self.scratch_files.clone()).await?.let_go().await;
         }
+        Ok(())
     }
 
     /// What it means that the snapshot was not ended.
