@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use rustix::fs::{Mode, OFlags, fdatasync, open};
 
 use super::space::aside;
-use crate::error::Result;
+use crate::error::{Error, Kind, Result};
 
 /// How long write-back is waited for. A slow disk under much scratch takes minutes; one that takes longer
 /// hangs, and so would QEMU in its own flush, with its guest.
@@ -22,10 +22,10 @@ const WRITE_BACK: Duration = Duration::from_secs(600);
 /// When the person is told what is waited for.
 const TELL: Duration = Duration::from_secs(10);
 
-/// A flush that took no longer left nothing behind that would be worth another.
+/// Flushes that took no longer left nothing behind that would be worth others.
 const SHORT: Duration = Duration::from_millis(50);
 
-/// Flushes of a file that the guest goes on to fill.
+/// Flushes of files that the guest goes on to fill.
 const FLUSHES_MAX: usize = 3;
 
 /// Open files, by the directory they are in.
@@ -38,13 +38,20 @@ pub(super) struct Held {
 impl Held {
     /// Writes `files` of `directory`, which has answered, back, and holds them. One that cannot be opened is
     /// left to QEMU: it is gone, or nobody's but QEMU's. Fails with [`Kind::Timeout`] where the disk hangs:
-    /// QEMU had better not let go of them now. Cancel-safe.
-    ///
-    /// [`Kind::Timeout`]: crate::error::Kind::Timeout
+    /// QEMU had better not let go of them now. Cancel-safe; what hangs goes on in a thread of its own.
     pub(super) async fn written(directory: &Path, files: Vec<PathBuf>) -> Result<Self> {
-        let written = aside(directory, WRITE_BACK, move || {
+        Self::written_within(WRITE_BACK, directory, files).await
+    }
+
+    async fn written_within(
+        limit: Duration,
+        directory: &Path,
+        files: Vec<PathBuf>,
+    ) -> Result<Self> {
+        let until = Instant::now() + limit;
+        let written = aside(directory, limit, move || {
             let files: Vec<File> = files.iter().filter_map(|path| open_file(path)).collect();
-            files.iter().for_each(write_back);
+            write_back(&files, until);
             files
         });
         let tell = async {
@@ -54,9 +61,13 @@ impl Held {
             std::future::pending().await
         };
         let files = tokio::select! {
-            files = written => files?,
+            files = written => files,
             never = tell => never,
         };
+        let files = files.map_err(|error| match error.kind() {
+            Kind::Timeout => silent(directory, limit),
+            _ => error,
+        })?;
         Ok(Self { directory: directory.to_owned(), files })
     }
 
@@ -83,17 +94,32 @@ fn open_file(path: &Path) -> Option<File> {
     })
 }
 
-/// QEMU meets an error of the disk as well, where it counts for nothing: scratch is thrown away.
-fn write_back(file: &File) {
+/// The error of a directory whose files are not on disk in time.
+fn silent(directory: &Path, limit: Duration) -> Error {
+    let (directory, seconds) = (directory.display(), limit.as_secs());
+    let what = format!(
+        "scratch in {directory} is not on its disk after {seconds} s: the disk hangs, or is too slow"
+    );
+    Error::new(Kind::Timeout, what)
+        .hint("QEMU is left alone until it is; then run 'vmbackup recover' or the next backup")
+}
+
+/// All of them once; again as long as that is worth it, and would not be what takes too long.
+fn write_back(files: &[File], until: Instant) {
     for _ in 0..FLUSHES_MAX {
         let begun = Instant::now();
-        if let Err(error) = fdatasync(file) {
-            tracing::debug!(%error, "a scratch file is not written back");
+        files.iter().for_each(flush);
+        let took = begun.elapsed();
+        if took <= SHORT || Instant::now() + 2 * took > until {
             return;
         }
-        if begun.elapsed() <= SHORT {
-            return;
-        }
+    }
+}
+
+/// QEMU meets an error of the disk as well, where it counts for nothing: scratch is thrown away.
+fn flush(file: &File) {
+    if let Err(error) = fdatasync(file) {
+        tracing::debug!(%error, "a scratch file is not written back");
     }
 }
 
@@ -118,5 +144,17 @@ mod tests {
         assert_eq!(held.files.len(), 1);
         assert_eq!(held.files[0].metadata().expect("open").len(), 7);
         held.let_go().await;
+    }
+
+    #[tokio::test]
+    async fn what_is_not_on_disk_in_time_is_no_success() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let file = directory.path().join("file");
+        std::fs::write(&file, vec![1; 16 << 20]).expect("own directory");
+        let held = Held::written_within(Duration::ZERO, directory.path(), vec![file]).await;
+        let error = held.err().expect("too late");
+        assert_eq!(error.kind(), Kind::Timeout, "{error:?}");
+        assert!(error.to_string().contains(directory.path().to_str().expect("text")), "{error}");
+        assert!(error.hint_text().is_some_and(|hint| hint.contains("'vmbackup recover'")));
     }
 }

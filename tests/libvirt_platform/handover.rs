@@ -114,7 +114,7 @@ impl Stopped {
 
 impl Drop for Stopped {
     fn drop(&mut self) {
-        self.signal("-CONT");
+        let _ = Command::new("kill").args(["-CONT", &self.0]).status();
     }
 }
 

@@ -342,7 +342,7 @@ impl VmSnapshot for RunningSnapshot {
 
     async fn commit(mut self: Box<Self>) -> Result<()> {
         let older = self.older();
-        // Before what may take a minute, in which we may be killed.
+        // Before what may take minutes, in which we may be killed.
         let noted = self.note_handover(&older);
         let ended = self.end_job().await;
         // A job that may still run stays in the journal: the next run knows it for ours and ends it.

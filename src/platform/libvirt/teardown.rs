@@ -19,7 +19,7 @@ use tokio::time::Instant;
 use super::connection::{DomainHandle, Host};
 use super::job;
 use crate::error::{Error, Kind, Result};
-use crate::platform::space::{ANSWER, BEFORE, POLL, Question, aside, check_aside};
+use crate::platform::space::{BEFORE, POLL, Question, aside, check_aside};
 use crate::platform::written::Held;
 use crate::vm::PointId;
 
@@ -83,13 +83,20 @@ impl Scratch {
             }
             tracing::warn!(error = %hangs, "the backup job cannot be ended yet; tried again");
         }
-        let Some(directory) = self.local() else { return job::end(domain, point).await };
+        let ours = matches!(job::active(domain).await, Ok(Some(job)) if job.point == Some(point));
+        let Some(directory) = self.local().filter(|_| ours) else {
+            return job::end(domain, point).await;
+        };
         let held = tokio::select! {
             held = Held::written(directory, files) => Some(held?),
             // The guest's next write may fail. Nobody else watches where the run was killed.
-            () = until_low(directory) => None,
+            () = until_low(|| check_aside(directory, STALL)) => None,
         };
-        let ended = job::end(domain, point).await;
+        // That may have taken minutes.
+        let ended = match domain.revived().await {
+            Ok(domain) => job::end(&domain, point).await,
+            Err(error) => Err(error),
+        };
         if let Some(held) = held {
             held.let_go().await;
         }
@@ -120,10 +127,16 @@ impl Scratch {
     }
 }
 
-/// Waits until scratch is short of room, or nobody can tell. Cancel-safe.
-async fn until_low(directory: &Path) {
-    while check_aside(directory, ANSWER).await.is_ok() {
-        tokio::time::sleep(POLL).await;
+/// Waits until scratch is short of room, as `ask` tells. One that does not tell hangs: no reason to end what
+/// QEMU would wait for. Cancel-safe.
+async fn until_low<Asked: Future<Output = Result<()>>>(ask: impl Fn() -> Asked) {
+    loop {
+        match ask().await {
+            Err(error) if error.kind() == Kind::NoSpace => {
+                return tracing::warn!(%error, "scratch is not written back before its job ends");
+            }
+            _ => tokio::time::sleep(POLL).await,
+        }
     }
 }
 
@@ -143,5 +156,25 @@ fn remove(path: &Path) {
         Ok(()) => tracing::debug!(path = %path.display(), "removed what the job left"),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
         Err(error) => tracing::warn!(path = %path.display(), %error, "a file of the job remains"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn scratch_that_hangs_or_is_gone_is_not_short_of_room() {
+        let asked = Cell::new(0);
+        until_low(|| {
+            asked.set(asked.get() + 1);
+            let kind = [None, Some(Kind::Timeout), Some(Kind::NotFound), Some(Kind::NoSpace)];
+            let kind = kind[asked.get() - 1];
+            async move { kind.map_or(Ok(()), |kind| Err(Error::new(kind, "scratch"))) }
+        })
+        .await;
+        assert_eq!(asked.get(), 4);
     }
 }

@@ -104,6 +104,13 @@ pub(super) struct Watched {
     pub(super) disks: Vec<JobDisk>,
 }
 
+/// What is known of the room when a job is ended.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Room {
+    Short,
+    Unknown,
+}
+
 /// Why a watch is over.
 enum Over {
     /// The job has ended.
@@ -121,17 +128,20 @@ async fn watch(mut watched: Watched, mut events: Events, told: Arc<Told>) {
         over = until_short(scratch.local(), &look, &told) => over,
         over = watched.until_ended(&mut events, &look) => over,
     };
-    let (error, ended, answers) = match over {
-        Over::Ended(error) => (error, true, true),
-        Over::Short(error) => (error, false, true),
-        Over::Unknown(error) => (error, false, false),
+    let tell = |error| {
+        *told.lost.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
     };
-    *told.lost.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
-    if !answers {
-        scratch.until_it_answers().await;
-    }
-    if !ended {
-        watched.end().await;
+    match over {
+        Over::Ended(error) => tell(error),
+        Over::Short(error) => {
+            tell(error);
+            watched.end(Room::Short).await;
+        }
+        Over::Unknown(error) => {
+            tell(error);
+            scratch.until_it_answers().await;
+            watched.end(Room::Unknown).await;
+        }
     }
 }
 
@@ -266,18 +276,24 @@ impl Watched {
     }
 
     /// Ends the job, for the guest's sake; tries until it has ended or nobody holds the watch.
-    async fn end(&mut self) {
+    async fn end(&mut self, room: Room) {
         loop {
-            let error = match self.domain.revived().await {
-                Ok(domain) => match job::end(&domain, self.point).await {
-                    Ok(()) => return,
-                    Err(error) => error,
-                },
+            let error = match self.try_end(room).await {
+                Ok(()) => return,
                 Err(error) => error,
             };
             tracing::error!(?error, "the backup is given up and its job does not end");
             tokio::time::sleep(RECONNECT_PAUSE).await;
         }
+    }
+
+    async fn try_end(&self, room: Room) -> Result<()> {
+        let domain = self.domain.revived().await?;
+        if room == Room::Short {
+            return job::end(&domain, self.point).await;
+        }
+        let files = self.disks.iter().map(|disk| disk.scratch.clone()).collect();
+        self.scratch.end_job((&domain, self.point), files, Duration::ZERO).await
     }
 }
 

@@ -220,7 +220,7 @@ impl Snapshot {
             Keeper::Filters => END_FILTERS,
         };
         // A pause ends first.
-        if self.things.pause.is_none() {
+        if self.watch.is_some() && self.things.pause.is_none() {
             self.write_back().await?;
         }
         let until = Instant::now() + patience;
