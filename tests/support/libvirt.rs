@@ -22,7 +22,10 @@ pub(crate) fn virsh(env: &TestEnv, args: &[&str]) -> Outcome {
 /// Destroys and undefines a domain, whatever its state; nothing if there is none.
 pub(crate) fn remove_domain(env: &TestEnv, name: &str) {
     virsh(env, &["destroy", name]);
-    virsh(env, &["undefine", "--checkpoints-metadata", "--managed-save", "--nvram", name]);
+    let all = ["--checkpoints-metadata", "--snapshots-metadata", "--managed-save", "--nvram"];
+    let undefined = virsh(env, &[&["undefine"][..], &all, &[name]].concat());
+    let is_left = || virsh(env, &["domuuid", name]).code == Some(0);
+    assert!(std::thread::panicking() || !is_left(), "{name} stays: {undefined:?}");
 }
 
 /// Names of the checkpoints libvirt has metadata of.

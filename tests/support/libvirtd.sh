@@ -34,8 +34,8 @@ sweep() {
       $(virsh -q -c "$uri" desc --title "$uuid" 2>/dev/null); do
       is_left "$name" || continue
       virsh -q -c "$uri" destroy "$uuid" >/dev/null 2>&1 || true
-      virsh -q -c "$uri" undefine --checkpoints-metadata --managed-save --nvram "$uuid" \
-        >/dev/null 2>&1 || true
+      virsh -q -c "$uri" undefine --checkpoints-metadata --snapshots-metadata \
+        --managed-save --nvram "$uuid" >/dev/null 2>&1 || true
       break
     done
   done

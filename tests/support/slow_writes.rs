@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use super::tools::{Process, wait_until};
 
@@ -11,6 +12,9 @@ const RATE: &str = "rate=64M";
 
 /// Of a second, that it may be faster after a pause.
 const BURST: &str = "burstiness=0.1";
+
+/// Longest wait until it can be unmounted.
+const UNMOUNT: Duration = Duration::from_secs(20);
 
 /// A file system on a slow disk, unmounted with its guard. Every sync(2) of the machine waits for it.
 pub(crate) struct SlowWrites {
@@ -58,9 +62,18 @@ impl SlowWrites {
 
 impl Drop for SlowWrites {
     fn drop(&mut self) {
-        // Nothing is left to tell it to. The disk goes when what is to be written back is.
+        let unmounted =
+            |path| Command::new("umount").arg("-q").arg(path).status().is_ok_and(|s| s.success());
+        let begun = Instant::now();
+        // The disk goes when the loop device lets go of it, a moment after the file system.
         for path in [&self.path, &self.disk] {
-            let _ = Command::new("umount").arg(path).status();
+            while !unmounted(path) {
+                if begun.elapsed() > UNMOUNT {
+                    assert!(std::thread::panicking(), "{} stays mounted", path.display());
+                    break;
+                }
+                std::thread::sleep(Duration::from_millis(100));
+            }
         }
     }
 }
