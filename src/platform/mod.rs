@@ -107,7 +107,7 @@ pub trait VmSnapshot: Send {
     async fn source(&mut self, index: usize) -> Result<Arc<dyn BlockSource>>;
 
     /// `Ok` only if the instant held until now; [`Kind::SnapshotLost`](crate::error::Kind::SnapshotLost)
-    /// otherwise. Called after the last read.
+    /// otherwise. Called after the last read. Cancel-safe.
     async fn still_valid(&mut self) -> Result<()>;
 
     /// Ends the snapshot and keeps its checkpoint as the base of the next incremental; drops

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::{Mode, OFlags, fdatasync, open};
 
-use super::space::aside;
+use super::space::{POLL, aside, check_aside};
 use crate::error::{Error, Kind, Result};
 
 /// How long write-back is waited for. A slow disk under much scratch takes minutes; one that takes longer
@@ -71,11 +71,37 @@ impl Held {
         Ok(Self { directory: directory.to_owned(), files })
     }
 
+    /// The same, given up where `directory` runs short of room meanwhile: the guest's next write may fail, and
+    /// nobody else watches what a killed run left. None then. Cancel-safe.
+    pub(super) async fn written_with_room(
+        directory: &Path,
+        files: Vec<PathBuf>,
+    ) -> Result<Option<Self>> {
+        tokio::select! {
+            held = Self::written(directory, files) => held.map(Some),
+            // One question at a time, however long it hangs: a thread does.
+            () = until_low(|| check_aside(directory, WRITE_BACK)) => Ok(None),
+        }
+    }
+
     /// Lets go of the files: where they were unlinked, this frees them.
     pub(super) async fn let_go(self) {
         let files = self.files;
         if let Err(error) = aside(&self.directory, WRITE_BACK, move || drop(files)).await {
             tracing::warn!(%error, "scratch is still being freed");
+        }
+    }
+}
+
+/// Waits until scratch is short of room, as `ask` tells. One that does not tell hangs: no reason to end what
+/// QEMU would wait for. Cancel-safe.
+async fn until_low<Asked: Future<Output = Result<()>>>(ask: impl Fn() -> Asked) {
+    loop {
+        match ask().await {
+            Err(error) if error.kind() == Kind::NoSpace => {
+                return tracing::warn!(%error, "scratch is not written back before its job ends");
+            }
+            _ => tokio::time::sleep(POLL).await,
         }
     }
 }
@@ -125,6 +151,7 @@ fn flush(file: &File) {
 
 #[cfg(test)]
 mod tests {
+    use std::cell::Cell;
     use std::os::unix::fs::symlink;
 
     use rustix::fs::{CWD, FileType, mknodat};
@@ -144,6 +171,19 @@ mod tests {
         assert_eq!(held.files.len(), 1);
         assert_eq!(held.files[0].metadata().expect("open").len(), 7);
         held.let_go().await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn scratch_that_hangs_or_is_gone_is_not_short_of_room() {
+        let asked = Cell::new(0);
+        until_low(|| {
+            asked.set(asked.get() + 1);
+            let kind = [None, Some(Kind::Timeout), Some(Kind::NotFound), Some(Kind::NoSpace)];
+            let kind = kind[asked.get() - 1];
+            async move { kind.map_or(Ok(()), |kind| Err(Error::new(kind, "scratch"))) }
+        })
+        .await;
+        assert_eq!(asked.get(), 4);
     }
 
     #[tokio::test]

@@ -14,6 +14,7 @@
 //! next.
 
 use std::collections::BTreeMap;
+use std::future::poll_fn;
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -233,17 +234,18 @@ impl Packer {
         self.durable.watch()
     }
 
-    /// Ends the pack being filled and waits until every pack is durable.
+    /// Ends the pack being filled and waits until every pack is durable. Cancel-safe: what is still
+    /// being written goes on, for [`Self::abort`] or another call to wait for.
     pub async fn flush(&self) -> Result<()> {
-        let (open, mut tasks) = {
-            let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-            (state.open.take(), std::mem::take(&mut state.tasks))
-        };
+        let state = || self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let open = state().open.take();
         if let Some((queue, end)) = open.map(OpenPack::end) {
-            // A task that is gone left its failure, which is looked at below.
+            // A task that is gone left its failure, which is looked at below. Nobody sends it once we are
+            // dropped: then this pack is garbage, as its task finds.
             let _ = queue.send(end).await;
         }
-        while let Some(task) = tasks.join_next().await {
+        // They stay where they are while they are waited for.
+        while let Some(task) = poll_fn(|context| state().tasks.poll_join_next(context)).await {
             if let Err(error) = task {
                 self.target.failure.set(died(error));
             }

@@ -10,9 +10,9 @@ use std::time::{Duration, Instant};
 
 use vmbackup::control::Control;
 use vmbackup::error::Kind;
-use vmbackup::journal::{Journals, Moment, Phase};
+use vmbackup::journal::{Journals, Mode, Moment, Phase};
 use vmbackup::platform::qemu::{Qemu, QemuOptions};
-use vmbackup::platform::{Platform, SnapshotRequest};
+use vmbackup::platform::{Asked, Platform, RecoverRequest, SnapshotRequest};
 
 use crate::machine::{Guest, Machine};
 use crate::reading::{Points, open};
@@ -148,38 +148,58 @@ async fn jobs_whose_scratch_is_full_end_at_once_although_it_takes_no_writes() {
     machine.holds_only(&[]).await;
 }
 
+/// Does `work`, which takes the slow disk more than two seconds; how long QEMU takes to answer meanwhile, at most.
+async fn answers_within(machine: &Machine, work: impl Future<Output = ()>) -> Duration {
+    let (begun, ended) = (Instant::now(), AtomicBool::new(false));
+    let work = async {
+        work.await;
+        ended.store(true, Ordering::SeqCst);
+    };
+    let ((), longest) = tokio::join!(work, async {
+        let mut longest = Duration::ZERO;
+        while !ended.load(Ordering::SeqCst) {
+            let asked = Instant::now();
+            assert!(machine.runs().await);
+            longest = longest.max(asked.elapsed());
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        longest
+    });
+    // At 8 MiB a second.
+    let took = begun.elapsed();
+    assert!(took > Duration::from_secs(2), "the disk was not slow: {took:?}");
+    longest
+}
+
 /// QEMU writes a node back before it closes it, and answers nobody meanwhile.
 #[tokio::test]
 async fn what_went_to_scratch_is_on_disk_before_qemu_and_its_guest_would_wait_for_it() {
-    let mut machine = Machine::filled(Guest::Idle, 32).await;
+    let mut machine = Machine::filled(Guest::Idle, 64).await;
     let slow = SlowWrites::mount(&machine.path("."));
+    let killed = machine.next_point();
+    let scratch_dir = Some(slow.path.clone());
+    let request = Points::default().request(&machine, killed);
+    let request = SnapshotRequest { scratch_dir: scratch_dir.clone(), ..request };
+    let platform = machine.platform().await;
+    // As a run that is killed leaves it.
+    drop(open(&platform, &request).await);
+    machine.guest("disk-a", "write -P 2 0 24M").await;
+    let (repository, mode) = (Asked::Yes, Mode::Undo);
+    let recover = RecoverRequest { snapshot: request, repository, mode };
+    let longest = answers_within(&machine, async {
+        let items = platform.recover(&recover, &Control::new()).await.unwrap();
+        assert!(items.iter().any(|item| item.what.starts_with("job ")), "{items:?}");
+    });
+    let longest = longest.await;
+    assert!(longest < Duration::from_secs(1), "QEMU waited for {longest:?} after a killed run");
+    machine.holds_only(&[]).await;
+
     let point = machine.next_point();
     let request = Points::default().request(&machine, point);
-    let request = SnapshotRequest { scratch_dir: Some(slow.path.clone()), ..request };
-    let platform = machine.platform().await;
+    let request = SnapshotRequest { scratch_dir, ..request };
     let snapshot = open(&platform, &request).await;
-    machine.guest("disk-a", "write -P 2 0 24M").await;
-    let ended = AtomicBool::new(false);
-    let (took, longest) = tokio::join!(
-        async {
-            let begun = Instant::now();
-            snapshot.commit().await.unwrap();
-            ended.store(true, Ordering::SeqCst);
-            begun.elapsed()
-        },
-        async {
-            let mut longest = Duration::ZERO;
-            while !ended.load(Ordering::SeqCst) {
-                let asked = Instant::now();
-                assert!(machine.runs().await);
-                longest = longest.max(asked.elapsed());
-                tokio::time::sleep(Duration::from_millis(20)).await;
-            }
-            longest
-        }
-    );
-    // At 8 MiB a second.
-    assert!(took > Duration::from_secs(2), "the disk was not slow: {took:?}");
-    assert!(longest < Duration::from_secs(1), "QEMU waited for {longest:?} of {took:?}");
+    machine.guest("disk-a", "write -P 3 24M 24M").await;
+    let longest = answers_within(&machine, async { snapshot.commit().await.unwrap() }).await;
+    assert!(longest < Duration::from_secs(1), "QEMU waited for {longest:?}");
     machine.holds_only(&[point]).await;
 }

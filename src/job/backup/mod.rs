@@ -274,9 +274,10 @@ impl Backup<'_> {
         }
         self.control.set_phase("checking the snapshot");
         self.control.check()?;
-        // The platform waits for news of the job, the repository for its store.
-        let (valid, durable) = tokio::join!(snapshot.still_valid(), self.run.flush());
-        valid.and(durable)?;
+        // The platform waits for news of the job, the repository for its store. A snapshot that is lost does
+        // not wait for a store that hangs, nor does who wants to stop.
+        let durable = self.control.run(self.run.flush());
+        tokio::try_join!(snapshot.still_valid(), durable)?;
         let report = Report {
             point: self.point,
             vm: self.vm.clone(),
@@ -293,7 +294,7 @@ impl Backup<'_> {
     }
 
     /// The commit point, and what follows it. From here on a stop is not heeded: what is left takes
-    /// a moment (minutes where a hanging QEMU is tried again), and leaving it out would cost the next
+    /// a moment (minutes where scratch is written back slowly or a hanging QEMU is tried again), and leaving it out would cost the next
     /// incremental, and the guest if its writes still go to scratch.
     async fn commit(
         self,

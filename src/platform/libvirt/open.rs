@@ -406,7 +406,7 @@ impl Opening {
     }
 
     /// Ends the job if it is there, and removes what it leaves; whether it was.
-    async fn undo_job(&self) -> Result<bool> {
+    async fn undo_job(&mut self) -> Result<bool> {
         let point = self.request.point;
         let was_there =
             job::active(&self.domain).await?.is_some_and(|job| job.point == Some(point));
@@ -414,6 +414,10 @@ impl Opening {
             let patience = self.watch.as_ref().map_or(STALL, Watch::patience);
             let files = self.scratch_files(point);
             self.scratch.end_job((&self.domain, point), files, patience).await?;
+            // That may have taken minutes, and what follows asks libvirt as well.
+            if let Ok(domain) = self.domain.revived().await {
+                self.domain = domain;
+            }
         }
         self.remove_files(point).await;
         Ok(was_there)

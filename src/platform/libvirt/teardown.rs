@@ -19,7 +19,7 @@ use tokio::time::Instant;
 use super::connection::{DomainHandle, Host};
 use super::job;
 use crate::error::{Error, Kind, Result};
-use crate::platform::space::{BEFORE, POLL, Question, aside, check_aside};
+use crate::platform::space::{BEFORE, Question, aside};
 use crate::platform::written::Held;
 use crate::vm::PointId;
 
@@ -83,15 +83,12 @@ impl Scratch {
             }
             tracing::warn!(error = %hangs, "the backup job cannot be ended yet; tried again");
         }
-        let ours = matches!(job::active(domain).await, Ok(Some(job)) if job.point == Some(point));
+        // Not known, it may be ours.
+        let ours = job::active(domain).await?.is_some_and(|job| job.point == Some(point));
         let Some(directory) = self.local().filter(|_| ours) else {
             return job::end(domain, point).await;
         };
-        let held = tokio::select! {
-            held = Held::written(directory, files) => Some(held?),
-            // The guest's next write may fail. Nobody else watches where the run was killed.
-            () = until_low(|| check_aside(directory, STALL)) => None,
-        };
+        let held = Held::written_with_room(directory, files).await?;
         // That may have taken minutes.
         let ended = match domain.revived().await {
             Ok(domain) => job::end(&domain, point).await,
@@ -127,19 +124,6 @@ impl Scratch {
     }
 }
 
-/// Waits until scratch is short of room, as `ask` tells. One that does not tell hangs: no reason to end what
-/// QEMU would wait for. Cancel-safe.
-async fn until_low<Asked: Future<Output = Result<()>>>(ask: impl Fn() -> Asked) {
-    loop {
-        match ask().await {
-            Err(error) if error.kind() == Kind::NoSpace => {
-                return tracing::warn!(%error, "scratch is not written back before its job ends");
-            }
-            _ => tokio::time::sleep(POLL).await,
-        }
-    }
-}
-
 /// Removes files that libvirt or QEMU normally removes itself; their names carry a random point id.
 pub(super) async fn remove_left(paths: Vec<PathBuf>) {
     let Some(directory) = paths.first().and_then(|path| path.parent()).map(Path::to_owned) else {
@@ -156,25 +140,5 @@ fn remove(path: &Path) {
         Ok(()) => tracing::debug!(path = %path.display(), "removed what the job left"),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
         Err(error) => tracing::warn!(path = %path.display(), %error, "a file of the job remains"),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::cell::Cell;
-
-    use super::*;
-
-    #[tokio::test(start_paused = true)]
-    async fn scratch_that_hangs_or_is_gone_is_not_short_of_room() {
-        let asked = Cell::new(0);
-        until_low(|| {
-            asked.set(asked.get() + 1);
-            let kind = [None, Some(Kind::Timeout), Some(Kind::NotFound), Some(Kind::NoSpace)];
-            let kind = kind[asked.get() - 1];
-            async move { kind.map_or(Ok(()), |kind| Err(Error::new(kind, "scratch"))) }
-        })
-        .await;
-        assert_eq!(asked.get(), 4);
     }
 }

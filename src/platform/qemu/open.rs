@@ -130,7 +130,7 @@ impl Snapshot {
             let file = self.work_dir.create_scratch(index, open.disk.size_bytes()).await?;
             let node = Temp::Scratch.name(self.point, index);
             self.things.scratch.push(node.clone());
-            self.scratch_files.push(file.clone());
+            self.things.files.push(file.clone());
             let what = format!("QEMU cannot open the scratch file {}", file.display());
             let file = json!({ "driver": "file", "filename": file, "discard": "unmap" });
             let options = json!({

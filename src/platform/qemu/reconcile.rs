@@ -54,10 +54,13 @@ pub(super) async fn reconcile(
         ))
     })?;
     if things.tell(&qemu.identity.name, recovery) && recovery.changes() {
-        things
-            .take_down(&qemu.monitor)
-            .await
-            .map_err(|error| error.context("cannot remove what an earlier backup left in QEMU"))?;
+        let taken = async {
+            write_back(qemu, &things).await?;
+            things.take_down(&qemu.monitor).await
+        };
+        let failed =
+            |error: Error| error.context("cannot remove what an earlier backup left in QEMU");
+        taken.await.map_err(failed)?;
     }
     let base = scratch_base(&request.snapshot);
     work_dir::check_writes(&base).await?;
@@ -105,6 +108,14 @@ async fn go_on(
         }
     }
     goes_on
+}
+
+/// Has scratch on disk before it is taken down. A pause ends first.
+async fn write_back(qemu: &Qemu, things: &Things) -> Result<()> {
+    if let Some(marker) = &things.pause {
+        pause::go_on(&qemu.monitor, marker).await?;
+    }
+    things.write_back().await
 }
 
 /// Removes the scratch that earlier runs noted, also elsewhere than below `base`, which has answered;
@@ -255,6 +266,10 @@ async fn leftovers(monitor: &Monitor, journal: &Journal) -> Result<Things> {
     let directories = scratch.filter_map(|node| Path::new(&node.file).parent());
     let mut directories: Vec<_> = directories.map(Path::to_owned).collect();
     directories.dedup();
+    let mut noted = journal.earlier().flat_map(|run| run.objects(Phase::Scratch));
+    let noted = noted.find(|noted| directories.iter().any(|directory| directory == noted));
+    let disks = 0..node_names(Temp::Scratch).len();
+    let files = noted.map(|noted| disks.map(|disk| work_dir::scratch_file(noted, disk)).collect());
     let directories = directories.into_iter().map(Question::new).collect();
     let mut things = Things {
         directories,
@@ -266,6 +281,7 @@ async fn leftovers(monitor: &Monitor, journal: &Journal) -> Result<Things> {
         moving: Arc::default(),
         jobs: jobs.into_iter().map(|job| job.id).filter(|id| Temp::Job.is(id)).collect(),
         scratch: node_names(Temp::Scratch),
+        files: files.unwrap_or_default(),
         changes,
     };
     let any = !(things.exports.is_empty() && things.scratch.is_empty() && things.jobs.is_empty());

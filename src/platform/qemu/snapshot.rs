@@ -35,7 +35,6 @@ use crate::image::bitmap::BitmapNames;
 use crate::journal::{Journal, Phase};
 use crate::nbd::{Client, ClientOptions, NbdUri, Timeouts};
 use crate::platform::space::Space;
-use crate::platform::written::Held;
 use crate::platform::{SnapshotDisk, SnapshotRequest, VmSnapshot};
 use crate::vm::{Artifact, Consistency, ExcludedDisk, NotCaptured, PointId, Quiescence, ReadMode};
 
@@ -68,8 +67,6 @@ pub(super) struct Snapshot {
     pub(super) point: PointId,
     pub(super) names: BitmapNames,
     pub(super) work_dir: WorkDir,
-    /// Files in it.
-    pub(super) scratch_files: Vec<PathBuf>,
     pub(super) journal: Journal,
     /// What keeps what the guest overwrites.
     pub(super) keeper: Keeper,
@@ -142,7 +139,6 @@ impl Snapshot {
             point: request.point,
             names,
             work_dir,
-            scratch_files: Vec::new(),
             journal,
             keeper: Keeper::of(qemu, request),
             access: reclaim::access(qemu, request),
@@ -220,12 +216,10 @@ impl Snapshot {
             Keeper::Filters => END_FILTERS,
         };
         // A pause ends first.
-        if self.watch.is_some() && self.things.pause.is_none() {
-            self.write_back().await?;
-        }
+        let mut due = self.watch.is_some() && self.things.pause.is_none();
         let until = Instant::now() + patience;
         loop {
-            match self.things.take_down(&self.monitor).await {
+            match self.try_take_down(&mut due).await {
                 Err(error) if error.kind() == Kind::Timeout && Instant::now() < until => {
                     tracing::warn!(%error, "the snapshot cannot be ended yet; tried again");
                     tokio::time::sleep(AGAIN).await;
@@ -235,14 +229,15 @@ impl Snapshot {
         }
     }
 
-    /// Has scratch on disk before QEMU, and its guest with it, waits for that.
-    async fn write_back(&self) -> Result<()> {
-        // It is asked again, and for longer, by what follows.
-        if self.things.scratch_answers().await.is_ok() {
-            let directory = self.work_dir.scratch_dir();
-            Held::written(directory, self.scratch_files.clone()).await?.let_go().await;
+    /// Takes it down once scratch is written back, where that is `due`.
+    async fn try_take_down(&self, due: &mut bool) -> Result<()> {
+        if *due {
+            // Nobody waits for a QEMU that is gone.
+            self.monitor.query_status().await.map_err(failed("cannot ask for the state"))?;
+            self.things.write_back().await?;
+            *due = false;
         }
-        Ok(())
+        self.things.take_down(&self.monitor).await
     }
 
     /// What it means that the snapshot was not ended.

@@ -10,6 +10,7 @@
 //! full: its jobs end at once ([`Things::give_up`] with [`Scratch::Answers`]), because the guest's
 //! next write may fail.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -25,6 +26,7 @@ use super::pause;
 use super::work_dir::Question;
 use crate::error::{Error, Kind, Result};
 use crate::journal::Recovery;
+use crate::platform::written::Held;
 
 /// Longest wait for QEMU to let go of an export or end a job: requests in flight end first.
 const LET_GO: Duration = Duration::from_secs(30);
@@ -62,6 +64,8 @@ pub(super) struct Things {
     pub(super) moving: Arc<Mutex<()>>,
     /// Scratch nodes.
     pub(super) scratch: Vec<String>,
+    /// Their files, all in one directory, as we noted them: not what QEMU says.
+    pub(super) files: Vec<PathBuf>,
     /// Merged bitmaps.
     pub(super) changes: Vec<BitmapRef>,
 }
@@ -144,6 +148,28 @@ impl Things {
     pub(super) async fn scratch_answers(&self) -> Result<()> {
         for directory in &self.directories {
             directory.answers().await?;
+        }
+        Ok(())
+    }
+
+    /// Has scratch on disk before QEMU, and its guest with it, waits for that ([`Held`]): before
+    /// [`Things::take_down`]. Fails with [`Kind::Timeout`] if scratch takes no writes now, or its disk hangs.
+    /// Cancel-safe.
+    pub(super) async fn write_back(&self) -> Result<()> {
+        let Some(directory) = self.files.first().and_then(|file| file.parent()) else {
+            return Ok(());
+        };
+        self.scratch_answers().await?;
+        let files = self.files.clone();
+        let held = if self.jobs.is_empty() {
+            // A full scratch disturbs no write that goes through a filter.
+            Some(Held::written(directory, files).await?)
+        } else {
+            Held::written_with_room(directory, files).await?
+        };
+        if let Some(held) = held {
+            // It is we who unlink them, later.
+            held.let_go().await;
         }
         Ok(())
     }

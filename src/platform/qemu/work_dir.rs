@@ -73,11 +73,6 @@ impl WorkDir {
         &self.path
     }
 
-    /// Where a disk's scratch file is.
-    pub(super) fn scratch(&self, disk: usize) -> PathBuf {
-        self.path.join(scratch_name(disk))
-    }
-
     /// Makes a disk's scratch file: a hole of exactly the disk's size, as the job demands.
     pub(super) async fn create_scratch(&self, disk: usize, size_bytes: u64) -> Result<PathBuf> {
         let own = self.clone();
@@ -85,7 +80,7 @@ impl WorkDir {
     }
 
     fn make_scratch(&self, disk: usize, size_bytes: u64) -> Result<PathBuf> {
-        let path = self.scratch(disk);
+        let path = scratch_file(&self.path, disk);
         let create = || {
             let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW;
             let mode = Mode::RUSR | Mode::WUSR;
@@ -103,6 +98,11 @@ impl WorkDir {
     pub(super) async fn remove(&self) -> Result<()> {
         remove_aside(self.path.clone()).await
     }
+}
+
+/// Where a disk's scratch file is in the directory of a run.
+pub(super) fn scratch_file(directory: &Path, disk: usize) -> PathBuf {
+    directory.join(scratch_name(disk))
 }
 
 /// Removes the directories that dead runs on `vm` left below `base`.
@@ -217,7 +217,7 @@ mod tests {
             WorkDir::make(base.path(), &monitor, Uuid::from_u128(1), PointId([1; 16])).unwrap();
         let secret = base.path().join("secret");
         fs::write(&secret, "secret").unwrap();
-        std::os::unix::fs::symlink(&secret, run.scratch(0)).unwrap();
+        std::os::unix::fs::symlink(&secret, scratch_file(run.scratch_dir(), 0)).unwrap();
         assert!(run.make_scratch(0, 1).is_err());
         // The whole directory changes hands after it was made.
         fs::rename(&run.path, base.path().join("moved")).unwrap();
