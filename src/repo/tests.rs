@@ -3,8 +3,10 @@
 
 #![allow(clippy::cast_possible_truncation)]
 
+use std::future::poll_fn;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::Poll;
 
 use proptest::prelude::*;
 
@@ -367,6 +369,24 @@ async fn an_aborted_run_leaves_no_point_and_no_index() {
     for folder in [Folder::Points, Folder::Index, Folder::Packs] {
         assert!(objects(&store, folder).await.is_empty(), "{folder:?}");
     }
+}
+
+/// Who stops a backup does not wait for a store that hangs, and gives a flush up.
+#[tokio::test]
+async fn what_a_flush_that_is_given_up_waited_for_goes_on() {
+    let store = store();
+    let repository = open(&store, CHUNK).await;
+    let run = repository.begin_run().await.unwrap();
+    write_all(&run, &conformance::pattern(1 << 20), CHUNK).await;
+    // On one thread the packs are written only while this waits.
+    let mut given_up = Box::pin(run.flush());
+    let waits = poll_fn(|context| Poll::Ready(given_up.as_mut().poll(context).is_pending()));
+    assert!(waits.await);
+    drop(given_up);
+    assert!(objects(&store, Folder::Packs).await.is_empty());
+    run.flush().await.unwrap();
+    // One of chunks, and one of nodes.
+    assert_eq!(objects(&store, Folder::Packs).await.len(), 2);
 }
 
 proptest! {
