@@ -183,9 +183,16 @@ async fn what_went_to_scratch_is_on_disk_before_qemu_and_its_guest_would_wait_fo
     let platform = machine.platform().await;
     // As a run that is killed leaves it.
     drop(open(&platform, &request).await);
-    machine.guest("disk-a", "write -P 2 0 24M").await;
+    machine.guest("disk-a", "write -P 2 0 32M").await;
     let (repository, mode) = (Asked::Yes, Mode::Undo);
     let recover = RecoverRequest { snapshot: request, repository, mode };
+    let (control, begun) = (Control::new(), Instant::now());
+    let (stopped, ()) = tokio::join!(platform.recover(&recover, &control), async {
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        control.cancel();
+    });
+    assert_eq!(stopped.unwrap_err().kind(), Kind::Cancelled);
+    assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
     let longest = answers_within(&machine, async {
         let items = platform.recover(&recover, &Control::new()).await.unwrap();
         assert!(items.iter().any(|item| item.what.starts_with("job ")), "{items:?}");

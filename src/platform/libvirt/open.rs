@@ -59,7 +59,7 @@ pub(super) async fn open(
     control.set_phase("looking at the domain");
     let mut lock = DomainLock::take(options, domain.uuid, &domain.name)?;
     let mut recovery = Recovery::new(Mode::Undo);
-    let frost = reconcile::processes(domain, &mut lock, request, &mut recovery).await;
+    let frost = reconcile::processes(domain, &mut lock, request, (&mut recovery, control)).await;
     tell(recovery.into_items(), control);
     let frost = frost?;
     let survey = Survey::take(domain, request).await?;

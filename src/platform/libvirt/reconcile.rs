@@ -45,7 +45,7 @@ pub(super) async fn recover(
     control.set_phase("looking at the domain");
     let mut lock = DomainLock::take(options, domain.uuid, &domain.name)?;
     let mut recovery = Recovery::new(request.mode);
-    match processes(domain, &mut lock, &request.snapshot, &mut recovery).await {
+    match processes(domain, &mut lock, &request.snapshot, (&mut recovery, control)).await {
         Ok(_) => {}
         // Somebody else's job, or a migration: nobody can ask for bitmaps now.
         Err(error) if error.kind() == Kind::Busy => {
@@ -72,11 +72,12 @@ pub(super) async fn processes(
     domain: &DomainHandle,
     lock: &mut DomainLock,
     request: &SnapshotRequest,
-    recovery: &mut Recovery,
+    (recovery, control): (&mut Recovery, &Control),
 ) -> Result<Frost> {
     let running = domain.call("ask for the state of", Domain::is_active).await?;
     let (journal, guardian) = (&mut lock.journal, request.guardian.as_deref());
-    let mut left = Leftovers { domain, journal, guardian, running, active: None, recovery };
+    let mut left =
+        Leftovers { domain, journal, guardian, running, active: None, recovery, control };
     let frost = left.guest().await?;
     if running {
         left.job().await?;
@@ -99,6 +100,7 @@ struct Leftovers<'a> {
     /// The point of the job of ours that was there.
     active: Option<PointId>,
     recovery: &'a mut Recovery,
+    control: &'a Control,
 }
 
 impl Leftovers<'_> {
@@ -175,7 +177,10 @@ impl Leftovers<'_> {
             return job::end(self.domain, point).await;
         };
         let scratch = Scratch::new(&self.domain.host, directory);
-        scratch.end_job((self.domain, point), files, Duration::ZERO).await
+        // It may stay as it is: who wants to stop does not wait.
+        let ready = scratch.ready((self.domain, point), files, Duration::ZERO);
+        let held = self.control.run(ready).await?;
+        Scratch::end_ready((self.domain, point), held).await
     }
 
     /// Removes the files of jobs that are gone: QEMU never unlinks its socket, and after a crash

@@ -72,11 +72,23 @@ impl Scratch {
         files: Vec<PathBuf>,
         limit: Duration,
     ) -> Result<()> {
+        let held = self.ready((domain, point), files, limit).await?;
+        Self::end_ready((domain, point), held).await
+    }
+
+    /// The first half of [`Scratch::end_job`]: its scratch answers and is on disk, and held where the job is there.
+    /// Cancel-safe.
+    pub(super) async fn ready(
+        &self,
+        (domain, point): (&DomainHandle, PointId),
+        files: Vec<PathBuf>,
+        limit: Duration,
+    ) -> Result<Option<Held>> {
         let until = Instant::now() + limit;
         while let Err(hangs) = self.answers().await {
             // The watch ends it at once where scratch is full.
             if job::active(domain).await?.is_none_or(|job| job.point != Some(point)) {
-                return job::end(domain, point).await;
+                return Ok(None);
             }
             if Instant::now() >= until {
                 return Err(hangs);
@@ -85,11 +97,18 @@ impl Scratch {
         }
         // Not known, it may be ours.
         let ours = job::active(domain).await?.is_some_and(|job| job.point == Some(point));
-        let Some(directory) = self.local().filter(|_| ours) else {
-            return job::end(domain, point).await;
-        };
-        let held = Held::written_with_room(directory, files).await?;
-        // That may have taken minutes.
+        match self.local().filter(|_| ours) {
+            Some(directory) => Held::written_with_room(directory, files).await,
+            None => Ok(None),
+        }
+    }
+
+    /// The second half.
+    pub(super) async fn end_ready(
+        (domain, point): (&DomainHandle, PointId),
+        held: Option<Held>,
+    ) -> Result<()> {
+        // The first may have taken minutes.
         let ended = match domain.revived().await {
             Ok(domain) => job::end(&domain, point).await,
             Err(error) => Err(error),

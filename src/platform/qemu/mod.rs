@@ -251,7 +251,7 @@ impl Platform for Qemu {
         control.set_phase("looking at the VM");
         let mut journal = self.options.journals.open(self.identity.uuid)?;
         let mut recovery = Recovery::new(request.mode);
-        reconcile::reconcile(self, &mut journal, request, &mut recovery).await?;
+        reconcile::reconcile(self, &mut journal, request, (&mut recovery, control)).await?;
         Ok(recovery.into_items())
     }
 

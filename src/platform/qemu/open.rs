@@ -41,7 +41,8 @@ pub(super) async fn open(
     let mut recovery = Recovery::new(Mode::Undo);
     let wanted =
         RecoverRequest { snapshot: request.clone(), repository: Asked::Yes, mode: Mode::Undo };
-    let reconciled = reconcile::reconcile(qemu, &mut journal, &wanted, &mut recovery).await;
+    let reconciled =
+        reconcile::reconcile(qemu, &mut journal, &wanted, (&mut recovery, control)).await;
     tell(recovery.into_items(), control);
     reconciled?;
     reconcile::check_readable(&journal, &qemu.identity.name)?;

@@ -26,6 +26,7 @@ use super::names::Temp;
 use super::teardown::{OurServer, Things, remove_bitmap};
 use super::work_dir::Question;
 use super::{Qemu, pause, quiesce, scratch_base, work_dir};
+use crate::control::Control;
 use crate::error::{Error, Kind, Result};
 use crate::image::bitmap::BitmapNames;
 use crate::journal::{Action, Journal, Phase, Recovery};
@@ -37,7 +38,7 @@ pub(super) async fn reconcile(
     qemu: &Qemu,
     journal: &mut Journal,
     request: &RecoverRequest,
-    recovery: &mut Recovery,
+    (recovery, control): (&mut Recovery, &Control),
 ) -> Result<()> {
     let things = leftovers(&qemu.monitor, journal).await;
     // The agent of a paused guest does not answer.
@@ -55,7 +56,7 @@ pub(super) async fn reconcile(
     })?;
     if things.tell(&qemu.identity.name, recovery) && recovery.changes() {
         let taken = async {
-            write_back(qemu, &things).await?;
+            write_back(qemu, &things, control).await?;
             things.take_down(&qemu.monitor).await
         };
         let failed =
@@ -111,11 +112,12 @@ async fn go_on(
 }
 
 /// Has scratch on disk before it is taken down. A pause ends first.
-async fn write_back(qemu: &Qemu, things: &Things) -> Result<()> {
+async fn write_back(qemu: &Qemu, things: &Things, control: &Control) -> Result<()> {
     if let Some(marker) = &things.pause {
         pause::go_on(&qemu.monitor, marker).await?;
     }
-    things.write_back().await
+    // It may stay as it is: who wants to stop does not wait.
+    control.run(things.write_back()).await
 }
 
 /// Removes the scratch that earlier runs noted, also elsewhere than below `base`, which has answered;
