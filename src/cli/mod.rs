@@ -204,7 +204,7 @@ fn log(common: &CommonArgs) -> Result<()> {
         (Ok(filter), _) => filter,
         // Whoever serves disks wants to know of clients that break the rules and of what gc may take
         // away, and everybody of points that are missing from a list, of rights that are not kept and of
-        // a guest that a run waits for.
+        // scratch that a run waits for.
         (Err(_), 0) => "error,vmbackup::nbd::server=warn,vmbackup::nbd::tls=warn,\
                         vmbackup::job::serve=warn,vmbackup::repo::points=warn,\
                         vmbackup::block::file=warn,vmbackup::platform::written=warn"

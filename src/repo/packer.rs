@@ -235,7 +235,7 @@ impl Packer {
     }
 
     /// Ends the pack being filled and waits until every pack is durable. Cancel-safe: what is still
-    /// being written goes on, for [`Self::abort`] or another call to wait for.
+    /// being written goes on, for [`Self::abort`] or another call to wait for. One caller at a time.
     pub async fn flush(&self) -> Result<()> {
         let state = || self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let open = state().open.take();

@@ -356,8 +356,8 @@ impl Run {
         Ok(writer.finish().await?.0)
     }
 
-    /// Waits until all that was stored so far is durable, though not yet in the index. Dropped, the run
-    /// can only be ended, without a point.
+    /// Waits until all that was stored so far is durable, though not yet in the index. Cancel-safe; dropped,
+    /// it may leave a run that makes no point.
     pub async fn flush(&self) -> Result<()> {
         self.shared.chunks.flush().await?;
         self.shared.nodes.flush().await

@@ -294,8 +294,8 @@ impl Backup<'_> {
     }
 
     /// The commit point, and what follows it. From here on a stop is not heeded: what is left takes
-    /// a moment (minutes where scratch is written back slowly or a hanging QEMU is tried again), and leaving it out would cost the next
-    /// incremental, and the guest if its writes still go to scratch.
+    /// a moment (minutes where scratch is written back slowly or a hanging QEMU is tried again), and
+    /// leaving it out would cost the next incremental, and the guest if its writes still go to scratch.
     async fn commit(
         self,
         snapshot: Box<dyn VmSnapshot>,

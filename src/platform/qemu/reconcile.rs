@@ -54,7 +54,8 @@ pub(super) async fn reconcile(
             "VM '{vm}' goes on, which an earlier backup had paused; what else that left is not known"
         ))
     })?;
-    if things.tell(&qemu.identity.name, recovery) && recovery.changes() {
+    let mut found = Recovery::new(recovery.mode());
+    if things.tell(&qemu.identity.name, &mut found) && recovery.changes() {
         let taken = async {
             write_back(qemu, &things, control).await?;
             things.take_down(&qemu.monitor).await
@@ -63,6 +64,7 @@ pub(super) async fn reconcile(
             |error: Error| error.context("cannot remove what an earlier backup left in QEMU");
         taken.await.map_err(failed)?;
     }
+    recovery.add(found);
     let base = scratch_base(&request.snapshot);
     work_dir::check_writes(&base).await?;
     work_dir::sweep(&base, qemu.identity.uuid, recovery).await?;
@@ -113,11 +115,14 @@ async fn go_on(
 
 /// Has scratch on disk before it is taken down. A pause ends first.
 async fn write_back(qemu: &Qemu, things: &Things, control: &Control) -> Result<()> {
-    if let Some(marker) = &things.pause {
-        pause::go_on(&qemu.monitor, marker).await?;
+    if let Some(marker) = &things.pause
+        && let Err(error) = pause::go_on(&qemu.monitor, marker).await
+    {
+        tracing::warn!(%error, "scratch is not written back: the guest may still be paused");
+        return Ok(());
     }
     // It may stay as it is: who wants to stop does not wait.
-    control.run(things.write_back()).await
+    control.run(things.write_back_unwatched(&qemu.monitor)).await
 }
 
 /// Removes the scratch that earlier runs noted, also elsewhere than below `base`, which has answered;
@@ -270,7 +275,8 @@ async fn leftovers(monitor: &Monitor, journal: &Journal) -> Result<Things> {
     directories.dedup();
     let mut noted = journal.earlier().flat_map(|run| run.objects(Phase::Scratch));
     let noted = noted.find(|noted| directories.iter().any(|directory| directory == noted));
-    let disks = 0..node_names(Temp::Scratch).len();
+    let scratch = node_names(Temp::Scratch);
+    let disks = scratch.iter().filter_map(|name| name.rsplit('-').next()?.parse().ok());
     let files = noted.map(|noted| disks.map(|disk| work_dir::scratch_file(noted, disk)).collect());
     let directories = directories.into_iter().map(Question::new).collect();
     let mut things = Things {
@@ -282,7 +288,7 @@ async fn leftovers(monitor: &Monitor, journal: &Journal) -> Result<Things> {
         filters: filters.collect(),
         moving: Arc::default(),
         jobs: jobs.into_iter().map(|job| job.id).filter(|id| Temp::Job.is(id)).collect(),
-        scratch: node_names(Temp::Scratch),
+        scratch,
         files: files.unwrap_or_default(),
         changes,
     };

@@ -217,9 +217,15 @@ impl Snapshot {
         };
         // A pause ends first.
         let mut due = self.watch.is_some() && self.things.pause.is_none();
-        let until = Instant::now() + patience;
+        let mut until = Instant::now() + patience;
         loop {
-            match self.try_take_down(&mut due).await {
+            let was_due = due;
+            let tried = self.try_take_down(&mut due).await;
+            if was_due && !due {
+                // Write-back may have taken minutes, and is over once.
+                until = Instant::now() + patience;
+            }
+            match tried {
                 Err(error) if error.kind() == Kind::Timeout && Instant::now() < until => {
                     tracing::warn!(%error, "the snapshot cannot be ended yet; tried again");
                     tokio::time::sleep(AGAIN).await;

@@ -153,23 +153,33 @@ impl Things {
     }
 
     /// Has scratch on disk before QEMU, and its guest with it, waits for that ([`Held`]): before
-    /// [`Things::take_down`]. Fails with [`Kind::Timeout`] if scratch takes no writes now, or its disk hangs.
-    /// Cancel-safe.
+    /// [`Things::take_down`]. Whoever watches it ends its jobs where room runs short meanwhile. Fails with
+    /// [`Kind::Timeout`] if scratch takes no writes now, or its disk hangs. Cancel-safe.
     pub(super) async fn write_back(&self) -> Result<()> {
-        let Some(directory) = self.files.first().and_then(|file| file.parent()) else {
-            return Ok(());
-        };
-        self.scratch_answers().await?;
-        let files = self.files.clone();
-        let held = if self.jobs.is_empty() {
-            // A full scratch disturbs no write that goes through a filter.
-            Some(Held::written(directory, files).await?)
-        } else {
-            Held::written_with_room(directory, files).await?
-        };
-        if let Some(held) = held {
+        if let Some(directory) = self.files.first().and_then(|file| file.parent()) {
+            self.scratch_answers().await?;
             // It is we who unlink them, later.
-            held.let_go().await;
+            Held::written(directory, self.files.clone()).await?.let_go().await;
+        }
+        Ok(())
+    }
+
+    /// The same for what a dead run left, which nobody watches: given up where room runs short and the guest's
+    /// next write would fail, and not begun where the guest stands still for that already. Cancel-safe.
+    pub(super) async fn write_back_unwatched(&self, monitor: &Monitor) -> Result<()> {
+        let status = monitor.query_status().await.map_err(failed("cannot ask for the state"))?;
+        if status.status == IO_ERROR {
+            return Ok(());
+        }
+        // A full scratch disturbs no write that goes through a filter.
+        if self.jobs.is_empty() || !self.take_writes(monitor).await {
+            return self.write_back().await;
+        }
+        if let Some(directory) = self.files.first().and_then(|file| file.parent()) {
+            self.scratch_answers().await?;
+            if let Some(held) = Held::written_with_room(directory, self.files.clone()).await? {
+                held.let_go().await;
+            }
         }
         Ok(())
     }
