@@ -24,6 +24,9 @@ import disk
 
 DOMAIN = "vmbackup-bench"
 
+# A bitmap of every other 64 KiB, in the image that has them.
+RANGES = "ranges"
+
 # Touches 5 GiB and lets go of them.
 TOUCH = "import mmap; n = 5 << 30; m = mmap.mmap(-1, n); m[0:n:4096] = bytes(n >> 12)"
 
@@ -102,7 +105,8 @@ class Domain:
         info = json.loads(run("qemu-img", "info", "-U", "--output=json", self.image))
         bitmaps = info["format-specific"]["data"].get("bitmaps", [])
         for bitmap in bitmaps:
-            run("qemu-img", "bitmap", "--remove", self.image, bitmap["name"])
+            if bitmap["name"] != RANGES:
+                run("qemu-img", "bitmap", "--remove", self.image, bitmap["name"])
 
     def restart(self):
         self.stop()
@@ -119,6 +123,19 @@ class Domain:
         errors = run("virsh", "-q", input=script)
         if "error" in errors.lower() or "failed" in errors.lower():
             sys.exit(f"the guest's writes failed:\n{errors}")
+
+    def change_ranges(self):
+        """Has every checkpoint's bitmap say that the ranges of RANGES changed."""
+        def monitor(command, **arguments):
+            text = json.dumps({"execute": command, "arguments": arguments})
+            answer = json.loads(run("virsh", "qemu-monitor-command", DOMAIN, text))
+            if "error" in answer:
+                sys.exit(f"{command}: {answer['error']}")
+            return answer["return"]
+        for node in monitor("query-named-block-nodes"):
+            names = [bitmap["name"] for bitmap in node.get("dirty-bitmaps", [])]
+            for target in [name for name in names if RANGES in names and name != RANGES]:
+                monitor("block-dirty-bitmap-merge", node=node["node-name"], target=target, bitmaps=[RANGES])
 
     def backup_begin(self, mode, target):
         disks = f"<disk name='vda' type='file'><driver type='{'qcow2' if mode == 'pull' else 'raw'}'/>"
@@ -368,13 +385,13 @@ class Bench:
         shutil.rmtree(repository)
 
     def extents(self):
-        """The extent phase over 1.6 million ranges."""
+        """The extent phase over 1.6 million ranges, alone and in whole backups."""
         image, socket = self.work / "ranges.qcow2", self.work / "ranges.sock"
         size, step = 200 << 30, 128 << 10
         if not image.exists():
             say("making an image with 1.6 million ranges")
             run("qemu-img", "create", "-q", "-f", "qcow2", "-o", "preallocation=metadata", image, size)
-            run("qemu-img", "bitmap", "--add", image, "ranges")
+            run("qemu-img", "bitmap", "--add", image, RANGES)
             # Not as one string: what this process takes counts as the peak of those it starts.
             tool = subprocess.Popen(["qemu-io", "-d", "unmap", "-f", "qcow2", str(image)], text=True,
                                     stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
@@ -382,16 +399,16 @@ class Bench:
             tool.stdin.close()
             if tool.wait() != 0:
                 raise SystemExit("qemu-io could not make the ranges")
-        server = subprocess.Popen(["qemu-nbd", "-r", "-t", "-e", "16", "-f", "qcow2", "-B", "ranges",
+        server = subprocess.Popen(["qemu-nbd", "-r", "-t", "-e", "16", "-f", "qcow2", "-B", RANGES,
                                    "-k", str(socket), str(image)])
         try:
             while not socket.exists():
                 time.sleep(0.05)
             uri = f"nbd+unix:///?socket={socket}"
             walk = [self.tool.parent / "examples" / "extents", uri]
-            contexts = {"dirty bitmap": "qemu:dirty-bitmap:ranges", "allocation": "base:allocation"}
+            contexts = {"dirty bitmap": f"qemu:dirty-bitmap:{RANGES}", "allocation": "base:allocation"}
             for name, context in contexts.items():
-                extra = ["ranges"] if name == "dirty bitmap" else []
+                extra = [RANGES] if name == "dirty bitmap" else []
                 ours, other, memory = self.pairs(
                     lambda: timed(*walk, *extra),
                     lambda: timed("nbdinfo", f"--map={context}", "--totals", uri))
@@ -400,6 +417,25 @@ class Bench:
             server.terminate()
             server.wait()
             socket.unlink(missing_ok=True)
+        self.whole_ranges(image)
+
+    def whole_ranges(self, image):
+        """A full backup and an incremental of a running domain with that disk."""
+        self.domain.stop()
+        os.chmod(image, 0o666)
+        repository, domain = self.repository(), Domain(self.work, image)
+        domain.stop()
+        domain.start()
+        seconds, peak = self.backup("full", repository)
+        self.rows.add("full backup, 1.6 M of allocation", [seconds], [], "", "", peak)
+
+        def ours():
+            domain.change_ranges()
+            return self.backup("incremental", repository)
+        ours, _, peak = self.pairs(ours, None)
+        self.rows.add("incremental, 1.6 M of dirty bitmap", ours, [], "", "", peak)
+        domain.stop()
+        shutil.rmtree(repository)
 
 
 def main():
