@@ -6,10 +6,11 @@ use std::time::{Duration, Instant};
 use vmbackup::control::Control;
 use vmbackup::error::Kind;
 use vmbackup::journal::{Journals, Mode, Moment, Phase};
-use vmbackup::platform::libvirt::Libvirt;
+use vmbackup::platform::libvirt::{Libvirt, LibvirtOptions};
 use vmbackup::platform::{Asked, Platform, Quiesce, RecoverRequest, SnapshotRequest};
 
 use crate::bare::{Bare, qcow2, request, take};
+use crate::proxy::Proxy;
 use crate::quiesce::options;
 use crate::support::{
     DiskFormat, Domain, DomainSpec, Guest, HangingDisk, Outcome, SlowWrites, TestEnv, wait_until,
@@ -248,13 +249,23 @@ async fn the_guest_does_not_wait_for_what_went_to_scratch_when_its_job_ends() {
     goes_on_beside(&mut guest, snapshot.commit()).await.expect("commits");
     assert!(!domain.has_backup_job());
 
-    // Nor when it was killed, and somebody else ends it.
+    // Nor when it was killed, and somebody else ends it, whose connection does not live as long.
+    let proxy = Proxy::start(&env);
+    let through = LibvirtOptions { uri: Some(proxy.uri()), ..options(&env, &domain) };
+    let platform = Libvirt::open(through).await.expect("connects");
     wanted.point = request(2).point;
     drop(platform.open_snapshot(&wanted, &Control::new()).await.expect("opens"));
     guest.run("fill vda 0 24");
     let (repository, mode) = (Asked::Yes, Mode::Undo);
     let recover = RecoverRequest { snapshot: wanted, repository, mode };
-    let recover = async move { platform.recover(&recover, &Control::new()).await };
+    let recover = async move {
+        let cut = async {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            proxy.cut();
+        };
+        let control = Control::new();
+        tokio::join!(platform.recover(&recover, &control), cut).0
+    };
     goes_on_beside(&mut guest, recover).await.expect("recovers");
     assert!(!domain.has_backup_job());
 }

@@ -149,7 +149,7 @@ impl Proxy {
     }
 
     /// The URI of libvirt through here.
-    fn uri(&self) -> String {
+    pub(crate) fn uri(&self) -> String {
         format!("qemu+unix:///system?socket={}", self.path.display())
     }
 

@@ -59,6 +59,7 @@ pub(super) async fn open(
     control.set_phase("looking at the domain");
     let mut lock = DomainLock::take(options, domain.uuid, &domain.name)?;
     let mut recovery = Recovery::new(Mode::Undo);
+    let domain = &mut domain.clone();
     let frost = reconcile::processes(domain, &mut lock, request, (&mut recovery, control)).await;
     tell(recovery.into_items(), control);
     let frost = frost?;
@@ -413,11 +414,7 @@ impl Opening {
         if was_there {
             let patience = self.watch.as_ref().map_or(STALL, Watch::patience);
             let files = self.scratch_files(point);
-            self.scratch.end_job((&self.domain, point), files, patience).await?;
-            // That may have taken minutes, and what follows asks libvirt as well.
-            if let Ok(domain) = self.domain.revived().await {
-                self.domain = domain;
-            }
+            self.domain = self.scratch.end_job((&self.domain, point), files, patience).await?;
         }
         self.remove_files(point).await;
         Ok(was_there)

@@ -45,6 +45,7 @@ pub(super) async fn recover(
     control.set_phase("looking at the domain");
     let mut lock = DomainLock::take(options, domain.uuid, &domain.name)?;
     let mut recovery = Recovery::new(request.mode);
+    let domain = &mut domain.clone();
     match processes(domain, &mut lock, &request.snapshot, (&mut recovery, control)).await {
         Ok(_) => {}
         // Somebody else's job, or a migration: nobody can ask for bitmaps now.
@@ -67,9 +68,10 @@ pub(super) async fn recover(
 }
 
 /// Undoes what does not concern the repository, before anything else is asked of the domain. Whether
-/// the guest may still be frozen. [`Kind::Busy`] when there is a job of anybody else.
+/// the guest may still be frozen. [`Kind::Busy`] when there is a job of anybody else. It may take minutes: the
+/// handle is for what follows.
 pub(super) async fn processes(
-    domain: &DomainHandle,
+    domain: &mut DomainHandle,
     lock: &mut DomainLock,
     request: &SnapshotRequest,
     (recovery, control): (&mut Recovery, &Control),
@@ -91,7 +93,7 @@ pub(super) async fn processes(
 
 /// What is left of killed runs.
 struct Leftovers<'a> {
-    domain: &'a DomainHandle,
+    domain: &'a mut DomainHandle,
     journal: &'a mut Journal,
     /// The program that becomes a guardian.
     guardian: Option<&'a Path>,
@@ -143,7 +145,7 @@ impl Leftovers<'_> {
     /// Ends the job of a killed run; [`Kind::Busy`] when there is one of anybody else.
     /// It is not touched while its scratch hangs.
     async fn job(&mut self) -> Result<()> {
-        let name = &self.domain.name;
+        let name = self.domain.name.clone();
         self.active = job::check_idle(self.domain, self.journal).await?;
         if let Some(point) = self.active {
             if !self.recovery.undo(format!("backup job of domain '{name}'")) {
@@ -168,7 +170,7 @@ impl Leftovers<'_> {
     }
 
     /// Not while its scratch hangs.
-    async fn end_job(&self, point: PointId) -> Result<()> {
+    async fn end_job(&mut self, point: PointId) -> Result<()> {
         let runs = self.journal.earlier().filter(|run| run.point == point);
         let files = runs.flat_map(|run| run.objects(Phase::Scratch)).map(Path::to_owned);
         let files: Vec<_> = files.collect();
@@ -180,7 +182,8 @@ impl Leftovers<'_> {
         // It may stay as it is: who wants to stop does not wait.
         let ready = scratch.ready((self.domain, point), files, Duration::ZERO);
         let held = self.control.run(ready).await?;
-        Scratch::end_ready((self.domain, point), held).await
+        *self.domain = Scratch::end_ready((self.domain, point), held).await?;
+        Ok(())
     }
 
     /// Removes the files of jobs that are gone: QEMU never unlinks its socket, and after a crash

@@ -277,11 +277,8 @@ impl RunningSnapshot {
         if ended.is_err() && self.reconnect().await? {
             ended = self.scratch.end_job((&self.domain, self.point), files, patience).await;
         }
-        // That may have taken minutes, and what follows asks libvirt as well.
-        if let (Ok(()), Ok(domain)) = (&ended, self.domain.revived().await) {
-            self.domain = domain;
-        }
-        ended
+        self.domain = ended?;
+        Ok(())
     }
 }
 

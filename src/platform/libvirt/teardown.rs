@@ -65,13 +65,13 @@ impl Scratch {
 
     /// Ends the job of a point when scratch takes writes, and its `files` are on disk; [`Kind::Timeout`], with
     /// the job as it was, if it takes none within `limit`, or is not written back ([`Held::written`]). It is
-    /// asked once at least.
+    /// asked once at least. That may take minutes: the handle is for what follows.
     pub(super) async fn end_job(
         &self,
         (domain, point): (&DomainHandle, PointId),
         files: Vec<PathBuf>,
         limit: Duration,
-    ) -> Result<()> {
+    ) -> Result<DomainHandle> {
         let held = self.ready((domain, point), files, limit).await?;
         Self::end_ready((domain, point), held).await
     }
@@ -107,12 +107,13 @@ impl Scratch {
     pub(super) async fn end_ready(
         (domain, point): (&DomainHandle, PointId),
         held: Option<Held>,
-    ) -> Result<()> {
-        // The first may have taken minutes.
-        let ended = match domain.revived().await {
-            Ok(domain) => job::end(&domain, point).await,
-            Err(error) => Err(error),
+    ) -> Result<DomainHandle> {
+        let end = async {
+            let domain = domain.revived().await?;
+            job::end(&domain, point).await?;
+            Ok(domain)
         };
+        let ended = end.await;
         if let Some(held) = held {
             held.let_go().await;
         }

@@ -293,7 +293,7 @@ impl Watched {
             return job::end(&domain, self.point).await;
         }
         let files = self.disks.iter().map(|disk| disk.scratch.clone()).collect();
-        self.scratch.end_job((&domain, self.point), files, Duration::ZERO).await
+        self.scratch.end_job((&domain, self.point), files, Duration::ZERO).await.map(drop)
     }
 }
 
