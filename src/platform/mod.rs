@@ -21,6 +21,7 @@
 //! Sibling folders have the same inner file names where they have the part: `mod.rs` (the
 //! platform), `snapshot.rs`, `plan.rs`, `checkpoint.rs`, `restore.rs`.
 
+mod apart;
 mod base;
 pub mod image;
 #[cfg(feature = "libvirt")]

@@ -8,22 +8,21 @@
 //!
 //! Whoever asks a file system that hangs, hangs. So all that touches one is done on threads of their
 //! own and waited for no longer than some time ([`aside`]), and whether it takes writes is asked by a
-//! process of its own ([`Question`]), or by a thread where no process can be started.
+//! process of its own ([`Question`]).
 
 use std::collections::BTreeMap;
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use rustix::fs::{AtFlags, CWD, Timespec, Timestamps, UTIME_NOW, utimensat};
-use tokio::process::{Child, Command};
+use tokio::process::Command;
 use tokio::sync::Mutex;
-use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use super::Problem;
+use super::apart::Apart;
 use crate::error::{Error, Kind, Result};
 
 /// How often free space is looked at: a disk written at 1 GB/s fills the reserve in a second.
@@ -179,7 +178,7 @@ type Asker = Arc<Mutex<Asked>>;
 
 #[derive(Debug, Default)]
 struct Asked {
-    now: Option<Asking>,
+    now: Option<Apart>,
     /// When the last question began that was answered: also for who came before that.
     answered: Option<Instant>,
 }
@@ -216,10 +215,9 @@ impl Drop for Question {
         // Theirs and ours.
         if Arc::strong_count(&self.asking) <= 2
             && let Ok(mut asked) = self.asking.try_lock()
-            && let Some(Asking::Process(child)) = &mut asked.now
-            && let Err(error) = child.start_kill()
+            && let Some(asking) = &mut asked.now
         {
-            tracing::debug!(%error, "who asks scratch has ended");
+            asking.kill();
         }
     }
 }
@@ -266,18 +264,13 @@ impl Question {
             return Ok(());
         }
         // One that has ended since says nothing about now.
-        if asked.now.as_mut().is_some_and(Asking::is_over) {
+        if asked.now.as_mut().is_some_and(Apart::is_over) {
             asked.now = None;
         }
         // One that goes on was begun before any of us came.
         let begun = asked.now.is_none().then(Instant::now);
-        let asks = asked.now.get_or_insert_with(|| Asking::begin(TOUCH, &self.touched));
-        let mut answered = asks.end().await;
-        if let (Err(error), Asking::Process(_)) = (&answered, &*asks) {
-            tracing::warn!(%error, "'touch' did not ask scratch: a thread does");
-            *asks = Asking::on_thread(self.touched.clone());
-            answered = asks.end().await;
-        }
+        let asks = asked.now.get_or_insert_with(|| ask(TOUCH, &self.touched));
+        let answered = asks.end(touch(&self.touched)).await;
         asked.now = None;
         if answered.is_ok() {
             asked.answered = begun;
@@ -289,61 +282,21 @@ impl Question {
 /// What asks: it sets the times of a file or directory, makes nothing, and follows no link.
 const TOUCH: &str = "touch";
 
-/// Who asks.
-#[derive(Debug)]
-enum Asking {
-    /// It can hang without a thread of ours.
-    Process(Child),
-    /// Where no process can be started: no `touch`, or no more descriptors or processes.
-    Thread(JoinHandle<()>),
+fn ask(program: &str, touched: &Path) -> Apart {
+    let mut command = Command::new(program);
+    command.args(["-c", "-h", "--"]).arg(touched);
+    Apart::begin(command, touch(touched))
 }
 
-impl Asking {
-    fn begin(touch: &str, touched: &Path) -> Self {
-        let mut command = Command::new(touch);
-        command.args(["-c", "-h", "--"]).arg(touched).kill_on_drop(true);
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        match command.spawn() {
-            Ok(child) => Self::Process(child),
-            Err(error) => {
-                tracing::warn!(%error, "cannot start '{touch}': a thread asks scratch");
-                Self::on_thread(touched.to_owned())
-            }
-        }
-    }
-
-    fn on_thread(touched: PathBuf) -> Self {
-        Self::Thread(tokio::task::spawn_blocking(move || {
-            let now = Timespec { tv_sec: 0, tv_nsec: UTIME_NOW };
-            let times = Timestamps { last_access: now, last_modification: now };
-            // Whatever it says.
-            if let Err(error) = utimensat(CWD, &touched, &times, AtFlags::SYMLINK_NOFOLLOW) {
-                tracing::debug!(%error, "scratch answers");
-            }
-        }))
-    }
-
-    /// Whether it has ended by now.
-    fn is_over(&mut self) -> bool {
-        match self {
-            Self::Process(child) => !matches!(child.try_wait(), Ok(None)),
-            Self::Thread(thread) => thread.is_finished(),
-        }
-    }
-
-    /// Waits for its end; an error if it did not ask. Cancel-safe, and not called again after it
-    /// returned.
-    async fn end(&mut self) -> io::Result<()> {
-        match self {
-            Self::Process(child) => {
-                let status = child.wait().await?;
-                match status.code() {
-                    Some(0 | 1) => Ok(()),
-                    // Killed, or not even loaded.
-                    _ => Err(io::Error::other(format!("'{TOUCH}' ended with {status}"))),
-                }
-            }
-            Self::Thread(thread) => thread.await.map_err(io::Error::other),
+/// The same, for a thread.
+fn touch(touched: &Path) -> impl FnOnce() + Send + 'static {
+    let touched = touched.to_owned();
+    move || {
+        let now = Timespec { tv_sec: 0, tv_nsec: UTIME_NOW };
+        let times = Timestamps { last_access: now, last_modification: now };
+        // Whatever it says.
+        if let Err(error) = utimensat(CWD, &touched, &times, AtFlags::SYMLINK_NOFOLLOW) {
+            tracing::debug!(%error, "scratch answers");
         }
     }
 }
@@ -409,7 +362,7 @@ mod tests {
         modified.expect("own directory") > SystemTime::UNIX_EPOCH
     }
 
-    async fn answer_of(question: &Question, asking: Asking) -> Result<()> {
+    async fn answer_of(question: &Question, asking: Apart) -> Result<()> {
         question.asking.lock().await.now = Some(asking);
         question.answers().await
     }
@@ -425,9 +378,9 @@ mod tests {
     #[tokio::test]
     async fn scratch_is_asked_where_no_process_can_be_started() {
         let directory = old();
-        let mut asking = Asking::begin("no-such-touch", directory.path());
-        assert!(matches!(asking, Asking::Thread(_)), "{asking:?}");
-        asking.end().await.expect("it asks");
+        let mut asking = ask("no-such-touch", directory.path());
+        assert!(matches!(asking, Apart::Thread(_)), "{asking:?}");
+        asking.over().await.expect("it asks");
         assert!(is_touched(directory.path()));
     }
 
@@ -437,7 +390,7 @@ mod tests {
         let question = Question::new(directory.path().to_owned());
         // As the loader does where it can open nothing more.
         let failing = Command::new("sh").args(["-c", "sleep 0.3; exit 127"]).spawn();
-        let failing = Asking::Process(failing.expect("sh runs"));
+        let failing = Apart::Process(failing.expect("sh runs"));
         answer_of(&question, failing).await.expect("a thread asked");
         assert!(is_touched(directory.path()));
     }
@@ -448,11 +401,11 @@ mod tests {
         let question = Question::new(directory.path().to_owned());
         let broken = tokio::spawn(std::future::pending());
         broken.abort();
-        let error = answer_of(&question, Asking::Thread(broken)).await.expect_err("unknown");
+        let error = answer_of(&question, Apart::Thread(broken)).await.expect_err("unknown");
         assert_eq!(error.kind(), Kind::Timeout);
         // The one that hangs is waited for, and no other begun.
         let hanging = tokio::spawn(std::future::pending());
-        let error = answer_of(&question, Asking::Thread(hanging)).await.expect_err("it hangs");
+        let error = answer_of(&question, Apart::Thread(hanging)).await.expect_err("it hangs");
         assert_eq!(error.kind(), Kind::Timeout);
         question.answers().await.expect_err("it still hangs");
         assert!(!is_touched(directory.path()));
@@ -465,11 +418,11 @@ mod tests {
         let question = Question::new(directory.path().to_owned());
         let (answer, hanging) = tokio::sync::oneshot::channel();
         let hanging = tokio::spawn(async { hanging.await.expect("it is answered") });
-        answer_of(&question, Asking::Thread(hanging)).await.expect_err("it hangs");
+        answer_of(&question, Apart::Thread(hanging)).await.expect_err("it hangs");
         drop(question);
         let later = Question::new(directory.path().to_owned());
         later.answers().await.expect_err("it still hangs");
-        assert!(matches!(later.asking.lock().await.now, Some(Asking::Thread(_))), "another began");
+        assert!(matches!(later.asking.lock().await.now, Some(Apart::Thread(_))), "another began");
         answer.send(()).expect("somebody waits");
         later.answers().await.expect("it answers");
         drop(later);
@@ -497,6 +450,6 @@ mod tests {
         let gone = directory.path().join("gone");
         Question::new(gone.clone()).answers().await.expect("it answers");
         let question = Question::new(gone.clone());
-        answer_of(&question, Asking::on_thread(gone)).await.expect("it answers");
+        answer_of(&question, Apart::on_thread(touch(&gone))).await.expect("it answers");
     }
 }

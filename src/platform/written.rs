@@ -5,13 +5,21 @@
 //! went to scratch. With a guest that had overwritten 80 MiB these were 10 to 14 ms and 6 to 7 ms (QEMU 10.0,
 //! ext4); with many GiB they are as many seconds. So we write it back while the guest runs, and hold the files,
 //! which are freed when we let go of them.
+//!
+//! A disk that hangs holds up `sync`, a process of its own ([`Apart`]): one of ours for each directory that
+//! nobody waits for, however often it is tried.
 
 use std::fs::File;
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use rustix::fs::{Mode, OFlags, fdatasync, open};
+use tokio::process::Command;
+use tokio::time::Instant;
 
+use super::apart::Apart;
 use super::space::{POLL, aside, check_aside};
 use crate::error::{Error, Kind, Result};
 
@@ -32,43 +40,15 @@ const FLUSHES_MAX: usize = 3;
 #[must_use = "QEMU frees what nobody holds"]
 pub(super) struct Held {
     directory: PathBuf,
-    files: Vec<File>,
+    files: Arc<Vec<File>>,
 }
 
 impl Held {
     /// Writes `files` of `directory`, which has answered, back, and holds them. One that cannot be opened is
     /// left to QEMU: it is gone, or nobody's but QEMU's. Fails with [`Kind::Timeout`] where the disk hangs:
-    /// QEMU had better not let go of them now. Cancel-safe; what hangs goes on in a thread of its own.
+    /// QEMU had better not let go of them now. Cancel-safe; what hangs goes on by itself.
     pub(super) async fn written(directory: &Path, files: Vec<PathBuf>) -> Result<Self> {
         Self::written_within(WRITE_BACK, directory, files).await
-    }
-
-    async fn written_within(
-        limit: Duration,
-        directory: &Path,
-        files: Vec<PathBuf>,
-    ) -> Result<Self> {
-        let until = Instant::now() + limit;
-        let written = aside(directory, limit, move || {
-            let files: Vec<File> = files.iter().filter_map(|path| open_file(path)).collect();
-            write_back(&files, until);
-            files
-        });
-        let tell = async {
-            tokio::time::sleep(TELL).await;
-            let directory = directory.display();
-            tracing::warn!("scratch in {directory} is being written back, before its job is ended");
-            std::future::pending().await
-        };
-        let files = tokio::select! {
-            files = written => files,
-            never = tell => never,
-        };
-        let files = files.map_err(|error| match error.kind() {
-            Kind::Timeout => silent(directory, limit),
-            _ => error,
-        })?;
-        Ok(Self { directory: directory.to_owned(), files })
     }
 
     /// The same, given up where `directory` runs short of room meanwhile: the guest's next write may fail, and
@@ -89,6 +69,126 @@ impl Held {
         let files = self.files;
         if let Err(error) = aside(&self.directory, WRITE_BACK, move || drop(files)).await {
             tracing::warn!(%error, "scratch is still being freed");
+        }
+    }
+
+    async fn written_within(
+        limit: Duration,
+        directory: &Path,
+        files: Vec<PathBuf>,
+    ) -> Result<Self> {
+        let until = Instant::now() + limit;
+        let written = async {
+            let files = aside(directory, limit, move || {
+                files.iter().filter_map(|path| open_file(path)).collect()
+            });
+            let held = Self { directory: directory.to_owned(), files: Arc::new(files.await?) };
+            held.write_back(until).await;
+            Ok(held)
+        };
+        let tell = async {
+            tokio::time::sleep(TELL).await;
+            let directory = directory.display();
+            tracing::warn!("scratch in {directory} is being written back, before its job is ended");
+            std::future::pending().await
+        };
+        let held = tokio::select! {
+            held = written => held,
+            () = tokio::time::sleep_until(until) => Err(silent(directory, limit)),
+            never = tell => never,
+        };
+        held.map_err(|error: Error| match error.kind() {
+            Kind::Timeout => silent(directory, limit),
+            _ => error,
+        })
+    }
+
+    /// All of them once; again as long as that is worth it, and would not be what takes too long.
+    async fn write_back(&self, until: Instant) {
+        // 'sync' of nothing is one of everything.
+        let flushes = if self.files.is_empty() { 0 } else { FLUSHES_MAX };
+        for _ in 0..flushes {
+            let begun = Instant::now();
+            self.flush().await;
+            let took = begun.elapsed();
+            if took <= SHORT || Instant::now() + 2 * took > until {
+                return;
+            }
+        }
+    }
+
+    async fn flush(&self) {
+        // One that hangs is waited for, and no other begun.
+        while let Some(mut left) = Flush::left(&self.directory) {
+            left.over().await;
+        }
+        let files = Arc::clone(&self.files);
+        Flush::begin(&self.directory, &files).ended(move || sync(&files)).await;
+    }
+}
+
+/// A flush of files of a directory.
+struct Flush<'a> {
+    directory: &'a Path,
+    /// Until it is dropped.
+    apart: Option<Apart>,
+}
+
+/// Those that nobody waits for any more and that had not ended then, by directory.
+static LEFT: Mutex<Vec<(PathBuf, Apart)>> = Mutex::new(Vec::new());
+
+impl<'a> Flush<'a> {
+    fn begin(directory: &'a Path, files: &Arc<Vec<File>>) -> Self {
+        let mut command = Command::new("sync");
+        // Not by name: QEMU's user owns them.
+        let open = |file: &File| format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd());
+        command.arg("-d").args(files.iter().map(open));
+        let files = Arc::clone(files);
+        Self { directory, apart: Some(Apart::begin(command, move || sync(&files))) }
+    }
+
+    /// One that nobody waits for.
+    fn left(directory: &'a Path) -> Option<Self> {
+        let mut left = LEFT.lock().unwrap_or_else(PoisonError::into_inner);
+        let at = left.iter().position(|(of, _)| of == directory)?;
+        Some(Self { directory, apart: Some(left.swap_remove(at).1) })
+    }
+
+    /// Waits for its end, whatever it did. Cancel-safe.
+    async fn over(&mut self) {
+        let Some(apart) = &mut self.apart else { return };
+        let ended = apart.over().await;
+        tracing::debug!(?ended, "an earlier flush of scratch");
+    }
+
+    /// Waits for its end. QEMU meets an error of the disk as well, where it counts for nothing: scratch is
+    /// thrown away. Cancel-safe.
+    async fn ended(&mut self, instead: impl FnOnce() + Send + 'static) {
+        let Some(apart) = &mut self.apart else { return };
+        if let Err(error) = apart.end(instead).await {
+            tracing::warn!(%error, "scratch is not written back before its job ends");
+        }
+    }
+}
+
+impl Drop for Flush<'_> {
+    /// One that has not ended may never do.
+    fn drop(&mut self) {
+        let Some(mut apart) = self.apart.take() else { return };
+        if !apart.is_over() {
+            apart.kill();
+            let mut left = LEFT.lock().unwrap_or_else(PoisonError::into_inner);
+            left.retain_mut(|(_, apart)| !apart.is_over());
+            left.push((self.directory.to_owned(), apart));
+        }
+    }
+}
+
+/// For a thread.
+fn sync(files: &[File]) {
+    for file in files {
+        if let Err(error) = fdatasync(file) {
+            tracing::debug!(%error, "a scratch file is not written back");
         }
     }
 }
@@ -130,25 +230,6 @@ fn silent(directory: &Path, limit: Duration) -> Error {
         .hint("QEMU is left alone until it is; then run 'vmbackup recover' or the next backup")
 }
 
-/// All of them once; again as long as that is worth it, and would not be what takes too long.
-fn write_back(files: &[File], until: Instant) {
-    for _ in 0..FLUSHES_MAX {
-        let begun = Instant::now();
-        files.iter().for_each(flush);
-        let took = begun.elapsed();
-        if took <= SHORT || Instant::now() + 2 * took > until {
-            return;
-        }
-    }
-}
-
-/// QEMU meets an error of the disk as well, where it counts for nothing: scratch is thrown away.
-fn flush(file: &File) {
-    if let Err(error) = fdatasync(file) {
-        tracing::debug!(%error, "a scratch file is not written back");
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::cell::Cell;
@@ -184,6 +265,30 @@ mod tests {
         })
         .await;
         assert_eq!(asked.get(), 4);
+    }
+
+    /// Each attempt left another thread that hung.
+    #[tokio::test]
+    async fn a_flush_that_hangs_is_waited_for_by_the_next_one() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let directory = directory.path();
+        let file = directory.join("file");
+        std::fs::write(&file, "scratch").expect("own directory");
+        let written = |limit| Held::written_within(limit, directory, vec![file.clone()]);
+        let left = || {
+            let left = LEFT.lock().expect("whole");
+            left.iter().filter(|(of, _)| of == directory).count()
+        };
+        let (ends, hangs) = tokio::sync::oneshot::channel();
+        let hangs = tokio::spawn(async { hangs.await.expect("it ends") });
+        drop(Flush { directory, apart: Some(Apart::Thread(hangs)) });
+        for _ in 0..2 {
+            let error = written(Duration::from_millis(100)).await.err().expect("it hangs");
+            assert_eq!((error.kind(), left()), (Kind::Timeout, 1), "{error:?}");
+        }
+        ends.send(()).expect("it is waited for");
+        written(WRITE_BACK).await.expect("it is written").let_go().await;
+        assert_eq!(left(), 0);
     }
 
     #[tokio::test]

@@ -210,3 +210,30 @@ async fn what_went_to_scratch_is_on_disk_before_qemu_and_its_guest_would_wait_fo
     assert!(longest < Duration::from_secs(1), "QEMU waited for {longest:?}");
     machine.holds_only(&[point]).await;
 }
+
+/// It waited for the disk, with its lock, and so did who waited for its exit code.
+#[tokio::test]
+async fn a_recovery_that_is_stopped_ends_although_the_disk_of_scratch_is_busy() {
+    let env = TestEnv::new();
+    env.init_repo();
+    let machine = Machine::filled(Guest::Idle, 64).await;
+    let slow = SlowWrites::mount(&machine.path("."));
+    let (monitor, scratch) = (machine.path("qmp.sock"), slow.path.clone());
+    let (monitor, scratch) = (monitor.to_str().unwrap(), scratch.to_str().unwrap());
+    let args = ["full", "--qmp", monitor, "--scratch-dir", scratch];
+    let backup = env.stopped_at("after:export", &args);
+    machine.guest("disk-a", "write -P 2 0 32M").await;
+    backup.signal("KILL");
+    backup.wait();
+    let recover = env.spawn_vmbackup(&["recover"]);
+    // It is written back by now.
+    tokio::time::sleep(Duration::from_millis(700)).await;
+    let begun = Instant::now();
+    recover.signal("INT");
+    let stopped = recover.wait();
+    assert!(begun.elapsed() < Duration::from_secs(1), "{:?}: {stopped:?}", begun.elapsed());
+    assert_eq!(stopped.code, Some(130), "{stopped:?}");
+    let said = env.vmbackup(&["recover"]).ok().stdout;
+    assert!(said.contains("undone: job"), "{said}");
+    machine.holds_only(&[]).await;
+}
