@@ -44,7 +44,7 @@ use crate::block::BlockSource;
 use crate::clock::{Clock, Timestamp};
 use crate::control::{Control, NoticeLevel};
 use crate::error::{Error, Kind, Result};
-use crate::journal::{Action, Item, Mode};
+use crate::journal::{Action, Item, Mode, Recovery};
 use crate::vm::{
     Artifact, DiskDescription, ExcludedDisk, NotCaptured, PointId, Quiescence, ReadMode, VmIdentity,
 };
@@ -200,6 +200,17 @@ pub(crate) fn tell(items: Vec<Item>, control: &Control) {
         };
         control.notice(level, text);
     }
+}
+
+/// What a recovery found, or its error: what it has done by then is told.
+pub(crate) fn told(done: Result<()>, found: Recovery, control: &Control) -> Result<Vec<Item>> {
+    if let Err(error) = done {
+        if found.changes() {
+            tell(found.into_items(), control);
+        }
+        return Err(error);
+    }
+    Ok(found.into_items())
 }
 
 /// How a backup was asked for.

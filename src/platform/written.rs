@@ -20,7 +20,7 @@ use tokio::process::Command;
 use tokio::time::Instant;
 
 use super::apart::Apart;
-use super::space::{POLL, aside, check_aside};
+use super::space::{ANSWER, POLL, aside, check_aside};
 use crate::error::{Error, Kind, Result};
 
 /// How long write-back is waited for. A slow disk under much scratch takes minutes; one that takes longer
@@ -57,6 +57,10 @@ impl Held {
         directory: &Path,
         files: Vec<PathBuf>,
     ) -> Result<Option<Self>> {
+        // Before anything holds the files: who ends the job has their room at once.
+        if is_low(check_aside(directory, ANSWER).await) {
+            return Ok(None);
+        }
         tokio::select! {
             held = Self::written(directory, files) => held.map(Some),
             // One question at a time, however long it hangs: a thread does.
@@ -193,16 +197,22 @@ fn sync(files: &[File]) {
     }
 }
 
-/// Waits until scratch is short of room, as `ask` tells. One that does not tell hangs: no reason to end what
-/// QEMU would wait for. Cancel-safe.
+/// Waits until scratch is short of room, as `ask` tells. Cancel-safe.
 async fn until_low<Asked: Future<Output = Result<()>>>(ask: impl Fn() -> Asked) {
-    loop {
-        match ask().await {
-            Err(error) if error.kind() == Kind::NoSpace => {
-                return tracing::warn!(%error, "scratch is not written back before its job ends");
-            }
-            _ => tokio::time::sleep(POLL).await,
+    while !is_low(ask().await) {
+        tokio::time::sleep(POLL).await;
+    }
+}
+
+/// Whether scratch was short of room when it was asked. One that does not tell hangs: no reason to end what
+/// QEMU would wait for.
+fn is_low(asked: Result<()>) -> bool {
+    match asked {
+        Err(error) if error.kind() == Kind::NoSpace => {
+            tracing::warn!(%error, "scratch is not written back before its job ends");
+            true
         }
+        _ => false,
     }
 }
 

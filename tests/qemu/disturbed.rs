@@ -211,7 +211,7 @@ async fn a_guest_that_does_not_go_on_for_some_seconds_is_let_go_on_before_anythi
 }
 
 /// An agent, which answers no thaw as long as its guest is paused.
-fn agent(socket: &Path, runs: Arc<AtomicBool>) {
+pub(crate) fn agent(socket: &Path, runs: Arc<AtomicBool>) {
     let listener = UnixListener::bind(socket).unwrap();
     std::thread::spawn(move || {
         for stream in listener.incoming().map_while(Result::ok) {

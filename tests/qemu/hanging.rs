@@ -14,6 +14,7 @@ use vmbackup::journal::{Journals, Mode, Moment, Phase};
 use vmbackup::platform::qemu::{Qemu, QemuOptions};
 use vmbackup::platform::{Asked, Platform, RecoverRequest, SnapshotRequest};
 
+use crate::disturbed::agent;
 use crate::machine::{Guest, Machine};
 use crate::reading::{Points, open};
 use crate::support::{HangingDisk, SlowWrites, TestEnv};
@@ -149,7 +150,7 @@ async fn jobs_whose_scratch_is_full_end_at_once_although_it_takes_no_writes() {
 }
 
 /// Does `work`, which takes the slow disk more than two seconds; how long QEMU takes to answer meanwhile, at most.
-async fn answers_within(machine: &Machine, work: impl Future<Output = ()>) -> Duration {
+async fn longest_answer_beside(machine: &Machine, work: impl Future<Output = ()>) -> Duration {
     let (begun, ended) = (Instant::now(), AtomicBool::new(false));
     let work = async {
         work.await;
@@ -193,7 +194,7 @@ async fn what_went_to_scratch_is_on_disk_before_qemu_and_its_guest_would_wait_fo
     });
     assert_eq!(stopped.unwrap_err().kind(), Kind::Cancelled);
     assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
-    let longest = answers_within(&machine, async {
+    let longest = longest_answer_beside(&machine, async {
         let items = platform.recover(&recover, &Control::new()).await.unwrap();
         assert!(items.iter().any(|item| item.what.starts_with("job ")), "{items:?}");
     });
@@ -206,7 +207,7 @@ async fn what_went_to_scratch_is_on_disk_before_qemu_and_its_guest_would_wait_fo
     let request = SnapshotRequest { scratch_dir, ..request };
     let snapshot = open(&platform, &request).await;
     machine.guest("disk-a", "write -P 3 24M 24M").await;
-    let longest = answers_within(&machine, async { snapshot.commit().await.unwrap() }).await;
+    let longest = longest_answer_beside(&machine, async { snapshot.commit().await.unwrap() }).await;
     assert!(longest < Duration::from_secs(1), "QEMU waited for {longest:?}");
     machine.holds_only(&[point]).await;
 }
@@ -218,10 +219,11 @@ async fn a_recovery_that_is_stopped_ends_although_the_disk_of_scratch_is_busy() 
     env.init_repo();
     let machine = Machine::filled(Guest::Idle, 64).await;
     let slow = SlowWrites::mount(&machine.path("."));
-    let (monitor, scratch) = (machine.path("qmp.sock"), slow.path.clone());
-    let (monitor, scratch) = (monitor.to_str().unwrap(), scratch.to_str().unwrap());
-    let args = ["full", "--qmp", monitor, "--scratch-dir", scratch];
-    let backup = env.stopped_at("after:export", &args);
+    let (monitor, socket) = (machine.path("qmp.sock"), machine.path("agent.sock"));
+    agent(&socket, Arc::new(AtomicBool::new(true)));
+    let [monitor, scratch, socket] = [&monitor, &slow.path, &socket].map(|p| p.to_str().unwrap());
+    let args = ["full", "--qmp", monitor, "--agent", socket, "--scratch-dir", scratch];
+    let backup = env.stopped_at("after:job", &args);
     machine.guest("disk-a", "write -P 2 0 32M").await;
     backup.signal("KILL");
     backup.wait();
@@ -233,7 +235,10 @@ async fn a_recovery_that_is_stopped_ends_although_the_disk_of_scratch_is_busy() 
     let stopped = recover.wait();
     assert!(begun.elapsed() < Duration::from_secs(1), "{:?}: {stopped:?}", begun.elapsed());
     assert_eq!(stopped.code, Some(130), "{stopped:?}");
+    assert!(stopped.stderr.contains("thawed"), "what it did is told: {stopped:?}");
+    assert!(stopped.stderr.contains("left by an earlier run: job "), "{stopped:?}");
     let said = env.vmbackup(&["recover"]).ok().stdout;
-    assert!(said.contains("undone: job"), "{said}");
+    // Who has frozen it since would be somebody else.
+    assert!(said.contains("undone: job") && !said.contains("thawed"), "{said}");
     machine.holds_only(&[]).await;
 }

@@ -340,12 +340,22 @@ async fn abort(domain: &DomainHandle, point: PointId) -> Result<bool> {
 /// libvirt knows by now if that is so: QEMU says it before it answers the calls by which libvirt
 /// takes the job down.
 fn run_on(domain: &Domain) -> VirtResult<bool> {
-    let stopped = Enum::Known(DomainStateReason::Paused(Enum::Known(DomainPausedReason::IOError)));
-    if domain.state()?.1 != stopped || !ffi::has_disk_without_space(domain)? {
+    if !is_stopped(domain)? || !ffi::has_disk_without_space(domain)? {
         return Ok(false);
     }
     domain.resume()?;
     Ok(true)
+}
+
+/// Whether QEMU stopped the domain because a write failed.
+fn is_stopped(domain: &Domain) -> VirtResult<bool> {
+    let stopped = Enum::Known(DomainStateReason::Paused(Enum::Known(DomainPausedReason::IOError)));
+    Ok(domain.state()?.1 == stopped)
+}
+
+/// The same.
+pub(super) async fn stands_still(domain: &DomainHandle) -> Result<bool> {
+    domain.call("ask for the state of", is_stopped).await
 }
 
 #[cfg(test)]

@@ -26,7 +26,7 @@ use crate::control::Control;
 use crate::error::{Kind, Result, with_causes};
 use crate::image::bitmap::{self, BitmapNames};
 use crate::journal::{Action, Item, Journal, Phase, Recovery, Run};
-use crate::platform::{Asked, KnownPoint, RecoverRequest, SnapshotRequest, remove_noted};
+use crate::platform::{Asked, KnownPoint, RecoverRequest, SnapshotRequest, remove_noted, told};
 use crate::vm::PointId;
 
 /// Marks a job that libvirt has answered for: when it is gone, it is gone for good.
@@ -45,26 +45,35 @@ pub(super) async fn recover(
     control.set_phase("looking at the domain");
     let mut lock = DomainLock::take(options, domain.uuid, &domain.name)?;
     let mut recovery = Recovery::new(request.mode);
-    let domain = &mut domain.clone();
-    match processes(domain, &mut lock, &request.snapshot, (&mut recovery, control)).await {
+    let done = reconcile(domain.clone(), &mut lock, request, (&mut recovery, control)).await;
+    told(done, recovery, control)
+}
+
+async fn reconcile(
+    mut domain: DomainHandle,
+    lock: &mut DomainLock,
+    request: &RecoverRequest,
+    (recovery, control): (&mut Recovery, &Control),
+) -> Result<()> {
+    match processes(&mut domain, lock, &request.snapshot, (recovery, control)).await {
         Ok(_) => {}
         // Somebody else's job, or a migration: nobody can ask for bitmaps now.
         Err(error) if error.kind() == Kind::Busy => {
             recovery.note(Action::Kept, format!("whatever there is besides: {error}"));
-            return Ok(recovery.into_items());
+            return Ok(());
         }
         Err(error) => return Err(error),
     }
     if request.repository == Asked::Yes {
-        let survey = Survey::take(domain, &request.snapshot).await?;
-        marks(domain, &survey, &request.snapshot, (&mut lock.journal, &mut recovery)).await?;
+        let survey = Survey::take(&domain, &request.snapshot).await?;
+        marks(&domain, &survey, &request.snapshot, (&mut lock.journal, recovery)).await?;
     }
     if request.repository != Asked::Later {
         let asked = request.repository == Asked::Yes;
         let repository = asked.then_some(&request.snapshot.repository);
-        close(&mut lock.journal, repository, &mut recovery)?;
+        close(&mut lock.journal, repository, recovery)?;
     }
-    Ok(recovery.into_items())
+    Ok(())
 }
 
 /// Undoes what does not concern the repository, before anything else is asked of the domain. Whether
@@ -180,9 +189,9 @@ impl Leftovers<'_> {
         };
         let scratch = Scratch::new(&self.domain.host, directory);
         // It may stay as it is: who wants to stop does not wait.
-        let ready = scratch.ready((self.domain, point), files, Duration::ZERO);
-        let held = self.control.run(ready).await?;
-        *self.domain = Scratch::end_ready((self.domain, point), held).await?;
+        let written = scratch.written((self.domain, point), files, Duration::ZERO);
+        let held = self.control.run(written).await?;
+        *self.domain = Scratch::end_written((self.domain, point), held).await?;
         Ok(())
     }
 

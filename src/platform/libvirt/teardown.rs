@@ -72,13 +72,13 @@ impl Scratch {
         files: Vec<PathBuf>,
         limit: Duration,
     ) -> Result<DomainHandle> {
-        let held = self.ready((domain, point), files, limit).await?;
-        Self::end_ready((domain, point), held).await
+        let held = self.written((domain, point), files, limit).await?;
+        Self::end_written((domain, point), held).await
     }
 
-    /// The first half of [`Scratch::end_job`]: its scratch answers and is on disk, and held where the job is there.
-    /// Cancel-safe.
-    pub(super) async fn ready(
+    /// Waits until scratch answers and is on disk. It is held where the job is there. The first half of
+    /// [`Scratch::end_job`], and cancel-safe.
+    pub(super) async fn written(
         &self,
         (domain, point): (&DomainHandle, PointId),
         files: Vec<PathBuf>,
@@ -98,13 +98,16 @@ impl Scratch {
         // Not known, it may be ours.
         let ours = job::active(domain).await?.is_some_and(|job| job.point == Some(point));
         match self.local().filter(|_| ours) {
-            Some(directory) => Held::written_with_room(directory, files).await,
-            None => Ok(None),
+            // A guest that stands still already runs on when the job has ended.
+            Some(directory) if !job::stands_still(domain).await? => {
+                Held::written_with_room(directory, files).await
+            }
+            _ => Ok(None),
         }
     }
 
-    /// The second half.
-    pub(super) async fn end_ready(
+    /// Ends the job, and lets go of its scratch.
+    pub(super) async fn end_written(
         (domain, point): (&DomainHandle, PointId),
         held: Option<Held>,
     ) -> Result<DomainHandle> {

@@ -83,7 +83,9 @@ use self::disks::Disks;
 use self::error::failed;
 use self::migration::Settled;
 pub use self::pause::PausedGuest;
-use super::{BackupMode, Platform, RecoverRequest, SnapshotPlan, SnapshotRequest, VmSnapshot};
+use super::{
+    BackupMode, Platform, RecoverRequest, SnapshotPlan, SnapshotRequest, VmSnapshot, told,
+};
 use crate::control::Control;
 use crate::error::{Error, Kind, Result};
 use crate::image::bitmap::BitmapNames;
@@ -251,8 +253,9 @@ impl Platform for Qemu {
         control.set_phase("looking at the VM");
         let mut journal = self.options.journals.open(self.identity.uuid)?;
         let mut recovery = Recovery::new(request.mode);
-        reconcile::reconcile(self, &mut journal, request, (&mut recovery, control)).await?;
-        Ok(recovery.into_items())
+        let found = (&mut recovery, control);
+        let done = reconcile::reconcile(self, &mut journal, request, found).await;
+        told(done, recovery, control)
     }
 
     async fn open_snapshot(

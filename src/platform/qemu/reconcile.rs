@@ -23,13 +23,13 @@ use qmp::block::{BitmapRef, Node};
 use super::error::failed;
 use super::filter::Filter;
 use super::names::Temp;
-use super::teardown::{OurServer, Things, remove_bitmap};
+use super::teardown::{OurServer, Things, Watched, remove_bitmap};
 use super::work_dir::Question;
 use super::{Qemu, pause, quiesce, scratch_base, work_dir};
 use crate::control::Control;
 use crate::error::{Error, Kind, Result};
 use crate::image::bitmap::BitmapNames;
-use crate::journal::{Action, Journal, Phase, Recovery};
+use crate::journal::{Action, Item, Journal, Phase, Recovery};
 use crate::platform::{Asked, RecoverRequest, remove_noted};
 use crate::vm::PointId;
 
@@ -44,25 +44,38 @@ pub(super) async fn reconcile(
     // The agent of a paused guest does not answer.
     let goes_on = recovery.changes() && go_on(qemu, journal, things.as_ref().ok(), recovery).await;
     let thawed = thaw(qemu, journal, request.snapshot.guardian.as_deref(), recovery).await;
-    let things = things.map_err(|error| {
+    if thawed && recovery.changes() && may_be_frozen(journal) {
+        // Who freezes it from now on is somebody else.
+        journal.undone_earlier(&[Phase::Freeze])?;
+    }
+    let mut things = things.map_err(|error| {
         if !goes_on {
             return error;
         }
-        // Where there is an error nobody may be told of the items.
         let vm = &qemu.identity.name;
         error.context(format!(
             "VM '{vm}' goes on, which an earlier backup had paused; what else that left is not known"
         ))
     })?;
+    if goes_on {
+        things.pause = None;
+    }
     let mut found = Recovery::new(recovery.mode());
     if things.tell(&qemu.identity.name, &mut found) && recovery.changes() {
         let taken = async {
-            write_back(qemu, &things, control).await?;
+            if things.pause.is_none() {
+                // It may stay as it is: who wants to stop does not wait.
+                control.run(things.write_back(&qemu.monitor, Watched::No)).await?;
+            }
             things.take_down(&qemu.monitor).await
         };
-        let failed =
-            |error: Error| error.context("cannot remove what an earlier backup left in QEMU");
-        taken.await.map_err(failed)?;
+        if let Err(error) = taken.await {
+            // Not known is which of it is gone.
+            let why = error.in_one_line();
+            let stays = |Item { what, .. }| recovery.note(Action::Kept, format!("{what}: {why}"));
+            found.into_items().into_iter().for_each(stays);
+            return Err(error.context("cannot remove what an earlier backup left in QEMU"));
+        }
     }
     recovery.add(found);
     let base = scratch_base(&request.snapshot);
@@ -75,9 +88,6 @@ pub(super) async fn reconcile(
     if !recovery.changes() {
         return Ok(());
     }
-    if thawed {
-        journal.set_aside()?;
-    }
     close(journal, request, |point, phase| match phase {
         Phase::Freeze => thawed,
         Phase::Scratch => !stay.contains(&point),
@@ -86,8 +96,7 @@ pub(super) async fn reconcile(
 }
 
 /// Ends the pause of an earlier run. Where QEMU does not tell what there is, because of a broken
-/// image of somebody else, the journal knows what its mark would be called. Whether there was one
-/// that nobody else will tell of.
+/// image of somebody else, the journal knows what its mark would be called. Whether there was one.
 async fn go_on(
     qemu: &Qemu,
     journal: &Journal,
@@ -102,27 +111,15 @@ async fn go_on(
     };
     for marker in markers {
         match pause::go_on_after_all(&qemu.monitor, &marker).await {
-            Ok(true) if things.is_none() => {
+            Ok(true) => {
                 recovery.undo(format!("pause of VM '{vm}': it goes on"));
                 goes_on = true;
             }
-            Ok(_) => {}
+            Ok(false) => {}
             Err(error) => tracing::warn!(%error, "the guest may still be paused"),
         }
     }
     goes_on
-}
-
-/// Has scratch on disk before it is taken down. A pause ends first.
-async fn write_back(qemu: &Qemu, things: &Things, control: &Control) -> Result<()> {
-    if let Some(marker) = &things.pause
-        && let Err(error) = pause::go_on(&qemu.monitor, marker).await
-    {
-        tracing::warn!(%error, "scratch is not written back: the guest may still be paused");
-        return Ok(());
-    }
-    // It may stay as it is: who wants to stop does not wait.
-    control.run(things.write_back_unwatched(&qemu.monitor)).await
 }
 
 /// Removes the scratch that earlier runs noted, also elsewhere than below `base`, which has answered;
@@ -198,6 +195,11 @@ async fn thaw(
             false
         }
     }
+}
+
+/// Whether the guest may be frozen, as far as the journal tells.
+fn may_be_frozen(journal: &Journal) -> bool {
+    journal.is_unreadable() || journal.earlier().any(|run| run.has(Phase::Freeze))
 }
 
 /// Removes bitmaps of this repository whose point does not exist.

@@ -21,7 +21,7 @@ use super::disks::Disk;
 use super::error::failed;
 use super::migration::Settled;
 use super::names::Temp;
-use super::teardown::{AGAIN, First, Things, remove_bitmap};
+use super::teardown::{AGAIN, First, Things, Watched, remove_bitmap};
 use super::watch::Watch;
 use super::work_dir::WorkDir;
 use super::{Qemu, Survey, checkpoint, old_access, pause, reclaim, work_dir};
@@ -238,9 +238,8 @@ impl Snapshot {
     /// Takes it down once scratch is written back, where that is `due`.
     async fn try_take_down(&self, due: &mut bool) -> Result<()> {
         if *due {
-            // Nobody waits for a QEMU that is gone.
-            self.monitor.query_status().await.map_err(failed("cannot ask for the state"))?;
-            self.things.write_back().await?;
+            // It asks QEMU first: nobody waits for one that is gone.
+            self.things.write_back(&self.monitor, Watched::Yes).await?;
             *due = false;
         }
         self.things.take_down(&self.monitor).await

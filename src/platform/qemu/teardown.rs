@@ -79,6 +79,15 @@ pub(super) enum Scratch {
     Unknown,
 }
 
+/// Whether somebody else ends the jobs where scratch runs short of room.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Watched {
+    /// The watch of the run does.
+    Yes,
+    /// The run is dead.
+    No,
+}
+
 /// The NBD server was started by us.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct OurServer;
@@ -153,33 +162,28 @@ impl Things {
     }
 
     /// Has scratch on disk before QEMU, and its guest with it, waits for that ([`Held`]): before
-    /// [`Things::take_down`]. Whoever watches it ends its jobs where room runs short meanwhile. Fails with
+    /// [`Things::take_down`]. Not where the guest stands still already because a write failed. Fails with
     /// [`Kind::Timeout`] if scratch takes no writes now, or its disk hangs. Cancel-safe.
-    pub(super) async fn write_back(&self) -> Result<()> {
-        if let Some(directory) = self.files.first().and_then(|file| file.parent()) {
-            self.scratch_answers().await?;
-            // It is we who unlink them, later.
-            Held::written(directory, self.files.clone()).await?.let_go().await;
-        }
-        Ok(())
-    }
-
-    /// The same for what a dead run left, which nobody watches: given up where room runs short and the guest's
-    /// next write would fail, and not begun where the guest stands still for that already. Cancel-safe.
-    pub(super) async fn write_back_unwatched(&self, monitor: &Monitor) -> Result<()> {
+    pub(super) async fn write_back(&self, monitor: &Monitor, watched: Watched) -> Result<()> {
         let status = monitor.query_status().await.map_err(failed("cannot ask for the state"))?;
+        let Some(directory) = self.files.first().and_then(|file| file.parent()) else {
+            return Ok(());
+        };
         if status.status == IO_ERROR {
             return Ok(());
         }
+        self.scratch_answers().await?;
+        let files = self.files.clone();
         // A full scratch disturbs no write that goes through a filter.
-        if self.jobs.is_empty() || !self.take_writes(monitor).await {
-            return self.write_back().await;
-        }
-        if let Some(directory) = self.files.first().and_then(|file| file.parent()) {
-            self.scratch_answers().await?;
-            if let Some(held) = Held::written_with_room(directory, self.files.clone()).await? {
-                held.let_go().await;
-            }
+        let fills = !self.jobs.is_empty() && self.take_writes(monitor).await;
+        let held = if fills && watched == Watched::No {
+            Held::written_with_room(directory, files).await?
+        } else {
+            Some(Held::written(directory, files).await?)
+        };
+        if let Some(held) = held {
+            // It is we who unlink them, later.
+            held.let_go().await;
         }
         Ok(())
     }
