@@ -175,8 +175,8 @@ impl Things {
         self.scratch_answers().await?;
         let files = self.files.clone();
         // A full scratch disturbs no write that goes through a filter.
-        let fills = !self.jobs.is_empty() && self.take_writes(monitor).await;
-        let held = if fills && watched == Watched::No {
+        let unwatched = watched == Watched::No && !self.jobs.is_empty();
+        let held = if unwatched && self.take_writes(monitor).await {
             Held::written_with_room(directory, files).await?
         } else {
             Some(Held::written(directory, files).await?)
